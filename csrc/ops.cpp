@@ -1,0 +1,85 @@
+// Operator schemas, and the Python module with the build information. Importing the module loads the library, which
+// registers the schemas here and the kernels of the other files; Python calls them through torch.ops.fastnorm.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include "cpu/rows.h"
+#include "cuda/build_info.h"
+
+// Outputs that may be absent (dresidual, dweight, dbias) are undefined tensors, which Python receives as None.
+TORCH_LIBRARY(fastnorm, m) {
+  m.def(
+      "rms_norm_forward(Tensor x, Tensor? weight, float eps, bool zero_centered, ScalarType? cast_dtype, "
+      "ScalarType out_dtype) -> (Tensor y, Tensor rstd)");
+  m.def(
+      "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, bool zero_centered, "
+      "ScalarType? cast_dtype, ScalarType? dweight_dtype) -> (Tensor dx, Tensor dweight)");
+  m.def(
+      "add_rms_norm_forward(Tensor x, Tensor residual, Tensor? weight, float eps, bool zero_centered, "
+      "ScalarType? cast_dtype, ScalarType out_dtype, ScalarType residual_dtype) -> (Tensor y, Tensor h, Tensor rstd)");
+  m.def(
+      "add_rms_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor rstd, bool zero_centered, "
+      "ScalarType? cast_dtype, ScalarType x_dtype, ScalarType residual_dtype, ScalarType? dweight_dtype) "
+      "-> (Tensor dx, Tensor dresidual, Tensor dweight)");
+  m.def(
+      "layer_norm_forward(Tensor x, Tensor? weight, Tensor? bias, float eps, bool zero_centered, "
+      "ScalarType out_dtype) -> (Tensor y, Tensor mean, Tensor rstd)");
+  m.def(
+      "layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool zero_centered, "
+      "ScalarType? dweight_dtype, ScalarType? dbias_dtype) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+  m.def(
+      "add_layer_norm_forward(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, bool zero_centered, "
+      "ScalarType out_dtype, ScalarType residual_dtype) -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)");
+  m.def(
+      "add_layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor mean, Tensor rstd, "
+      "bool zero_centered, ScalarType x_dtype, ScalarType residual_dtype, ScalarType? dweight_dtype, "
+      "ScalarType? dbias_dtype) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
+}
+
+namespace {
+
+constexpr const char* compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#elif defined(__GNUC__)
+  return "gcc " __VERSION__;
+#else
+  return "unknown";
+#endif
+}
+
+constexpr bool openmp() {
+#ifdef _OPENMP
+  return true;
+#else
+  return false;
+#endif
+}
+
+// No build date and no paths: two builds of the same sources are the same file.
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["compiler"] = compiler();
+  info["flags"] = FASTNORM_CXX_FLAGS;
+  info["cxx_standard"] = __cplusplus;
+  info["openmp"] = openmp();
+  info["instruction_set"] = fastnorm::cpu::instruction_set().name;
+  info["torch"] = TORCH_VERSION;
+  info["cuda"] = pybind11::none();
+  info["cuda_archs"] = pybind11::list();
+#ifdef FASTNORM_CUDA
+  const auto toolkit = fastnorm::cuda_toolkit();
+  info["cuda"] = toolkit.version;
+  info["cuda_archs"] = pybind11::cast(toolkit.archs);
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "fastnorm's compiled kernels (reached through torch.ops.fastnorm) and how they were built.";
+  m.def("build_info", &build_info, "What this module was compiled with.");
+}

@@ -1,0 +1,9 @@
+"""Fused normalisation for PyTorch: the same modules and numbers as torch.nn, at the speed of memory."""
+
+from . import functional
+from .backend import explain, use
+from .ops.layer_norm import AddLayerNorm, LayerNorm
+from .ops.rms_norm import AddRMSNorm, RMSNorm
+
+__version__ = "0.1.0"
+__all__ = ["AddLayerNorm", "AddRMSNorm", "LayerNorm", "RMSNorm", "explain", "functional", "use"]

@@ -1,0 +1,186 @@
+"""The only place where a backend is chosen.
+
+The backends are imported once, here. One that is absent is recorded with its reason, which `explain` and
+`python -m fastnorm` show; nothing falls back without saying so there.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from . import operators
+
+OPERATIONS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
+BACKENDS = ("triton", "native", "reference")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_KERNEL_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor)
+_REMEDIES = {
+    "triton": "pip install triton  (Linux; comes with torch's CUDA and ROCm wheels)",
+    "native": "pip install --no-build-isolation .  (in fastnorm's source folder; needs a C++ compiler and ninja)",
+}
+
+
+@dataclass(frozen=True)
+class Status:
+    """Whether a backend can be used in this process: `detail` says where or why not, `remedy` how to get it."""
+
+    name: str
+    available: bool
+    detail: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend a call takes, and why."""
+
+    op: str
+    backend: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.op}: {self.backend} ({self.reason})"
+
+
+def _import(name: str, module: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(module, __package__)
+    except ImportError as error:
+        _absent[name] = str(error)
+        return None
+
+
+_absent: dict[str, str] = {}
+_triton = _import("triton", ".triton_kernels")
+_native = _import("native", ".native")
+# asked once, because torch.compile can't trace a question to the dispatcher
+_native_devices = () if _native is None else tuple(device for device in ("cpu", "cuda") if _native.serves(device))
+_library = None if _triton is None else operators.register("fastnorm_triton", _triton)
+_forced: str | None = None
+
+
+class use:
+    """Names the backend of every call that follows, or of the calls in a `with` block.
+
+    `use("triton")`, `use("native")`, `use("reference")` or `use(None)`, which is automatic. Under a named backend, a
+    call that it can't serve raises a RuntimeError; nothing falls back silently. The setting is the process's, not the
+    thread's, so that it also holds in autograd's threads.
+
+    Raises ValueError for an unknown name, RuntimeError for a backend that isn't there.
+    """
+
+    def __init__(self, backend: str | None) -> None:
+        global _forced
+        if backend is not None and backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, but got {backend!r}")
+        if backend in _absent:
+            raise RuntimeError(f"the {backend} backend is not available: {_absent[backend]}")
+        self.backend, self.previous = backend, _forced
+        _forced = backend
+
+    def __enter__(self) -> use:
+        global _forced
+        _forced = self.backend  # other settings may have followed the constructor
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        global _forced
+        _forced = self.previous
+
+
+def pick(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> Any | None:
+    """What serves `op` on `x` and the other tensors: the backend's functions, or None for the formula."""
+    name, _ = _choose(op, x, *others)
+    if name == "reference":
+        return None
+    if name == "native":
+        return _native
+    # a compiled graph, or a dispatch mode that looks on, needs operators that the dispatcher knows
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(x) is FakeTensor:
+        return torch.ops.fastnorm_triton
+    return _triton
+
+
+def _choose(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> tuple[str, str]:
+    forced = _forced
+    if forced == "reference":
+        return forced, "named by fastnorm.use"
+    compiling = torch.compiler.is_compiling()
+    obstacle = None if compiling else _obstacle(x, *others)
+    if forced is not None:
+        obstacle = obstacle or _refusal(forced, x)
+        if obstacle is not None:
+            raise RuntimeError(f"{op}: fastnorm.use({forced!r}) names a backend that can't serve this call: {obstacle}")
+        return forced, "named by fastnorm.use"
+    if compiling:
+        return "reference", "torch.compile fuses the formula with its neighbours"
+    if obstacle is not None:
+        return "reference", obstacle
+    reasons = []
+    for name in ("triton", "native"):
+        refusal = _refusal(name, x)
+        if refusal is None:
+            return name, f"the first backend that serves {x.device.type} tensors"
+        reasons.append(f"{name}: {refusal}")
+    return "reference", "; ".join(reasons)
+
+
+def _obstacle(x: torch.Tensor, *others: torch.Tensor | None) -> str | None:
+    """Why no kernel can take this call, whatever the backend."""
+    for tensor in (x, *others):
+        if type(tensor) not in _KERNEL_TYPES and tensor is not None:
+            return f"{type(tensor).__name__} is a subclass with its own dispatch"
+    if x.dtype not in DTYPES:
+        return f"no kernel for {x.dtype}"
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms need differentiable operations"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation needs differentiable operations"
+    if x.layout is not torch.strided:
+        return f"no kernel for the layout {x.layout}"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace records PyTorch operations only"
+    return None
+
+
+def _refusal(name: str, x: torch.Tensor) -> str | None:
+    """Why the backend can't take a tensor on this device."""
+    if name in _absent:
+        return _absent[name]
+    if name == "native":
+        return None if x.device.type in _native_devices else f"not built for {x.device.type}"
+    return None if _triton.serves(x.device.type) else f"Triton doesn't run on {x.device.type} here"
+
+
+def statuses() -> dict[str, Status]:
+    """Every backend's status in this process."""
+    result = {name: Status(name, False, reason, _REMEDIES[name]) for name, reason in _absent.items()}
+    if _triton is not None:
+        device = _triton.device_type()
+        detail = f"runs on {device}" if device else "installed, but it finds no device to run on"
+        result["triton"] = Status("triton", device is not None, detail, "" if device else "run on a machine with a GPU")
+    if _native is not None:
+        built = f"built for {', '.join(_native_devices) or 'no device'}"
+        result["native"] = Status("native", bool(_native_devices), built)
+    result["reference"] = Status("reference", True, "PyTorch's own operations, on every device")
+    return {name: result[name] for name in BACKENDS}
+
+
+def explain(x: torch.Tensor | None = None, op: str = "rms_norm") -> Explanation:
+    """Which backend `op` takes for the input `x`, and why.
+
+    x: a tensor like the one to be normalised; without one, a float32 CPU tensor is meant.
+    op: one of layer_norm, rms_norm, add_layer_norm, add_rms_norm. Raises ValueError for another name.
+    """
+    if op not in OPERATIONS:
+        raise ValueError(f"op must be one of {', '.join(OPERATIONS)}, but got {op!r}")
+    try:
+        return Explanation(op, *_choose(op, torch.empty(0) if x is None else x))
+    except RuntimeError as error:
+        return Explanation(op, "none", str(error))

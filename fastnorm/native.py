@@ -1,0 +1,41 @@
+"""The compiled backend: the names that every backend has, over torch.ops.fastnorm.
+
+PyTorch's dispatcher takes the kernel for the tensors' device. Importing this module raises ImportError, with the
+reason, where the extension isn't built. y, h and dx of a row do not depend on the other rows, and no result depends on
+the number of threads; between instruction sets results may differ in their last bits.
+"""
+
+import torch
+
+from . import operators
+
+try:
+    from . import _C
+except ModuleNotFoundError as error:
+    raise ImportError("fastnorm's C++ extension is not built") from error
+except ImportError as error:
+    raise ImportError(f"fastnorm's C++ extension does not fit this torch {torch.__version__}: {error}") from error
+
+operators.register_fakes("fastnorm")
+
+# Overloads, because a call through the packet would look the overload up each time.
+_ops = torch.ops.fastnorm
+rms_norm_forward = _ops.rms_norm_forward.default
+rms_norm_backward = _ops.rms_norm_backward.default
+add_rms_norm_forward = _ops.add_rms_norm_forward.default
+add_rms_norm_backward = _ops.add_rms_norm_backward.default
+layer_norm_forward = _ops.layer_norm_forward.default
+layer_norm_backward = _ops.layer_norm_backward.default
+add_layer_norm_forward = _ops.add_layer_norm_forward.default
+add_layer_norm_backward = _ops.add_layer_norm_backward.default
+
+
+def build_info() -> dict[str, object]:
+    """What the extension was compiled with: compiler, flags, openmp, torch, cuda (None without), cuda_archs."""
+    return _C.build_info()
+
+
+def serves(device_type: str) -> bool:
+    """Whether kernels for this device type, such as "cpu", were built."""
+    key = device_type.upper()
+    return key in ("CPU", "CUDA") and torch._C._dispatch_has_kernel_for_dispatch_key("fastnorm::rms_norm_forward", key)

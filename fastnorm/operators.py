@@ -1,0 +1,113 @@
+"""The backends' functions as operators of PyTorch's dispatcher, so that torch.compile and dispatch modes see them."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+_FORWARD = "float eps, bool zero_centered"
+SCHEMAS = (
+    f"rms_norm_forward(Tensor x, Tensor? weight, {_FORWARD}, ScalarType? cast_dtype, ScalarType out_dtype)"
+    " -> (Tensor y, Tensor rstd)",
+    "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, bool zero_centered, ScalarType? cast_dtype,"
+    " ScalarType? dweight_dtype) -> (Tensor dx, Tensor dweight)",
+    f"add_rms_norm_forward(Tensor x, Tensor residual, Tensor? weight, {_FORWARD}, ScalarType? cast_dtype,"
+    " ScalarType out_dtype, ScalarType residual_dtype) -> (Tensor y, Tensor h, Tensor rstd)",
+    "add_rms_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor rstd, bool zero_centered,"
+    " ScalarType? cast_dtype, ScalarType x_dtype, ScalarType residual_dtype, ScalarType? dweight_dtype)"
+    " -> (Tensor dx, Tensor dresidual, Tensor dweight)",
+    f"layer_norm_forward(Tensor x, Tensor? weight, Tensor? bias, {_FORWARD}, ScalarType out_dtype)"
+    " -> (Tensor y, Tensor mean, Tensor rstd)",
+    "layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool zero_centered,"
+    " ScalarType? dweight_dtype, ScalarType? dbias_dtype) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    f"add_layer_norm_forward(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, {_FORWARD},"
+    " ScalarType out_dtype, ScalarType residual_dtype) -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)",
+    "add_layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor mean, Tensor rstd,"
+    " bool zero_centered, ScalarType x_dtype, ScalarType residual_dtype, ScalarType? dweight_dtype,"
+    " ScalarType? dbias_dtype) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+)
+
+
+def _stat(x: torch.Tensor, *dtypes: torch.dtype) -> torch.Tensor:
+    dtype = torch.float64 if torch.float64 in (x.dtype, *dtypes) else torch.float32
+    return x.new_empty(x.shape[0], dtype=dtype)
+
+
+def _like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+def _parameter(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor | None:
+    return None if dtype is None else x.new_empty(x.shape[1], dtype=dtype)
+
+
+def _residual(h: torch.Tensor, x_dtype: torch.dtype, residual_dtype: torch.dtype) -> torch.Tensor | None:
+    return None if x_dtype == residual_dtype else _like(h, residual_dtype)
+
+
+def _rms_norm_forward(x, weight, eps, zero_centered, cast_dtype, out_dtype):
+    return _like(x, out_dtype), _stat(x)
+
+
+def _rms_norm_backward(dy, x, weight, rstd, zero_centered, cast_dtype, dweight_dtype):
+    return _like(x, x.dtype), _parameter(x, dweight_dtype)
+
+
+def _add_rms_norm_forward(x, residual, weight, eps, zero_centered, cast_dtype, out_dtype, residual_dtype):
+    return _like(x, out_dtype), _like(x, residual_dtype), _stat(x, residual.dtype, residual_dtype)
+
+
+def _add_rms_norm_backward(
+    dy, dh, h, weight, rstd, zero_centered, cast_dtype, x_dtype, residual_dtype, dweight_dtype
+):
+    return _like(h, x_dtype), _residual(h, x_dtype, residual_dtype), _parameter(h, dweight_dtype)
+
+
+def _layer_norm_forward(x, weight, bias, eps, zero_centered, out_dtype):
+    return _like(x, out_dtype), _stat(x), _stat(x)
+
+
+def _layer_norm_backward(dy, x, weight, mean, rstd, zero_centered, dweight_dtype, dbias_dtype):
+    return _like(x, x.dtype), _parameter(x, dweight_dtype), _parameter(x, dbias_dtype)
+
+
+def _add_layer_norm_forward(x, residual, weight, bias, eps, zero_centered, out_dtype, residual_dtype):
+    stats = (residual.dtype, residual_dtype)
+    return _like(x, out_dtype), _like(x, residual_dtype), _stat(x, *stats), _stat(x, *stats)
+
+
+def _add_layer_norm_backward(
+    dy, dh, h, weight, mean, rstd, zero_centered, x_dtype, residual_dtype, dweight_dtype, dbias_dtype
+):
+    dresidual = _residual(h, x_dtype, residual_dtype)
+    return _like(h, x_dtype), dresidual, _parameter(h, dweight_dtype), _parameter(h, dbias_dtype)
+
+
+_FAKES = {
+    "rms_norm_forward": _rms_norm_forward,
+    "rms_norm_backward": _rms_norm_backward,
+    "add_rms_norm_forward": _add_rms_norm_forward,
+    "add_rms_norm_backward": _add_rms_norm_backward,
+    "layer_norm_forward": _layer_norm_forward,
+    "layer_norm_backward": _layer_norm_backward,
+    "add_layer_norm_forward": _add_layer_norm_forward,
+    "add_layer_norm_backward": _add_layer_norm_backward,
+}
+
+
+def register_fakes(namespace: str) -> None:
+    """Shapes and dtypes of a namespace's operators, for tracing. An output that is not wanted is None."""
+    for name, fake in _FAKES.items():
+        torch.library.register_fake(f"{namespace}::{name}", fake)
+
+
+def register(namespace: str, module: ModuleType) -> torch.library.Library:
+    """Defines the operators in a namespace over a module's functions; they live as long as the library returned."""
+    library = torch.library.Library(namespace, "DEF")
+    for schema in SCHEMAS:
+        name = schema.partition("(")[0]
+        library.define(schema)
+        library.impl(name, getattr(module, name), "CompositeExplicitAutograd")
+    register_fakes(namespace)
+    return library

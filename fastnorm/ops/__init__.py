@@ -1,0 +1,1 @@
+"""One file an operation: its autograd.Function, functional and Module."""

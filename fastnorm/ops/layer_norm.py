@@ -1,0 +1,217 @@
+"""LayerNorm (Ba, Kiros & Hinton 2016, https://arxiv.org/abs/1607.06450), alone and behind a residual addition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backend, reference
+from .arguments import as_rows, as_vector, check, check_dtype, like_input, options_repr, result_dtype
+
+
+class LayerNormFunction(torch.autograd.Function):
+    """y = (x − mean) · rstd · w + b with rstd = 1/√(var(x) + eps)."""
+
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias, impl, shape, eps, zero_centered, out_dtype):
+        y, mean, rstd = impl.layer_norm_forward(
+            as_rows(x, shape), as_vector(weight), as_vector(bias), eps, zero_centered, out_dtype
+        )
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.impl, ctx.shape, ctx.options = impl, shape, (eps, zero_centered, out_dtype)
+        return like_input(y, x)
+
+    @staticmethod
+    def backward(ctx: Any, dy):
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        if reference.graph_wanted():
+            gradients = reference.gradients(
+                lambda x, w, b: reference.layer_norm(x, ctx.shape, w, b, *ctx.options), (x, weight, bias), dy
+            )
+            return *gradients, None, None, None, None, None
+        dx, dweight, dbias = ctx.impl.layer_norm_backward(
+            as_rows(dy, ctx.shape), as_rows(x, ctx.shape), as_vector(weight), mean, rstd, ctx.options[1],
+            weight.dtype if ctx.needs_input_grad[1] else None, bias.dtype if ctx.needs_input_grad[2] else None,
+        )  # fmt: skip
+        gradients = like_input(dx, x), like_input(dweight, weight), like_input(dbias, bias)
+        return *gradients, None, None, None, None, None
+
+
+class AddLayerNormFunction(torch.autograd.Function):
+    """h = x + residual; y = (h − mean) · rstd · w + b with rstd = 1/√(var(h) + eps)."""
+
+    @staticmethod
+    def forward(ctx: Any, x, residual, weight, bias, impl, shape, eps, zero_centered, out_dtype, residual_dtype):
+        y, h, mean, rstd = impl.add_layer_norm_forward(
+            as_rows(x, shape), as_rows(residual, shape), as_vector(weight), as_vector(bias),
+            eps, zero_centered, out_dtype, residual_dtype,
+        )  # fmt: skip
+        h = like_input(h, x)
+        ctx.save_for_backward(h, weight, bias, mean, rstd)
+        ctx.impl, ctx.shape, ctx.options = impl, shape, (eps, zero_centered, out_dtype)
+        ctx.x_dtype, ctx.residual_dtype = x.dtype, residual.dtype
+        ctx.set_materialize_grads(False)  # the last block's h goes nowhere, and its gradient is then not read
+        return like_input(y, x), h
+
+    @staticmethod
+    def backward(ctx: Any, dy, dh):
+        return *_add_layer_norm_gradients(ctx, dy, dh), None, None, None, None, None, None
+
+
+def _add_layer_norm_gradients(ctx: Any, dy, dh):
+    """(dx, dresidual, dweight, dbias)."""
+    h, weight, bias, mean, rstd = ctx.saved_tensors
+    if dy is None:  # y was not used
+        return *reference.stream_gradients(dh, ctx.x_dtype, ctx.residual_dtype), None, None
+    if reference.graph_wanted():
+        dnorm, dweight, dbias = reference.gradients(
+            lambda h, w, b: reference.layer_norm(h, ctx.shape, w, b, *ctx.options), (h, weight, bias), dy
+        )
+        total = dnorm if dh is None else dnorm + dh
+        return *reference.stream_gradients(total, ctx.x_dtype, ctx.residual_dtype), dweight, dbias
+    dx, dresidual, dweight, dbias = ctx.impl.add_layer_norm_backward(
+        as_rows(dy, ctx.shape), None if dh is None else as_rows(dh, ctx.shape), as_rows(h, ctx.shape),
+        as_vector(weight), mean, rstd, ctx.options[1], ctx.x_dtype, ctx.residual_dtype,
+        weight.dtype if ctx.needs_input_grad[2] else None, bias.dtype if ctx.needs_input_grad[3] else None,
+    )  # fmt: skip
+    dx = like_input(dx, h)
+    dresidual = dx if dresidual is None else like_input(dresidual, h)
+    return dx, dresidual, like_input(dweight, weight), like_input(dbias, bias)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    zero_centered: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """torch.nn.functional.layer_norm, fused: y = (x − mean) / √(var + eps) · weight + bias over the last dimensions.
+
+    input: (*, *normalized_shape), float32, bfloat16, float16 or float64, any strides.
+    weight, bias: normalized_shape or None, each of any of these dtypes.
+    eps: added to the variance.
+    zero_centered: the weight is applied as 1 + weight.
+    out_dtype: of the result; None is the input's, or what stock autocast gives.
+
+    Returns y: (*, *normalized_shape), contiguous. Statistics are computed in float32 (float64 for float64), the
+    variance in a second pass over the centred row. dweight and dbias are summed in a fixed order: two runs on the same
+    device are bitwise equal.
+
+    Raises what torch.nn.functional.layer_norm raises, and ValueError for a negative or NaN eps.
+    Source: torch.nn.functional.layer_norm; Ba, Kiros & Hinton, "Layer Normalization", 2016.
+    """
+    shape = check("layer_norm", input, normalized_shape, eps, weight, bias)
+    check_dtype("layer_norm", "out_dtype", out_dtype)
+    out_dtype = result_dtype("layer_norm", input, out_dtype)
+    return _layer_norm(input, shape, weight, bias, float(eps), zero_centered, out_dtype)
+
+
+def _layer_norm(x, shape, weight, bias, eps, zero_centered, out_dtype):
+    impl = backend.pick("layer_norm", x, weight, bias)
+    if impl is None or x.numel() == 0:
+        return reference.layer_norm(x, shape, weight, bias, eps, zero_centered, out_dtype)
+    return LayerNormFunction.apply(x, weight, bias, impl, shape, eps, zero_centered, out_dtype)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    zero_centered: bool = False,
+    out_dtype: torch.dtype | None = None,
+    residual_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """h = x + residual and y = layer_norm(h), in one kernel: what a pre-norm block does between two layers.
+
+    x: (*, *normalized_shape). residual: the same shape, any floating dtype; None starts the stream (h is x).
+    residual_dtype: of h; None is the promoted dtype of x and residual. out_dtype: of y; None is x's dtype.
+    The other arguments and the errors are those of `layer_norm`.
+
+    Returns (y, h). y is computed from the rounded h. Gradients flow through both.
+    """
+    shape = check("add_layer_norm", x, normalized_shape, eps, weight, bias, residual=residual)
+    check_dtype("add_layer_norm", "out_dtype", out_dtype)
+    check_dtype("add_layer_norm", "residual_dtype", residual_dtype)
+    eps, out_dtype = float(eps), result_dtype("layer_norm", x, out_dtype)
+    if residual is None:
+        h = x if residual_dtype is None else x.to(residual_dtype)
+        return _layer_norm(h, shape, weight, bias, eps, zero_centered, out_dtype), h
+    residual_dtype = residual_dtype or torch.promote_types(x.dtype, residual.dtype)
+    impl = backend.pick("add_layer_norm", x, residual, weight, bias)
+    if impl is None or x.numel() == 0:
+        h = reference.add(x, residual, residual_dtype)
+        return reference.layer_norm(h, shape, weight, bias, eps, zero_centered, out_dtype), h
+    return AddLayerNormFunction.apply(
+        x, residual, weight, bias, impl, shape, eps, zero_centered, out_dtype, residual_dtype
+    )
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """torch.nn.LayerNorm, fused: the same constructor, state_dict and errors.
+
+    The keyword arguments zero_centered and out_dtype are those of `fastnorm.functional.layer_norm`; a zero-centred
+    weight starts at zero, so that it is applied as one.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        zero_centered: bool = False,
+        out_dtype: torch.dtype | None = None,
+    ) -> None:
+        check_dtype("LayerNorm", "out_dtype", out_dtype)
+        self.zero_centered, self.out_dtype = zero_centered, out_dtype
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.zero_centered and self.weight is not None:
+            torch.nn.init.zeros_(self.weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return layer_norm(
+            input, self.normalized_shape, self.weight, self.bias, self.eps,
+            zero_centered=self.zero_centered, out_dtype=self.out_dtype,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + options_repr(self, zero_centered=False, out_dtype=None)
+
+
+class AddLayerNorm(LayerNorm):
+    """The pre-norm block's two steps in one kernel: `forward(x, residual=None) -> (y, h)`.
+
+    h = x + residual is the stream to hand on, y = layer_norm(h) what the next layer reads; without a residual h is x.
+    The constructor and the state_dict are those of LayerNorm; residual_dtype is h's dtype, None the promoted one.
+    """
+
+    def __init__(self, *args: Any, residual_dtype: torch.dtype | None = None, **kwargs: Any) -> None:
+        check_dtype("AddLayerNorm", "residual_dtype", residual_dtype)
+        self.residual_dtype = residual_dtype
+        super().__init__(*args, **kwargs)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return add_layer_norm(
+            x, residual, self.normalized_shape, self.weight, self.bias, self.eps,
+            zero_centered=self.zero_centered, out_dtype=self.out_dtype, residual_dtype=self.residual_dtype,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + options_repr(self, residual_dtype=None)

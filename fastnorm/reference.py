@@ -1,0 +1,95 @@
+"""The operations in plain PyTorch: the fallback, and what a double backward and torch.compile go through.
+
+Every function is differentiable any number of times, and takes its arguments as `fastnorm.functional` does, already
+checked and with every default resolved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    zero_centered: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """y = (x − mean) · rstd · w + b over the last len(normalized_shape) dimensions."""
+    if not zero_centered and out_dtype == x.dtype and _stock_takes(x, weight, bias):
+        return F.layer_norm(x, normalized_shape, weight, bias, eps)
+    dtype = stat_dtype(x.dtype)
+    weight = _applied(weight, zero_centered, dtype)
+    bias = None if bias is None else bias.to(dtype)
+    return F.layer_norm(x.to(dtype), normalized_shape, weight, bias, eps).to(out_dtype)
+
+
+def rms_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    eps: float,
+    zero_centered: bool,
+    cast_dtype: torch.dtype | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """y = x · rstd · w over the last len(normalized_shape) dimensions; x · rstd is rounded to cast_dtype, if given."""
+    if not zero_centered and cast_dtype is None and out_dtype == x.dtype and _stock_takes(x, weight, None):
+        return F.rms_norm(x, normalized_shape, weight, eps)
+    dtype = stat_dtype(x.dtype)
+    x_hat = F.rms_norm(x.to(dtype), normalized_shape, None, eps)
+    if cast_dtype is not None:
+        # rounding with the identity's gradient: .to() alone would round the gradient as well
+        x_hat = x_hat + (x_hat.to(cast_dtype).to(dtype) - x_hat).detach()
+    weight = _applied(weight, zero_centered, dtype)
+    return (x_hat if weight is None else x_hat * weight).to(out_dtype)
+
+
+def add(x: Tensor, residual: Tensor, residual_dtype: torch.dtype) -> Tensor:
+    """h = x + residual, rounded once, to residual_dtype."""
+    dtype = torch.promote_types(torch.promote_types(x.dtype, residual.dtype), residual_dtype)
+    return (x.to(dtype) + residual.to(dtype)).to(residual_dtype)
+
+
+def stream_gradients(
+    total: Tensor | None, x_dtype: torch.dtype, residual_dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradient of h, for x and for the residual; None where it is undefined."""
+    return (None, None) if total is None else (total.to(x_dtype), total.to(residual_dtype))
+
+
+def stat_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that statistics of such an input are computed in."""
+    return dtype if dtype in (torch.float64, torch.complex64, torch.complex128) else torch.float32
+
+
+def gradients(formula: Callable[..., Tensor], inputs: Sequence[Tensor | None], dy: Tensor) -> list[Tensor | None]:
+    """The gradients of formula(*inputs), as differentiable functions of the inputs and of dy."""
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    with torch.enable_grad():
+        found = iter(torch.autograd.grad(formula(*inputs), wanted, dy, create_graph=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in inputs]
+
+
+def _applied(weight: Tensor | None, zero_centered: bool, dtype: torch.dtype) -> Tensor | None:
+    """The weight that multiplies: w, or 1 + w."""
+    if weight is None:
+        return None
+    return weight.to(dtype) + 1 if zero_centered else weight.to(dtype)
+
+
+def _stock_takes(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether these dtypes are the same. Stock takes some mixtures on the CPU, but sums their dweight in 16 bits."""
+    return {t.dtype for t in (weight, bias) if t is not None} <= {x.dtype}
+
+
+def graph_wanted() -> bool:
+    """Whether the backward that is running must be differentiable itself (create_graph=True)."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()

@@ -1,0 +1,40 @@
+"""Triton kernels. Every function here has its namesake, with the same signature, in fastnorm.native."""
+
+import torch
+import triton
+
+from .layer_norm import add_layer_norm_backward, add_layer_norm_forward, layer_norm_backward, layer_norm_forward
+from .rms_norm import add_rms_norm_backward, add_rms_norm_forward, rms_norm_backward, rms_norm_forward
+
+__all__ = [
+    "INTERPRETED",
+    "add_layer_norm_backward",
+    "add_layer_norm_forward",
+    "add_rms_norm_backward",
+    "add_rms_norm_forward",
+    "device_type",
+    "layer_norm_backward",
+    "layer_norm_forward",
+    "rms_norm_backward",
+    "rms_norm_forward",
+    "serves",
+]
+
+
+INTERPRETED = triton.knobs.runtime.interpret  # read once, as the kernels' decorators do
+
+
+def device_type() -> str | None:
+    """The type of the device that Triton's kernels run on: "cpu" in its interpreter, None where it finds no device."""
+    if INTERPRETED:
+        return "cpu"
+    if triton.runtime.driver._active is None and not torch.accelerator.is_available():
+        return None
+    return triton.runtime.driver.active.get_active_torch_device().type
+
+
+def serves(device: str) -> bool:
+    """Whether tensors of this device type can be given to the kernels."""
+    if device == "cpu" and not INTERPRETED and triton.runtime.driver._active is None:
+        return False  # a driver that runs on the CPU is set by hand; creating the card's only to ask it takes seconds
+    return device_type() == device

@@ -1,0 +1,144 @@
+"""Tile, warp and program choices: pure functions of the problem's size, so that a test can call them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import triton
+
+WARP = 32
+ACCESS_BYTES = 16  # the widest load of a thread
+MAX_PADDING = 1 / 8  # idle lanes that a tiling may cost, as a part of the row
+RESIDENT_BYTES = 65536  # longer rows go through the looped kernels
+HELD_REGISTERS = {4: 200, 8: 200, 16: 84}  # of a thread's 255, or 128 with 16 warps, that a row may take
+BACKWARD_RESIDENT_COLS = 16384  # of wider rows, the parameter sums no longer fit into one program's registers
+NARROW_ELEMENTS = 32  # that a thread holds of rows shorter than a warp's access
+PARTIAL_SHARE = 0.03  # of the backward's traffic that partial sums may add, from PARTIAL_ROWS rows on
+PARTIAL_ROWS = 4096
+INTERPRETER_PROGRAMS = 5  # Triton's interpreter has no device to ask; odd, so that rows divide unevenly
+
+
+class RowTiles(NamedTuple):
+    """A row of `count` tiles with `tile` columns each; `rows` rows a program of `warps` warps."""
+
+    tile: int
+    count: int
+    rows: int
+    warps: int
+
+    @property
+    def elements(self) -> int:
+        """Elements that a thread holds."""
+        return self.tile * self.count * self.rows // (WARP * self.warps)
+
+
+def padding(cols: int, tile: int) -> float:
+    """Idle lanes per useful one when `cols` columns are cut into tiles of `tile`."""
+    return (triton.cdiv(cols, tile) * tile - cols) / cols
+
+
+def row_tiles(cols: int, itemsize: int, max_elements: int = 80, max_warps: int = 16, min_warps: int = 2) -> RowTiles:
+    """The tiling of a row; it depends on nothing but the row, so that results do not depend on the batch.
+
+    A row gets more warps once a thread would hold more than `max_elements` of it; a program gets more rows until it
+    has `min_warps` warps: with one, the limit on programs would leave half of a multiprocessor's warp slots empty.
+    """
+    vector = ACCESS_BYTES // itemsize
+    if cols <= WARP * vector:
+        return _narrow_tiles(cols, vector)
+    warps = 1
+    while warps < max_warps and cols > WARP * warps * max_elements:
+        warps *= 2
+    while warps > 1 and padding(cols, WARP * warps * vector) > MAX_PADDING:
+        warps //= 2
+    tile = WARP * warps * vector
+    rows = max(1, min_warps // warps)
+    return RowTiles(tile, triton.cdiv(cols, tile), rows, warps * rows)
+
+
+def _narrow_tiles(cols: int, vector: int) -> RowTiles:
+    """Rows shorter than one access of a warp: several rows a warp, four warps a program."""
+    tile = triton.next_power_of_2(cols)
+    while tile > 4 * vector and padding(cols, tile) > MAX_PADDING:
+        tile //= 2
+    count = triton.cdiv(cols, tile)
+    rows = 4 * WARP * NARROW_ELEMENTS // (tile * triton.next_power_of_2(count))
+    return RowTiles(tile, count, rows, 4)
+
+
+def backward_row_tiles(cols: int, itemsize: int) -> RowTiles:
+    """As row_tiles, with more warps a program: the partial sums allow few programs on a multiprocessor."""
+    return row_tiles(cols, itemsize, max_elements=32, min_warps=8)
+
+
+def backward_holds(tiles: RowTiles, sums: int) -> bool:
+    """Whether a thread can hold x̂, w·dy, w and `sums` parameter sums; if not, x and dy are read again from cache."""
+    return tiles.elements * (3 + sums) <= HELD_REGISTERS[tiles.warps]
+
+
+def is_long(cols: int, itemsize: int) -> bool:
+    """Whether a row is too long for the forward to hold."""
+    return cols * itemsize > RESIDENT_BYTES
+
+
+def backward_is_long(cols: int, itemsize: int) -> bool:
+    """Whether a row's parameter sums are too long for one program."""
+    return is_long(cols, itemsize) or cols > BACKWARD_RESIDENT_COLS
+
+
+def long_tile(itemsize: int) -> tuple[int, int]:
+    """Columns of one step along a long row, and the number of warps: two accesses a thread are in flight."""
+    warps = 8
+    return 2 * WARP * warps * ACCESS_BYTES // itemsize, warps
+
+
+def column_tile(itemsize: int) -> tuple[int, int]:
+    """Columns of one program of the looped backward's second kernel, and the number of warps."""
+    warps = 4
+    return WARP * warps * ACCESS_BYTES // itemsize, warps
+
+
+def backward_programs(rows: int, tiles: RowTiles, multiprocessors: int, itemsize: int, partials: int) -> int:
+    """Programs of the persistent backward: fill the card, but keep `partials` float32 sums a program within
+    PARTIAL_SHARE of the traffic (x and dy read, dx written)."""
+    filling = multiprocessors * max(1, 16 // tiles.warps)
+    blocks = triton.cdiv(rows, tiles.rows)
+    if partials == 0:
+        return min(filling, blocks)
+    traffic = 3 * max(rows, PARTIAL_ROWS) * itemsize
+    affordable = max(1, int(PARTIAL_SHARE * traffic / (4 * partials)))
+    return min(filling, blocks, affordable)
+
+
+def long_row_chunks(rows: int, column_blocks: int, multiprocessors: int) -> int:
+    """Row chunks of the looped backward's second kernel, which has a program for each chunk and column block."""
+    return max(1, min(rows, 2 * multiprocessors // column_blocks, triton.cdiv(rows, 16)))
+
+
+def access_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
+    """The largest element among the tensors that are there: it bounds what one 16-byte access holds."""
+    return max(t.element_size() for t in tensors if t is not None)
+
+
+@functools.lru_cache(maxsize=16)
+def _multiprocessors(driver: object, device: int) -> int:
+    return driver.utils.get_device_properties(device)["multiprocessor_count"]
+
+
+def multiprocessors() -> int:
+    """Of the device that Triton runs on, by Triton's own driver."""
+    if triton.knobs.runtime.interpret:
+        return INTERPRETER_PROGRAMS
+    driver = triton.runtime.driver.active
+    return _multiprocessors(driver, driver.get_current_device())
+
+
+def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Makes the card of `x` current: Triton launches on the current device, wherever the pointers live."""
+    if x.device.type == "cpu":
+        return contextlib.nullcontext()
+    return torch.accelerator.device_index(x.device.index)

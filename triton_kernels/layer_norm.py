@@ -1,0 +1,369 @@
+"""LayerNorm (Ba, Kiros & Hinton 2016), alone and behind a residual addition, forward and backward."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+from .tiles import (
+    column_sums,
+    empty_partials,
+    load_stream,
+    load_tile,
+    load_weight,
+    load_weight_tile,
+    reciprocal_sqrt,
+    store_partials,
+    store_stream_gradient,
+    store_tile,
+    sum_pair,
+    tile_mask,
+)
+from .types import stat_dtype
+
+
+@triton.jit
+def _layer_norm_forward_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr, n_rows, x_stride, residual_stride,
+    EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr, REFINE: tl.constexpr,
+    N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """y = (h − mean) · rstd · w + b with h = x + residual, rstd = 1/√(var(h) + eps)."""
+    stat = rstd_ptr.dtype.element_ty
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    row_mask = rows < n_rows if ROWS > 1 else None
+    total = tl.zeros((ROWS, TILE), stat)
+    tiles = ()
+    for t in tl.static_range(N_TILES):
+        cols = t * TILE + tl.arange(0, TILE)[None, :]
+        mask = tile_mask(t, cols, row_mask, N_COLS, TILE)
+        h = load_stream(
+            x_ptr, residual_ptr, h_ptr,
+            rows * x_stride + cols, rows * residual_stride + cols, rows * N_COLS + cols, mask, stat,
+        )  # fmt: skip
+        total += h
+        tiles = tiles + (h,)
+    mean = tl.sum(total, axis=1, keep_dims=True) * (1.0 / N_COLS)
+    remainder = tl.zeros((ROWS, TILE), stat)
+    square_sum = tl.zeros((ROWS, TILE), stat)
+    centered = ()
+    for t in tl.static_range(N_TILES):
+        c = tiles[t] - mean
+        if (t + 1) * TILE > N_COLS:
+            # masked lanes must stay zero: (0 − mean)² would enter the variance
+            c = tl.where(t * TILE + tl.arange(0, TILE)[None, :] < N_COLS, c, 0.0)
+        square_sum += c * c
+        if REFINE:
+            remainder += c
+        centered = centered + (c,)
+    # scaled before the lanes are added: n squares of 1e18 have a mean that fits, and a sum that does not
+    if REFINE:
+        shift, variance = sum_pair(remainder * (1.0 / N_COLS), square_sum * (1.0 / N_COLS))
+        variance = tl.maximum(variance - shift * shift, 0.0, tl.PropagateNan.ALL)
+        mean += shift
+    else:
+        variance = tl.sum(square_sum * (1.0 / N_COLS), axis=1, keep_dims=True)
+    rstd = reciprocal_sqrt(variance + EPS)
+    store_tile(mean_ptr + rows, mean, row_mask)
+    store_tile(rstd_ptr + rows, rstd, row_mask)
+    for t in tl.static_range(N_TILES):
+        cols = t * TILE + tl.arange(0, TILE)[None, :]
+        y = (centered[t] - shift if REFINE else centered[t]) * rstd
+        if weight_ptr is not None:
+            y *= load_weight_tile(weight_ptr, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
+        if bias_ptr is not None:
+            y += load_weight_tile(bias_ptr, t, stat, False, N_COLS, TILE, ROWS)
+        store_tile(y_ptr + rows * N_COLS + cols, y, tile_mask(t, cols, row_mask, N_COLS, TILE))
+
+
+@triton.jit
+def _layer_norm_long_forward_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr, n_cols, x_stride, residual_stride,
+    EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """As the kernel above, for a row that does not fit on chip: each lane keeps Welford's mean and squares."""
+    stat = rstd_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    lane_mean = tl.zeros((TILE,), stat)
+    lane_squares = tl.zeros((TILE,), stat)
+    step = tl.zeros((), stat)
+    for start in range(0, n_cols, TILE):
+        cols = start + tl.arange(0, TILE)
+        mask = cols < n_cols
+        h = load_stream(
+            x_ptr, residual_ptr, h_ptr,
+            row * x_stride + cols, row * residual_stride + cols, row * n_cols + cols, mask, stat,
+        )  # fmt: skip
+        step += 1.0
+        delta = h - lane_mean
+        new_mean = lane_mean + delta / step
+        lane_squares = tl.where(mask, lane_squares + delta * (h - new_mean), lane_squares)
+        lane_mean = tl.where(mask, new_mean, lane_mean)
+    # a lane's part of the row; Chan's rule then joins the lanes
+    share = tl.cdiv(tl.maximum(n_cols - tl.arange(0, TILE), 0), TILE).to(stat) / tl.cast(n_cols, stat)
+    mean = tl.sum(lane_mean * share)
+    deviation = tl.where(share > 0, lane_mean - mean, 0.0)
+    shift = tl.sum(deviation * share)
+    variance = tl.sum(lane_squares / tl.cast(n_cols, stat) + share * deviation * deviation, axis=0, keep_dims=True)
+    rstd = reciprocal_sqrt(tl.maximum(variance - shift * shift, 0.0, tl.PropagateNan.ALL) + EPS)
+    tl.store(mean_ptr + row, mean + shift)
+    store_tile(rstd_ptr + row + tl.arange(0, 1), rstd, None)
+    for start in range(0, n_cols, TILE):
+        cols = start + tl.arange(0, TILE)
+        mask = cols < n_cols
+        if residual_ptr is not None:
+            # a thread reads here what it wrote itself: same tile, same lanes
+            h = load_tile(h_ptr + row * n_cols + cols, mask, stat)
+        else:
+            h = load_tile(x_ptr + row * x_stride + cols, mask, stat)
+        y = (h - mean - shift) * rstd
+        if weight_ptr is not None:
+            y *= load_weight(weight_ptr, cols, mask, stat, ZERO_CENTERED)
+        if bias_ptr is not None:
+            y += load_tile(bias_ptr + cols, mask, stat)
+        store_tile(y_ptr + row * n_cols + cols, y, mask)
+
+
+@triton.jit
+def _layer_norm_backward_kernel(
+    dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr,
+    n_rows, dy_stride, dh_stride, h_stride,
+    ZERO_CENTERED: tl.constexpr, HOLD: tl.constexpr,
+    N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """dx = (w·dy − mean(w·dy) − x̂ · mean(x̂ · w·dy)) · rstd + dh; dweight = Σ dy · x̂, dbias = Σ dy."""
+    stat = rstd_ptr.dtype.element_ty
+    dweight, dbias, weight = (), (), ()
+    for t in tl.static_range(N_TILES):
+        dweight = dweight + (tl.zeros((ROWS, TILE), stat),)
+        dbias = dbias + (tl.zeros((ROWS, TILE), stat),)
+        if HOLD and weight_ptr is not None:
+            weight = weight + (load_weight_tile(weight_ptr, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS),)
+    for block in range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
+        row_ids = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
+        rows = row_ids[:, None]
+        row_mask = rows < n_rows if ROWS > 1 else None
+        mean = load_tile(mean_ptr + row_ids, row_ids < n_rows if ROWS > 1 else None, stat)[:, None]
+        rstd = load_tile(rstd_ptr + row_ids, row_ids < n_rows if ROWS > 1 else None, stat)[:, None]
+        product = tl.zeros((ROWS, TILE), stat)
+        total = tl.zeros((ROWS, TILE), stat)
+        weight_sums, bias_sums, centered, weighted = (), (), (), ()
+        for t in tl.static_range(N_TILES):
+            cols = t * TILE + tl.arange(0, TILE)[None, :]
+            mask = tile_mask(t, cols, row_mask, N_COLS, TILE)
+            c = load_tile(h_ptr + rows * h_stride + cols, mask, stat) - mean
+            dy = load_tile(dy_ptr + rows * dy_stride + cols, mask, stat)
+            g = dy * rstd  # scaled before anything else: x̂ itself is then never needed
+            weight_sums = weight_sums + (dweight[t] + g * c if dweight_ptr is not None else dweight[t],)
+            bias_sums = bias_sums + (dbias[t] + dy if dbias_ptr is not None else dbias[t],)
+            if weight_ptr is not None:
+                if HOLD:
+                    g *= weight[t]
+                else:
+                    g *= load_weight_tile(weight_ptr, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
+            product += c * g
+            total += g
+            if HOLD:
+                centered = centered + (c,)
+                weighted = weighted + (g,)
+        dweight = weight_sums
+        dbias = bias_sums
+        product_sum, total_sum = sum_pair(product, total)
+        slope = product_sum * (-1.0 / N_COLS) * rstd * rstd  # negated once a row, not once an element
+        offset = total_sum * (1.0 / N_COLS)
+        for t in tl.static_range(N_TILES):
+            cols = t * TILE + tl.arange(0, TILE)[None, :]
+            mask = tile_mask(t, cols, row_mask, N_COLS, TILE)
+            if HOLD:
+                c = centered[t]
+                g = weighted[t]
+            else:  # this wide, registers go to the parameter sums, and the row is still in the cache
+                c = load_tile(h_ptr + rows * h_stride + cols, mask, stat) - mean
+                g = load_tile(dy_ptr + rows * dy_stride + cols, mask, stat) * rstd
+                if weight_ptr is not None:
+                    g *= load_weight_tile(weight_ptr, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
+            dx = g - offset + c * slope
+            store_stream_gradient(
+                dx, dx_ptr, dresidual_ptr, dh_ptr, rows * N_COLS + cols, rows * dh_stride + cols, mask
+            )  # fmt: skip
+    if dweight_ptr is not None:
+        store_partials(dweight_ptr, dweight, N_COLS, TILE, N_TILES)
+    if dbias_ptr is not None:
+        store_partials(dbias_ptr, dbias, N_COLS, TILE, N_TILES)
+
+
+@triton.jit
+def _layer_norm_long_backward_rows_kernel(
+    dy_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, mean_product_ptr, mean_dy_ptr, n_cols, dy_stride, h_stride,
+    ZERO_CENTERED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """mean(x̂ · w·dy) and mean(w·dy) of one long row."""
+    stat = rstd_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    mean = tl.load(mean_ptr + row)
+    rstd = tl.load(rstd_ptr + row)
+    product = tl.zeros((TILE,), stat)
+    total = tl.zeros((TILE,), stat)
+    for start in range(0, n_cols, TILE):
+        cols = start + tl.arange(0, TILE)
+        mask = cols < n_cols
+        x_hat = (load_tile(h_ptr + row * h_stride + cols, mask, stat) - mean) * rstd
+        dy = load_tile(dy_ptr + row * dy_stride + cols, mask, stat)
+        if weight_ptr is not None:
+            dy *= load_weight(weight_ptr, cols, mask, stat, ZERO_CENTERED)
+        product += x_hat * dy
+        total += dy
+    tl.store(mean_product_ptr + row, tl.sum(product) / tl.cast(n_cols, stat))
+    tl.store(mean_dy_ptr + row, tl.sum(total) / tl.cast(n_cols, stat))
+
+
+@triton.jit
+def _layer_norm_long_backward_columns_kernel(
+    dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, mean_product_ptr, mean_dy_ptr,
+    dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr, n_rows, n_cols, dy_stride, dh_stride, h_stride,
+    ZERO_CENTERED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """dx as in the backward above for one block of columns and every num_programs-th row; dweight, dbias over those."""
+    stat = rstd_ptr.dtype.element_ty
+    cols = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    mask = cols < n_cols
+    dweight = tl.zeros((TILE,), stat)
+    dbias = tl.zeros((TILE,), stat)
+    for r in range(tl.program_id(1), n_rows, tl.num_programs(1)):
+        row = tl.cast(r, tl.int64)
+        rstd = tl.load(rstd_ptr + row)
+        x_hat = (load_tile(h_ptr + row * h_stride + cols, mask, stat) - tl.load(mean_ptr + row)) * rstd
+        dy = load_tile(dy_ptr + row * dy_stride + cols, mask, stat)
+        dweight += dy * x_hat
+        dbias += dy
+        if weight_ptr is not None:
+            dy *= load_weight(weight_ptr, cols, mask, stat, ZERO_CENTERED)
+        dx = (dy - tl.load(mean_dy_ptr + row) - x_hat * tl.load(mean_product_ptr + row)) * rstd
+        store_stream_gradient(dx, dx_ptr, dresidual_ptr, dh_ptr, row * n_cols + cols, row * dh_stride + cols, mask)
+    offsets = tl.program_id(1).to(tl.int64) * n_cols + cols
+    if dweight_ptr is not None:
+        store_tile(dweight_ptr + offsets, dweight, mask)
+    if dbias_ptr is not None:
+        store_tile(dbias_ptr + offsets, dbias, mask)
+
+
+def layer_norm_forward(x, weight, bias, eps, zero_centered, out_dtype):
+    """x: (rows, cols), weight, bias: (cols,) or None. Returns y: (rows, cols) in out_dtype, mean and rstd: (rows,)."""
+    y, _, mean, rstd = _forward(x, None, weight, bias, eps, zero_centered, out_dtype, None)
+    return y, mean, rstd
+
+
+def add_layer_norm_forward(x, residual, weight, bias, eps, zero_centered, out_dtype, residual_dtype):
+    """x, residual: (rows, cols). Returns y in out_dtype, h = x + residual in residual_dtype, mean and rstd: (rows,)."""
+    return _forward(x, residual, weight, bias, eps, zero_centered, out_dtype, residual_dtype)
+
+
+def _forward(x, residual, weight, bias, eps, zero_centered, out_dtype, residual_dtype):
+    rows, cols = x.shape
+    y = x.new_empty((rows, cols), dtype=out_dtype)
+    h = None if residual is None else x.new_empty((rows, cols), dtype=residual_dtype)
+    rstd = x.new_empty(rows, dtype=stat_dtype(x, residual, h))
+    mean = torch.empty_like(rstd)
+    if rows == 0:
+        return y, h, mean, rstd
+    arguments = (x, residual, weight, bias, y, h, mean, rstd)
+    strides = (x.stride(0), 0 if residual is None else residual.stride(0))
+    itemsize = launch.access_bytes((x, residual, h, y))
+    with launch.on_device(x):
+        if launch.is_long(cols, itemsize):
+            tile, warps = launch.long_tile(itemsize)
+            # grid: one program for each row
+            _layer_norm_long_forward_kernel[(rows,)](
+                *arguments, cols, *strides, EPS=eps, ZERO_CENTERED=zero_centered, TILE=tile, num_warps=warps
+            )
+        else:
+            tiles = launch.row_tiles(cols, itemsize)
+            # grid: one program for each tiles.rows rows
+            _layer_norm_forward_kernel[(triton.cdiv(rows, tiles.rows),)](
+                *arguments, rows, *strides,
+                EPS=eps, ZERO_CENTERED=zero_centered, REFINE=_refines(x if h is None else h),
+                N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows, num_warps=tiles.warps,
+            )  # fmt: skip
+    return y, h, mean, rstd
+
+
+def layer_norm_backward(dy, x, weight, mean, rstd, zero_centered, dweight_dtype, dbias_dtype):
+    """dy, x: (rows, cols). Returns dx like x, dweight and dbias: (cols,), None where their dtype is None."""
+    dx, _, dweight, dbias = _backward(
+        dy, None, x, weight, mean, rstd, zero_centered, x.dtype, x.dtype, dweight_dtype, dbias_dtype
+    )
+    return dx, dweight, dbias
+
+
+def add_layer_norm_backward(
+    dy, dh, h, weight, mean, rstd, zero_centered, x_dtype, residual_dtype, dweight_dtype, dbias_dtype
+):
+    """dy, dh, h: (rows, cols). Returns dx, dresidual (None where dx serves as both), dweight, dbias."""
+    return _backward(
+        dy, dh, h, weight, mean, rstd, zero_centered, x_dtype, residual_dtype, dweight_dtype, dbias_dtype
+    )
+
+
+def _refines(h):
+    """Whether to centre twice: what rounding left in a mean ≫ std shows in the centred values, exactly. 16-bit rows
+    are too coarse for it to matter."""
+    return h.element_size() >= 4
+
+
+def _backward(dy, dh, h, weight, mean, rstd, zero_centered, x_dtype, residual_dtype, dweight_dtype, dbias_dtype):
+    rows, cols = h.shape
+    dtypes = [dweight_dtype, dbias_dtype]
+    dx = h.new_empty((rows, cols), dtype=x_dtype)
+    dresidual = None if residual_dtype == x_dtype else h.new_empty((rows, cols), dtype=residual_dtype)
+    if rows == 0:
+        return dx, dresidual, *(None if d is None else h.new_zeros(cols, dtype=d) for d in dtypes)
+    itemsize = launch.access_bytes((dy, dh, h, dx, dresidual))
+    arguments = (dy, dh, h, weight, mean, rstd, dx, dresidual)
+    with launch.on_device(h):
+        run = _backward_long if launch.backward_is_long(cols, itemsize) else _backward_resident
+        partials = run(arguments, itemsize, dtypes, zero_centered)
+        dweight, dbias = column_sums(partials, dtypes)
+    return dx, dresidual, dweight, dbias
+
+
+def _backward_resident(arguments, itemsize, dtypes, zero_centered):
+    """Fills dx and dresidual; returns the (programs, cols) partials of dweight and dbias, None where not wanted."""
+    dy, dh, h, *_, rstd, _, _ = arguments
+    rows, cols = h.shape
+    tiles = launch.backward_row_tiles(cols, itemsize)
+    sums = sum(d is not None for d in dtypes)
+    programs = launch.backward_programs(rows, tiles, launch.multiprocessors(), itemsize, sums)
+    partials = empty_partials(h, programs, dtypes, rstd.dtype)
+    # grid: as many programs as the card holds, each takes every programs-th block of rows
+    _layer_norm_backward_kernel[(programs,)](
+        *arguments, *partials, rows, dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0),
+        ZERO_CENTERED=zero_centered, HOLD=launch.backward_holds(tiles, sums=2),
+        N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows, num_warps=tiles.warps,
+    )  # fmt: skip
+    return partials
+
+
+def _backward_long(arguments, itemsize, dtypes, zero_centered):
+    """As _backward_resident, by two kernels: the means of the rows, then dx and the sums by blocks of columns."""
+    dy, dh, h, weight, mean, rstd, dx, dresidual = arguments
+    rows, cols = h.shape
+    mean_product, mean_dy = torch.empty_like(rstd), torch.empty_like(rstd)
+    tile, warps = launch.long_tile(itemsize)
+    # grid: one program for each row
+    _layer_norm_long_backward_rows_kernel[(rows,)](
+        dy, h, weight, mean, rstd, mean_product, mean_dy, cols, dy.stride(0), h.stride(0),
+        ZERO_CENTERED=zero_centered, TILE=tile, num_warps=warps,
+    )  # fmt: skip
+    tile, warps = launch.column_tile(itemsize)
+    blocks = triton.cdiv(cols, tile)
+    chunks = launch.long_row_chunks(rows, blocks, launch.multiprocessors())
+    partials = empty_partials(h, chunks, dtypes, rstd.dtype)
+    # grid: (blocks of columns, chunks of rows)
+    _layer_norm_long_backward_columns_kernel[(blocks, chunks)](
+        dy, dh, h, weight, mean, rstd, mean_product, mean_dy, dx, dresidual, *partials,
+        rows, cols, dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0),
+        ZERO_CENTERED=zero_centered, TILE=tile, num_warps=warps,
+    )  # fmt: skip
+    return partials

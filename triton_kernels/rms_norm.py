@@ -1,0 +1,319 @@
+"""RMSNorm (Zhang & Sennrich 2019), alone and behind a residual addition, forward and backward."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+from .tiles import (
+    column_sums,
+    empty_partials,
+    load_stream,
+    load_tile,
+    load_weight,
+    load_weight_tile,
+    reciprocal_sqrt,
+    store_partials,
+    store_stream_gradient,
+    store_tile,
+    tile_mask,
+)
+from .types import stat_dtype, triton_dtype
+
+
+@triton.jit
+def _rms_norm_forward_kernel(
+    x_ptr, residual_ptr, weight_ptr, y_ptr, h_ptr, rstd_ptr, n_rows, x_stride, residual_stride,
+    EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr, CAST: tl.constexpr,
+    N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """y = h · rstd · w with h = x + residual, rstd = 1/√(mean(h²) + eps)."""
+    stat = rstd_ptr.dtype.element_ty
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    row_mask = rows < n_rows if ROWS > 1 else None
+    square_sum = tl.zeros((ROWS, TILE), stat)
+    tiles = ()
+    for t in tl.static_range(N_TILES):
+        cols = t * TILE + tl.arange(0, TILE)[None, :]
+        mask = tile_mask(t, cols, row_mask, N_COLS, TILE)
+        h = load_stream(
+            x_ptr, residual_ptr, h_ptr,
+            rows * x_stride + cols, rows * residual_stride + cols, rows * N_COLS + cols, mask, stat,
+        )  # fmt: skip
+        square_sum += h * h
+        tiles = tiles + (h,)
+    # scaled before the lanes are added: n values of 1e18 have a mean square that fits, and a sum that does not
+    rstd = reciprocal_sqrt(tl.sum(square_sum * (1.0 / N_COLS), axis=1, keep_dims=True) + EPS)
+    store_tile(rstd_ptr + rows, rstd, row_mask)
+    for t in tl.static_range(N_TILES):
+        cols = t * TILE + tl.arange(0, TILE)[None, :]
+        y = tiles[t] * rstd
+        if CAST is not None:
+            y = y.to(CAST).to(stat)
+        if weight_ptr is not None:
+            y *= load_weight_tile(weight_ptr, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
+        store_tile(y_ptr + rows * N_COLS + cols, y, tile_mask(t, cols, row_mask, N_COLS, TILE))
+
+
+@triton.jit
+def _rms_norm_long_forward_kernel(
+    x_ptr, residual_ptr, weight_ptr, y_ptr, h_ptr, rstd_ptr, n_cols, x_stride, residual_stride,
+    EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr, CAST: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """As the kernel above, for a row that does not fit on chip: h is read again for y."""
+    stat = rstd_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    inv_n = 1.0 / tl.cast(n_cols, stat)
+    square_mean = tl.zeros((TILE,), stat)
+    for start in range(0, n_cols, TILE):
+        cols = start + tl.arange(0, TILE)
+        mask = cols < n_cols
+        h = load_stream(
+            x_ptr, residual_ptr, h_ptr,
+            row * x_stride + cols, row * residual_stride + cols, row * n_cols + cols, mask, stat,
+        )  # fmt: skip
+        square_mean += h * inv_n * h
+    rstd = reciprocal_sqrt(tl.sum(square_mean, axis=0, keep_dims=True) + EPS)
+    store_tile(rstd_ptr + row + tl.arange(0, 1), rstd, None)
+    for start in range(0, n_cols, TILE):
+        cols = start + tl.arange(0, TILE)
+        mask = cols < n_cols
+        if residual_ptr is not None:
+            # a thread reads here what it wrote itself: same tile, same lanes
+            h = load_tile(h_ptr + row * n_cols + cols, mask, stat)
+        else:
+            h = load_tile(x_ptr + row * x_stride + cols, mask, stat)
+        y = h * rstd
+        if CAST is not None:
+            y = y.to(CAST).to(stat)
+        if weight_ptr is not None:
+            y *= load_weight(weight_ptr, cols, mask, stat, ZERO_CENTERED)
+        store_tile(y_ptr + row * n_cols + cols, y, mask)
+
+
+@triton.jit
+def _normalized(h, rstd, CAST: tl.constexpr):
+    """x̂ as it enters y, and therefore dweight."""
+    x_hat = h * rstd
+    if CAST is not None:
+        x_hat = x_hat.to(CAST).to(rstd.dtype)
+    return x_hat
+
+
+@triton.jit
+def _rms_norm_backward_kernel(
+    dy_ptr, dh_ptr, h_ptr, weight_ptr, rstd_ptr, dx_ptr, dresidual_ptr, dweight_ptr,
+    n_rows, dy_stride, dh_stride, h_stride,
+    ZERO_CENTERED: tl.constexpr, CAST: tl.constexpr, HOLD: tl.constexpr,
+    N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """dx = (w·dy − x̂ · mean(x̂ · w·dy)) · rstd + dh; dweight = Σ dy · x̂ over this program's rows."""
+    stat = rstd_ptr.dtype.element_ty
+    dweight = ()
+    weight = ()
+    for t in tl.static_range(N_TILES):
+        dweight = dweight + (tl.zeros((ROWS, TILE), stat),)
+        if HOLD and weight_ptr is not None:
+            weight = weight + (load_weight_tile(weight_ptr, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS),)
+    for block in range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
+        row_ids = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
+        rows = row_ids[:, None]
+        row_mask = rows < n_rows if ROWS > 1 else None
+        rstd = load_tile(rstd_ptr + row_ids, row_ids < n_rows if ROWS > 1 else None, stat)[:, None]
+        product = tl.zeros((ROWS, TILE), stat)
+        sums, x_hats, weighted = (), (), ()
+        for t in tl.static_range(N_TILES):
+            cols = t * TILE + tl.arange(0, TILE)[None, :]
+            mask = tile_mask(t, cols, row_mask, N_COLS, TILE)
+            h = load_tile(h_ptr + rows * h_stride + cols, mask, stat)
+            dy = load_tile(dy_ptr + rows * dy_stride + cols, mask, stat)
+            x_hat = h * rstd
+            if dweight_ptr is not None:
+                sums = sums + (dweight[t] + dy * _normalized(h, rstd, CAST),)
+            else:
+                sums = sums + (dweight[t],)
+            if weight_ptr is not None:
+                if HOLD:
+                    dy *= weight[t]
+                else:
+                    dy *= load_weight_tile(weight_ptr, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
+            product += x_hat * dy
+            if HOLD:
+                x_hats = x_hats + (x_hat,)
+                weighted = weighted + (dy,)
+        dweight = sums
+        mean_product = tl.sum(product, axis=1, keep_dims=True) * (1.0 / N_COLS)
+        for t in tl.static_range(N_TILES):
+            cols = t * TILE + tl.arange(0, TILE)[None, :]
+            mask = tile_mask(t, cols, row_mask, N_COLS, TILE)
+            if HOLD:
+                x_hat = x_hats[t]
+                dy = weighted[t]
+            else:  # this wide, registers go to dweight, and the row is still in the cache
+                x_hat = load_tile(h_ptr + rows * h_stride + cols, mask, stat) * rstd
+                dy = load_tile(dy_ptr + rows * dy_stride + cols, mask, stat)
+                if weight_ptr is not None:
+                    dy *= load_weight_tile(weight_ptr, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
+            dx = (dy + x_hat * -mean_product) * rstd  # the negation once a row, not once an element
+            store_stream_gradient(
+                dx, dx_ptr, dresidual_ptr, dh_ptr, rows * N_COLS + cols, rows * dh_stride + cols, mask
+            )  # fmt: skip
+    if dweight_ptr is not None:
+        store_partials(dweight_ptr, dweight, N_COLS, TILE, N_TILES)
+
+
+@triton.jit
+def _rms_norm_long_backward_rows_kernel(
+    dy_ptr, h_ptr, weight_ptr, rstd_ptr, mean_product_ptr, n_cols, dy_stride, h_stride,
+    ZERO_CENTERED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """mean(x̂ · w·dy) of one long row."""
+    stat = rstd_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    rstd = tl.load(rstd_ptr + row)
+    product = tl.zeros((TILE,), stat)
+    for start in range(0, n_cols, TILE):
+        cols = start + tl.arange(0, TILE)
+        mask = cols < n_cols
+        x_hat = load_tile(h_ptr + row * h_stride + cols, mask, stat) * rstd
+        dy = load_tile(dy_ptr + row * dy_stride + cols, mask, stat)
+        if weight_ptr is not None:
+            dy *= load_weight(weight_ptr, cols, mask, stat, ZERO_CENTERED)
+        product += x_hat * dy
+    tl.store(mean_product_ptr + row, tl.sum(product) / tl.cast(n_cols, stat))
+
+
+@triton.jit
+def _rms_norm_long_backward_columns_kernel(
+    dy_ptr, dh_ptr, h_ptr, weight_ptr, rstd_ptr, mean_product_ptr, dx_ptr, dresidual_ptr, dweight_ptr,
+    n_rows, n_cols, dy_stride, dh_stride, h_stride,
+    ZERO_CENTERED: tl.constexpr, CAST: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """dx as in the kernel above for one block of columns and every num_programs-th row; dweight over those rows."""
+    stat = rstd_ptr.dtype.element_ty
+    cols = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    mask = cols < n_cols
+    dweight = tl.zeros((TILE,), stat)
+    for r in range(tl.program_id(1), n_rows, tl.num_programs(1)):
+        row = tl.cast(r, tl.int64)
+        rstd = tl.load(rstd_ptr + row)
+        h = load_tile(h_ptr + row * h_stride + cols, mask, stat)
+        dy = load_tile(dy_ptr + row * dy_stride + cols, mask, stat)
+        dweight += dy * _normalized(h, rstd, CAST)
+        if weight_ptr is not None:
+            dy *= load_weight(weight_ptr, cols, mask, stat, ZERO_CENTERED)
+        dx = (dy - h * rstd * tl.load(mean_product_ptr + row)) * rstd
+        store_stream_gradient(dx, dx_ptr, dresidual_ptr, dh_ptr, row * n_cols + cols, row * dh_stride + cols, mask)
+    if dweight_ptr is not None:
+        store_tile(dweight_ptr + tl.program_id(1).to(tl.int64) * n_cols + cols, dweight, mask)
+
+
+def rms_norm_forward(x, weight, eps, zero_centered, cast_dtype, out_dtype):
+    """x: (rows, cols), weight: (cols,) or None. Returns y: (rows, cols) in out_dtype, rstd: (rows,)."""
+    y, _, rstd = _forward(x, None, weight, eps, zero_centered, cast_dtype, out_dtype, None)
+    return y, rstd
+
+
+def add_rms_norm_forward(x, residual, weight, eps, zero_centered, cast_dtype, out_dtype, residual_dtype):
+    """x, residual: (rows, cols). Returns y in out_dtype, h = x + residual in residual_dtype, rstd: (rows,)."""
+    return _forward(x, residual, weight, eps, zero_centered, cast_dtype, out_dtype, residual_dtype)
+
+
+def _forward(x, residual, weight, eps, zero_centered, cast_dtype, out_dtype, residual_dtype):
+    rows, cols = x.shape
+    y = x.new_empty((rows, cols), dtype=out_dtype)
+    h = None if residual is None else x.new_empty((rows, cols), dtype=residual_dtype)
+    rstd = x.new_empty(rows, dtype=stat_dtype(x, residual, h))
+    if rows == 0:
+        return y, h, rstd
+    residual_stride = 0 if residual is None else residual.stride(0)
+    features = dict(EPS=eps, ZERO_CENTERED=zero_centered, CAST=triton_dtype(cast_dtype))
+    itemsize = launch.access_bytes((x, residual, h, y))
+    with launch.on_device(x):
+        if launch.is_long(cols, itemsize):
+            tile, warps = launch.long_tile(itemsize)
+            # grid: one program for each row
+            _rms_norm_long_forward_kernel[(rows,)](
+                x, residual, weight, y, h, rstd, cols, x.stride(0), residual_stride,
+                **features, TILE=tile, num_warps=warps,
+            )  # fmt: skip
+        else:
+            tiles = launch.row_tiles(cols, itemsize)
+            # grid: one program for each tiles.rows rows
+            _rms_norm_forward_kernel[(triton.cdiv(rows, tiles.rows),)](
+                x, residual, weight, y, h, rstd, rows, x.stride(0), residual_stride,
+                **features, N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows, num_warps=tiles.warps,
+            )  # fmt: skip
+    return y, h, rstd
+
+
+def rms_norm_backward(dy, x, weight, rstd, zero_centered, cast_dtype, dweight_dtype):
+    """dy, x: (rows, cols). Returns dx like x and dweight: (cols,), None where dweight_dtype is None."""
+    dx, _, dweight = _backward(dy, None, x, weight, rstd, zero_centered, cast_dtype, x.dtype, x.dtype, dweight_dtype)
+    return dx, dweight
+
+
+def add_rms_norm_backward(
+    dy, dh, h, weight, rstd, zero_centered, cast_dtype, x_dtype, residual_dtype, dweight_dtype
+):
+    """dy, dh, h: (rows, cols). Returns dx, dresidual (None where dx serves as both), dweight."""
+    return _backward(dy, dh, h, weight, rstd, zero_centered, cast_dtype, x_dtype, residual_dtype, dweight_dtype)
+
+
+def _backward(dy, dh, h, weight, rstd, zero_centered, cast_dtype, x_dtype, residual_dtype, dweight_dtype):
+    rows, cols = h.shape
+    dx = h.new_empty((rows, cols), dtype=x_dtype)
+    dresidual = None if residual_dtype == x_dtype else h.new_empty((rows, cols), dtype=residual_dtype)
+    if rows == 0:
+        return dx, dresidual, None if dweight_dtype is None else h.new_zeros(cols, dtype=dweight_dtype)
+    itemsize = launch.access_bytes((dy, dh, h, dx, dresidual))
+    arguments = (dy, dh, h, weight, rstd, dx, dresidual)
+    with launch.on_device(h):
+        run = _backward_long if launch.backward_is_long(cols, itemsize) else _backward_resident
+        partial = run(arguments, itemsize, dweight_dtype, zero_centered, triton_dtype(cast_dtype))
+        (dweight,) = column_sums([partial], [dweight_dtype])
+    return dx, dresidual, dweight
+
+
+def _backward_resident(arguments, itemsize, dweight_dtype, zero_centered, cast):
+    """Fills dx and dresidual; returns the (programs, cols) partials of dweight, or None."""
+    dy, dh, h, weight, rstd, dx, dresidual = arguments
+    rows, cols = h.shape
+    tiles = launch.backward_row_tiles(cols, itemsize)
+    partials = int(dweight_dtype is not None)
+    programs = launch.backward_programs(rows, tiles, launch.multiprocessors(), itemsize, partials)
+    (partial,) = empty_partials(h, programs, [dweight_dtype], rstd.dtype)
+    # grid: as many programs as the card holds, each takes every programs-th block of rows
+    _rms_norm_backward_kernel[(programs,)](
+        dy, dh, h, weight, rstd, dx, dresidual, partial,
+        rows, dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0),
+        ZERO_CENTERED=zero_centered, CAST=cast, HOLD=launch.backward_holds(tiles, sums=1),
+        N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows, num_warps=tiles.warps,
+    )  # fmt: skip
+    return partial
+
+
+def _backward_long(arguments, itemsize, dweight_dtype, zero_centered, cast):
+    """As _backward_resident, by two kernels: the means of the rows, then dx and dweight by blocks of columns."""
+    dy, dh, h, weight, rstd, dx, dresidual = arguments
+    rows, cols = h.shape
+    mean_product = torch.empty_like(rstd)
+    tile, warps = launch.long_tile(itemsize)
+    # grid: one program for each row
+    _rms_norm_long_backward_rows_kernel[(rows,)](
+        dy, h, weight, rstd, mean_product, cols, dy.stride(0), h.stride(0),
+        ZERO_CENTERED=zero_centered, TILE=tile, num_warps=warps,
+    )  # fmt: skip
+    tile, warps = launch.column_tile(itemsize)
+    blocks = triton.cdiv(cols, tile)
+    chunks = launch.long_row_chunks(rows, blocks, launch.multiprocessors())
+    (partial,) = empty_partials(h, chunks, [dweight_dtype], rstd.dtype)
+    # grid: (blocks of columns, chunks of rows)
+    _rms_norm_long_backward_columns_kernel[(blocks, chunks)](
+        dy, dh, h, weight, rstd, mean_product, dx, dresidual, partial,
+        rows, cols, dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0),
+        ZERO_CENTERED=zero_centered, CAST=cast, TILE=tile, num_warps=warps,
+    )  # fmt: skip
+    return partial

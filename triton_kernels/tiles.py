@@ -1,0 +1,156 @@
+"""What the row kernels share: masked tiles of a row, an exact reciprocal root, and the sum of the partials."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+SUM_ROWS, SUM_COLS = 32, 32
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def tile_mask(t: tl.constexpr, cols, row_mask, N_COLS: tl.constexpr, TILE: tl.constexpr):
+    """None where every lane of tile t is in the row: an unmasked load spares the zeroing of its registers."""
+    if (t + 1) * TILE <= N_COLS:
+        return row_mask
+    elif row_mask is None:
+        return cols < N_COLS
+    else:
+        return (cols < N_COLS) & row_mask
+
+
+@triton.jit
+def load_tile(ptr, mask, dtype: tl.constexpr):
+    """The tile in the type that is computed in; masked lanes are zero."""
+    if mask is None:
+        return tl.load(ptr).to(dtype)
+    else:
+        return tl.load(ptr, mask=mask, other=0.0).to(dtype)
+
+
+@triton.jit
+def load_weight(weight_ptr, cols, mask, dtype: tl.constexpr, ZERO_CENTERED: tl.constexpr):
+    """The weight that is applied: w, or 1 + w."""
+    w = load_tile(weight_ptr + cols, mask, dtype)
+    if ZERO_CENTERED:
+        w += 1.0
+    return w
+
+
+@triton.jit
+def load_weight_tile(
+    weight_ptr, t: tl.constexpr, dtype: tl.constexpr, ZERO_CENTERED: tl.constexpr,
+    N_COLS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Tile t of the weight. Threads with one row each load it for themselves: as (1, TILE) it would be spread over the
+    threads differently from x, and go through shared memory, which pays only where a thread has several rows."""
+    if ROWS > 8:
+        cols = t * TILE + tl.arange(0, TILE)
+        return load_weight(weight_ptr, cols, tile_mask(t, cols, None, N_COLS, TILE), dtype, ZERO_CENTERED)[None, :]
+    else:
+        cols = t * TILE + tl.arange(0, TILE)[None, :] + tl.zeros((ROWS, 1), tl.int32)
+        return load_weight(weight_ptr, cols, tile_mask(t, cols, None, N_COLS, TILE), dtype, ZERO_CENTERED)
+
+
+@triton.jit
+def store_tile(ptr, value, mask):
+    """One rounding, to the type of the memory."""
+    tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_stream(x_ptr, residual_ptr, h_ptr, x_offsets, residual_offsets, h_offsets, mask, dtype: tl.constexpr):
+    """x, or h = x + residual, which is stored, and rounded first: y is the norm of what the next layer will read."""
+    h = load_tile(x_ptr + x_offsets, mask, dtype)
+    if residual_ptr is not None:
+        h += load_tile(residual_ptr + residual_offsets, mask, dtype)
+        h = h.to(h_ptr.dtype.element_ty)
+        store_tile(h_ptr + h_offsets, h, mask)
+        h = h.to(dtype)
+    return h
+
+
+@triton.jit
+def store_stream_gradient(dx, dx_ptr, dresidual_ptr, dh_ptr, offsets, dh_offsets, mask):
+    """dx + dh, for x and, where it has another type, for the residual."""
+    if dh_ptr is not None:
+        dx += load_tile(dh_ptr + dh_offsets, mask, dx.dtype)
+    store_tile(dx_ptr + offsets, dx, mask)
+    if dresidual_ptr is not None:
+        store_tile(dresidual_ptr + offsets, dx, mask)
+
+
+@triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def sum_pair(a, b):
+    """The sums of a and b along each row, as (rows, 1): one exchange between the warps for both."""
+    if _INTERPRETED:  # there, pairs are added one by one, by Python
+        return tl.sum(a, axis=1, keep_dims=True), tl.sum(b, axis=1, keep_dims=True)
+    else:
+        a, b = tl.reduce((a, b), 1, _add_pairs)
+        return a[:, None], b[:, None]
+
+
+@triton.jit
+def store_partials(ptr, sums, N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr):
+    """This program's row of a (programs, cols) tensor, from its tiles of sums."""
+    for t in tl.static_range(N_TILES):
+        cols = t * TILE + tl.arange(0, TILE)[None, :]
+        offsets = tl.program_id(0).to(tl.int64) * N_COLS + cols
+        store_tile(ptr + offsets, tl.sum(sums[t], axis=0, keep_dims=True), tile_mask(t, cols, None, N_COLS, TILE))
+
+
+@triton.jit
+def reciprocal_sqrt(v):
+    """1/√v to the last bit: rsqrt.approx is off by up to two ulp and flushes subnormals."""
+    if v.dtype == tl.float64:
+        return 1.0 / tl.sqrt(v)
+    else:
+        return tl.div_rn(tl.full(v.shape, 1.0, tl.float32), tl.sqrt_rn(v))
+
+
+@triton.jit
+def _column_sum_kernel(
+    partial_ptr, sum_ptr, other_partial_ptr, other_sum_ptr, n_rows, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    """sum over rows of partial, in a fixed order; the same for a second pair, if there is one."""
+    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)[None, :]
+    total = tl.zeros((ROWS, COLS), partial_ptr.dtype.element_ty)
+    other_total = tl.zeros((ROWS, COLS), partial_ptr.dtype.element_ty)
+    for start in range(0, n_rows, ROWS):
+        rows = start + tl.arange(0, ROWS)[:, None]
+        mask = (rows < n_rows) & (cols < n_cols)
+        offsets = rows.to(tl.int64) * n_cols + cols
+        total += tl.load(partial_ptr + offsets, mask=mask, other=0.0)
+        if other_partial_ptr is not None:
+            other_total += tl.load(other_partial_ptr + offsets, mask=mask, other=0.0)
+    store_tile(sum_ptr + cols, tl.sum(total, axis=0, keep_dims=True), cols < n_cols)
+    if other_partial_ptr is not None:
+        store_tile(other_sum_ptr + cols, tl.sum(other_total, axis=0, keep_dims=True), cols < n_cols)
+
+
+def column_sums(
+    partials: list[torch.Tensor | None], dtypes: list[torch.dtype | None]
+) -> list[torch.Tensor | None]:
+    """Sums (programs, cols) partials into (cols,) tensors of the given dtypes; None stays None. One launch."""
+    sums = [None if p is None else p.new_empty(p.shape[1], dtype=d) for p, d in zip(partials, dtypes, strict=True)]
+    pairs = [(p, s) for p, s in zip(partials, sums, strict=True) if p is not None]
+    if pairs:
+        n_rows, n_cols = pairs[0][0].shape
+        first, second = pairs[0], pairs[1] if len(pairs) > 1 else (None, None)
+        # grid: one program for each block of columns
+        _column_sum_kernel[(triton.cdiv(n_cols, SUM_COLS),)](
+            *first, *second, n_rows, n_cols, ROWS=SUM_ROWS, COLS=SUM_COLS, num_warps=4
+        )
+    return sums
+
+
+def empty_partials(x: torch.Tensor, programs: int, dtypes: list[torch.dtype | None], dtype: torch.dtype):
+    """A (programs, cols) tensor for each parameter gradient that is wanted, None for the others."""
+    return [None if d is None else x.new_empty((programs, x.shape[1]), dtype=dtype) for d in dtypes]
