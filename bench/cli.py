@@ -1,0 +1,188 @@
+"""The command line: what to benchmark, where to write it."""
+
+import argparse
+import itertools
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from . import machine, report
+from .operations import MODES, OPERATIONS
+from .presets import DTYPES, SHAPES
+from .providers import PROVIDERS
+from .run import OK, Bench, Plan, Result
+from .timing import Budget
+
+DEFAULT_PRESET = "models"
+QUICK = {"shapes": SHAPES["quick"], "dtypes": ("fp32", "bf16"), "repeats": 7, "min_time": 0.05, "max_time": 1.5}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark; 1 if a fastnorm provider was wrong or failed, else 0."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    device = _device(parser, options.device)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    facts = machine.describe(device)
+    print(report.header(facts), flush=True)
+    bench = Bench(_plan(options, device))
+    print(*filter(None, (report.ceiling_line(bench.ceilings.large()), report.absences(bench.absent))), sep="\n")
+    results = _run(bench)
+    print(report.LEGEND)
+    stem = machine.slug(facts["device"]) + _suffix(options)
+    paths = report.write(options.output, stem, facts, bench, results)
+    if options.plots:
+        from . import plots  # matplotlib takes a second to import, and --no-plots does without it
+
+        paths += plots.write(options.output, stem, facts["device"], bench.ceilings.large().best, results)
+    print("wrote", *paths, sep="\n  ")
+    return int(any(PROVIDERS[result.provider].ours and result.status != OK for result in results))
+
+
+def _run(bench: Bench) -> list[Result]:
+    """Run all cases under a progress bar, printing each operation's tables as soon as they are complete."""
+    results: list[Result] = []
+    with tqdm(total=bench.cases(), unit="case", dynamic_ncols=True) as progress:
+        for name in bench.plan.operations:
+            progress.set_description(name)
+            mine: list[Result] = []
+            for case in bench.run_operation(name):
+                mine += case
+                if case:
+                    progress.set_postfix_str(f"{case[0].rows} x {case[0].cols} {case[0].dtype} {case[0].mode}")
+                progress.update()
+            progress.write(report.tables(sorted(mine, key=lambda result: bench.plan.modes.index(result.mode))))
+            results += mine
+    return results
+
+
+def _plan(options: argparse.Namespace, device: torch.device) -> Plan:
+    quick = QUICK if options.quick else {}
+
+    def chosen(name: str, default: object) -> object:
+        """What the user said, else what --quick says, else the default."""
+        said = getattr(options, name)
+        return said if said is not None else quick.get(name, default)
+
+    return Plan(
+        operations=tuple(dict.fromkeys(options.operations)) or tuple(OPERATIONS),
+        shapes=chosen("shapes", SHAPES[DEFAULT_PRESET]),
+        dtypes=chosen("dtypes", ("fp32", "bf16")),
+        modes=options.mode,
+        providers=options.providers,
+        device=device,
+        budget=Budget(**{name: chosen(name, getattr(Budget, name)) for name in ("repeats", "min_time", "max_time")}),
+    )
+
+
+def _suffix(options: argparse.Namespace) -> str:
+    """Keeps the results of other shapes from overwriting those of the default ones."""
+    if options.shapes is None:
+        return "-quick" if options.quick else ""
+    return next((f"-{name}" for name, shapes in SHAPES.items() if shapes == options.shapes), "-custom")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Check every provider of an operation against float64, then time them interleaved in one process.",
+    )
+    add = parser.add_argument
+    names = ", ".join(OPERATIONS)
+    add("operations", nargs="*", type=_name(OPERATIONS, "operation"), help=f"of: {names} (default: all)")
+    add("--shapes", type=_shapes, metavar="S", help=f"ROWSxCOLS or presets ({', '.join(SHAPES)}), by commas")
+    add("--dtypes", type=_names(DTYPES, "dtype"), metavar="D", help=f"of: {', '.join(DTYPES)} (default: fp32,bf16)")
+    add(
+        "--providers",
+        type=_names(PROVIDERS, "provider"),
+        metavar="P",
+        default=tuple(PROVIDERS),
+        help=f"of: {', '.join(PROVIDERS)} (default: all)",
+    )
+    add(
+        "--mode", type=_names(MODES, "mode"), metavar="M", default=MODES, help=f"of: {', '.join(MODES)} (default: both)"
+    )
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    add("--threads", type=_positive(int), metavar="N", help="CPU threads (default: PyTorch's choice)")
+    add("--quick", action="store_true", help="two shapes, short rounds: under two minutes on two cores")
+    add("--repeats", type=_positive(int), metavar="N", help=f"fewest rounds (default: {Budget.repeats})")
+    add(
+        "--min-time",
+        type=_positive(float),
+        metavar="SECONDS",
+        help=f"fewest seconds for each provider and case (default: {Budget.min_time})",
+    )
+    add(
+        "--max-time",
+        type=_positive(float),
+        metavar="SECONDS",
+        help=f"end a case after this, once it has three rounds (default: {Budget.max_time})",
+    )
+    add(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        default=Path(__file__).parent / "results",
+        help="where CSV, JSON, Markdown and PNG go (default: bench/results)",
+    )
+    add("--no-plots", dest="plots", action="store_false", help="write no PNG")
+    return parser
+
+
+def _device(parser: argparse.ArgumentParser, name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        parser.error(f"argument --device: {name!r} is no device of PyTorch's")
+    if device.type not in ("cpu", "cuda"):
+        parser.error(f"argument --device: {name!r}: only cpu and cuda can be timed")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"argument --device: {name!r}: PyTorch sees no CUDA device here")
+    return device
+
+
+def _name(known: Collection[str], kind: str) -> Callable[[str], str]:
+    """A parser of one name."""
+
+    def parse(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"unknown {kind} {text!r}; known: {', '.join(known)}")
+        return text
+
+    return parse
+
+
+def _names(known: Collection[str], kind: str) -> Callable[[str], tuple[str, ...]]:
+    """A parser of names separated by commas."""
+    one = _name(known, kind)
+    return lambda text: tuple(dict.fromkeys(one(name.strip()) for name in text.split(",")))
+
+
+def _shapes(text: str) -> tuple[tuple[int, int], ...]:
+    def parse(item: str) -> tuple[tuple[int, int], ...]:
+        if item in SHAPES:
+            return SHAPES[item]
+        rows, _, cols = item.partition("x")
+        if not (rows.isdecimal() and cols.isdecimal() and int(rows) and int(cols)):
+            raise argparse.ArgumentTypeError(f"{item!r} is neither ROWSxCOLS nor one of {', '.join(SHAPES)}")
+        return ((int(rows), int(cols)),)
+
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(parse(item.strip()) for item in text.split(","))))
+
+
+def _positive(kind: type[int] | type[float]) -> Callable[[str], int | float]:
+    """A parser of numbers above zero."""
+
+    def parse(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text!r} is not above zero")
+        return value
+
+    return parse

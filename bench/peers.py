@@ -1,0 +1,50 @@
+"""Other libraries' forms of the benchmarked operations, made to compute the stock formula: fp32 inside, one rounding.
+
+Each function imports one library and returns what it offers by operation name, called like the operation's `stock`.
+"""
+
+from collections.abc import Callable
+
+from .operations import EPS
+
+
+def liger() -> dict[str, Callable]:
+    """Liger-Kernel (Triton): in-place gradients off, because they would overwrite the caller's dy."""
+    from liger_kernel.transformers import functional
+
+    def rms_norm(x, weight):
+        return functional.liger_rms_norm(x, weight, EPS, 0.0, "gemma", False)
+
+    def layer_norm(x, weight, bias):
+        return functional.liger_layer_norm(x, weight, bias, EPS)
+
+    def add_rms_norm(x, residual, weight):
+        return functional.liger_fused_add_rms_norm(x, residual, weight, EPS, 0.0, "gemma", False)
+
+    return {"rms_norm": rms_norm, "layer_norm": layer_norm, "add_rms_norm": add_rms_norm}
+
+
+def quack() -> dict[str, Callable]:
+    """QuACK (CuTe DSL); its LayerNorm has no autograd form, so only the RMS norms are here."""
+    from quack.rmsnorm import rmsnorm
+
+    def rms_norm(x, weight):
+        return rmsnorm(x, weight, eps=EPS)
+
+    def add_rms_norm(x, residual, weight):
+        return rmsnorm(x, weight, residual=residual, eps=EPS, prenorm=True)
+
+    return {"rms_norm": rms_norm, "add_rms_norm": add_rms_norm}
+
+
+def apex() -> dict[str, Callable]:
+    """NVIDIA apex (CUDA C++)."""
+    from apex.normalization.fused_layer_norm import fused_layer_norm_affine, fused_rms_norm_affine
+
+    def rms_norm(x, weight):
+        return fused_rms_norm_affine(x, weight, x.shape[-1:], EPS)
+
+    def layer_norm(x, weight, bias):
+        return fused_layer_norm_affine(x, weight, bias, x.shape[-1:], EPS)
+
+    return {"rms_norm": rms_norm, "layer_norm": layer_norm}

@@ -1,0 +1,109 @@
+"""Who computes an operation: stock PyTorch, torch.compile, fastnorm by backend, and peer libraries where they run."""
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+import fastnorm.backend
+
+from . import peers
+from .operations import Operation
+
+STOCK, COMPILE = "torch", "compile"  # the two that speed-ups are given against
+
+
+class Unavailable(RuntimeError):
+    """This provider can't compute that operation here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """`build(operation)` gives the callable, or raises Unavailable; `activate()` is entered around every use of it.
+
+    `ours` says that it is fastnorm: held to the accuracy rule strictly, and asked which backend serves a call.
+    """
+
+    name: str
+    build: Callable[[Operation], Callable]
+    activate: Callable[[], AbstractContextManager] = nullcontext
+    ours: bool = False
+
+
+def _compiled(operation: Operation) -> Callable:
+    return torch.compile(operation.stock, fullgraph=True, dynamic=False)
+
+
+def _fastnorm(backend: str | None) -> Provider:
+    """fastnorm by `backend`, or as it chooses for itself where that is None."""
+
+    def build(operation: Operation) -> Callable:
+        if backend is not None:
+            status = fastnorm.backend.statuses()[backend]
+            if not status.available:
+                raise Unavailable("; ".join(filter(None, (status.detail, status.remedy))))
+        if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+            raise Unavailable("Triton is in its interpreter (TRITON_INTERPRET=1), whose times mean nothing")
+        return operation.fused
+
+    name = "fastnorm" if backend is None else f"fastnorm-{backend}"
+    return Provider(name, build, lambda: fastnorm.use(backend), ours=True)
+
+
+def _peer(name: str, library: Callable[[], dict[str, Callable]]) -> Provider:
+    def build(operation: Operation) -> Callable:
+        try:
+            offered = library()
+        except ImportError as error:
+            raise Unavailable(f"not importable: {error}") from error
+        if operation.name not in offered:
+            raise Unavailable(f"has no {operation.name} with a backward")
+        return offered[operation.name]
+
+    return Provider(name, build)
+
+
+PROVIDERS = {
+    provider.name: provider
+    for provider in (
+        Provider(STOCK, lambda operation: operation.stock),
+        Provider(COMPILE, _compiled),
+        _fastnorm(None),
+        _fastnorm("triton"),
+        _fastnorm("native"),
+        _fastnorm("reference"),
+        _peer("liger", peers.liger),
+        _peer("quack", peers.quack),
+        _peer("apex", peers.apex),
+    )
+}
+
+
+def why_absent(provider: Provider, operation: Operation, device: torch.device) -> str | None:
+    """None where the provider computes a small case of the operation on the device, else the reason why not."""
+    inputs = [torch.ones(shape, device=device) for shape in operation.shapes(4, 64).values()]
+    try:
+        function = provider.build(operation)
+        with provider.activate():
+            function(*inputs)
+    except Unavailable as reason:
+        return str(reason)
+    except Exception as error:  # noqa: BLE001 - whatever a foreign library raises is the reason, and is shown
+        return one_line(error)
+    return None
+
+
+def one_line(error: Exception) -> str:
+    """An exception as one short line for a table."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:160]
+
+
+def serving_backend(provider: Provider, operation: Operation, x: torch.Tensor) -> str:
+    """The fastnorm backend that serves `x`, so that the automatic choice is on record; "" for other providers."""
+    if not provider.ours:
+        return ""
+    with provider.activate():
+        return fastnorm.explain(x, op=operation.name).backend

@@ -1,0 +1,152 @@
+"""Results as tables for people, and as CSV and JSON for programs."""
+
+import csv
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from tabulate import tabulate
+
+from .ceiling import Ceiling
+from .check import FACTOR_FOR_OTHERS, STOCK_ERROR_FACTOR
+from .run import TIMED, Bench, Result
+
+COLUMNS = ("rows x cols", "dtype", "provider", "median", "IQR", "GB/s", "% of copy", "vs torch", "vs compile", "error")
+LEGEND = (
+    "median: time of a call over the rounds; IQR: interquartile range as % of it.\n"
+    "GB/s: the bytes that the algorithm can't do without / median; % of copy: that of the best copy of this size.\n"
+    "vs: the baseline's time / this one's, the median of the ratios within each round; ▼ slower.\n"
+    f"error: largest error against float64; 1.00 is what is allowed ({STOCK_ERROR_FACTOR} x stock's + 1 ulp); ! more.\n"
+    f"WRONG: fastnorm above 1, others above {FACTOR_FOR_OTHERS}; FAILED: an exception. Neither is timed."
+)
+
+
+def tables(results: Iterable[Result], style: str = "simple") -> str:
+    """One titled table per operation and mode, in the order of the results; `style` is tabulate's format."""
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.operation, result.mode), []).append(result)
+    mark = "### " if style == "github" else ""
+    return "\n".join(
+        f"{mark}{operation}, {mode_label(mode)}\n\n{_table(group, style)}\n"
+        for (operation, mode), group in groups.items()
+    )
+
+
+def mode_label(mode: str) -> str:
+    """A mode as people write it."""
+    return mode.replace("_", " + ")
+
+
+def _table(results: list[Result], style: str) -> str:
+    body, previous = [], None
+    for result in results:
+        case = (f"{result.rows} x {result.cols}", result.dtype)
+        body.append((*(case if case != previous else ("", "")), *_cells(result)))
+        previous = case
+    align = ("right", "left", "left", *("right",) * (len(COLUMNS) - 3))
+    table = tabulate(body, COLUMNS, tablefmt=style, colalign=align, disable_numparse=True)
+    return "\n".join((table, *_complaints(results)))
+
+
+def _cells(result: Result) -> tuple[str, ...]:
+    provider = result.provider
+    if result.backend and not provider.endswith(result.backend):
+        provider += f" ({result.backend})"
+    if result.status not in TIMED:
+        return provider, result.status, *("",) * (len(COLUMNS) - 5), _error(result)
+    spread = (result.third_quartile_s - result.first_quartile_s) / result.median_s
+    return (
+        provider,
+        duration(result.median_s),
+        f"{spread:.0%}",
+        f"{result.gb_per_s:.1f}",
+        f"{result.percent_of_ceiling:.0f}%",
+        ratio(result.speedup_vs_torch),
+        ratio(result.speedup_vs_compile),
+        _error(result),
+    )
+
+
+def _error(result: Result) -> str:
+    share = result.error_of_allowed
+    if share is None:
+        return ""
+    return f"{share:.2f}" + (" !" if share > 1 else "")
+
+
+def _complaints(results: list[Result]) -> list[str]:
+    """What is behind each WRONG and FAILED."""
+    return [
+        f"{r.status}: {r.provider}, {r.rows} x {r.cols} {r.dtype}: {r.detail}" for r in results if r.status not in TIMED
+    ]
+
+
+def duration(seconds: float) -> str:
+    """Three significant digits in the unit that suits them."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= scale:
+            return f"{seconds / scale:#.3g}".rstrip(".") + f" {unit}"
+    return f"{seconds * 1e9:.0f} ns"
+
+
+def ratio(speedup: float | None) -> str:
+    """A speed-up, with a mark where it is a loss."""
+    if speedup is None:
+        return "–"
+    return f"{speedup:.2f}x" + (" ▼" if round(speedup, 2) < 1 else "")
+
+
+def header(machine: dict[str, str]) -> str:
+    """The machine, one fact a line."""
+    return tabulate(machine.items(), tablefmt="plain", disable_numparse=True)
+
+
+def absences(absent: dict[str, dict[str, str]]) -> str:
+    """Which providers are missing, with the reason and the operations it holds for; "" if none is."""
+    held_back: dict[tuple[str, str], list[str]] = {}
+    for operation, reasons in absent.items():
+        for provider, reason in reasons.items():
+            held_back.setdefault((provider, reason), []).append(operation)
+    lines = [
+        f"  {provider}: {reason}" + ("" if len(operations) == len(absent) else f" ({', '.join(operations)})")
+        for (provider, reason), operations in held_back.items()
+    ]
+    return "\n".join(("absent:", *lines)) if lines else ""
+
+
+def ceiling_line(large: Ceiling) -> str:
+    """The large copy in words."""
+    return (
+        f"copying {large.nbytes / 2**20:.0f} MiB: {large.copy:.1f} GB/s into a buffer in use, "
+        f"{large.clone:.1f} GB/s into newly allocated memory"
+    )
+
+
+def write(directory: Path, stem: str, machine: dict[str, str], bench: Bench, results: list[Result]) -> list[Path]:
+    """Write `<stem>.csv`, `.json` and `.md` into `directory`, and return their paths."""
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = [directory / f"{stem}.{suffix}" for suffix in ("csv", "json", "md")]
+    _write_csv(paths[0], machine, results)
+    document = {
+        "machine": machine,
+        "budget": asdict(bench.plan.budget),
+        "absent": bench.absent,
+        "copy_ceilings_gb_per_s": bench.ceilings.to_dicts(),
+        "results": [asdict(result) for result in results],
+    }
+    paths[1].write_text(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    sections = (header(machine), ceiling_line(bench.ceilings.large()), absences(bench.absent))
+    text = "\n\n".join(("```\n" + "\n\n".join(filter(None, sections)) + "\n```", tables(results, "github"), LEGEND))
+    paths[2].write_text(text + "\n", encoding="utf-8")
+    return paths
+
+
+def _write_csv(path: Path, machine: dict[str, str], results: list[Result]) -> None:
+    """The machine as comment lines (`comment="#"` in pandas), then a row per result."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        file.writelines(f"# {key}: {value}\n" for key, value in machine.items())
+        writer = csv.DictWriter(file, [field.name for field in fields(Result)])
+        writer.writeheader()
+        writer.writerows(asdict(result) for result in results)

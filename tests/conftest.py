@@ -1,0 +1,93 @@
+"""What every test gets: a device for Triton, the backends, and memory that shows when it was never written."""
+
+import os
+import sys
+
+import pytest
+import torch
+
+SIMULATED = "ptxsim.pytest_plugin" in sys.modules  # launches run on a virtual GPU, which compiles every kernel
+if not SIMULATED and not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's decorators read it when they are first imported
+
+import fastnorm  # noqa: E402
+from fastnorm import backend  # noqa: E402
+
+
+def _round_bfloat16_in_the_interpreter() -> None:
+    """Triton's interpreter cuts float32 off to bfloat16 where every GPU rounds, and reads a float64 as an integer on
+    the way there. With torch's casts in their place the tests can be as strict here as on a card."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    types = {getattr(tl, name): getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
+    builder = interpreter.InterpreterBuilder
+    stock = builder.cast_impl
+
+    def cast(self, src, dst_type, rounding_mode=None):
+        source, target = src.dtype.scalar, dst_type.scalar
+        if tl.bfloat16 not in (source, target) or source not in types or target not in types:
+            return stock(self, src, dst_type)
+        data = torch.from_numpy(src.data.copy())
+        data = (data.view(torch.bfloat16) if source == tl.bfloat16 else data).to(types[target])
+        data = data.view(torch.uint16) if target == tl.bfloat16 else data
+        return interpreter.TensorHandle(data.numpy(), target)
+
+    builder.cast_impl = cast
+    builder.create_fp_to_fp = cast
+
+
+if backend._triton is not None and backend._triton.INTERPRETED:
+    _round_bfloat16_in_the_interpreter()
+
+
+def _device(name: str) -> str:
+    if name == "triton" and backend._triton is not None:
+        return backend._triton.device_type() or "cpu"
+    return "cuda" if torch.cuda.is_available() and name == "reference" else "cpu"
+
+
+def backend_parameters(*names: str) -> list:
+    marks = {"triton": [pytest.mark.triton]}
+    return [pytest.param(name, id=name, marks=marks.get(name, [])) for name in names]
+
+
+@pytest.fixture(params=backend_parameters("reference", "native", "triton"))
+def device(request) -> str:
+    """Runs the test on every backend, and gives it the device whose tensors that backend serves."""
+    status = backend.statuses()[request.param]
+    if not status.available:
+        pytest.skip(f"{status.name} backend: {status.detail}")
+    with fastnorm.use(request.param):
+        yield _device(request.param)
+
+
+@pytest.fixture(params=backend_parameters("native", "triton"))
+def kernel_device(request) -> str:
+    """As `device`, for what only the kernels promise."""
+    status = backend.statuses()[request.param]
+    if not status.available:
+        pytest.skip(f"{status.name} backend: {status.detail}")
+    with fastnorm.use(request.param):
+        yield _device(request.param)
+
+
+@pytest.fixture
+def triton_device() -> str:
+    """The device of Triton's kernels, with the Triton backend named. Tests that use it are marked triton."""
+    with fastnorm.use("triton"):
+        yield _device("triton")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fills fresh memory with NaN, C++ allocations included: a result that was never written can't look right."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)

@@ -1,0 +1,172 @@
+"""The four row norms as the tests see them: inputs, the float64 oracle, and the error that is allowed."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastnorm
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass
+class Case:
+    """One call: which operation, on what, with which options."""
+
+    op: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    normalized: int = 1  # trailing dimensions
+    weight: torch.dtype | None = None
+    bias: torch.dtype | None = None
+    residual: torch.dtype | None = None
+    eps: float = 1e-5
+    options: dict = field(default_factory=dict)
+
+    @property
+    def adds(self) -> bool:
+        return self.op.startswith("add_")
+
+    @property
+    def centers(self) -> bool:
+        return self.op.endswith("layer_norm")
+
+    @property
+    def normalized_shape(self) -> tuple[int, ...]:
+        return self.shape[len(self.shape) - self.normalized :]
+
+    def alike(self, **changes) -> "Case":
+        return replace(self, **changes)
+
+
+def plain_case(op: str, shape: tuple[int, ...], dtype: torch.dtype, **changes) -> Case:
+    """Weight, and bias and residual where the operation has them, all of one dtype."""
+    case = Case(op, shape, dtype, weight=dtype)
+    case.bias = dtype if case.centers else None
+    case.residual = dtype if case.adds else None
+    return case.alike(**changes)
+
+
+def inputs(case: Case, device: str = "cpu", mean: float = 0.0, std: float = 1.0) -> dict[str, Tensor]:
+    """Random tensors for a case; those that it leaves out are absent."""
+    shapes = {"x": (case.shape, case.dtype), "residual": (case.shape, case.residual)}
+    shapes |= {"weight": (case.normalized_shape, case.weight), "bias": (case.normalized_shape, case.bias)}
+    tensors = {}
+    for name, (shape, dtype) in shapes.items():
+        if dtype is not None:
+            values = torch.randn(shape, dtype=torch.float64)
+            tensors[name] = (values * std + mean if name == "x" else values).to(dtype).to(device)
+    return tensors
+
+
+def call(case: Case, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(y, h) by fastnorm; h is x for the operations that do not add."""
+    function = getattr(fastnorm.functional, case.op)
+    affine = [tensors.get("weight"), tensors.get("bias")] if case.centers else [tensors.get("weight")]
+    if case.adds:
+        stream = (tensors["x"], tensors.get("residual"))
+        return function(*stream, case.normalized_shape, *affine, case.eps, **case.options)
+    return function(tensors["x"], case.normalized_shape, *affine, case.eps, **case.options), tensors["x"]
+
+
+def formula(case: Case, h: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """y from h by stock PyTorch, in the dtype of its arguments."""
+    if weight is not None and case.options.get("zero_centered"):
+        weight = 1 + weight
+    if case.centers:
+        return F.layer_norm(h, case.normalized_shape, weight, bias, case.eps)
+    if case.options.get("rounding") == "llama":
+        x_hat = F.rms_norm(h, case.normalized_shape, None, case.eps)
+        # rounded, with the gradient of the identity
+        x_hat = x_hat + (x_hat.to(case.dtype).to(x_hat.dtype) - x_hat).detach()
+        return x_hat if weight is None else x_hat * weight
+    return F.rms_norm(h, case.normalized_shape, weight, case.eps)
+
+
+def gradients_by_formula(case: Case, h: Tensor, tensors: dict[str, Tensor], dy: Tensor, dh: Tensor | None, dtype):
+    """y and the gradients of h, weight and bias, computed by stock PyTorch in a dtype."""
+    leaves = {"x": h} | {name: tensors[name] for name in ("weight", "bias") if name in tensors}
+    leaves = {name: t.detach().to(dtype).requires_grad_() for name, t in leaves.items()}
+    y = formula(case, leaves["x"], leaves.get("weight"), leaves.get("bias"))
+    found = dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy.to(dtype)), strict=True))
+    if dh is not None:
+        found["x"] = found["x"] + dh.to(dtype)
+    if case.adds:
+        found["residual"] = found["x"]
+    return {"y": y.detach()} | {f"d{name}": g for name, g in found.items()}
+
+
+def scales(case: Case, h: Tensor, tensors: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]:
+    """The largest of the terms that are added or subtracted for each result: where they cancel, as with one or two
+    columns, no unit of the result itself can be kept."""
+    h, dy = h.detach().double(), dy.double()
+    dims = tuple(range(-case.normalized, 0))
+    centered = h - h.mean(dims, keepdim=True) if case.centers else h
+    weight = tensors["weight"].double() + case.options.get("zero_centered", False) if "weight" in tensors else 1.0
+    rstd = (centered.square().mean(dims, keepdim=True) + case.eps).rsqrt()
+    found = {"dx": dy * weight * rstd, "dweight": dy * centered * rstd, "dbias": dy, "y": h.new_zeros(1)}
+    if torch.float64 in (case.dtype, case.residual, case.weight):
+        # here the oracle's own rounding shows: h and the mean that is taken off it are rounded alike
+        found |= {"y": h * rstd * weight, "dweight": dy * h * rstd, "dx": dy * weight * rstd * (1 + (h * rstd).abs())}
+    found["dresidual"] = found["dx"]
+    return {name: term.abs().max() for name, term in found.items()}
+
+
+def assert_as_good_as_stock(name: str, actual: Tensor, stock: Tensor, oracle: Tensor, unit: float, scale: Tensor):
+    """The error is at most 1.25 times stock's, and one unit in the last place of the largest value."""
+    unit = unit * torch.maximum(oracle.abs().max(), scale)
+    allowed = 1.25 * (stock.to(actual.dtype).double() - oracle).abs().max() + unit
+    error = (actual.double() - oracle).abs().max()
+    stock_error = (allowed - unit) / 1.25
+    assert error <= allowed, f"{name}: error {error:.3g}, but stock's is {stock_error:.3g} and a unit {unit:.3g}"
+
+
+def unit_of(name: str, actual: Tensor, h: Tensor, is_reference: bool) -> float:
+    unit = torch.finfo(actual.dtype).eps
+    if actual.dtype == torch.float64:
+        unit *= 64  # the oracle is rounded too; what was computed in float32 anywhere is off by 1e9 units
+    if is_reference and name in ("dx", "dresidual"):
+        return max(unit, 2 * torch.finfo(h.dtype).eps)  # autograd carries and adds the gradients of h in its dtype
+    return unit
+
+
+def check(case: Case, tensors: dict[str, Tensor], dy: Tensor | None = None, dh: Tensor | None = None) -> None:
+    """Values and every gradient of a case against the float64 oracle and against stock's own error."""
+    leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+    y, h = call(case, leaves)
+    if dy is None:
+        dy = torch.randn(y.shape, device=y.device).to(y.dtype)
+    if dh is None and case.adds:
+        dh = torch.randn(h.shape, device=h.device).to(h.dtype)
+    if case.adds:
+        check_stream(case, tensors, h)
+        found = torch.autograd.grad((y, h), list(leaves.values()), (dy, dh))
+    else:
+        found = torch.autograd.grad(y, list(leaves.values()), dy)
+    actual = {"y": y.detach()} | {f"d{name}": g for name, g in zip(leaves, found, strict=True)}
+    for name, leaf in leaves.items():
+        assert actual[f"d{name}"].dtype == leaf.dtype and actual[f"d{name}"].shape == leaf.shape
+    stock = gradients_by_formula(case, h, tensors, dy, dh, stock_dtype(case, h, y))
+    oracle = gradients_by_formula(case, h, tensors, dy, dh, torch.float64)
+    largest = scales(case, h, tensors, dy)
+    is_reference = fastnorm.explain(h, case.op).backend == "reference"
+    for name, value in actual.items():
+        unit = unit_of(name, value, h, is_reference)
+        assert_as_good_as_stock(f"{case} {name}", value, stock[name], oracle[name], unit, largest[name])
+
+
+def stock_dtype(case: Case, h: Tensor, y: Tensor) -> torch.dtype:
+    """Kernels are held to stock's error in float32, rounded once, which is the smaller one; the reference is stock."""
+    if fastnorm.explain(h, case.op).backend == "reference" and {h.dtype, case.weight, y.dtype} <= {h.dtype, None}:
+        return h.dtype
+    return torch.float64 if torch.float64 in (case.dtype, case.residual, h.dtype) else torch.float32
+
+
+def check_stream(case: Case, tensors: dict[str, Tensor], h: Tensor) -> None:
+    """h is the sum, rounded once from the type that is computed in; exactly."""
+    x, residual = tensors["x"], tensors["residual"]
+    stat = torch.float64 if torch.float64 in (x.dtype, residual.dtype, h.dtype) else torch.float32
+    assert h.dtype == (case.options.get("residual_dtype") or torch.promote_types(x.dtype, residual.dtype))
+    assert torch.equal(h, (x.to(stat) + residual.to(stat)).to(h.dtype))

@@ -1,0 +1,273 @@
+"""The benchmark's own arithmetic, verdicts and files; nothing here depends on how fast anything is."""
+
+import csv
+import json
+import math
+
+import pytest
+import torch
+
+from bench import ceiling, check, cli, plots, presets, providers, real_model, report, run, timing
+from bench.operations import OPERATIONS
+from bench.workload import Workload
+
+CPU = torch.device("cpu")
+TINY = ["--dtypes", "fp32", "--device", "cpu", "--repeats", "2", "--min-time", "0.001"]
+
+# design: passes over x, reads + writes
+ALLOWED_PASSES = {
+    "layer_norm": {"forward": 1 + 1, "backward": 2 + 1},
+    "rms_norm": {"forward": 1 + 1, "backward": 2 + 1},
+    "add_layer_norm": {"forward": 2 + 2, "backward": 3 + 1},
+    "add_rms_norm": {"forward": 2 + 2, "backward": 3 + 1},
+}
+
+
+@pytest.fixture(autouse=True)
+def small_copies(monkeypatch):
+    """The copy beyond all caches takes a second, which the command's tests don't need."""
+    monkeypatch.setattr(ceiling, "LARGE_BYTES", 2**16)
+
+
+def add_provider(monkeypatch, name, build, ours=False):
+    monkeypatch.setitem(providers.PROVIDERS, name, providers.Provider(name, build, ours=ours))
+
+
+def results_of(folder, stem="*"):
+    (path,) = folder.glob(f"{stem}.json")
+    return json.loads(path.read_text(encoding="utf-8"))["results"]
+
+
+def test_command_writes_table_csv_json_and_png(tmp_path, capsys):
+    status = cli.main(
+        [
+            "rms_norm",
+            "--shapes",
+            "8x16,4x32",
+            "--providers",
+            "torch,fastnorm-reference",
+            "--output",
+            str(tmp_path),
+            *TINY,
+        ]
+    )
+    assert status == 0
+    printed = capsys.readouterr().out
+    assert "rms_norm, forward + backward" in printed and "8 x 16" in printed and "cpu" in printed
+
+    results = results_of(tmp_path)
+    assert len(results) == 2 * 2 * 2  # shapes, modes, providers
+    assert {(r["rows"], r["cols"]) for r in results} == {(8, 16), (4, 32)}
+    for result in results:
+        assert result["status"] == "ok" and result["median_s"] > 0 and result["rounds"] >= 2
+        assert result["gb_per_s"] == pytest.approx(result["compulsory_bytes"] / result["median_s"] / 1e9)
+        assert result["percent_of_ceiling"] == pytest.approx(100 * result["gb_per_s"] / result["ceiling_gb_per_s"])
+        assert result["speedup_vs_compile"] is None  # it did not take part
+        assert (result["speedup_vs_torch"] == 1) == (result["provider"] == "torch")
+
+    (csv_path,) = tmp_path.glob("*.csv")
+    lines = csv_path.read_text(encoding="utf-8").splitlines()
+    comments = [line for line in lines if line.startswith("# ")]
+    assert any(line.startswith("# torch: ") for line in comments)
+    rows = list(csv.DictReader(lines[len(comments) :]))
+    assert [float(row["median_s"]) for row in rows] == [result["median_s"] for result in results]
+
+    (png,) = tmp_path.glob("*-rms_norm.png")
+    assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 10_000
+    (markdown,) = tmp_path.glob("*.md")
+    assert "### rms_norm, forward" in markdown.read_text(encoding="utf-8")
+
+
+def test_a_grid_of_shapes_draws_the_map_of_speedups_too(tmp_path):
+    results = [
+        run.Result("rms_norm", "forward", rows, cols, "fp32", provider, gb_per_s=1.0, ceiling_gb_per_s=2.0,
+                   speedup_vs_torch=rows / cols)
+        for rows in (2, 4) for cols in (8, 16, 24) for provider in ("torch", "fastnorm")
+    ]  # fmt: skip
+    paths = plots.write(tmp_path, "machine", "A machine", 1.5, results)
+    assert paths == [tmp_path / "machine-rms_norm.png", tmp_path / "machine-rms_norm-speedup.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_wrong_and_failing_providers_get_no_time(tmp_path, capsys, monkeypatch):
+    def off_by_a_percent(operation):
+        return lambda *inputs: 1.01 * operation.stock(*inputs)
+
+    def breaks_on_16_columns(operation):
+        def call(x, *parameters):
+            if x.shape[1] == 16:
+                raise RuntimeError("no kernel for 16 columns")
+            return operation.stock(x, *parameters)
+
+        return call
+
+    def missing(operation):
+        raise providers.Unavailable("needs another machine")
+
+    add_provider(monkeypatch, "wrong", off_by_a_percent)
+    add_provider(monkeypatch, "failing", breaks_on_16_columns)
+    add_provider(monkeypatch, "missing", missing)
+    named = "torch,wrong,failing,missing"
+    arguments = ["rms_norm", "--shapes", "8x16", "--providers", named, "--output", str(tmp_path), "--no-plots", *TINY]
+    assert cli.main(arguments) == 0  # none of them is fastnorm's
+
+    results = {(r["provider"], r["mode"]): r for r in results_of(tmp_path)}
+    assert {provider for provider, _ in results} == {"torch", "wrong", "failing"}
+    for provider, status in (("wrong", "WRONG"), ("failing", "FAILED")):
+        result = results[provider, "forward"]
+        assert result["status"] == status
+        assert result["median_s"] is result["gb_per_s"] is result["speedup_vs_torch"] is None
+    assert results["torch", "forward"]["speedup_vs_torch"] == 1
+    printed = capsys.readouterr().out
+    assert "missing: needs another machine" in printed
+    assert "WRONG: wrong, 8 x 16 fp32: y is off by" in printed
+    assert "FAILED: failing, 8 x 16 fp32: RuntimeError: no kernel for 16 columns" in printed
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_fastnorm_is_held_to_the_rule_and_others_are_shown_with_their_error(tmp_path, monkeypatch):
+    def slightly_off(operation):
+        return lambda *inputs: operation.stock(*inputs) * (1 + 6e-7)
+
+    add_provider(monkeypatch, "peer", slightly_off)
+    add_provider(monkeypatch, "fastnorm-sloppy", slightly_off, ours=True)
+    monkeypatch.setattr(run, "serving_backend", lambda provider, operation, x: "")
+    arguments = ["--mode", "forward", "--shapes", "64x64", "--providers", "peer,fastnorm-sloppy", "--no-plots"]
+    assert cli.main(["rms_norm", *arguments, "--output", str(tmp_path), *TINY]) == 1
+    peer, ours = results_of(tmp_path)
+    assert (peer["status"], ours["status"]) == ("INEXACT", "WRONG")
+    assert 1 < peer["error_of_allowed"] == ours["error_of_allowed"] < check.FACTOR_FOR_OTHERS
+    assert peer["median_s"] > 0 and ours["median_s"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["group_hug"], "unknown operation 'group_hug'; known: layer_norm"),
+        (["--dtypes", "fp32,int8"], "argument --dtypes: unknown dtype 'int8'; known: fp32"),
+        (["--providers", "abacus"], "argument --providers: unknown provider 'abacus'; known: torch"),
+        (["--mode", "backward"], "argument --mode: unknown mode 'backward'"),
+        (["--shapes", "64by64"], "'64by64' is neither ROWSxCOLS nor one of models"),
+        (["--shapes", "0x64"], "'0x64' is neither"),
+        (["--repeats", "0"], "'0' is not above zero"),
+        (["--min-time", "soon"], "'soon' is not a number"),
+        (["--device", "toaster"], "'toaster' is no device of PyTorch's"),
+        (["--device", "meta"], "only cpu and cuda can be timed"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, complaint, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_presets_are_shapes_and_combine():
+    assert cli._shapes("quick,3x5,quick") == (*presets.SHAPES["quick"], (3, 5))
+    for shapes in presets.SHAPES.values():
+        assert all(rows > 0 and cols > 0 for rows, cols in shapes)
+    assert {rows for rows, _ in presets.SHAPES["grid"]} >= {8, 8192}
+    assert {cols for _, cols in presets.SHAPES["grid"]} >= {64, 16384}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_bytes_are_those_of_the_design(name):
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2), (torch.float64, 8)):
+        forward = OPERATIONS[name].compulsory_bytes("forward", 10, 100, dtype)
+        both = OPERATIONS[name].compulsory_bytes("forward_backward", 10, 100, dtype)
+        assert forward == ALLOWED_PASSES[name]["forward"] * 1000 * size
+        assert both - forward == ALLOWED_PASSES[name]["backward"] * 1000 * size
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_oracle_in_chunks_is_the_float64_result(name, monkeypatch):
+    workload = Workload.make(OPERATIONS[name], 7, 12, torch.float32, CPU)
+    whole = workload.part(0, 7, torch.float64).evaluate(OPERATIONS[name].stock, "forward_backward")
+    monkeypatch.setattr(check, "CHUNK_ELEMENTS", 2 * 12)  # two rows at a time, one in the last chunk
+    chunked = check.oracle(workload, "forward_backward")
+    assert list(chunked) == list(whole)
+    for key, value in whole.items():
+        assert chunked[key].dtype == torch.float64
+        torch.testing.assert_close(chunked[key], value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("damage", ["nan", "dtype", "shape", "gradient"])
+def test_the_check_sees_every_kind_of_damage(damage):
+    class WrongGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return dy * 1.001
+
+    workload = Workload.make(OPERATIONS["rms_norm"], 4, 8, torch.float32, CPU)
+    stock = workload.operation.stock
+
+    def damaged(x, weight):
+        y = stock(x, weight)
+        if damage == "nan":
+            return torch.where(torch.arange(8) == 3, torch.nan, y)
+        return {"dtype": y.double(), "shape": y[:, :1], "gradient": WrongGradient.apply(y)}[damage]
+
+    reference = check.Reference(workload, "forward_backward")
+    assert reference.judge(stock, "forward_backward").worst <= 1
+    mode = "forward_backward" if damage == "gradient" else "forward"
+    verdict = reference.judge(damaged, mode)
+    assert verdict.worst > 1
+    assert verdict.detail.startswith("d" if damage == "gradient" else "y")
+    if damage != "gradient":
+        assert math.isinf(verdict.worst)
+
+
+def test_slack_is_one_ulp_of_the_largest_value():
+    assert check.slack(torch.float32, torch.tensor([0.5, -1.5, 1.0])) == 2.0**-23
+    assert check.slack(torch.bfloat16, torch.tensor([4.0, -7.0])) == 4 * 2.0**-7
+
+
+def test_ratios_are_paired_by_round():
+    baseline, samples = [2.0, 30.0, 4.0], [1.0, 10.0, 4.0]
+    assert timing.paired_ratio(baseline, samples) == 2.0  # of 2, 3 and 1; the ratio of the medians would be 1
+    with pytest.raises(ValueError, match="shorter than argument 1"):
+        timing.paired_ratio(baseline, samples[:2])
+    assert timing.quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
+    assert timing.quartiles([7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_runners_take_turns_and_change_who_goes_first():
+    class FakeTimer:
+        most_calls = 1
+        order = ""
+
+        def sample(self, call, calls):
+            type(self).order += call()
+            return 1.0
+
+    runners = {name: timing.Runner(lambda name=name: name) for name in "abc"}
+    samples = timing.interleave(runners, FakeTimer(), timing.Budget(repeats=3, min_time=0))
+    assert FakeTimer.order == "abc" + "abc" + "bca" + "cab"  # calibration, then three rounds
+    assert samples == {name: [1.0] * 3 for name in "abc"}
+
+
+def test_losses_are_marked_and_times_have_three_digits():
+    assert [report.ratio(value) for value in (None, 1.5, 0.996, 0.994)] == ["–", "1.50x", "1.00x", "0.99x ▼"]
+    assert [report.duration(seconds) for seconds in (2.0, 0.0123, 123e-6, 5e-9)] == [
+        "2.00 s",
+        "12.3 ms",
+        "123 µs",
+        "5 ns",
+    ]
+
+
+def test_swapped_layer_norms_keep_their_parameters():
+    norms = [torch.nn.LayerNorm(8), torch.nn.LayerNorm(8, bias=False), torch.nn.LayerNorm(8, elementwise_affine=False)]
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Sequential(*norms)).eval()
+    expected = model(torch.ones(2, 8))
+    before = dict(model.named_parameters())
+    real_model.swap_layer_norms(model)
+    assert all(type(new) is not torch.nn.LayerNorm and isinstance(new, torch.nn.LayerNorm) for new in model[1])
+    assert dict(model.named_parameters()).keys() == before.keys()
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    assert not any(module.training for module in model.modules())
+    torch.testing.assert_close(model(torch.ones(2, 8)), expected)

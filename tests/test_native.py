@@ -1,0 +1,220 @@
+"""What only the compiled backend has: threads, forks, instruction sets, vector tails, 16-bit rounding, checks."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from norms import DTYPES, plain_case
+
+import fastnorm
+from fastnorm.backend import OPERATIONS
+
+native = pytest.importorskip("fastnorm.native", exc_type=ImportError)
+ALL_BITS = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+operations = pytest.mark.parametrize("op", OPERATIONS)
+
+
+@pytest.fixture
+def threads():
+    """Gives a setter of the number of threads, and takes back what it set."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def forward(op, x, residual, weight, bias):
+    """(y, h, mean, rstd); mean is None for rms_norm, h is x for the plain norms."""
+    case = plain_case(op, tuple(x.shape), x.dtype)
+    stream = (x, residual) if case.adds else (x,)
+    options = (weight, bias, 1e-5, False) if case.centers else (weight, 1e-5, False, None)
+    dtypes = (x.dtype, x.dtype) if case.adds else (x.dtype,)
+    y, *rest = getattr(native, f"{op}_forward")(*stream, *options, *dtypes)
+    h = rest.pop(0) if case.adds else x
+    return y, h, rest[0] if case.centers else None, rest[-1]
+
+
+def backward(op, dy, dh, h, weight, mean, rstd):
+    """(dx, dweight) or (dx, dweight, dbias), all in the dtype of h."""
+    case, dtype = plain_case(op, tuple(h.shape), h.dtype), h.dtype
+    stream = (dy, dh, h) if case.adds else (dy, h)
+    options = (mean, rstd, False) if case.centers else (rstd, False, None)
+    dtypes = ((dtype, dtype) if case.adds else ()) + ((dtype, dtype) if case.centers else (dtype,))
+    results = getattr(native, f"{op}_backward")(*stream, weight, *options, *dtypes)
+    return [result for result in results if result is not None]
+
+
+def random_rows(rows, cols, dtype=torch.float32):
+    return torch.randn(rows, cols, dtype=torch.float64).to(dtype)
+
+
+def everything(op, rows, cols, dtype):
+    """All results of one forward and backward on inputs that depend on the seed alone."""
+    torch.manual_seed(1)
+    x, residual, dy, dh = (random_rows(rows, cols, dtype) for _ in range(4))
+    weight, bias = (random_rows(1, cols, dtype)[0] for _ in range(2))
+    y, h, mean, rstd = forward(op, x, residual, weight, bias)
+    return [y, h, rstd, *backward(op, dy, dh, h, weight, mean, rstd)]
+
+
+@operations
+@pytest.mark.parametrize("rows, cols", [(8, 4096), (300, 1000), (2000, 64), (1, 70000)])
+def test_the_number_of_threads_changes_nothing(op, rows, cols, threads):
+    threads(1)
+    expected = everything(op, rows, cols, torch.float32)
+    for count in (2, 3, 7):
+        threads(count)
+        assert all(map(torch.equal, everything(op, rows, cols, torch.float32), expected))
+
+
+@operations
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("cols", [5, 31, 67, 1000])
+def test_a_row_is_the_same_wherever_it_lies(op, cols, dtype):
+    row, residual, weight, bias = (random_rows(1, cols, dtype) for _ in range(4))
+    expected, *_ = forward(op, row, residual, weight[0], bias[0])
+    for offset in range(17):
+        x = torch.zeros(3 * cols + 40, dtype=dtype)[offset:].as_strided((3, cols), (cols + 3, 1))
+        x[:] = random_rows(3, cols, dtype)
+        x[1] = row[0]
+        y, *_ = forward(op, x, residual.expand(3, cols), weight[0], bias[0])
+        assert torch.equal(y[1], expected[0])
+
+
+@pytest.mark.parametrize("cols", [*range(1, 71), 127, 129, 1023, 1025, 1041, 4095, 4097, 8191, 12290])
+def test_every_vector_tail(cols):
+    x, dy, w, b = (random_rows(3, cols) for _ in range(4))
+    w, b = w[0], b[0]
+    y, mean, rstd = native.layer_norm_forward(x, w, b, 1e-5, False, torch.float32)
+    dx, dw, db = native.layer_norm_backward(dy, x, w, mean, rstd, False, torch.float32, torch.float32)
+    leaves = [t.double().requires_grad_() for t in (x, w, b)]
+    oracle = torch.nn.functional.layer_norm(leaves[0], (cols,), *leaves[1:], 1e-5)
+    expected = [oracle, *torch.autograd.grad(oracle, leaves, dy.double())]
+    for actual, value in zip((y, dx, dw, db), expected, strict=True):
+        scale = rstd.max().item() * 5 if value.shape == x.shape else 1.0  # one or two columns cancel to nearly nothing
+        torch.testing.assert_close(actual.double(), value, rtol=3e-6, atol=3e-6 * max(1.0, scale))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_16_bit_value_is_read_exactly(dtype):
+    x = ALL_BITS.view(dtype).view(512, 128)
+    _, h, _ = native.add_rms_norm_forward(x, torch.zeros_like(x), None, 1e-5, False, None, dtype, torch.float32)
+    assert torch.equal(h.isnan(), x.isnan())
+    assert torch.equal(h.nan_to_num(1.5), x.float().nan_to_num(1.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.float64], ids=str)
+def test_16_bit_values_are_rounded_to_nearest_even(dtype, x_dtype):
+    """Every value of the dtype, what lies between it and the next, ties, and one bit off them."""
+    values = ALL_BITS.view(dtype).float().view(torch.int32)
+    near = torch.stack([values + 2**shift + d for shift in (0, 11, 12, 13, 14, 15) for d in (-1, 0, 1)])
+    x = near.view(torch.float32).to(x_dtype).view(-1, 1024)
+    _, h, _ = native.add_rms_norm_forward(x, torch.zeros_like(x), None, 1e-5, False, None, dtype, dtype)
+    expected = x.to(dtype)
+    assert torch.equal(h.isnan(), expected.isnan())
+    assert torch.equal(h.nan_to_num(1.5), expected.nan_to_num(1.5))
+
+
+@pytest.mark.parametrize("cols", [1, 15, 64, 1000, 70000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_squares_that_fit_do_not_overflow_in_their_sum(cols, dtype):
+    x = (random_rows(2, cols).sign() * 1.5e19).to(dtype)
+    y, _ = native.rms_norm_forward(x, None, 1e-5, False, None, torch.float32)
+    torch.testing.assert_close(y, x.sign().float(), rtol=1e-6, atol=0)
+    y, _, _ = native.layer_norm_forward(x, None, None, 1e-5, False, torch.float32)
+    torch.testing.assert_close(y.double(), torch.nn.functional.layer_norm(x.double(), (cols,)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cols", [40, 1000, 5000])
+def test_a_mean_far_from_zero_costs_no_digits(cols):
+    x = (random_rows(4, cols) + 1e4).float()
+    y, _, _ = native.layer_norm_forward(x, None, None, 1e-5, False, torch.float32)
+    torch.testing.assert_close(y.double(), torch.nn.functional.layer_norm(x.double(), (cols,)), rtol=0, atol=3e-6)
+
+
+SETS = ("default", "avx2", "avx512")
+BEST = torch.backends.cpu.get_cpu_capability().lower()
+NUMERIC = "tail or 16_bit or overflow or far_from_zero or lies"
+
+
+@pytest.mark.parametrize("name", SETS[: SETS.index(BEST) + 1 if BEST in SETS else 1])
+def test_other_instruction_sets(name):
+    """The set is chosen once a process, by the variable that chooses PyTorch's own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", NUMERIC]
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": name, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+
+
+class Normalised(torch.utils.data.Dataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        x = torch.full((64, 1024), float(index + 1))
+        return native.rms_norm_forward(x, None, 0.0, False, None, torch.float32)[0].mean()
+
+
+def test_forked_workers(threads):
+    threads(2)
+    everything("layer_norm", 256, 1024, torch.float32)  # threads that a fork would not take along
+    loader = torch.utils.data.DataLoader(Normalised(), num_workers=2, multiprocessing_context="fork", timeout=60)
+    assert [value.item() for value in loader] == [1.0] * 6
+
+
+@operations
+def test_inference_mode(op):
+    name = op.title().replace("_", "").replace("Rms", "RMS")  # add_rms_norm: AddRMSNorm
+    module = getattr(fastnorm, name)(100)
+    with torch.inference_mode(), fastnorm.use("native"):
+        result = module(random_rows(4, 100))
+    for output in result if op.startswith("add_") else [result]:
+        assert output.is_inference() and output.isfinite().all()
+
+
+def operator_calls(op):
+    """(name, arguments) of both directions, with a gradient and an addend left out and dtypes mixed."""
+    x, dy, w, b = (random_rows(3, 20) for _ in range(4))
+    w, b = w[0], b[0]
+    _, h, mean, rstd = forward(op, x, dy, w, b)
+    f32, bf16 = torch.float32, torch.bfloat16
+    ahead, back, dtypes, last = (x,), (dy, h), (), ()
+    if op.startswith("add_"):
+        ahead, back, dtypes, last = (x, dy), (dy, None, h), (f32, bf16), (f32,)
+    if op.endswith("layer_norm"):
+        yield f"{op}_forward", (*ahead, w, b, 1e-5, True, bf16, *last)
+        yield f"{op}_backward", (*back, w, mean, rstd, False, *dtypes, f32, None)
+        yield f"{op}_backward", (*back, w, mean, rstd, True, *dtypes, None, bf16)
+    else:
+        yield f"{op}_forward", (*ahead, w, 1e-5, True, bf16, bf16, *last)
+        yield f"{op}_backward", (*back, None, rstd, False, None, *dtypes, f32)
+        yield f"{op}_backward", (*back, w, rstd, True, bf16, *dtypes, None)
+
+
+@operations
+def test_the_operators_keep_to_their_schemas(op):
+    for name, arguments in operator_calls(op):
+        torch.library.opcheck(getattr(torch.ops.fastnorm, name).default, arguments)
+
+
+def test_wrong_arguments_raise():
+    x, w = random_rows(3, 8), random_rows(1, 8)[0]
+    f32 = torch.float32
+    with pytest.raises(RuntimeError, match="weight of shape"):
+        native.rms_norm_forward(x, w[:7], 1e-5, False, None, f32)
+    with pytest.raises(RuntimeError, match="without gaps"):
+        native.rms_norm_forward(x.t().contiguous().t(), w, 1e-5, False, None, f32)
+    with pytest.raises(TypeError, match="float32, bfloat16"):
+        native.rms_norm_forward(x.int(), w, 1e-5, False, None, f32)
+    with pytest.raises(RuntimeError, match="rstd in Double"):
+        native.rms_norm_backward(x, x.double(), w, torch.ones(3), False, None, f32)
+    with pytest.raises(RuntimeError, match="dy of shape"):
+        native.rms_norm_backward(x[:2], x, w, torch.ones(3), False, None, f32)
+
+
+def test_build_info():
+    info = native.build_info()
+    assert info["compiler"] and info["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert native.serves("cpu") and native.serves("cuda") == (info["cuda"] is not None) and not native.serves("mps")

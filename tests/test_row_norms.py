@@ -1,0 +1,345 @@
+"""What layer_norm, rms_norm, add_layer_norm and add_rms_norm have in common: values, gradients, shapes, strides."""
+
+import pytest
+import torch
+from conftest import SIMULATED
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from norms import DTYPES, Case, call, check, inputs, plain_case
+
+import fastnorm
+from fastnorm.backend import OPERATIONS
+
+# (rows, columns): one row, one column, odd columns, fewer and more rows than programs, widths that models use
+SHAPES = [(1, 1), (3, 1), (2, 2), (1, 7), (5, 8), (2, 33), (70, 64), (9, 100), (33, 128), (3, 257), (5, 1000)]
+SHAPES += [(2, 1025), (3, 2560)]
+# what one program holds, what it reads twice, and what goes through the looped kernels
+LONG = [
+    ("rms_norm", torch.float32, (2, 8200)),
+    ("add_layer_norm", torch.bfloat16, (2, 8200)),
+    ("layer_norm", torch.float32, (1, 16384)),
+    ("add_rms_norm", torch.bfloat16, (1, 16384)),
+    ("layer_norm", torch.bfloat16, (2, 16400)),
+    ("add_rms_norm", torch.float32, (2, 16400)),
+    ("rms_norm", torch.bfloat16, (1, 65536)),
+    ("add_layer_norm", torch.float32, (1, 65536)),
+    ("layer_norm", torch.float32, (1, 131072)),
+    ("add_rms_norm", torch.bfloat16, (1, 131072)),
+]
+if SIMULATED:  # every shape and dtype is a compilation
+    SHAPES, LONG = [(3, 1), (33, 128), (2, 1025), (7, 2560)], LONG[4:8]
+GRID = [(d, s) for d in DTYPES for s in SHAPES if not SIMULATED or s == (33, 128) or d.itemsize < 4 + (s == (7, 2560))]
+operations = pytest.mark.parametrize("op", OPERATIONS)
+
+
+@operations
+@pytest.mark.parametrize("dtype, shape", GRID, ids=str)
+def test_values_and_gradients(op, dtype, shape, device):
+    case = plain_case(op, shape, dtype)
+    check(case, inputs(case, device))
+
+
+@pytest.mark.parametrize("op, dtype, shape", LONG, ids=str)
+def test_long_rows(op, dtype, shape, kernel_device):
+    case = plain_case(op, shape, dtype)
+    check(case, inputs(case, kernel_device))
+
+
+OPTIONS = [
+    dict(weight=None),
+    dict(weight=torch.float32, dtype=torch.bfloat16),
+    dict(weight=torch.bfloat16, dtype=torch.float32),
+    dict(options={"zero_centered": True}),
+    dict(options={"out_dtype": torch.float32}, dtype=torch.float16),
+    dict(options={"out_dtype": torch.bfloat16}, dtype=torch.float32),
+    dict(weight=torch.float32, dtype=torch.float64),
+]
+LAYER_OPTIONS = [dict(bias=None), dict(weight=None, bias=torch.float32), dict(bias=torch.float16, dtype=torch.bfloat16)]
+RMS_OPTIONS = [
+    dict(options={"rounding": "llama"}, dtype=torch.bfloat16),
+    dict(options={"rounding": "llama"}, dtype=torch.float16, weight=torch.float32),
+    dict(options={"rounding": "llama", "zero_centered": True}, dtype=torch.bfloat16, weight=torch.bfloat16),
+    dict(options={"rounding": "llama"}, weight=None, dtype=torch.bfloat16),
+]
+ADD_OPTIONS = [
+    dict(residual=torch.float32, dtype=torch.bfloat16),
+    dict(residual=torch.bfloat16, dtype=torch.float32),
+    dict(residual=torch.bfloat16, dtype=torch.bfloat16, options={"residual_dtype": torch.float32}),
+    dict(residual=torch.float64, dtype=torch.float32),
+    dict(residual=torch.float32, dtype=torch.float16, options={"residual_dtype": torch.bfloat16}),
+]
+
+
+def option_cases(op: str) -> list[Case]:
+    case = plain_case(op, (6, 200), torch.float32)
+    options = OPTIONS + (LAYER_OPTIONS if case.centers else RMS_OPTIONS) + (ADD_OPTIONS if case.adds else [])
+    return [case.alike(**changes) for changes in options]
+
+
+@pytest.mark.parametrize("case", [case for op in OPERATIONS for case in option_cases(op)], ids=str)
+def test_options_and_mixed_dtypes(case, device):
+    check(case, inputs(case, device))
+
+
+@operations
+@pytest.mark.parametrize("shape, normalized", [((4, 3, 5, 2), 2), ((2, 3, 4), 3), ((6,), 1), ((2, 2, 2, 9), 1)])
+def test_many_dimensions(op, shape, normalized, device):
+    case = plain_case(op, shape, torch.float32, normalized=normalized)
+    check(case, inputs(case, device))
+
+
+def relaid(t: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same values in a memory layout that a user may come with."""
+    if layout == "row slice":
+        wide = t.new_full((*t.shape[:-1], t.shape[-1] + 5), float("nan"))
+        wide[..., 2:-3] = t
+        return wide[..., 2:-3]
+    if layout == "column step":
+        wide = t.new_full((*t.shape, 2), float("nan"))
+        wide[..., 0] = t
+        return wide[..., 0]
+    if layout == "offset":
+        flat = t.new_full((t.numel() + 1,), float("nan"))
+        flat[1:] = t.reshape(-1)
+        return flat[1:].view(t.shape)
+    if layout == "transposed":
+        return t.movedim(-1, 0).contiguous().movedim(0, -1)
+    if layout == "every other row":
+        return torch.stack([t, t.new_full(t.shape, float("nan"))], 1).flatten(0, 1)[::2]
+    return t
+
+
+LAYOUTS = ["row slice", "column step", "offset", "transposed", "every other row"]
+
+
+@operations
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_layouts_of_input_and_gradient(op, layout, dtype, device):
+    case = plain_case(op, (4, 3, 72), dtype)
+    tensors = inputs(case, device)
+    tensors |= {name: relaid(t, layout) for name, t in tensors.items() if name in ("x", "residual")}
+    dy = relaid(torch.randn(case.shape, device=device).to(dtype), layout)
+    dh = relaid(torch.randn(case.shape, device=device).to(dtype), layout) if case.adds else None
+    before = {name: t.clone() for name, t in tensors.items()}
+    check(case, tensors, dy, dh)
+    assert all(torch.equal(tensors[name], before[name]) for name in tensors), "an input was written to"
+    y, _ = call(case, tensors)
+    assert y.is_contiguous(), "stock returns contiguous results whatever the input's strides"
+
+
+@operations
+def test_expanded_gradient(op, device):
+    """The gradient of a sum has stride zero everywhere."""
+    case = plain_case(op, (5, 24), torch.float32)
+    dy = torch.ones((), device=device).expand(case.shape)
+    check(case, inputs(case, device), dy, dy if case.adds else None)
+
+
+@operations
+def test_empty_inputs(op, device):
+    for shape in [(0, 8), (3, 0, 8), (0,), (4, 0)]:
+        case = plain_case(op, shape, torch.float32)
+        leaves = {name: t.requires_grad_() for name, t in inputs(case, device).items()}
+        y, _ = call(case, leaves)
+        assert y.shape == shape
+        y.sum().backward()
+        assert leaves["x"].grad.shape == shape
+        assert torch.equal(leaves["weight"].grad, torch.zeros(shape[-1:], device=device))
+
+
+@operations
+@pytest.mark.triton
+def test_kernels_take_zero_rows(op, triton_device):
+    case = plain_case(op, (0, 40), torch.bfloat16)
+    tensors = inputs(case, triton_device)
+    kernels = fastnorm.backend._triton
+    affine = [tensors["weight"], tensors["bias"]] if case.centers else [tensors["weight"]]
+    rest = [case.eps, False] + ([] if case.centers else [None]) + [torch.bfloat16]
+    rows = [tensors["x"], tensors["residual"]] if case.adds else [tensors["x"]]
+    results = getattr(kernels, f"{op}_forward")(*rows, *affine, *rest, *([torch.float32] if case.adds else []))
+    assert [tuple(t.shape) for t in results[: 2 if case.adds else 1]] == [(0, 40)] * (2 if case.adds else 1)
+    assert all(t.shape == (0,) for t in results[2 if case.adds else 1 :])
+
+
+@operations
+def test_mean_far_from_zero(op, device):
+    """mean 1e4, std 1: E[x²] − E[x]² would lose every digit."""
+    for dtype in (torch.float32, torch.float64)[: 1 if SIMULATED else 2]:
+        case = plain_case(op, (16, 1000), dtype)
+        check(case, inputs(case, device, mean=1e4))
+
+
+@operations
+def test_huge_values(op, device):
+    """1e18 squared fits into float32; a sum of many such squares does not."""
+    case = plain_case(op, (4, 300), torch.float32)
+    check(case, inputs(case, device, std=1e18))
+
+
+@operations
+@pytest.mark.parametrize("cols", [600] if SIMULATED else [600, 1500, 17000])
+def test_huge_values_in_wide_rows(op, cols, kernel_device):
+    case = plain_case(op, (1, cols), torch.float32)
+    y, _ = call(case, inputs(case, kernel_device, std=1e18))
+    assert torch.isfinite(y).all() and y.abs().max() > 0.1
+
+
+@operations
+def test_zero_weight_and_constant_rows(op, device):
+    case = plain_case(op, (4, 96), torch.float32)
+    tensors = inputs(case, device)
+    tensors["weight"].zero_()
+    tensors["x"][1] = 3.0
+    tensors["x"][2] = 0.0
+    check(case, tensors)
+
+
+@operations
+@pytest.mark.parametrize("bad, cols", [("nan", 96), ("inf", 96)] + [("-inf", 700), ("nan", 9000)] * (not SIMULATED))
+def test_bad_rows_stay_in_their_rows(op, bad, cols, kernel_device):
+    case = plain_case(op, (4, cols), torch.float32)
+    tensors = inputs(case, kernel_device)
+    good = {name: t.clone() for name, t in tensors.items()}
+    tensors["x"][2, cols // 2] = float(bad)
+    others = [0, 1, 3]
+    results = []
+    for leaves in (tensors, good):
+        leaves = {name: t.requires_grad_() for name, t in leaves.items()}
+        y, _ = call(case, leaves)
+        y.sum().backward()
+        results.append((y.detach(), leaves["x"].grad))
+    (y, dx), (expected_y, expected_dx) = results
+    assert torch.equal(y[others], expected_y[others]) and torch.equal(dx[others], expected_dx[others])
+    assert torch.isnan(y[2]).any() and torch.isnan(dx[2]).any()
+
+
+@operations
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("cols", [64, 1000] if SIMULATED else [64, 200, 1000])
+def test_rows_do_not_depend_on_the_batch(op, dtype, cols, kernel_device):
+    """y, h and dx of a row are bitwise the same alone, in a small batch and in a large one."""
+    case = plain_case(op, (37, cols), dtype)
+    tensors = inputs(case, kernel_device)
+    dy = torch.randn(case.shape, device=kernel_device).to(dtype)
+    whole = results_of(case, tensors, dy)
+    for rows in (slice(0, 1), slice(5, 6), slice(30, 37), slice(2, 20)):
+        part = case.alike(shape=(rows.stop - rows.start, cols))
+        some = {name: t[rows] if name in ("x", "residual") else t for name, t in tensors.items()}
+        for name, value in results_of(part, some, dy[rows]).items():
+            if name in ("y", "h", "x", "residual"):
+                assert torch.equal(value, whole[name][rows]), name
+
+
+@operations
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_two_runs_are_bitwise_equal(op, dtype, kernel_device):
+    case = plain_case(op, (43, 320), dtype)
+    tensors, dy = inputs(case, kernel_device), torch.randn(43, 320, device=kernel_device).to(dtype)
+    first, second = (results_of(case, tensors, dy) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def results_of(case: Case, tensors: dict, dy: torch.Tensor) -> dict:
+    """y, h and the gradients, by name."""
+    leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+    y, h = call(case, leaves)
+    found = torch.autograd.grad((y, h) if case.adds else y, list(leaves.values()), (dy, dy) if case.adds else dy)
+    return {"y": y.detach(), "h": h.detach()} | dict(zip(leaves, found, strict=True))
+
+
+@operations
+@pytest.mark.parametrize("frozen", [("weight",), ("bias",), ("weight", "bias"), ("x", "residual"), ("residual",)])
+def test_frozen_parameters_get_no_gradient_and_change_no_other(op, frozen, device):
+    case = plain_case(op, (6, 80), torch.float32)
+    tensors = inputs(case, device)
+    gradients = []
+    for without in ((), frozen):
+        leaves = {name: t.clone().requires_grad_(name not in without) for name, t in tensors.items()}
+        call(case, leaves)[0].square().sum().backward()
+        gradients.append({name: t.grad for name, t in leaves.items()})
+    everything, rest = gradients
+    for name in tensors:
+        if name in frozen:
+            assert rest[name] is None
+        else:  # a kernel without the other sums is another kernel: its multiply-adds may be joined differently
+            torch.testing.assert_close(rest[name], everything[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", ["add_layer_norm", "add_rms_norm"])
+def test_each_output_of_an_add_norm_has_its_own_gradient(op, device):
+    """One of two outputs unused: the other's gradient still flows, and alone."""
+    case = plain_case(op, (5, 40), torch.float32)
+    tensors = inputs(case, device)
+    found = {}
+    for used in ("y", "h", "both"):
+        leaves = {name: t.clone().requires_grad_() for name, t in tensors.items()}
+        y, h = call(case, leaves)
+        losses = {"y": y.square().sum(), "h": h.pow(3).sum()}
+        (losses["y"] + losses["h"] if used == "both" else losses[used]).backward()
+        found[used] = leaves["x"].grad, leaves["residual"].grad
+    h = tensors["x"] + tensors["residual"]
+    torch.testing.assert_close(found["h"][0], 3 * h**2)
+    for i in range(2):
+        torch.testing.assert_close(found["both"][i], found["y"][i] + found["h"][i])
+
+
+@pytest.mark.parametrize("op", ["add_layer_norm", "add_rms_norm"])
+def test_no_residual_starts_the_stream(op, device):
+    case = plain_case(op, (5, 40), torch.bfloat16, residual=None)
+    tensors = inputs(case, device)
+    y, h = call(case, tensors)
+    plain = case.alike(op=op.removeprefix("add_"))
+    assert h is tensors["x"] and torch.equal(y, call(plain, tensors)[0])
+    y, h = call(case.alike(options={"residual_dtype": torch.float32}), tensors)
+    assert h.dtype == torch.float32 and y.dtype == torch.bfloat16 and torch.equal(h, tensors["x"].float())
+
+
+@operations
+@pytest.mark.parametrize("affine", [True] if SIMULATED else [True, False])
+def test_gradcheck_and_gradgradcheck(op, affine, device):
+    case = plain_case(op, (3, 5), torch.float64)
+    if not affine:
+        case = case.alike(weight=None, bias=None)
+    tensors = inputs(case, device)
+    names = list(tensors)
+
+    def outputs(*leaves):
+        y, h = call(case, dict(zip(names, leaves, strict=True)))
+        return (y, h) if case.adds else y
+
+    leaves = [t.requires_grad_() for t in tensors.values()]
+    assert torch.autograd.gradcheck(outputs, leaves)
+    assert SIMULATED or torch.autograd.gradgradcheck(outputs, leaves)  # a double backward runs PyTorch's operations
+
+
+if not SIMULATED:  # hypothesis draws shapes at will, and each would be compiled
+
+    def subsets(draw, *names):
+        return {name: draw(st.sampled_from(DTYPES)) for name in names if draw(st.booleans())}
+
+    @st.composite
+    def cases(draw) -> tuple[Case, str]:
+        op = draw(st.sampled_from(OPERATIONS))
+        lead = draw(st.lists(st.integers(1, 5), min_size=0, max_size=3))
+        cols = draw(st.integers(1, 70) | st.sampled_from([127, 129, 255, 300, 777]))
+        case = Case(op, (*lead, cols), draw(st.sampled_from(DTYPES)), eps=draw(st.sampled_from([1e-5, 1e-12, 0.1])))
+        case = case.alike(**subsets(draw, *(["weight", "bias"] if case.centers else ["weight"])))
+        if case.adds:
+            case.residual = draw(st.sampled_from(DTYPES))
+            case.options["residual_dtype"] = draw(st.sampled_from([None, *DTYPES]))
+        case.options["zero_centered"] = draw(st.booleans())
+        case.options["out_dtype"] = draw(st.sampled_from([None, *DTYPES]))
+        if not case.centers:
+            case.options["rounding"] = draw(st.sampled_from(["torch", "llama"]))
+        return case, draw(st.sampled_from(["contiguous", *LAYOUTS]) if lead else st.just("contiguous"))
+
+    @given(drawn=cases())
+    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    def test_any_shape_layout_dtype_and_option(drawn, device):
+        case, layout = drawn
+        tensors = inputs(case, device)
+        tensors |= {name: relaid(t, layout) for name, t in tensors.items() if name in ("x", "residual")}
+        check(case, tensors)
+
+
