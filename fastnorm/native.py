@@ -5,12 +5,14 @@ reason, where the extension isn't built. y, h and dx of a row do not depend on t
 the number of threads; between instruction sets results may differ in their last bits.
 """
 
+import importlib
+
 import torch
 
 from . import operators
 
 try:
-    from . import _C
+    _C = importlib.import_module("._C", __package__)  # `from . import _C` can't tell missing from broken
 except ModuleNotFoundError as error:
     raise ImportError("fastnorm's C++ extension is not built") from error
 except ImportError as error:

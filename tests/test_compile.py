@@ -1,0 +1,298 @@
+"""torch.compile, torch.export and other tracers: which operations they see, and that the numbers stay."""
+
+import inspect
+
+import pytest
+import torch
+from conftest import SIMULATED, backend_parameters
+from norms import Case, call, inputs, plain_case
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import fastnorm
+from fastnorm import backend, operators
+from fastnorm.backend import OPERATIONS
+
+NAMESPACES = {"native": "fastnorm", "triton": "fastnorm_triton", "reference": None}
+MODULES = {"layer_norm": fastnorm.LayerNorm, "rms_norm": fastnorm.RMSNorm,
+           "add_layer_norm": fastnorm.AddLayerNorm, "add_rms_norm": fastnorm.AddRMSNorm}  # fmt: skip
+operations = pytest.mark.parametrize("op", OPERATIONS)
+f32, bf16 = torch.float32, torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    """No test finds what another compiled."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Graphs:
+    """A compiler that keeps the graphs it is given, forward and backward, and runs them as they are."""
+
+    def __init__(self):
+        self.forward, self.backward = [], []
+        self.compiler = aot_autograd(fw_compiler=self.keep(self.forward), bw_compiler=self.keep(self.backward))
+
+    @staticmethod
+    def keep(graphs: list):
+        def compiler(graph, example_inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        return compiler
+
+
+def called(graphs) -> set[str]:
+    """The names of the operators in some graphs, and in the graphs that these hold."""
+    parts = [part for graph in graphs for part in graph.modules() if isinstance(part, torch.fx.GraphModule)]
+    return {str(node.target) for part in parts for node in part.graph.nodes if node.op == "call_function"}
+
+
+def ours(graphs) -> set[str]:
+    return {name.removesuffix(".default") for name in called(graphs) if name.startswith("fastnorm")}
+
+
+def expected_operators(op: str, direction: str) -> set[str]:
+    """What a graph holds of ours under the backend that is named now."""
+    namespace = NAMESPACES[backend._forced or "reference"]
+    return {f"{namespace}.{op}_{direction}"} if namespace else set()
+
+
+def results(function, case: Case, tensors: dict, used=("y", "h")) -> list[torch.Tensor]:
+    """The outputs and the gradients of all inputs, through the outputs that are used."""
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in tensors.items()}
+    y, h = function(case, leaves)
+    outputs = [t for name, t in (("y", y), ("h", h)) if name in used and (case.adds or name == "y")]
+    sum((t.float() ** 3).sum() for t in outputs).backward()
+    return [y.detach(), h.detach(), *(t.grad for t in leaves.values())]
+
+
+def assert_equal(actual: list, expected: list, bitwise: bool) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        if bitwise:
+            assert a.dtype == e.dtype and torch.equal(a, e)
+        else:
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+
+def compile_cases(op: str) -> list[Case]:
+    case = plain_case(op, (3, 2, 40), f32)
+    cases = [case, case.alike(weight=None, bias=None), case.alike(dtype=bf16, options={"zero_centered": True})]
+    if case.adds:
+        cases.append(case.alike(residual=bf16, options={"residual_dtype": torch.float64}))
+    if not case.centers:
+        cases.append(case.alike(dtype=bf16, weight=bf16, eps=None, options={"rounding": "llama"}))
+    return cases[-1:] if SIMULATED else cases  # each is a compilation
+
+
+CASES = [(f"{op}-{i}", case) for op in OPERATIONS for i, case in enumerate(compile_cases(op))]
+compiled_cases = pytest.mark.parametrize("case", [case for _, case in CASES], ids=[name for name, _ in CASES])
+
+
+@compiled_cases
+def test_by_default_the_formula_is_compiled(case):
+    """Inductor can fuse it with its neighbours; a kernel of ours would stand in the way."""
+    graphs = Graphs()
+    tensors = inputs(case)
+    compiled = torch.compile(call, fullgraph=True, backend=graphs.compiler)
+    actual = results(compiled, case, tensors)
+    assert len(graphs.forward) == len(graphs.backward) == 1
+    assert not ours(graphs.forward) and not ours(graphs.backward)
+    assert any("norm" in name or "rsqrt" in name for name in called(graphs.forward)), "the formula is not in the graph"
+    with fastnorm.use("reference"):
+        assert_equal(actual, results(call, case, tensors), bitwise=False)
+
+
+@compiled_cases
+def test_named_kernels_stay(case, kernel_device):
+    """One graph, with our operators in it both ways; the same kernels give the same bits."""
+    graphs = Graphs()
+    tensors = inputs(case, kernel_device)
+    actual = results(torch.compile(call, fullgraph=True, backend=graphs.compiler), case, tensors)
+    assert ours(graphs.forward) == expected_operators(case.op, "forward")
+    assert ours(graphs.backward) == expected_operators(case.op, "backward")
+    assert not any("native_layer_norm" in name or "rsqrt" in name for name in called(graphs.forward))
+    assert_equal(actual, results(call, case, tensors), bitwise=True)
+
+
+@pytest.mark.parametrize("op", ["add_layer_norm", "add_rms_norm"])
+@pytest.mark.parametrize("used", ["y", "h"])
+def test_one_output_of_two(op, used, kernel_device):
+    case = plain_case(op, (4, 24), f32)
+    tensors = inputs(case, kernel_device)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    actual, expected = (results(function, case, tensors, [used]) for function in (compiled, call))
+    # a compiled backward writes zeros where eager autograd has no gradient
+    expected = [torch.zeros_like(a) if e is None else e for a, e in zip(actual, expected, strict=True)]
+    assert_equal(actual, expected, bitwise=True)
+
+
+@operations
+def test_naming_a_backend_compiles_anew(op, kernel_device):
+    """What was compiled for one backend is not run under another one."""
+    graphs = Graphs()
+    case = plain_case(op, (4, 24), f32)
+    tensors = inputs(case, kernel_device)
+    compiled = torch.compile(call, fullgraph=True, backend=graphs.compiler)
+    for name in ("reference", backend._forced, None, backend._forced):
+        with fastnorm.use(name):
+            compiled(case, tensors)
+            assert len(graphs.forward) <= 3
+            if name == backend._forced and name not in (None, "reference"):
+                assert ours(graphs.forward[1:2]) == expected_operators(op, "forward")
+    assert not ours(graphs.forward[:1]) and not ours(graphs.forward[2:])
+
+
+@operations
+@pytest.mark.parametrize("name", backend_parameters("reference", "native", "triton"))
+def test_other_row_counts_do_not_compile_again(op, name):
+    status = backend.statuses()[name]
+    if not status.available:
+        pytest.skip(f"{name} backend: {status.detail}")
+    device = backend._triton.device_type() if name == "triton" else "cpu"
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for rows in (5, 2, 31):
+        case = plain_case(op, (rows, 24), f32)
+        tensors = {key: t.requires_grad_() for key, t in inputs(case, device).items()}
+        for key in ("x", "residual"):
+            if key in tensors:
+                torch._dynamo.mark_dynamic(tensors[key], 0)
+        case = case.alike(shape=(0, 24))  # the number of rows is a guard if the function sees it in Python
+        with fastnorm.use(name):
+            y, h = compiled(case, tensors)
+            expected, _ = call(case, tensors)
+            (y.sum() + h.sum()).backward()
+        torch.testing.assert_close(y, expected)
+    assert counter.frame_count == 1
+
+
+@operations
+def test_inference(op, kernel_device):
+    graphs = Graphs()
+    case = plain_case(op, (4, 24), bf16)
+    tensors = inputs(case, kernel_device)
+    with torch.inference_mode():
+        actual = torch.compile(call, fullgraph=True, backend=graphs.compiler)(case, tensors)
+        assert_equal(list(actual), list(call(case, tensors)), bitwise=True)
+    assert ours(graphs.forward) == expected_operators(op, "forward")
+
+
+@operations
+def test_autocast_is_compiled_too(op):
+    case = plain_case(op, (4, 24), f32, weight=None, bias=None)
+    tensors = inputs(case)
+
+    def step(tensors):
+        with torch.autocast("cpu", bf16):
+            y, _ = call(case, tensors)
+            return y, y @ y.T
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(tensors)
+    assert [t.dtype for t in compiled] == [t.dtype for t in step(tensors)] == [f32, bf16]
+
+
+@operations
+def test_modules_compile_between_their_neighbours(op):
+    norm = MODULES[op](24)
+
+    def block(x):
+        result = norm(torch.relu(x), x) if op.startswith("add_") else norm(torch.relu(x))
+        return torch.tanh(result[0] if isinstance(result, tuple) else result)
+
+    x = torch.randn(4, 24)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), block(x))
+
+
+@pytest.mark.parametrize("op, strict", [(op, op in ("rms_norm", "add_layer_norm")) for op in OPERATIONS])
+def test_export(op, strict, device):
+    """The program holds the operators of the backend that is named, and takes other batch sizes."""
+    module = MODULES[op](24).to(device)
+    x = torch.randn(4, 3, 24, device=device)
+    arguments = (x, torch.randn_like(x)) if op.startswith("add_") else (x,)
+    shapes = tuple({0: torch.export.Dim("batch")} for _ in arguments)
+    program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=strict)
+    assert ours([program.graph_module]) == expected_operators(op, "forward")
+    others = tuple(torch.randn(7, 3, 24, device=device) for _ in arguments)
+    torch.testing.assert_close(program.module()(*others), module(*others))
+
+
+@operations
+def test_export_takes_the_formula_by_default(op):
+    x = torch.randn(4, 24)
+    arguments = (x, x) if op.startswith("add_") else (x,)
+    program = torch.export.export(MODULES[op](24), arguments)
+    assert called([program.graph_module]) and not ours([program.graph_module])
+
+
+@operations
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx_sees_the_operators(op, mode, kernel_device):
+    case = plain_case(op, (4, 24), f32)
+    tensors = inputs(case, kernel_device)
+    graph = make_fx(lambda tensors: call(case, tensors), tracing_mode=mode)(tensors)
+    assert ours([graph]) == expected_operators(op, "forward")
+    assert_equal(list(graph(tensors)), list(call(case, tensors)), bitwise=True)
+
+
+@compiled_cases
+def test_fake_tensors_have_the_form_of_real_results(case, kernel_device):
+    """Outputs and gradients, without a launch: shape, dtype, strides."""
+    tensors = inputs(case, kernel_device)
+    expected = results(call, case, tensors)
+    mode = FakeTensorMode()
+    fakes = {name: mode.from_tensor(t) for name, t in tensors.items()}
+    actual = results(call, case, fakes)
+    for a, e in zip(actual, expected, strict=True):
+        assert isinstance(a, FakeTensor) and (a.shape, a.dtype, a.stride()) == (e.shape, e.dtype, e.stride())
+
+
+def operator_calls(op: str, device: str):
+    """(name, arguments) of both directions: everything given, then every optional argument left out."""
+    x, residual, dy, dh = (torch.randn(3, 20).to(device) for _ in range(4))
+    weight, bias = torch.randn(2, 20).to(device)
+    x, rstd, mean = x.to(bf16), torch.rand(3, device=device) + 0.5, torch.randn(3, device=device)
+    adds = op.startswith("add_")
+    h = residual if adds else x
+    for full in (True, False):
+        w, b = (weight, bias) if full else (None, None)
+        ahead = (x, residual) if adds else (x,)
+        results = (bf16, f32) if adds else (bf16,)
+        stream, dtypes = ((dy, dh if full else None, h), (bf16, f32 if full else bf16)) if adds else ((dy, h), ())
+        wanted = f32 if full else None
+        if op.endswith("layer_norm"):
+            yield f"{op}_forward", (*ahead, w, b, 1e-5, full, *results)
+            yield f"{op}_backward", (*stream, w, mean, rstd, full, *dtypes, wanted, wanted)
+        else:
+            cast = bf16 if full else None
+            yield f"{op}_forward", (*ahead, w, 1e-5, full, cast, *results)
+            yield f"{op}_backward", (*stream, w, rstd, full, cast, *dtypes, wanted)
+
+
+@operations
+def test_operators_keep_to_their_schemas(op, kernel_device):
+    """Nothing is written to, nothing aliases, and the fake implementations tell the truth, at other sizes too."""
+    namespace = getattr(torch.ops, NAMESPACES[backend._forced])
+    names = set()
+    for name, arguments in operator_calls(op, kernel_device):
+        torch.library.opcheck(getattr(namespace, name).default, arguments)
+        names.add(name)
+    assert names == {f"{op}_forward", f"{op}_backward"}
+
+
+@pytest.mark.parametrize("schema", operators.SCHEMAS, ids=lambda schema: schema.partition("(")[0])
+@pytest.mark.triton
+def test_functions_have_the_arguments_of_their_schemas(schema):
+    """The operator is the Python function: the arguments come by position, so that their order must agree."""
+    name = schema.partition("(")[0]
+    declared = torch._C.parse_schema(f"fastnorm::{schema}")
+    parameters = inspect.signature(getattr(backend._triton, name)).parameters
+    assert [a.name for a in declared.arguments] == list(parameters) == list(
+        inspect.signature(operators._FAKES[name]).parameters
+    )  # fmt: skip
+    assert {schema.partition("(")[0] for schema in operators.SCHEMAS} == set(operators._FAKES)

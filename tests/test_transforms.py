@@ -1,0 +1,117 @@
+"""What PyTorch does with a call rather than in it: torch.func, forward mode, traces, tensor subclasses, modes."""
+
+import pytest
+import torch
+from test_modules import modules, pair, y_of
+from torch import nn
+from torch.func import functional_call
+
+
+@modules
+def test_functional_call_takes_other_parameters(name):
+    ours, stock = pair(name, 8)
+    x = torch.randn(3, 8)
+    before = y_of(ours, x)
+    others = {key: torch.randn(8, requires_grad=True) for key, _ in stock.named_parameters()}
+    y = functional_call(ours, others, (x,))
+    y, expected = (y[0] if isinstance(y, tuple) else y), functional_call(stock, others, (x,))
+    torch.testing.assert_close(y, expected)
+    found = [torch.autograd.grad(r.square().sum(), list(others.values())) for r in (y, expected)]
+    torch.testing.assert_close(*found)
+    assert torch.equal(y_of(ours, x), before)
+
+
+TRANSFORMS = {
+    "grad": lambda f, x, w: torch.func.grad(lambda *a: f(*a).square().sum(), (0, 1))(x, w),
+    "grad of grad": lambda f, x, w: torch.func.grad(
+        lambda x: (torch.func.grad(lambda x: f(x, w).pow(3).sum())(x) * w).sum()
+    )(x),
+    "vmap over x": lambda f, x, w: torch.func.vmap(f, (0, None))(x, w),
+    "vmap over weights": lambda f, x, w: torch.func.vmap(f, (None, 0))(x, torch.stack([w, 2 * w])),
+    "gradient of each sample": lambda f, x, w: torch.func.vmap(
+        torch.func.grad(lambda w, x: f(x, w).square().sum()), (None, 0)
+    )(w, x),
+    "jvp": lambda f, x, w: torch.func.jvp(f, (x, w), (x.cos(), w.sin())),
+    "vjp": lambda f, x, w: torch.func.vjp(f, x, w)[1](x.cos()),
+    "jacrev": lambda f, x, w: torch.func.jacrev(f)(x, w),
+    "hessian": lambda f, x, w: torch.func.hessian(lambda w: f(x, w).square().sum())(w),
+    "forward mode": lambda f, x, w: forward_mode(f, x, w),
+}
+
+
+def forward_mode(f, x, w):
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual
+        return torch.autograd.forward_ad.unpack_dual(f(dual(x, x.cos()), dual(w, w.sin())))
+
+
+@modules
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms(name, transform):
+    ours, stock = pair(name, 6, dtype=torch.float64)
+    x, w = torch.randn(4, 6, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+
+    def with_weight(module):
+        def run(x, w):
+            result = functional_call(module, {"weight": w}, (x,))
+            return result[0] if isinstance(result, tuple) else result
+
+        return run
+
+    actual, expected = (TRANSFORMS[transform](with_weight(m), x, w) for m in (ours, stock))
+    torch.testing.assert_close(actual, expected)
+
+
+@modules
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:FutureWarning")
+def test_a_trace_takes_other_batch_sizes(name):
+    ours, stock = pair(name, 8)
+    traced = torch.jit.trace(ours, torch.randn(3, 8))
+    x = torch.randn(2, 5, 8)
+    torch.testing.assert_close(y_of(traced, x), stock(x))
+
+
+class Logged(torch.Tensor):
+    """A subclass of the kind that units and quantities are: it has a name for what was called on it."""
+
+    called: list = []  # noqa: RUF012
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.called.append(getattr(function, "__name__", str(function)))
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@modules
+@pytest.mark.parametrize("which", ["input", "weight"])
+def test_subclasses_with_torch_function(name, which):
+    """Calls on them are seen, results keep the type, and gradients arrive."""
+    ours, stock = pair(name, 8)
+    x = torch.randn(3, 8)
+    for module in (ours, stock):
+        x_or_logged = x.as_subclass(Logged) if which == "input" else x
+        if which == "weight":
+            module.weight = nn.Parameter(module.weight.detach().as_subclass(Logged))
+        Logged.called.clear()
+        y = y_of(module, x_or_logged.requires_grad_())
+        assert type(y) is Logged and set(Logged.called) & {"layer_norm", "rms_norm"}
+        y.square().sum().backward()
+        assert x_or_logged.grad is not None and module.weight.grad is not None
+    torch.testing.assert_close(y_of(ours, x).as_subclass(torch.Tensor), stock(x).as_subclass(torch.Tensor))
+
+
+@modules
+def test_modes_see_the_call(name):
+    seen = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    ours, stock = pair(name, 8)
+    x = torch.randn(3, 8)
+    with Watch():
+        y = y_of(ours, x)
+    torch.testing.assert_close(y, stock(x))
+    assert seen
