@@ -12,7 +12,7 @@ MODELS := $(VENV)/.models
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test lint bench real-model gpu wheel clean distclean
+.PHONY: help install test lint bench real-model gpu sanitize wheel clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,17 @@ gpu: $(NATIVE)  ## what only a GPU can tell: the Triton tests on it, then the fu
 	$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu: torch sees no GPU here')"
 	$(PY) -m pytest -q -m triton
 	$(PY) -m bench
+
+# Into a copy: the sanitizers' extension must not stay behind in this tree. detect_leaks=0: Python itself never frees all.
+sanitize: $(NATIVE)  ## the native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (needs gcc)
+	rm -rf build/sanitize && mkdir -p build/sanitize
+	cp -r csrc fastnorm triton_kernels tests setup.py pyproject.toml README.md build/sanitize
+	cd build/sanitize && rm -f fastnorm/_C*.so && FASTNORM_BUILD_CUDA=0 FASTNORM_BUILD_NATIVE=1 \
+	  CFLAGS="-g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" \
+	  LDFLAGS="-fsanitize=address,undefined" $(abspath $(PY)) setup.py build_ext --inplace
+	cd build/sanitize && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
+	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
+	  $(abspath $(PY)) -m pytest -q -p no:cacheprovider tests/test_native.py tests/test_row_norms.py -k native
 
 wheel: $(NATIVE)  ## build a wheel for this machine's torch into dist/
 	rm -rf build/lib* build/bdist*

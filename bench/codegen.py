@@ -12,6 +12,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -30,6 +31,7 @@ from .machine_code import TARGETS, access_bytes, resources
 MODEL_WIDTHS = (768, 1024, 1280, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192, 12288, 16384)
 NARROW_WIDTHS = (64, 80, 96, 128, 256)  # one attention head
 LONG_WIDTHS = (32768, 65536)
+ODD_WIDTHS = (1793, 3585, 14337)  # take most registers, and 16-byte accesses are not to be had
 DIRECTIONS = ("forward", "backward")
 OPERATIONS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
 ROWS = 8192
@@ -81,6 +83,7 @@ class Kernel:
     shared: int
     resident_warps: int  # on a multiprocessor
     access: int  # the narrowest through a pointer to rows; where pointers are not told apart, the widest
+    short_products: int  # 32-bit multiplications, which no address of a row may have
     hash: str
 
 
@@ -143,6 +146,7 @@ def _describe(problem: Problem, name: str, compiled, signature: dict[str, str], 
         shared=metadata.shared,
         resident_warps=TARGETS[problem.target][1].resident_warps(metadata.num_warps, used.registers, metadata.shared),
         access=min(rows or widths.values()),
+        short_products=len(re.findall(r"arith\.muli .*i32", compiled.asm["ttir"])),
         hash=metadata.hash,
     )
 
@@ -222,7 +226,7 @@ def _table(kernels: Iterable[Kernel]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.codegen", description=__doc__.partition("\n")[0])
-    widths = (*NARROW_WIDTHS, *MODEL_WIDTHS, *LONG_WIDTHS)
+    widths = (*NARROW_WIDTHS, *MODEL_WIDTHS, *LONG_WIDTHS, *ODD_WIDTHS)
 
     def add(flag: str, parse: Callable, default: tuple, text: str) -> None:
         known = ",".join(map(str, default))

@@ -14,9 +14,9 @@ WARP = 32
 ACCESS_BYTES = 16  # the widest load of a thread
 MAX_PADDING = 1 / 8  # idle lanes that a tiling may cost, as a part of the row
 RESIDENT_BYTES = 65536  # longer rows go through the looped kernels
-HELD_REGISTERS = {4: 200, 8: 200, 16: 84}  # of a thread's 255, or 128 with 16 warps, that a row may take
+HELD_REGISTERS = {4: 200, 8: 200, 16: 80}  # of a thread's 255, or 128 with 16 warps, that a row may take
 BACKWARD_RESIDENT_COLS = 16384  # of wider rows, the parameter sums no longer fit into one program's registers
-NARROW_ELEMENTS = 32  # that a thread holds of rows shorter than a warp's access
+NARROW_REGISTERS = 32  # of a thread, for rows shorter than a warp's access
 PARTIAL_SHARE = 0.03  # of the backward's traffic that partial sums may add, from PARTIAL_ROWS rows on
 PARTIAL_ROWS = 4096
 INTERPRETER_PROGRAMS = 5  # Triton's interpreter has no device to ask; odd, so that rows divide unevenly
@@ -29,11 +29,12 @@ class RowTiles(NamedTuple):
     count: int
     rows: int
     warps: int
+    width: int  # registers of an element: 2 in float64
 
     @property
-    def elements(self) -> int:
-        """Elements that a thread holds."""
-        return self.tile * self.count * self.rows // (WARP * self.warps)
+    def registers(self) -> int:
+        """Registers that a row takes of each thread."""
+        return self.tile * self.count * self.rows // (WARP * self.warps) * self.width
 
 
 def padding(cols: int, tile: int) -> float:
@@ -41,43 +42,44 @@ def padding(cols: int, tile: int) -> float:
     return (triton.cdiv(cols, tile) * tile - cols) / cols
 
 
-def row_tiles(cols: int, itemsize: int, max_elements: int = 80, max_warps: int = 16, min_warps: int = 2) -> RowTiles:
+def row_tiles(cols: int, itemsize: int, max_registers: int = 80, max_warps: int = 16, min_warps: int = 2) -> RowTiles:
     """The tiling of a row; it depends on nothing but the row, so that results do not depend on the batch.
 
-    A row gets more warps once a thread would hold more than `max_elements` of it; a program gets more rows until it
+    A row gets more warps once it would take more than `max_registers` of a thread; a program gets more rows until it
     has `min_warps` warps: with one, the limit on programs would leave half of a multiprocessor's warp slots empty.
     """
     vector = ACCESS_BYTES // itemsize
+    width = max(1, itemsize // 4)
     if cols <= WARP * vector:
-        return _narrow_tiles(cols, vector)
+        return _narrow_tiles(cols, vector, width)
     warps = 1
-    while warps < max_warps and cols > WARP * warps * max_elements:
+    while warps < max_warps and cols * width > WARP * warps * max_registers:
         warps *= 2
-    while warps > 1 and padding(cols, WARP * warps * vector) > MAX_PADDING:
+    # once only: a row that takes four times the registers costs more than idle lanes
+    if warps > 1 and padding(cols, WARP * warps * vector) > MAX_PADDING:
         warps //= 2
     tile = WARP * warps * vector
     rows = max(1, min_warps // warps)
-    return RowTiles(tile, triton.cdiv(cols, tile), rows, warps * rows)
+    return RowTiles(tile, triton.cdiv(cols, tile), rows, warps * rows, width)
 
 
-def _narrow_tiles(cols: int, vector: int) -> RowTiles:
+def _narrow_tiles(cols: int, vector: int, width: int) -> RowTiles:
     """Rows shorter than one access of a warp: several rows a warp, four warps a program."""
     tile = triton.next_power_of_2(cols)
     while tile > 4 * vector and padding(cols, tile) > MAX_PADDING:
         tile //= 2
     count = triton.cdiv(cols, tile)
-    rows = 4 * WARP * NARROW_ELEMENTS // (tile * triton.next_power_of_2(count))
-    return RowTiles(tile, count, rows, 4)
+    rows = 4 * WARP * NARROW_REGISTERS // (tile * triton.next_power_of_2(count) * width)
+    return RowTiles(tile, count, rows, 4, width)
 
 
-def backward_row_tiles(cols: int, itemsize: int) -> RowTiles:
-    """As row_tiles, with more warps a program: the partial sums allow few programs on a multiprocessor."""
-    return row_tiles(cols, itemsize, max_elements=32, min_warps=8)
-
-
-def backward_holds(tiles: RowTiles, sums: int) -> bool:
-    """Whether a thread can hold x̂, w·dy, w and `sums` parameter sums; if not, x and dy are read again from cache."""
-    return tiles.elements * (3 + sums) <= HELD_REGISTERS[tiles.warps]
+def backward_row_tiles(cols: int, itemsize: int, sums: int) -> tuple[RowTiles, bool]:
+    """As row_tiles, with more warps a program: the partial sums allow few programs on a multiprocessor. Also whether a
+    thread can hold x̂, w·dy and w beside `sums` parameter sums; if not, they are read again, from the cache."""
+    tiles = row_tiles(cols, itemsize, max_registers=32, min_warps=8)
+    if tiles.registers * (3 + sums) <= HELD_REGISTERS[tiles.warps]:
+        return tiles, True
+    return row_tiles(cols, itemsize, max_registers=32, max_warps=8, min_warps=8), False
 
 
 def is_long(cols: int, itemsize: int) -> bool:
@@ -103,14 +105,14 @@ def column_tile(itemsize: int) -> tuple[int, int]:
 
 
 def backward_programs(rows: int, tiles: RowTiles, multiprocessors: int, itemsize: int, partials: int) -> int:
-    """Programs of the persistent backward: fill the card, but keep `partials` float32 sums a program within
-    PARTIAL_SHARE of the traffic (x and dy read, dx written)."""
+    """Programs of the persistent backward: fill the card, but keep `partials` sums a program, in float32 or the rows'
+    float64, within PARTIAL_SHARE of the traffic (x and dy read, dx written)."""
     filling = multiprocessors * max(1, 16 // tiles.warps)
     blocks = triton.cdiv(rows, tiles.rows)
     if partials == 0:
         return min(filling, blocks)
     traffic = 3 * max(rows, PARTIAL_ROWS) * itemsize
-    affordable = max(1, int(PARTIAL_SHARE * traffic / (4 * partials)))
+    affordable = max(1, int(PARTIAL_SHARE * traffic / (max(4, itemsize) * partials)))
     return min(filling, blocks, affordable)
 
 

@@ -41,7 +41,7 @@ def _layer_norm_forward_kernel(
         mask = tile_mask(t, cols, row_mask, N_COLS, TILE)
         h = load_stream(
             x_ptr, residual_ptr, h_ptr,
-            rows * x_stride + cols, rows * residual_stride + cols, rows * N_COLS + cols, mask, stat,
+            rows * x_stride, rows * residual_stride, rows * N_COLS, cols, mask, stat,
         )  # fmt: skip
         total += h
         tiles = tiles + (h,)
@@ -94,7 +94,7 @@ def _layer_norm_long_forward_kernel(
         mask = cols < n_cols
         h = load_stream(
             x_ptr, residual_ptr, h_ptr,
-            row * x_stride + cols, row * residual_stride + cols, row * n_cols + cols, mask, stat,
+            row * x_stride, row * residual_stride, row * n_cols, cols, mask, stat,
         )  # fmt: skip
         step += 1.0
         delta = h - lane_mean
@@ -147,6 +147,8 @@ def _layer_norm_backward_kernel(
         row_mask = rows < n_rows if ROWS > 1 else None
         mean = load_tile(mean_ptr + row_ids, row_ids < n_rows if ROWS > 1 else None, stat)[:, None]
         rstd = load_tile(rstd_ptr + row_ids, row_ids < n_rows if ROWS > 1 else None, stat)[:, None]
+        # zero, which the compiler can't know: or it keeps each tile's addresses in registers from row to row
+        again = (rstd < 0.0).to(tl.int32) << 4
         product = tl.zeros((ROWS, TILE), stat)
         total = tl.zeros((ROWS, TILE), stat)
         weight_sums, bias_sums, centered, weighted = (), (), (), ()
@@ -162,7 +164,7 @@ def _layer_norm_backward_kernel(
                 if HOLD:
                     g *= weight[t]
                 else:
-                    g *= load_weight_tile(weight_ptr, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
+                    g *= load_weight_tile(weight_ptr + again, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
             product += c * g
             total += g
             if HOLD:
@@ -180,13 +182,13 @@ def _layer_norm_backward_kernel(
                 c = centered[t]
                 g = weighted[t]
             else:  # this wide, registers go to the parameter sums, and the row is still in the cache
-                c = load_tile(h_ptr + rows * h_stride + cols, mask, stat) - mean
-                g = load_tile(dy_ptr + rows * dy_stride + cols, mask, stat) * rstd
+                c = load_tile(h_ptr + (rows * h_stride + again) + cols, mask, stat) - mean
+                g = load_tile(dy_ptr + (rows * dy_stride + again) + cols, mask, stat) * rstd
                 if weight_ptr is not None:
-                    g *= load_weight_tile(weight_ptr, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
+                    g *= load_weight_tile(weight_ptr + again, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
             dx = g - offset + c * slope
             store_stream_gradient(
-                dx, dx_ptr, dresidual_ptr, dh_ptr, rows * N_COLS + cols, rows * dh_stride + cols, mask
+                dx, dx_ptr, dresidual_ptr, dh_ptr, rows * N_COLS, rows * dh_stride, cols, mask
             )  # fmt: skip
     if dweight_ptr is not None:
         store_partials(dweight_ptr, dweight, N_COLS, TILE, N_TILES)
@@ -241,7 +243,7 @@ def _layer_norm_long_backward_columns_kernel(
         if weight_ptr is not None:
             dy *= load_weight(weight_ptr, cols, mask, stat, ZERO_CENTERED)
         dx = (dy - tl.load(mean_dy_ptr + row) - x_hat * tl.load(mean_product_ptr + row)) * rstd
-        store_stream_gradient(dx, dx_ptr, dresidual_ptr, dh_ptr, row * n_cols + cols, row * dh_stride + cols, mask)
+        store_stream_gradient(dx, dx_ptr, dresidual_ptr, dh_ptr, row * n_cols, row * dh_stride, cols, mask)
     offsets = tl.program_id(1).to(tl.int64) * n_cols + cols
     if dweight_ptr is not None:
         store_tile(dweight_ptr + offsets, dweight, mask)
@@ -332,14 +334,14 @@ def _backward_resident(arguments, itemsize, dtypes, zero_centered):
     """Fills dx and dresidual; returns the (programs, cols) partials of dweight and dbias, None where not wanted."""
     dy, dh, h, *_, rstd, _, _ = arguments
     rows, cols = h.shape
-    tiles = launch.backward_row_tiles(cols, itemsize)
+    tiles, holds = launch.backward_row_tiles(cols, itemsize, sums=2)
     sums = sum(d is not None for d in dtypes)
     programs = launch.backward_programs(rows, tiles, launch.multiprocessors(), itemsize, sums)
     partials = empty_partials(h, programs, dtypes, rstd.dtype)
     # grid: as many programs as the card holds, each takes every programs-th block of rows
     _layer_norm_backward_kernel[(programs,)](
         *arguments, *partials, rows, dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0),
-        ZERO_CENTERED=zero_centered, HOLD=launch.backward_holds(tiles, sums=2),
+        ZERO_CENTERED=zero_centered, HOLD=holds,
         N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows, num_warps=tiles.warps,
     )  # fmt: skip
     return partials

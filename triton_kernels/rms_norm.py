@@ -40,7 +40,7 @@ def _rms_norm_forward_kernel(
         mask = tile_mask(t, cols, row_mask, N_COLS, TILE)
         h = load_stream(
             x_ptr, residual_ptr, h_ptr,
-            rows * x_stride + cols, rows * residual_stride + cols, rows * N_COLS + cols, mask, stat,
+            rows * x_stride, rows * residual_stride, rows * N_COLS, cols, mask, stat,
         )  # fmt: skip
         square_sum += h * h
         tiles = tiles + (h,)
@@ -72,7 +72,7 @@ def _rms_norm_long_forward_kernel(
         mask = cols < n_cols
         h = load_stream(
             x_ptr, residual_ptr, h_ptr,
-            row * x_stride + cols, row * residual_stride + cols, row * n_cols + cols, mask, stat,
+            row * x_stride, row * residual_stride, row * n_cols, cols, mask, stat,
         )  # fmt: skip
         square_mean += h * inv_n * h
     rstd = reciprocal_sqrt(tl.sum(square_mean, axis=0, keep_dims=True) + EPS)
@@ -122,6 +122,8 @@ def _rms_norm_backward_kernel(
         rows = row_ids[:, None]
         row_mask = rows < n_rows if ROWS > 1 else None
         rstd = load_tile(rstd_ptr + row_ids, row_ids < n_rows if ROWS > 1 else None, stat)[:, None]
+        # zero, which the compiler can't know: or it keeps each tile's addresses in registers from row to row
+        again = (rstd < 0.0).to(tl.int32) << 4
         product = tl.zeros((ROWS, TILE), stat)
         sums, x_hats, weighted = (), (), ()
         for t in tl.static_range(N_TILES):
@@ -138,7 +140,7 @@ def _rms_norm_backward_kernel(
                 if HOLD:
                     dy *= weight[t]
                 else:
-                    dy *= load_weight_tile(weight_ptr, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
+                    dy *= load_weight_tile(weight_ptr + again, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
             product += x_hat * dy
             if HOLD:
                 x_hats = x_hats + (x_hat,)
@@ -152,13 +154,13 @@ def _rms_norm_backward_kernel(
                 x_hat = x_hats[t]
                 dy = weighted[t]
             else:  # this wide, registers go to dweight, and the row is still in the cache
-                x_hat = load_tile(h_ptr + rows * h_stride + cols, mask, stat) * rstd
-                dy = load_tile(dy_ptr + rows * dy_stride + cols, mask, stat)
+                x_hat = load_tile(h_ptr + (rows * h_stride + again) + cols, mask, stat) * rstd
+                dy = load_tile(dy_ptr + (rows * dy_stride + again) + cols, mask, stat)
                 if weight_ptr is not None:
-                    dy *= load_weight_tile(weight_ptr, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
+                    dy *= load_weight_tile(weight_ptr + again, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
             dx = (dy + x_hat * -mean_product) * rstd  # the negation once a row, not once an element
             store_stream_gradient(
-                dx, dx_ptr, dresidual_ptr, dh_ptr, rows * N_COLS + cols, rows * dh_stride + cols, mask
+                dx, dx_ptr, dresidual_ptr, dh_ptr, rows * N_COLS, rows * dh_stride, cols, mask
             )  # fmt: skip
     if dweight_ptr is not None:
         store_partials(dweight_ptr, dweight, N_COLS, TILE, N_TILES)
@@ -205,7 +207,7 @@ def _rms_norm_long_backward_columns_kernel(
         if weight_ptr is not None:
             dy *= load_weight(weight_ptr, cols, mask, stat, ZERO_CENTERED)
         dx = (dy - h * rstd * tl.load(mean_product_ptr + row)) * rstd
-        store_stream_gradient(dx, dx_ptr, dresidual_ptr, dh_ptr, row * n_cols + cols, row * dh_stride + cols, mask)
+        store_stream_gradient(dx, dx_ptr, dresidual_ptr, dh_ptr, row * n_cols, row * dh_stride, cols, mask)
     if dweight_ptr is not None:
         store_tile(dweight_ptr + tl.program_id(1).to(tl.int64) * n_cols + cols, dweight, mask)
 
@@ -281,7 +283,7 @@ def _backward_resident(arguments, itemsize, dweight_dtype, zero_centered, cast):
     """Fills dx and dresidual; returns the (programs, cols) partials of dweight, or None."""
     dy, dh, h, weight, rstd, dx, dresidual = arguments
     rows, cols = h.shape
-    tiles = launch.backward_row_tiles(cols, itemsize)
+    tiles, holds = launch.backward_row_tiles(cols, itemsize, sums=1)
     partials = int(dweight_dtype is not None)
     programs = launch.backward_programs(rows, tiles, launch.multiprocessors(), itemsize, partials)
     (partial,) = empty_partials(h, programs, [dweight_dtype], rstd.dtype)
@@ -289,7 +291,7 @@ def _backward_resident(arguments, itemsize, dweight_dtype, zero_centered, cast):
     _rms_norm_backward_kernel[(programs,)](
         dy, dh, h, weight, rstd, dx, dresidual, partial,
         rows, dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0),
-        ZERO_CENTERED=zero_centered, CAST=cast, HOLD=launch.backward_holds(tiles, sums=1),
+        ZERO_CENTERED=zero_centered, CAST=cast, HOLD=holds,
         N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows, num_warps=tiles.warps,
     )  # fmt: skip
     return partial

@@ -61,25 +61,25 @@ def store_tile(ptr, value, mask):
 
 
 @triton.jit
-def load_stream(x_ptr, residual_ptr, h_ptr, x_offsets, residual_offsets, h_offsets, mask, dtype: tl.constexpr):
+def load_stream(x_ptr, residual_ptr, h_ptr, x_row, residual_row, h_row, cols, mask, dtype: tl.constexpr):
     """x, or h = x + residual, which is stored, and rounded first: y is the norm of what the next layer will read."""
-    h = load_tile(x_ptr + x_offsets, mask, dtype)
+    h = load_tile(x_ptr + x_row + cols, mask, dtype)
     if residual_ptr is not None:
-        h += load_tile(residual_ptr + residual_offsets, mask, dtype)
+        h += load_tile(residual_ptr + residual_row + cols, mask, dtype)
         h = h.to(h_ptr.dtype.element_ty)
-        store_tile(h_ptr + h_offsets, h, mask)
+        store_tile(h_ptr + h_row + cols, h, mask)
         h = h.to(dtype)
     return h
 
 
 @triton.jit
-def store_stream_gradient(dx, dx_ptr, dresidual_ptr, dh_ptr, offsets, dh_offsets, mask):
+def store_stream_gradient(dx, dx_ptr, dresidual_ptr, dh_ptr, row, dh_row, cols, mask):
     """dx + dh, for x and, where it has another type, for the residual."""
     if dh_ptr is not None:
-        dx += load_tile(dh_ptr + dh_offsets, mask, dx.dtype)
-    store_tile(dx_ptr + offsets, dx, mask)
+        dx += load_tile(dh_ptr + dh_row + cols, mask, dx.dtype)
+    store_tile(dx_ptr + row + cols, dx, mask)
     if dresidual_ptr is not None:
-        store_tile(dresidual_ptr + offsets, dx, mask)
+        store_tile(dresidual_ptr + row + cols, dx, mask)
 
 
 @triton.jit
@@ -108,11 +108,14 @@ def store_partials(ptr, sums, N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES:
 
 @triton.jit
 def reciprocal_sqrt(v):
-    """1/√v to the last bit: rsqrt.approx is off by up to two ulp and flushes subnormals."""
+    """1/√v: rsqrt.approx is off by up to two units; a step of Newton's leaves one, and no call to a slow path, around
+    which registers would be spilled."""
     if v.dtype == tl.float64:
         return 1.0 / tl.sqrt(v)
     else:
-        return tl.div_rn(tl.full(v.shape, 1.0, tl.float32), tl.sqrt_rn(v))
+        r = tl.rsqrt(v)
+        refined = r * (1.5 - 0.5 * v * r * r)
+        return tl.where((r > 0.0) & (r < float("inf")), refined, r)
 
 
 @triton.jit

@@ -1,0 +1,167 @@
+"""The launch choices: what these plain functions promise for every size, and that addresses have 64 bits."""
+
+import inspect
+import mmap
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastnorm import backend
+from fastnorm.backend import OPERATIONS
+
+launch = pytest.importorskip("fastnorm.triton_kernels.launch", reason="needs Triton")
+
+MODEL_WIDTHS = (768, 1024, 1280, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192, 12288, 16384)
+CHOICES = {
+    "forward": launch.row_tiles,
+    "backward, one sum": lambda cols, itemsize: launch.backward_row_tiles(cols, itemsize, sums=1)[0],
+    "backward, two sums": lambda cols, itemsize: launch.backward_row_tiles(cols, itemsize, sums=2)[0],
+}
+choices = pytest.mark.parametrize("choose", CHOICES.values(), ids=CHOICES)
+itemsizes = pytest.mark.parametrize("itemsize", [2, 4, 8])
+columns = st.integers(1, 32768) | st.sampled_from(MODEL_WIDTHS)
+rows_of_a_batch = st.integers(1, 2**40) | st.integers(1, 4096) | st.integers(4096, 8192)
+
+
+def power_of_two(n: int) -> bool:
+    return n.bit_count() == 1
+
+
+@choices
+@itemsizes
+@given(cols=columns)
+def test_tiles_cover_the_row_and_every_thread_has_work(choose, itemsize, cols):
+    tiles = choose(cols, itemsize)
+    assert tiles.tile * (tiles.count - 1) < cols <= tiles.tile * tiles.count
+    assert all(power_of_two(n) for n in (tiles.tile, tiles.rows, tiles.warps))
+    assert tiles.warps <= 16
+    assert tiles.tile * tiles.rows >= 32 * tiles.warps
+
+
+@choices
+@itemsizes
+@given(cols=columns)
+def test_a_thread_holds_a_bounded_part_of_the_row(choose, itemsize, cols):
+    if not launch.is_long(cols, itemsize):
+        assert choose(cols, itemsize).registers <= 160
+
+
+@choices
+@itemsizes
+@pytest.mark.parametrize("cols", MODEL_WIDTHS)
+def test_padding_at_model_widths(choose, itemsize, cols):
+    tiles = choose(cols, itemsize)
+    assert launch.padding(cols, tiles.tile) == tiles.tile * tiles.count / cols - 1
+    assert launch.padding(cols, tiles.tile) <= 0.125
+
+
+@choices
+@itemsizes
+@given(cols=columns)
+def test_padding_of_other_widths(choose, itemsize, cols):
+    """Less than half of the row, or than what one warp takes at once."""
+    tiles = choose(cols, itemsize)
+    assert tiles.tile * tiles.count - cols < max(cols / 2, 32 * 16 // itemsize)
+
+
+@choices
+@itemsizes
+@pytest.mark.parametrize("cols", MODEL_WIDTHS)
+def test_a_thread_has_whole_16_byte_accesses(choose, itemsize, cols):
+    tiles = choose(cols, itemsize)
+    assert tiles.tile * tiles.rows * itemsize % (16 * 32 * tiles.warps) == 0
+
+
+def test_the_tiling_knows_nothing_of_the_batch():
+    for choose in (launch.row_tiles, launch.backward_row_tiles, launch.long_tile, launch.column_tile):
+        assert not {"rows", "n_rows", "multiprocessors"} & set(inspect.signature(choose).parameters)
+
+
+@itemsizes
+@given(cols=columns, rows=rows_of_a_batch, multiprocessors=st.integers(1, 304), partials=st.integers(0, 2))
+def test_backward_programs(itemsize, cols, rows, multiprocessors, partials):
+    tiles, _ = launch.backward_row_tiles(cols, itemsize, sums=max(1, partials))
+    programs = launch.backward_programs(rows, tiles, multiprocessors, itemsize, partials)
+    assert 1 <= programs <= -(-rows // tiles.rows)
+    assert programs * tiles.warps <= max(16, tiles.warps) * multiprocessors
+    if rows >= 4096:
+        assert partial_share(rows, programs, partials, itemsize) <= 0.03
+
+
+@itemsizes
+@given(cols=st.integers(16385, 10**6), rows=rows_of_a_batch, multiprocessors=st.integers(1, 304))
+def test_chunks_of_long_rows(itemsize, cols, rows, multiprocessors):
+    blocks = -(-cols // launch.column_tile(itemsize)[0])
+    chunks = launch.long_row_chunks(rows, blocks, multiprocessors)
+    assert 1 <= chunks <= rows
+    if rows >= 4096:
+        assert partial_share(rows, chunks, 2, itemsize) <= 0.03
+
+
+def partial_share(rows: int, programs: int, partials: int, itemsize: int) -> float:
+    """Partial sums that are written, as a part of x and dy read and dx written; float64 data has float64 sums."""
+    return programs * partials * max(4, itemsize) / (3 * rows * itemsize)
+
+
+def test_a_card_is_filled_by_a_training_batch():
+    tiles, _ = launch.backward_row_tiles(4096, 2, sums=1)
+    assert launch.backward_programs(8192, tiles, 132, 2, 1) >= 132
+
+
+@itemsizes
+def test_rows_of_64_kib_are_held_and_longer_ones_are_not(itemsize):
+    cols = 65536 // itemsize
+    assert not launch.is_long(cols, itemsize)
+    assert launch.is_long(cols + 1, itemsize) and launch.backward_is_long(cols + 1, itemsize)
+    assert launch.backward_is_long(cols, itemsize) == (cols > 16384)
+
+
+@itemsizes
+@given(cols=st.integers(1, 16384), sums=st.sampled_from([1, 2]))
+def test_what_a_thread_holds_fits_its_registers(itemsize, cols, sums):
+    """Of 65536 registers, a program's threads get equal parts, and at most 255 each."""
+    tiles, holds = launch.backward_row_tiles(cols, itemsize, sums)
+    assert not holds or (3 + sums) * tiles.registers < min(255, 65536 // (32 * tiles.warps))
+
+
+def test_access_bytes_is_the_largest_element():
+    narrow, wide = torch.empty(1, dtype=torch.bfloat16), torch.empty(1, dtype=torch.float32)
+    assert launch.access_bytes((narrow, None)) == 2
+    assert launch.access_bytes((narrow, wide, None)) == 4
+
+
+def far_apart(tensors: int, rows: int, cols: int, stride: int, device: str) -> torch.Tensor:
+    """Random bf16 (tensors, rows, cols), rows `stride` elements apart; a CPU's memory between them is never touched."""
+    elements = (rows - 1) * stride + tensors * cols
+    if device == "cpu":
+        pages = mmap.mmap(-1, 2 * elements, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = torch.frombuffer(pages, dtype=torch.bfloat16)
+    else:
+        memory = torch.empty(elements, dtype=torch.bfloat16, device=device)
+    return memory.as_strided((tensors, rows, cols), (cols, stride, 1)).copy_(torch.randn(tensors, rows, cols))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("cols", [96, 40000])
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_offsets_beyond_31_bits(op, cols, triton_device):
+    """The row stride has 31 bits, and the last row starts beyond them."""
+    kernels, adds, centers = backend._triton, op.startswith("add_"), op.endswith("layer_norm")
+    inputs = far_apart(4, 3, cols, 2**30 + 16, triton_device)
+    weight = torch.randn(cols, device=triton_device).bfloat16()
+    bf16 = torch.bfloat16
+    gradient = bf16 if cols < 1000 else None  # sums over the rows take Triton's interpreter seconds
+
+    def both_directions(x, residual, dy, dh):
+        stream, types = ([residual], [bf16, bf16]) if adds else ([], [bf16])
+        affine, cast = ([weight, weight], []) if centers else ([weight], [None])
+        y, *saved = getattr(kernels, f"{op}_forward")(x, *stream, *affine, 1e-6, False, *cast, *types)
+        _, *statistics = saved if adds else (x, *saved)
+        given = [dy, dh, x] if adds else [dy, x]  # h, too, may be strided
+        types = ([bf16, bf16] if adds else []) + ([gradient, gradient] if centers else [gradient])
+        return y, *saved, *getattr(kernels, f"{op}_backward")(*given, weight, *statistics, False, *cast, *types)
+
+    for far, near in zip(both_directions(*inputs), both_directions(*inputs.contiguous()), strict=True):
+        assert far is near is None or torch.equal(far, near)

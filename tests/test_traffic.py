@@ -1,0 +1,191 @@
+"""What the kernels move and execute, counted on a virtual GPU: bytes in passes over x, and instructions each element.
+
+It has one multiprocessor: 128 rows then keep a program as long in its loop as 8192 rows do on a card with 132.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastnorm import backend
+
+ptxsim = pytest.importorskip("ptxsim", reason="counts on a virtual GPU, which is not installed")
+kernels = backend._triton
+if kernels is None or kernels.INTERPRETED:
+    pytest.skip("counts compiled code, and this run interprets the kernels or has no Triton", allow_module_level=True)
+
+from fastnorm.triton_kernels import launch  # noqa: E402
+from triton.runtime import driver  # noqa: E402
+
+pytestmark = pytest.mark.triton
+
+OPERATIONS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
+# reads and writes of forward and backward, in passes over x: of a row that fits on chip, and of a longer one
+PASSES = {"plain": ((1, 1), (2, 1)), "add": ((2, 2), (3, 1))}
+LONG_PASSES = {"plain": ((2, 1), (4, 1)), "add": ((3, 2), (5, 1))}
+# Thread instructions an element in bf16, forward and backward. layer_norm's backward was to stay within 16.5, and does
+# without a bias; the bias gradient adds what is above. For add_layer_norm no figure was set: this is what it takes.
+INSTRUCTIONS = {
+    "rms_norm": (10.7, 14.2),
+    "layer_norm": (14.0, 17.4),
+    "add_rms_norm": (12.5, 16.5),
+    "add_layer_norm": (15.7, 20.8),
+}
+
+
+@dataclass
+class Run:
+    """The launches of a forward and a backward, what they were given, and what they were to fill."""
+
+    op: str
+    x: Tensor
+    weight: Tensor
+    parameters: int  # weight, and bias where there is one
+    statistics: int  # rstd, and the mean where there is one
+    forward: Any
+    backward: list[Any]
+    sums: Any
+    filled: dict[str, list[Tensor]]
+
+    def passes(self, table: dict) -> tuple[tuple[int, int], tuple[int, int]]:
+        return table["add" if self.op.startswith("add_") else "plain"]
+
+
+@functools.cache
+def run(op: str, rows: int, cols: int, dtype: torch.dtype = torch.bfloat16, bias: bool = True) -> Run:
+    """Forward and backward by the launchers, on random tensors."""
+    adds, centers = op.startswith("add_"), op.endswith("layer_norm")
+    x, residual, dy, dh = (torch.randn(rows, cols).to(dtype) for _ in range(4))
+    weight, bias = torch.randn(cols).to(dtype), torch.randn(cols).to(dtype) if bias and centers else None
+    affine, cast = ([weight, bias], []) if centers else ([weight], [None])
+    stream, types = ([residual], [dtype, dtype]) if adds else ([], [dtype])
+    with virtual_gpu() as gpu:
+        y, *saved = getattr(kernels, f"{op}_forward")(x, *stream, *affine, 1e-6, False, *cast, *types)
+        h, *statistics = saved if adds else (x, *saved)
+        given = [dy, dh, h] if adds else [dy, x]
+        types = [dtype, dtype] if adds else []
+        types += [dtype, None if bias is None else dtype] if centers else [dtype]
+        dx, *others = getattr(kernels, f"{op}_backward")(*given, weight, *statistics, False, *cast, *types)
+    forward, *backward, sums = gpu.launches
+    filled = {"forward": [y, *saved], "backward": [dx], "sums": [t for t in others if t is not None]}
+    return Run(op, x, weight, 2 - (bias is None), len(statistics), forward, backward, sums, filled)
+
+
+@contextlib.contextmanager
+def virtual_gpu() -> Iterator[Any]:
+    """One with a single multiprocessor. Its launches also count for the whole run's own, where there is one."""
+    whole_run = driver._active
+    with ptxsim.simulated_gpu(target=90, num_sms=1, races="error", uninit_shared="error") as gpu:
+        yield gpu
+    if isinstance(whole_run, ptxsim.SimulatedGPU):
+        for counters in gpu.launches:
+            whole_run.launches.append(counters)
+
+
+operations = pytest.mark.parametrize("op", OPERATIONS)
+widths = pytest.mark.parametrize("cols", (2560, 4096))
+dtypes = pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+
+
+@operations
+@widths
+@dtypes
+def test_bytes(op, cols, dtype):
+    """Exactly: passes over x; parameters and statistics, which come from the cache; and the partial parameter sums."""
+    rows = 128
+    seen = run(op, rows, cols, dtype)
+    (reads, writes), (backward_reads, backward_writes) = seen.passes(PASSES)
+    size, weight = seen.x.nbytes, seen.weight.nbytes
+    statistics = 4 * seen.statistics * rows
+    assert seen.forward.loads.bytes == reads * size + seen.parameters * weight * rows
+    assert seen.forward.unique_read == reads * size + seen.parameters * weight
+    assert seen.forward.stores.bytes == writes * size + statistics
+
+    (backward,) = seen.backward
+    tiles, _ = launch.backward_row_tiles(cols, seen.x.element_size(), sums=seen.parameters)
+    threads = 32 * tiles.warps // tiles.rows  # of a row, each of which reads its statistics
+    assert backward.unique_read == backward_reads * size + weight + statistics
+    parameters = weight * tiles.rows * backward.blocks
+    assert backward.loads.bytes == backward_reads * size + parameters + threads * statistics
+    assert backward.stores.bytes == backward_writes * size + 4 * seen.parameters * cols * backward.blocks
+
+
+@operations
+@widths
+@dtypes
+def test_every_output_is_written_and_no_sector_wasted(op, cols, dtype):
+    seen = run(op, 128, cols, dtype)
+    (backward,) = seen.backward
+    for name, counters in {"forward": seen.forward, "backward": backward, "sums": seen.sums}.items():
+        assert all(counters.fully_written(t) for t in seen.filled[name]), name
+        assert counters.loads.efficiency >= 1, counters.hotspots(3)
+        assert counters.stores.efficiency >= 0.99, counters.hotspots(3)
+        assert counters.local_bytes == 0
+
+
+@operations
+@widths
+def test_instructions(op, cols):
+    seen = run(op, 128, cols)
+    assert_instructions(seen, *INSTRUCTIONS[op])
+
+
+@widths
+def test_instructions_without_a_bias(cols):
+    assert_instructions(run("layer_norm", 128, cols, bias=False), 14.0, 16.5)
+
+
+def test_narrow_rows():
+    """One attention head each."""
+    seen = run("rms_norm", 256, 128)
+    assert_instructions(seen, 14.0, 18.0)
+    (backward,) = seen.backward
+    for counters, (reads, writes) in zip((seen.forward, backward), PASSES["plain"], strict=True):
+        assert reads <= counters.unique_read / seen.x.nbytes < reads + 0.05
+        assert counters.stores.bytes < 1.05 * writes * seen.x.nbytes
+        assert counters.stores.efficiency >= 0.95
+
+
+def assert_instructions(seen: Run, forward: float, backward: float) -> None:
+    elements = seen.x.numel()
+    assert seen.forward.thread_instructions / elements <= forward
+    assert sum(counters.thread_instructions for counters in seen.backward) / elements <= backward
+
+
+@operations
+def test_wide_rows_are_read_again_from_the_cache_only(op):
+    """The widest rows of one program: registers go to the parameter sums, and each program reads its own row twice."""
+    seen = run(op, 4, 16384)
+    (reads, _), (backward_reads, _) = seen.passes(PASSES)
+    (backward,) = seen.backward
+    assert seen.forward.loads.bytes == reads * seen.x.nbytes + 4 * seen.parameters * seen.weight.nbytes
+    parameters_and_statistics = seen.weight.nbytes + 4 * 4 * seen.statistics
+    assert backward.unique_read == backward_reads * seen.x.nbytes + parameters_and_statistics
+    assert backward.loads.bytes < (2 * backward_reads + 2) * seen.x.nbytes  # two of weight, one for each use
+
+
+@operations
+def test_long_rows(op):
+    """Over 64 KiB: x twice in the forward, x and dy twice in the backward."""
+    seen = run(op, 3, 40000)
+    size, weight = seen.x.nbytes, seen.weight.nbytes
+    (reads, writes), (backward_reads, backward_writes) = seen.passes(LONG_PASSES)
+    assert seen.forward.loads.bytes == reads * size + 3 * seen.parameters * weight
+    assert seen.forward.stores.bytes == writes * size + 3 * 4 * seen.statistics
+
+    row_kernel, columns = seen.backward
+    # threads that read a row's statistics; those of the columns read its sums, too
+    threads = row_kernel.threads_per_block + 2 * columns.threads_per_block * columns.grid[0]
+    weights = 2 * 3 * weight  # by both kernels, for each row
+    loads = backward_reads * size + weights + 3 * 4 * seen.statistics * threads
+    assert row_kernel.loads.bytes + columns.loads.bytes == loads
+    assert columns.stores.bytes == backward_writes * size + 4 * 40000 * seen.parameters
+    assert all(seen.forward.fully_written(t) for t in seen.filled["forward"])
+    assert all(seen.backward[-1].fully_written(t) for t in seen.filled["backward"])
+    assert all(seen.sums.fully_written(t) for t in seen.filled["sums"])
