@@ -25,7 +25,7 @@ def layer_norm(
     """y = (x − mean) · rstd · w + b over the last len(normalized_shape) dimensions."""
     if not zero_centered and out_dtype == x.dtype and _stock_takes(x, weight, bias):
         return F.layer_norm(x, normalized_shape, weight, bias, eps)
-    dtype = stat_dtype(x.dtype)
+    dtype = stat_dtype(torch.promote_types(x.dtype, out_dtype))
     weight = _applied(weight, zero_centered, dtype)
     bias = None if bias is None else bias.to(dtype)
     return F.layer_norm(x.to(dtype), normalized_shape, weight, bias, eps).to(out_dtype)
@@ -43,7 +43,7 @@ def rms_norm(
     """y = x · rstd · w over the last len(normalized_shape) dimensions; x · rstd is rounded to cast_dtype, if given."""
     if not zero_centered and cast_dtype is None and out_dtype == x.dtype and _stock_takes(x, weight, None):
         return F.rms_norm(x, normalized_shape, weight, eps)
-    dtype = stat_dtype(x.dtype)
+    dtype = stat_dtype(torch.promote_types(x.dtype, out_dtype))
     x_hat = F.rms_norm(x.to(dtype), normalized_shape, None, eps)
     if cast_dtype is not None:
         # rounding with the identity's gradient: .to() alone would round the gradient as well

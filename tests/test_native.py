@@ -217,4 +217,4 @@ def test_wrong_arguments_raise():
 def test_build_info():
     info = native.build_info()
     assert info["compiler"] and info["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert native.serves("cpu") and native.serves("cuda") == (info["cuda"] is not None) and not native.serves("mps")
+    assert native.serves("cpu") and not native.serves("mps")
