@@ -110,6 +110,8 @@ def scales(case: Case, h: Tensor, tensors: dict[str, Tensor], dy: Tensor) -> dic
     if torch.float64 in (case.dtype, case.residual, case.weight):
         # here the oracle's own rounding shows: h and the mean that is taken off it are rounded alike
         found |= {"y": h * rstd * weight, "dweight": dy * h * rstd, "dx": dy * weight * rstd * (1 + (h * rstd).abs())}
+    elif case.centers:
+        found["dweight"] = dy * h * rstd  # the mean is saved in float32, as stock's is, and rounded like h
     found["dresidual"] = found["dx"]
     return {name: term.abs().max() for name, term in found.items()}
 

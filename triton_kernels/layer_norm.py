@@ -24,7 +24,7 @@ from .tiles import (
 from .types import stat_dtype
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])  # one code for every batch, to the last bit
 def _layer_norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr, n_rows, x_stride, residual_stride,
     EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr, REFINE: tl.constexpr,
@@ -126,7 +126,7 @@ def _layer_norm_long_forward_kernel(
         store_tile(y_ptr + row * n_cols + cols, y, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])  # one code for every batch, to the last bit
 def _layer_norm_backward_kernel(
     dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr,
     n_rows, dy_stride, dh_stride, h_stride,
@@ -221,7 +221,7 @@ def _layer_norm_long_backward_rows_kernel(
     tl.store(mean_dy_ptr + row, tl.sum(total) / tl.cast(n_cols, stat))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])  # one code for every batch, to the last bit
 def _layer_norm_long_backward_columns_kernel(
     dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, mean_product_ptr, mean_dy_ptr,
     dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr, n_rows, n_cols, dy_stride, dh_stride, h_stride,

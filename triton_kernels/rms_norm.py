@@ -23,7 +23,7 @@ from .tiles import (
 from .types import stat_dtype, triton_dtype
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])  # one code for every batch, to the last bit
 def _rms_norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, h_ptr, rstd_ptr, n_rows, x_stride, residual_stride,
     EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr, CAST: tl.constexpr,
@@ -102,7 +102,7 @@ def _normalized(h, rstd, CAST: tl.constexpr):
     return x_hat
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])  # one code for every batch, to the last bit
 def _rms_norm_backward_kernel(
     dy_ptr, dh_ptr, h_ptr, weight_ptr, rstd_ptr, dx_ptr, dresidual_ptr, dweight_ptr,
     n_rows, dy_stride, dh_stride, h_stride,
@@ -187,7 +187,7 @@ def _rms_norm_long_backward_rows_kernel(
     tl.store(mean_product_ptr + row, tl.sum(product) / tl.cast(n_cols, stat))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])  # one code for every batch, to the last bit
 def _rms_norm_long_backward_columns_kernel(
     dy_ptr, dh_ptr, h_ptr, weight_ptr, rstd_ptr, mean_product_ptr, dx_ptr, dresidual_ptr, dweight_ptr,
     n_rows, n_cols, dy_stride, dh_stride, h_stride,
