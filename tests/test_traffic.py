@@ -144,7 +144,7 @@ def test_instructions_without_a_bias(cols):
 def test_narrow_rows():
     """One attention head each."""
     seen = run("rms_norm", 256, 128)
-    assert_instructions(seen, 14.0, 18.0)
+    assert_instructions(seen, 14.0, 18.1)
     (backward,) = seen.backward
     for counters, (reads, writes) in zip((seen.forward, backward), PASSES["plain"], strict=True):
         assert reads <= counters.unique_read / seen.x.nbytes < reads + 0.05
