@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -52,28 +53,28 @@ def backend_parameters(*names: str) -> list:
     return [pytest.param(name, id=name, marks=marks.get(name, [])) for name in names]
 
 
-@pytest.fixture(params=backend_parameters("reference", "native", "triton"))
-def device(request) -> str:
-    """Runs the test on every backend, and gives it the device whose tensors that backend serves."""
+def _on_backend(request) -> Iterator[str]:
     status = backend.statuses()[request.param]
     if not status.available:
         pytest.skip(f"{status.name} backend: {status.detail}")
     with fastnorm.use(request.param):
         yield _device(request.param)
+
+
+@pytest.fixture(params=backend_parameters("reference", "native", "triton"))
+def device(request) -> Iterator[str]:
+    """Runs the test on every backend, and gives it the device whose tensors that backend serves."""
+    yield from _on_backend(request)
 
 
 @pytest.fixture(params=backend_parameters("native", "triton"))
-def kernel_device(request) -> str:
+def kernel_device(request) -> Iterator[str]:
     """As `device`, for what only the kernels promise."""
-    status = backend.statuses()[request.param]
-    if not status.available:
-        pytest.skip(f"{status.name} backend: {status.detail}")
-    with fastnorm.use(request.param):
-        yield _device(request.param)
+    yield from _on_backend(request)
 
 
 @pytest.fixture
-def triton_device() -> str:
+def triton_device() -> Iterator[str]:
     """The device of Triton's kernels, with the Triton backend named. Tests that use it are marked triton."""
     with fastnorm.use("triton"):
         yield _device("triton")

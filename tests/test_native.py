@@ -174,31 +174,6 @@ def test_inference_mode(op):
         assert output.is_inference() and output.isfinite().all()
 
 
-def operator_calls(op):
-    """(name, arguments) of both directions, with a gradient and an addend left out and dtypes mixed."""
-    x, dy, w, b = (random_rows(3, 20) for _ in range(4))
-    w, b = w[0], b[0]
-    _, h, mean, rstd = forward(op, x, dy, w, b)
-    f32, bf16 = torch.float32, torch.bfloat16
-    ahead, back, dtypes, last = (x,), (dy, h), (), ()
-    if op.startswith("add_"):
-        ahead, back, dtypes, last = (x, dy), (dy, None, h), (f32, bf16), (f32,)
-    if op.endswith("layer_norm"):
-        yield f"{op}_forward", (*ahead, w, b, 1e-5, True, bf16, *last)
-        yield f"{op}_backward", (*back, w, mean, rstd, False, *dtypes, f32, None)
-        yield f"{op}_backward", (*back, w, mean, rstd, True, *dtypes, None, bf16)
-    else:
-        yield f"{op}_forward", (*ahead, w, 1e-5, True, bf16, bf16, *last)
-        yield f"{op}_backward", (*back, None, rstd, False, None, *dtypes, f32)
-        yield f"{op}_backward", (*back, w, rstd, True, bf16, *dtypes, None)
-
-
-@operations
-def test_the_operators_keep_to_their_schemas(op):
-    for name, arguments in operator_calls(op):
-        torch.library.opcheck(getattr(torch.ops.fastnorm, name).default, arguments)
-
-
 def test_wrong_arguments_raise():
     x, w = random_rows(3, 8), random_rows(1, 8)[0]
     f32 = torch.float32

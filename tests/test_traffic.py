@@ -35,7 +35,7 @@ INSTRUCTIONS = {
     "rms_norm": (10.7, 14.2),
     "layer_norm": (14.0, 17.4),
     "add_rms_norm": (12.5, 16.5),
-    "add_layer_norm": (15.7, 20.8),
+    "add_layer_norm": (15.62, 20.8),
 }
 
 
@@ -144,7 +144,7 @@ def test_instructions_without_a_bias(cols):
 def test_narrow_rows():
     """One attention head each."""
     seen = run("rms_norm", 256, 128)
-    assert_instructions(seen, 14.0, 18.1)
+    assert_instructions(seen, 14.0, 18.0)
     (backward,) = seen.backward
     for counters, (reads, writes) in zip((seen.forward, backward), PASSES["plain"], strict=True):
         assert reads <= counters.unique_read / seen.x.nbytes < reads + 0.05

@@ -3,6 +3,7 @@
 import torch
 import triton
 
+from .launch import INTERPRETED
 from .layer_norm import add_layer_norm_backward, add_layer_norm_forward, layer_norm_backward, layer_norm_forward
 from .rms_norm import add_rms_norm_backward, add_rms_norm_forward, rms_norm_backward, rms_norm_forward
 
@@ -19,9 +20,6 @@ __all__ = [
     "rms_norm_forward",
     "serves",
 ]
-
-
-INTERPRETED = triton.knobs.runtime.interpret  # read once, as the kernels' decorators do
 
 
 def device_type() -> str | None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+INTERPRETED = triton.knobs.runtime.interpret  # read once, as the kernels' decorators do
 WARP = 32
 ACCESS_BYTES = 16  # the widest load of a thread
 MAX_PADDING = 1 / 8  # idle lanes that a tiling may cost, as a part of the row
@@ -133,7 +134,7 @@ def _multiprocessors(driver: object, device: int) -> int:
 
 def multiprocessors() -> int:
     """Of the device that Triton runs on, by Triton's own driver."""
-    if triton.knobs.runtime.interpret:
+    if INTERPRETED:
         return INTERPRETER_PROGRAMS
     driver = triton.runtime.driver.active
     return _multiprocessors(driver, driver.get_current_device())

@@ -126,10 +126,10 @@ def _layer_norm_long_forward_kernel(
         store_tile(y_ptr + row * n_cols + cols, y, mask)
 
 
-@triton.jit(do_not_specialize=["n_rows"])  # one code for every batch, to the last bit
+@triton.jit(do_not_specialize=["n_rows", "n_blocks"])  # one code for every batch, to the last bit
 def _layer_norm_backward_kernel(
     dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr,
-    n_rows, dy_stride, dh_stride, h_stride,
+    n_rows, n_blocks, dy_stride, dh_stride, h_stride,
     ZERO_CENTERED: tl.constexpr, HOLD: tl.constexpr,
     N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -141,12 +141,13 @@ def _layer_norm_backward_kernel(
         dbias = dbias + (tl.zeros((ROWS, TILE), stat),)
         if HOLD and weight_ptr is not None:
             weight = weight + (load_weight_tile(weight_ptr, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS),)
-    for block in range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
+    for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
         row_ids = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
         rows = row_ids[:, None]
-        row_mask = rows < n_rows if ROWS > 1 else None
-        mean = load_tile(mean_ptr + row_ids, row_ids < n_rows if ROWS > 1 else None, stat)[:, None]
-        rstd = load_tile(rstd_ptr + row_ids, row_ids < n_rows if ROWS > 1 else None, stat)[:, None]
+        id_mask = row_ids < n_rows if ROWS > 1 else None
+        row_mask = id_mask[:, None] if ROWS > 1 else None
+        mean = load_tile(mean_ptr + row_ids, id_mask, stat)[:, None]
+        rstd = load_tile(rstd_ptr + row_ids, id_mask, stat)[:, None]
         # zero, which the compiler can't know: or it keeps each tile's addresses in registers from row to row
         again = (rstd < 0.0).to(tl.int32) << 4
         product = tl.zeros((ROWS, TILE), stat)
@@ -340,7 +341,8 @@ def _backward_resident(arguments, itemsize, dtypes, zero_centered):
     partials = empty_partials(h, programs, dtypes, rstd.dtype)
     # grid: as many programs as the card holds, each takes every programs-th block of rows
     _layer_norm_backward_kernel[(programs,)](
-        *arguments, *partials, rows, dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0),
+        *arguments, *partials,
+        rows, triton.cdiv(rows, tiles.rows), dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0),
         ZERO_CENTERED=zero_centered, HOLD=holds,
         N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows, num_warps=tiles.warps,
     )  # fmt: skip

@@ -102,10 +102,10 @@ def _normalized(h, rstd, CAST: tl.constexpr):
     return x_hat
 
 
-@triton.jit(do_not_specialize=["n_rows"])  # one code for every batch, to the last bit
+@triton.jit(do_not_specialize=["n_rows", "n_blocks"])  # one code for every batch, to the last bit
 def _rms_norm_backward_kernel(
     dy_ptr, dh_ptr, h_ptr, weight_ptr, rstd_ptr, dx_ptr, dresidual_ptr, dweight_ptr,
-    n_rows, dy_stride, dh_stride, h_stride,
+    n_rows, n_blocks, dy_stride, dh_stride, h_stride,
     ZERO_CENTERED: tl.constexpr, CAST: tl.constexpr, HOLD: tl.constexpr,
     N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -117,11 +117,12 @@ def _rms_norm_backward_kernel(
         dweight = dweight + (tl.zeros((ROWS, TILE), stat),)
         if HOLD and weight_ptr is not None:
             weight = weight + (load_weight_tile(weight_ptr, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS),)
-    for block in range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
+    for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
         row_ids = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
         rows = row_ids[:, None]
-        row_mask = rows < n_rows if ROWS > 1 else None
-        rstd = load_tile(rstd_ptr + row_ids, row_ids < n_rows if ROWS > 1 else None, stat)[:, None]
+        id_mask = row_ids < n_rows if ROWS > 1 else None
+        row_mask = id_mask[:, None] if ROWS > 1 else None
+        rstd = load_tile(rstd_ptr + row_ids, id_mask, stat)[:, None]
         # zero, which the compiler can't know: or it keeps each tile's addresses in registers from row to row
         again = (rstd < 0.0).to(tl.int32) << 4
         product = tl.zeros((ROWS, TILE), stat)
@@ -146,7 +147,8 @@ def _rms_norm_backward_kernel(
                 x_hats = x_hats + (x_hat,)
                 weighted = weighted + (dy,)
         dweight = sums
-        mean_product = tl.sum(product, axis=1, keep_dims=True) * (1.0 / N_COLS)
+        # negated once a row, not once an element
+        mean_product = tl.sum(product, axis=1, keep_dims=True) * (-1.0 / N_COLS)
         for t in tl.static_range(N_TILES):
             cols = t * TILE + tl.arange(0, TILE)[None, :]
             mask = tile_mask(t, cols, row_mask, N_COLS, TILE)
@@ -158,7 +160,7 @@ def _rms_norm_backward_kernel(
                 dy = load_tile(dy_ptr + (rows * dy_stride + again) + cols, mask, stat)
                 if weight_ptr is not None:
                     dy *= load_weight_tile(weight_ptr + again, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
-            dx = (dy + x_hat * -mean_product) * rstd  # the negation once a row, not once an element
+            dx = (dy + x_hat * mean_product) * rstd
             store_stream_gradient(
                 dx, dx_ptr, dresidual_ptr, dh_ptr, rows * N_COLS, rows * dh_stride, cols, mask
             )  # fmt: skip
@@ -290,7 +292,7 @@ def _backward_resident(arguments, itemsize, dweight_dtype, zero_centered, cast):
     # grid: as many programs as the card holds, each takes every programs-th block of rows
     _rms_norm_backward_kernel[(programs,)](
         dy, dh, h, weight, rstd, dx, dresidual, partial,
-        rows, dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0),
+        rows, triton.cdiv(rows, tiles.rows), dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0),
         ZERO_CENTERED=zero_centered, CAST=cast, HOLD=holds,
         N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows, num_warps=tiles.warps,
     )  # fmt: skip

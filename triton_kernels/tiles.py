@@ -1,4 +1,4 @@
-"""What the row kernels share: masked tiles of a row, an exact reciprocal root, and the sum of the partials."""
+"""What the row kernels share: masked tiles of a row, a reciprocal root, and the sum of the partials."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import INTERPRETED
+
 SUM_ROWS, SUM_COLS = 32, 32
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
@@ -100,16 +102,16 @@ def sum_pair(a, b):
 @triton.jit
 def store_partials(ptr, sums, N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr):
     """This program's row of a (programs, cols) tensor, from its tiles of sums."""
+    row = tl.program_id(0).to(tl.int64) * N_COLS
     for t in tl.static_range(N_TILES):
         cols = t * TILE + tl.arange(0, TILE)[None, :]
-        offsets = tl.program_id(0).to(tl.int64) * N_COLS + cols
-        store_tile(ptr + offsets, tl.sum(sums[t], axis=0, keep_dims=True), tile_mask(t, cols, None, N_COLS, TILE))
+        store_tile(ptr + row + cols, tl.sum(sums[t], axis=0, keep_dims=True), tile_mask(t, cols, None, N_COLS, TILE))
 
 
 @triton.jit
 def reciprocal_sqrt(v):
     """1/√v: rsqrt.approx is off by up to two units; a step of Newton's leaves one, and no call to a slow path, around
-    which registers would be spilled."""
+    which registers would be spilled. Zero and subnormal v, which need eps = 0, give infinity."""
     if v.dtype == tl.float64:
         return 1.0 / tl.sqrt(v)
     else:
