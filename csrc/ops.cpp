@@ -36,6 +36,14 @@ TORCH_LIBRARY(fastnorm, m) {
       "add_layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor mean, Tensor rstd, "
       "bool zero_centered, ScalarType x_dtype, ScalarType residual_dtype, ScalarType? dweight_dtype, "
       "ScalarType? dbias_dtype) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
+  m.def(
+      "multi_tensor_norm(Tensor[] tensors, float norm_type, float max_norm) "
+      "-> (Tensor total_norm, Tensor coefficient, Tensor nonfinite, Tensor norms)");
+  m.def("multi_tensor_scale_(Tensor(a!)[] tensors, Tensor coefficient) -> ()");
+  m.def("multi_tensor_clamp_(Tensor(a!)[] tensors, float bound) -> ()");
+  m.def(
+      "multi_tensor_agc_(Tensor(a!)[] grads, Tensor[] params, int[] units, float clip_factor, float eps, "
+      "float norm_type) -> ()");
 }
 
 namespace {

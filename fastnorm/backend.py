@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import operators
+from . import operators, reference
 
-OPERATIONS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
+ROW_NORMS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
+CLIPS = ("clip_grad_norm", "adaptive_clip_grad")
+OPERATIONS = (*ROW_NORMS, *CLIPS)
 BACKENDS = ("triton", "native", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _KERNEL_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor)
@@ -61,6 +63,9 @@ _triton = _import("triton", ".triton_kernels")
 _native = _import("native", ".native")
 # asked once, because torch.compile can't trace a question to the dispatcher
 _native_devices = () if _native is None else tuple(device for device in ("cpu", "cuda") if _native.serves(device))
+_native_clip_devices = (
+    () if _native is None else tuple(d for d in ("cpu", "cuda") if _native.serves(d, "multi_tensor_norm"))
+)
 _library = None if _triton is None else operators.register("fastnorm_triton", _triton)
 _forced: str | None = None
 
@@ -95,10 +100,13 @@ class use:
 
 
 def pick(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> Any | None:
-    """What serves `op` on `x` and the other tensors: the backend's functions, or None for the formula."""
+    """What serves `op` on `x` and the other tensors: the backend's functions.
+
+    For a norm, None stands for the formula; for the clips, fastnorm.reference has the functions that a backend has.
+    """
     name, _ = _choose(op, x, *others)
     if name == "reference":
-        return None
+        return reference if op in CLIPS else None
     if name == "native":
         return _native
     # a compiled graph, or a dispatch mode that looks on, needs operators that the dispatcher knows
@@ -114,7 +122,7 @@ def _choose(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> tuple[str
     compiling = torch.compiler.is_compiling()
     obstacle = None if compiling else _obstacle(x, *others)
     if forced is not None:
-        obstacle = obstacle or _refusal(forced, x)
+        obstacle = obstacle or _refusal(op, forced, x)
         if obstacle is not None:
             raise RuntimeError(f"{op}: fastnorm.use({forced!r}) names a backend that can't serve this call: {obstacle}")
         return forced, "named by fastnorm.use"
@@ -123,8 +131,9 @@ def _choose(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> tuple[str
     if obstacle is not None:
         return "reference", obstacle
     reasons = []
-    for name in ("triton", "native"):
-        refusal = _refusal(name, x)
+    # a clip is one call for a whole list, where the compiled kernels need no table of pointers on the device
+    for name in ("native", "triton") if op in CLIPS else ("triton", "native"):
+        refusal = _refusal(op, name, x)
         if refusal is None:
             return name, f"the first backend that serves {x.device.type} tensors"
         reasons.append(f"{name}: {refusal}")
@@ -149,12 +158,15 @@ def _obstacle(x: torch.Tensor, *others: torch.Tensor | None) -> str | None:
     return None
 
 
-def _refusal(name: str, x: torch.Tensor) -> str | None:
+def _refusal(op: str, name: str, x: torch.Tensor) -> str | None:
     """Why the backend can't take a tensor on this device."""
     if name in _absent:
         return _absent[name]
     if name == "native":
-        return None if x.device.type in _native_devices else f"not built for {x.device.type}"
+        devices = _native_clip_devices if op in CLIPS else _native_devices
+        return None if x.device.type in devices else f"not built for {x.device.type}"
+    if op in CLIPS and not hasattr(_triton, "multi_tensor_norm"):
+        return f"no Triton kernel for {op}"
     return None if _triton.serves(x.device.type) else f"Triton doesn't run on {x.device.type} here"
 
 
@@ -175,8 +187,10 @@ def statuses() -> dict[str, Status]:
 def explain(x: torch.Tensor | None = None, op: str = "rms_norm") -> Explanation:
     """Which backend `op` takes for the input `x`, and why.
 
-    x: a tensor like the one to be normalised; without one, a float32 CPU tensor is meant.
-    op: one of layer_norm, rms_norm, add_layer_norm, add_rms_norm. Raises ValueError for another name.
+    x: a tensor like the one to be normalised, or a gradient; without one, a float32 CPU tensor is meant.
+    op: one of layer_norm, rms_norm, add_layer_norm, add_rms_norm, clip_grad_norm, adaptive_clip_grad.
+
+    Raises ValueError for another name.
     """
     if op not in OPERATIONS:
         raise ValueError(f"op must be one of {', '.join(OPERATIONS)}, but got {op!r}")

@@ -30,6 +30,10 @@ layer_norm_forward = _ops.layer_norm_forward.default
 layer_norm_backward = _ops.layer_norm_backward.default
 add_layer_norm_forward = _ops.add_layer_norm_forward.default
 add_layer_norm_backward = _ops.add_layer_norm_backward.default
+multi_tensor_norm = _ops.multi_tensor_norm.default
+multi_tensor_scale_ = _ops.multi_tensor_scale_.default
+multi_tensor_clamp_ = _ops.multi_tensor_clamp_.default
+multi_tensor_agc_ = _ops.multi_tensor_agc_.default
 
 
 def build_info() -> dict[str, object]:
@@ -37,7 +41,7 @@ def build_info() -> dict[str, object]:
     return _C.build_info()
 
 
-def serves(device_type: str) -> bool:
-    """Whether kernels for this device type, such as "cpu", were built."""
+def serves(device_type: str, function: str = "rms_norm_forward") -> bool:
+    """Whether a kernel of this function was built for the device type, such as "cpu"."""
     key = device_type.upper()
-    return key in ("CPU", "CUDA") and torch._C._dispatch_has_kernel_for_dispatch_key("fastnorm::rms_norm_forward", key)
+    return key in ("CPU", "CUDA") and torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnorm::{function}", key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -26,6 +27,12 @@ SCHEMAS = (
     "add_layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor mean, Tensor rstd,"
     " bool zero_centered, ScalarType x_dtype, ScalarType residual_dtype, ScalarType? dweight_dtype,"
     " ScalarType? dbias_dtype) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+    "multi_tensor_norm(Tensor[] tensors, float norm_type, float max_norm)"
+    " -> (Tensor total_norm, Tensor coefficient, Tensor nonfinite, Tensor norms)",
+    "multi_tensor_scale_(Tensor(a!)[] tensors, Tensor coefficient) -> ()",
+    "multi_tensor_clamp_(Tensor(a!)[] tensors, float bound) -> ()",
+    "multi_tensor_agc_(Tensor(a!)[] grads, Tensor[] params, int[] units, float clip_factor, float eps,"
+    " float norm_type) -> ()",
 )
 
 
@@ -84,6 +91,23 @@ def _add_layer_norm_backward(
     return _like(h, x_dtype), dresidual, _parameter(h, dweight_dtype), _parameter(h, dbias_dtype)
 
 
+def _multi_tensor_norm(tensors, norm_type, max_norm):
+    dtype = list_dtype(tensors)
+    first = tensors[0]
+    scalar = first.new_empty((), dtype=dtype)
+    nonfinite = first.new_empty((), dtype=torch.float32)
+    return scalar, torch.empty_like(scalar), nonfinite, first.new_empty(len(tensors), dtype=dtype)
+
+
+def _writes_in_place(*arguments):
+    return None
+
+
+def list_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype:
+    """What the norms of a list are kept in: float64 if any tensor is float64, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
 _FAKES = {
     "rms_norm_forward": _rms_norm_forward,
     "rms_norm_backward": _rms_norm_backward,
@@ -93,13 +117,18 @@ _FAKES = {
     "layer_norm_backward": _layer_norm_backward,
     "add_layer_norm_forward": _add_layer_norm_forward,
     "add_layer_norm_backward": _add_layer_norm_backward,
+    "multi_tensor_norm": _multi_tensor_norm,
+    "multi_tensor_scale_": _writes_in_place,
+    "multi_tensor_clamp_": _writes_in_place,
+    "multi_tensor_agc_": _writes_in_place,
 }
 
 
 def register_fakes(namespace: str) -> None:
     """Shapes and dtypes of a namespace's operators, for tracing. An output that is not wanted is None."""
     for name, fake in _FAKES.items():
-        torch.library.register_fake(f"{namespace}::{name}", fake)
+        if hasattr(getattr(torch.ops, namespace), name):
+            torch.library.register_fake(f"{namespace}::{name}", fake)
 
 
 def register(namespace: str, module: ModuleType) -> torch.library.Library:
@@ -107,6 +136,8 @@ def register(namespace: str, module: ModuleType) -> torch.library.Library:
     library = torch.library.Library(namespace, "DEF")
     for schema in SCHEMAS:
         name = schema.partition("(")[0]
+        if not hasattr(module, name):
+            continue
         library.define(schema)
         library.impl(name, getattr(module, name), "CompositeExplicitAutograd")
     register_fakes(namespace)

@@ -1,7 +1,7 @@
 """The operations in plain PyTorch: the fallback, and what a double backward and torch.compile go through.
 
-Every function is differentiable any number of times, and takes its arguments as `fastnorm.functional` does, already
-checked and with every default resolved.
+Every norm is differentiable any number of times, and takes its arguments as `fastnorm.functional` does, already
+checked and with every default resolved. The functions for lists of tensors are those of a backend's module.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .operators import list_dtype
 
 
 def layer_norm(
@@ -93,3 +95,58 @@ def _stock_takes(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
 def graph_wanted() -> bool:
     """Whether the backward that is running must be differentiable itself (create_graph=True)."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def multi_tensor_norm(
+    tensors: Sequence[Tensor], norm_type: float, max_norm: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(total norm, coefficient, whether the total is not finite, every tensor's norm); see fastnorm.native."""
+    dtype = list_dtype(tensors)
+    norms = torch.stack(torch._foreach_norm([_with_a_norm(t, norm_type) for t in tensors], norm_type, dtype=dtype))
+    total = torch.linalg.vector_norm(norms, norm_type)
+    return total, clip_coefficient(total, max_norm), (~total.isfinite()).float(), norms
+
+
+def clip_coefficient(total_norm: Tensor, max_norm: float) -> Tensor:
+    """What the gradients are multiplied by, as in torch.nn.utils.clip_grads_with_norm_."""
+    return torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)
+
+
+def multi_tensor_scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
+    """x = x · coefficient; a coefficient of one is multiplied by as well, because only the device knows it."""
+    torch._foreach_mul_(tensors, coefficient)
+
+
+def multi_tensor_clamp_(tensors: Sequence[Tensor], bound: float) -> None:
+    """x = min(max(x, −bound), bound), with NaN kept."""
+    torch._foreach_clamp_min_(tensors, -bound)
+    torch._foreach_clamp_max_(tensors, bound)
+
+
+def multi_tensor_agc_(
+    grads: Sequence[Tensor], params: Sequence[Tensor], units: Sequence[int], clip_factor: float, eps: float,
+    norm_type: float,
+) -> None:  # fmt: skip
+    """g = g · max_norm / max(‖g‖, 1e-6) for the units whose norm reaches max_norm = max(‖p‖, eps) · clip_factor."""
+    for grad, param, count in zip(grads, params, units, strict=True):
+        if grad.numel() == 0:
+            continue
+        rows = in_storage_order(grad).view(count, -1)
+        dtype = stat_dtype(torch.promote_types(grad.dtype, param.dtype))
+        norm = torch.linalg.vector_norm(rows.to(dtype), norm_type, dim=1, keepdim=True)
+        p_rows = in_storage_order(param).view(count, -1).to(dtype)
+        max_norm = torch.linalg.vector_norm(p_rows, norm_type, dim=1, keepdim=True).clamp(min=eps) * clip_factor
+        # written so that a NaN in either norm makes its unit NaN
+        rows.copy_(torch.where(norm < max_norm, rows, rows * (max_norm / norm.clamp(min=1e-6))))
+
+
+def in_storage_order(tensor: Tensor) -> Tensor:
+    """The elements of a tensor without gaps and overlaps, one after the other: a view."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _with_a_norm(tensor: Tensor, norm_type: float) -> Tensor:
+    """The tensor, or what has the norm that is neutral among others where it is empty."""
+    if tensor.numel() or 0 <= norm_type < float("inf"):
+        return tensor
+    return tensor.new_full((1,), 0.0 if norm_type > 0 else float("inf"))

@@ -9,9 +9,9 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import fastnorm
 from fastnorm import backend
-from fastnorm.backend import BACKENDS, OPERATIONS
+from fastnorm.backend import BACKENDS, ROW_NORMS
 
-operations = pytest.mark.parametrize("op", OPERATIONS)
+operations = pytest.mark.parametrize("op", ROW_NORMS)
 
 
 @pytest.fixture(autouse=True)
