@@ -18,6 +18,8 @@ except ModuleNotFoundError as error:
 except ImportError as error:
     raise ImportError(f"fastnorm's C++ extension does not fit this torch {torch.__version__}: {error}") from error
 
+if missing := [name for name in operators.names() if not hasattr(torch.ops.fastnorm, name)]:
+    raise ImportError(f"fastnorm's C++ extension is an older build, without {missing[0]}: build it again")
 operators.register_fakes("fastnorm")
 
 # Overloads, because a call through the packet would look the overload up each time.

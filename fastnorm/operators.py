@@ -131,11 +131,15 @@ def register_fakes(namespace: str) -> None:
             torch.library.register_fake(f"{namespace}::{name}", fake)
 
 
+def names() -> list[str]:
+    """The operators' names, without a namespace."""
+    return [schema.partition("(")[0] for schema in SCHEMAS]
+
+
 def register(namespace: str, module: ModuleType) -> torch.library.Library:
     """Defines the operators in a namespace over a module's functions; they live as long as the library returned."""
     library = torch.library.Library(namespace, "DEF")
-    for schema in SCHEMAS:
-        name = schema.partition("(")[0]
+    for name, schema in zip(names(), SCHEMAS, strict=True):
         if not hasattr(module, name):
             continue
         library.define(schema)
