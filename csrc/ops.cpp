@@ -1,12 +1,29 @@
 // Operator schemas, and the Python module with the build information. Importing the module loads the library, which
 // registers the schemas here and the kernels of the other files; Python calls them through torch.ops.fastnorm.
+#include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include <algorithm>
+
 #include "cpu/rows.h"
 #include "cuda/build_info.h"
+
+namespace {
+
+// A loop over a long list is ten times faster here than in Python, where it would take longer than the norms.
+bool all_readable(at::TensorList tensors) {
+  return std::all_of(tensors.begin(), tensors.end(), [&](const at::Tensor& tensor) {
+    const auto type = tensor.scalar_type();
+    return tensor.layout() == at::kStrided && !tensor.is_neg() && tensor.device() == tensors[0].device() &&
+           (type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble) &&
+           tensor.is_non_overlapping_and_dense();
+  });
+}
+
+}  // namespace
 
 // Outputs that may be absent (dresidual, dweight, dbias) are undefined tensors, which Python receives as None.
 TORCH_LIBRARY(fastnorm, m) {
@@ -44,6 +61,7 @@ TORCH_LIBRARY(fastnorm, m) {
   m.def(
       "multi_tensor_agc_(Tensor(a!)[] grads, Tensor[] params, int[] units, float clip_factor, float eps, "
       "float norm_type) -> ()");
+  m.def("all_readable(Tensor[] tensors) -> bool", &all_readable);
 }
 
 namespace {

@@ -7,6 +7,7 @@ The backends are imported once, here. One that is absent is recorded with its re
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -113,6 +114,13 @@ def pick(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> Any | None:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(x) is FakeTensor:
         return torch.ops.fastnorm_triton
     return _triton
+
+
+def all_readable(tensors: Sequence[torch.Tensor]) -> bool | None:
+    """Whether kernels can read plain tensors as they lie, all on one device; None where only looking at each tells."""
+    if _native is None or torch._C._len_torch_dispatch_stack():
+        return None
+    return _native.all_readable(tensors)
 
 
 def _choose(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> tuple[str, str]:

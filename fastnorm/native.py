@@ -36,6 +36,8 @@ multi_tensor_norm = _ops.multi_tensor_norm.default
 multi_tensor_scale_ = _ops.multi_tensor_scale_.default
 multi_tensor_clamp_ = _ops.multi_tensor_clamp_.default
 multi_tensor_agc_ = _ops.multi_tensor_agc_.default
+# whether kernels can read all tensors of a list as they lie, and all on one device
+all_readable = _ops.all_readable.default
 
 
 def build_info() -> dict[str, object]:

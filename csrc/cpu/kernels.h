@@ -1,10 +1,5 @@
 // The row kernels of every norm. Included by rows.cpp after vec.h, once for each instruction set, like it.
 
-// Fetches what lies some bytes on, the next row, while the processor is busy with this one. Any address will do.
-INLINE void prefetch(const void* p, int64_t bytes) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + bytes), 0, 2);
-}
-
 template <typename T>
 INLINE double square_sum(const T* x, int64_t n) {
   using V = VecOf<T>;
@@ -294,4 +289,5 @@ const InstructionSet instruction_set = {
     INSTRUCTION_SET_NAME,
     rows_of<float>(kernels_of<float>, kernels_of<Bf16>, kernels_of<Half>, {}),
     rows_of<double>({}, {}, {}, kernels_of<double>),
+    {run_kernels_of<float>, run_kernels_of<Bf16>, run_kernels_of<Half>, run_kernels_of<double>},
 };

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -18,6 +19,8 @@ namespace plain {
 #define VECTOR_BYTES 16
 #define INSTRUCTION_SET_NAME "default"
 #include "vec.h"
+
+#include "run_kernels.h"
 
 #include "kernels.h"
 #undef VECTOR_BYTES
@@ -38,6 +41,8 @@ namespace avx2 {
 #define INSTRUCTION_SET_NAME "avx2"
 #include "vec.h"
 
+#include "run_kernels.h"
+
 #include "kernels.h"
 #undef VECTOR_BYTES
 #undef INSTRUCTION_SET_NAME
@@ -54,6 +59,8 @@ namespace avx512 {
 #define VECTOR_BYTES 64
 #define INSTRUCTION_SET_NAME "avx512"
 #include "vec.h"
+
+#include "run_kernels.h"
 
 #include "kernels.h"
 #undef VECTOR_BYTES

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "runs.h"
+
 namespace fastnorm::cpu {
 
 struct Bf16 {
@@ -79,6 +81,7 @@ struct InstructionSet {
   const char* name;
   Rows<float> float_rows;
   Rows<double> double_rows;
+  RunKernels runs[dtype_count];
 };
 
 // The best set that this processor has, no better than ATEN_CPU_CAPABILITY allows.

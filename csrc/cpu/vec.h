@@ -29,6 +29,11 @@ using VecOf = typename Compute<T>::Vec;
 template <typename V>
 constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
 
+// Fetches what lies some bytes on, the next row, while the processor is busy with this one. Any address will do.
+INLINE void prefetch(const void* p, int64_t bytes) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + bytes), 0, 2);
+}
+
 template <typename V>
 INLINE V read(const void* p) {
   V v;

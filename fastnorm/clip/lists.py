@@ -5,12 +5,10 @@ from __future__ import annotations
 import types
 import warnings
 from collections.abc import Iterable, Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 from .. import backend
 
@@ -23,7 +21,7 @@ class Part(NamedTuple):
 
     impl: Any | None
     tensors: list[Tensor]
-    positions: list[int]
+    positions: Sequence[int]
 
 
 def listed(parameters: Parameters, warning_level: int | None = None) -> tuple[list[Tensor], list[str] | None]:
@@ -49,41 +47,28 @@ def gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [grad for parameter in parameters if (grad := parameter.grad) is not None]
 
 
-def split(op: str, tensors: Sequence[Tensor]) -> list[Part]:
+def split(op: str, tensors: list[Tensor]) -> list[Part]:
     """The tensors by device, those that kernels can read in one part, and the others in one part without a backend.
 
     Positions within a part ascend. The others: subclasses, FakeTensors, sparse and complex tensors, integers, and
-    tensors with gaps or overlaps; and every tensor while torch.compile traces.
+    tensors with gaps or overlaps; and every tensor while torch.compile traces or torch.func transforms.
     """
-    if torch.compiler.is_compiling():
-        return [Part(None, list(tensors), list(range(len(tensors))))]
-    readable = [True] * len(tensors) if _all_readable(tensors) else [_is_readable(t) for t in tensors]
-    chosen = [t for t, ok in zip(tensors, readable, strict=True) if ok]
-    devices = {device for device, _ in _group_tensors_by_device_and_dtype([chosen])} if chosen else set()
-    if len(devices) == 1 and len(chosen) == len(tensors):
-        return [Part(backend.pick(op, chosen[0]), chosen, list(range(len(chosen))))]
+    everywhere = range(len(tensors))
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return [Part(None, tensors, everywhere)]
+    if set(map(type, tensors)) <= _PLAIN and backend.all_readable(tensors):
+        return [Part(backend.pick(op, tensors[0]), tensors, everywhere)]
     parts: dict[torch.device | None, Part] = {}
-    for position, (tensor, ok) in enumerate(zip(tensors, readable, strict=True)):
-        device = tensor.device if ok else None
+    for position, tensor in enumerate(tensors):
+        device = tensor.device if is_readable(tensor) else None
         if device not in parts:
-            parts[device] = Part(backend.pick(op, tensor) if ok else None, [], [])
+            parts[device] = Part(None if device is None else backend.pick(op, tensor), [], [])
         parts[device].tensors.append(tensor)
         parts[device].positions.append(position)
     return list(parts.values())
 
 
-def _all_readable(tensors: Sequence[Tensor]) -> bool:
-    """A quick answer for the usual list; False only means that each must be looked at."""
-    return (
-        set(map(type, tensors)) <= _PLAIN
-        and set(map(attrgetter("layout"), tensors)) <= {torch.strided}
-        and set(map(attrgetter("dtype"), tensors)) <= set(backend.DTYPES)
-        and all(map(Tensor.is_contiguous, tensors))
-        and not any(map(Tensor.is_neg, tensors))
-    )
-
-
-def _is_readable(tensor: Tensor) -> bool:
+def is_readable(tensor: Tensor) -> bool:
     """Whether a kernel can read the tensor as it lies: real numbers without gaps and overlaps, in storage order."""
     return (
         type(tensor) in _PLAIN

@@ -1,0 +1,93 @@
+// Lists of tensors as runs of elements, and the split of their elements among threads.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "rows.h"
+
+namespace fastnorm::cpu {
+
+struct Span {
+  char* data;
+  int64_t n;
+  Dtype dtype;
+};
+
+inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
+enum class Access { read, write };
+
+// The tensors' elements in storage order. Raises unless all are on the CPU, without gaps and overlaps, of a known dtype.
+std::vector<Span> spans_of(at::TensorList tensors, const char* name, Access access);
+
+// Runs body(i) for every i of [0, count) on all threads; each takes the next one that is left.
+template <typename Body>
+void share_out(int64_t count, int64_t elements, const Body& body) {
+  constexpr int64_t worthwhile = 32768;  // fewer elements are done before another thread wakes up
+  const int64_t threads = std::min<int64_t>({at::get_num_threads(), count, 1 + elements / worthwhile});
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < count; i = next++) {
+      body(i);
+    }
+  });
+}
+
+// Spans cut into pieces, and pieces gathered into tasks, in a way that depends on the spans' sizes alone.
+class Pieces {
+ public:
+  explicit Pieces(const std::vector<Span>& spans);
+
+  struct Piece {
+    Span run;
+    int64_t span;
+  };
+
+  int64_t size() const { return static_cast<int64_t>(pieces_.size()); }
+  const Piece& operator[](int64_t i) const { return pieces_[i]; }
+
+  template <typename Body>
+  void each(const Body& body) const {
+    const int64_t tasks = static_cast<int64_t>(task_ends_.size());
+    share_out(tasks, elements_, [&](int64_t task) {
+      for (int64_t i = task == 0 ? 0 : task_ends_[task - 1]; i < task_ends_[task]; ++i) {
+        body(i);
+      }
+    });
+  }
+
+  // As each, but from the last task to the first: what was read last may still be in the cache.
+  template <typename Body>
+  void each_backwards(const Body& body) const {
+    const int64_t tasks = static_cast<int64_t>(task_ends_.size());
+    share_out(tasks, elements_, [&](int64_t task) {
+      const int64_t reversed = tasks - 1 - task;
+      for (int64_t i = reversed == 0 ? 0 : task_ends_[reversed - 1]; i < task_ends_[reversed]; ++i) {
+        body(i);
+      }
+    });
+  }
+
+ private:
+  std::vector<Piece> pieces_;
+  std::vector<int64_t> task_ends_;
+  int64_t elements_ = 0;
+};
+
+// Every span's norm, in double. No result depends on the number of threads.
+std::vector<double> norms_of(const std::vector<Span>& spans, const PNorm& norm);
+
+constexpr int64_t piece_elements = 65536;
+
+// The norm of a span of at most piece_elements, on this thread alone; the same number.
+double norm_of(const Span& span, const PNorm& norm);
+
+// The norm of norms; for p = 0 the number of those that aren't zero.
+double norm_of_norms(const std::vector<double>& norms, const PNorm& norm);
+
+}  // namespace fastnorm::cpu
