@@ -116,6 +116,16 @@ def pick(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> Any | None:
     return _triton
 
 
+def refuse_formula(op: str, reason: str) -> None:
+    """Raises where a backend is named though only PyTorch's operations can serve, for the reason given."""
+    if _forced not in (None, "reference"):
+        raise _cannot_serve(op, _forced, reason)
+
+
+def _cannot_serve(op: str, name: str, obstacle: str) -> RuntimeError:
+    return RuntimeError(f"{op}: fastnorm.use({name!r}) names a backend that can't serve this call: {obstacle}")
+
+
 def all_readable(tensors: Sequence[torch.Tensor]) -> bool | None:
     """Whether kernels can read plain tensors as they lie, all on one device; None where only looking at each tells."""
     if _native is None or torch._C._len_torch_dispatch_stack():
@@ -132,7 +142,7 @@ def _choose(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> tuple[str
     if forced is not None:
         obstacle = obstacle or _refusal(op, forced, x)
         if obstacle is not None:
-            raise RuntimeError(f"{op}: fastnorm.use({forced!r}) names a backend that can't serve this call: {obstacle}")
+            raise _cannot_serve(op, forced, obstacle)
         return forced, "named by fastnorm.use"
     if compiling:
         return "reference", "torch.compile fuses the formula with its neighbours"

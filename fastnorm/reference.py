@@ -102,7 +102,7 @@ def multi_tensor_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(total norm, coefficient, whether the total is not finite, every tensor's norm); see fastnorm.native."""
     dtype = list_dtype(tensors)
-    norms = torch.stack(torch._foreach_norm([_with_a_norm(t, norm_type) for t in tensors], norm_type, dtype=dtype))
+    norms = torch.stack(torch._foreach_norm([with_a_norm(t, norm_type) for t in tensors], norm_type, dtype=dtype))
     total = torch.linalg.vector_norm(norms, norm_type)
     return total, clip_coefficient(total, max_norm), (~total.isfinite()).float(), norms
 
@@ -145,7 +145,7 @@ def in_storage_order(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
-def _with_a_norm(tensor: Tensor, norm_type: float) -> Tensor:
+def with_a_norm(tensor: Tensor, norm_type: float) -> Tensor:
     """The tensor, or what has the norm that is neutral among others where it is empty."""
     if tensor.numel() or 0 <= norm_type < float("inf"):
         return tensor

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import backend
 
 Parameters = Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
-_PLAIN = {Tensor, torch.nn.Parameter}
+PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
 class Part(NamedTuple):
@@ -44,7 +44,8 @@ def listed(parameters: Parameters, warning_level: int | None = None) -> tuple[li
 
 def gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     """The gradients that there are."""
-    return [grad for parameter in parameters if (grad := parameter.grad) is not None]
+    # each .grad is asked for once: it takes longer than all the rest, and dynamo can't trace a walrus here
+    return [grad for grad in [parameter.grad for parameter in parameters] if grad is not None]
 
 
 def split(op: str, tensors: list[Tensor]) -> list[Part]:
@@ -54,13 +55,18 @@ def split(op: str, tensors: list[Tensor]) -> list[Part]:
     tensors with gaps or overlaps; and every tensor while torch.compile traces or torch.func transforms.
     """
     everywhere = range(len(tensors))
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    untouchable = _why_untouchable()
+    if untouchable is not None:
+        backend.refuse_formula(op, untouchable)
         return [Part(None, tensors, everywhere)]
-    if set(map(type, tensors)) <= _PLAIN and backend.all_readable(tensors):
+    if set(map(type, tensors)) <= PLAIN and backend.all_readable(tensors):
         return [Part(backend.pick(op, tensors[0]), tensors, everywhere)]
     parts: dict[torch.device | None, Part] = {}
     for position, tensor in enumerate(tensors):
-        device = tensor.device if is_readable(tensor) else None
+        unreadable = why_unreadable(tensor)
+        if unreadable is not None:
+            backend.refuse_formula(op, unreadable)
+        device = tensor.device if unreadable is None else None
         if device not in parts:
             parts[device] = Part(None if device is None else backend.pick(op, tensor), [], [])
         parts[device].tensors.append(tensor)
@@ -68,13 +74,25 @@ def split(op: str, tensors: list[Tensor]) -> list[Part]:
     return list(parts.values())
 
 
-def is_readable(tensor: Tensor) -> bool:
-    """Whether a kernel can read the tensor as it lies: real numbers without gaps and overlaps, in storage order."""
-    return (
-        type(tensor) in _PLAIN
-        and tensor.layout is torch.strided
-        and tensor.dtype in backend.DTYPES
-        and not tensor.is_neg()
-        # contiguous in some order of the dimensions
-        and torch._debug_has_internal_overlap(tensor) == 0
-    )
+def _why_untouchable() -> str | None:
+    """Why no kernel can take any tensor at this moment."""
+    if torch.compiler.is_compiling():
+        return "torch.compile traces PyTorch's operations"
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms need PyTorch's operations"
+    return None
+
+
+def why_unreadable(tensor: Tensor) -> str | None:
+    """Why no kernel can read the tensor as it lies: they read real numbers without gaps and overlaps, in any order."""
+    if type(tensor) not in PLAIN:
+        return f"{type(tensor).__name__} is a subclass with its own dispatch"
+    if tensor.layout is not torch.strided:
+        return f"no kernel for the layout {tensor.layout}"
+    if tensor.dtype not in backend.DTYPES:
+        return f"no kernel for {tensor.dtype}"
+    if tensor.is_neg():
+        return "its sign is still to be changed"
+    if torch._debug_has_internal_overlap(tensor) != 0:  # zero where it is contiguous in some order of dimensions
+        return f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} has gaps or overlaps"
+    return None

@@ -1,17 +1,24 @@
-"""Norms of lists of tensors, and clipping by norm and by value, with torch.nn.utils' signatures and meaning."""
+"""Norms of lists of tensors, and clipping by norm and by value, with torch.nn.utils' signatures and meaning.
+
+Where a backend's kernels can read the tensors, one call takes the whole list; what they can't read (sparse, complex,
+overlapping, subclasses) goes through PyTorch's operations, one tensor after the other. One difference is meant: norms
+of float16 and bfloat16 tensors are accumulated, kept and returned in float32.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _device_has_foreach_support
 
 from .. import reference
-from . import lists
-from .lists import Parameters
+from ..operators import list_dtype
+from . import distributed, lists
+from .lists import Parameters, Part
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -28,7 +35,17 @@ class Measured(NamedTuple):
 def get_total_norm(
     tensors: Parameters, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
 ) -> Tensor:
-    """The norm of all tensors together, as torch.nn.utils.get_total_norm computes it, in one pass."""
+    """The p-norm of all tensors together: torch.nn.utils.get_total_norm.
+
+    tensors: one tensor, or an iterable of tensors of any shapes, dtypes and devices, or of (name, tensor) pairs.
+    norm_type: p, any number or what float() takes; for 0 it is the number of tensors with a non-zero element.
+    error_if_nonfinite: raises RuntimeError if the norm is NaN or infinite, and names the first such tensor; the host
+        waits for the device.
+    foreach: True raises RuntimeError for devices without torch._foreach operations; otherwise it changes nothing.
+
+    Returns a 0-d tensor on the first tensor's device: float64 if any tensor is, else float32; a CPU zero for an empty
+    list. The norm of DTensors is the whole tensors', a plain tensor and the same on every rank.
+    """
     tensors, names = lists.listed(tensors)
     norm_type = float(norm_type)
     if not tensors:
@@ -36,7 +53,7 @@ def get_total_norm(
     _check_foreach(tensors, foreach)
     measured = measure(tensors, norm_type, float("inf"))
     if error_if_nonfinite:
-        _raise_if_nonfinite(measured, norm_type, names)
+        _raise_if_nonfinite(measured, norm_type, names or [f"tensors[{i}]" for i in range(len(tensors))])
     return measured.total_norm
 
 
@@ -44,12 +61,17 @@ def get_total_norm(
 def clip_grads_with_norm_(
     parameters: Parameters, max_norm: float, total_norm: Tensor, foreach: bool | None = None
 ) -> None:
-    """Scales gradients by min(max_norm / (total_norm + 1e-6), 1), as torch.nn.utils.clip_grads_with_norm_."""
+    """Multiplies gradients by min(max_norm / (total_norm + 1e-6), 1), in place: torch.nn.utils.clip_grads_with_norm_.
+
+    parameters, foreach: as for clip_grad_norm_.
+    total_norm: a 0-d tensor, such as get_total_norm's result.
+    """
     grads = lists.gradients(lists.listed(parameters)[0])
     max_norm = float(max_norm)
     if not grads:
         return
     _check_foreach(grads, foreach)
+    total_norm = total_norm.full_tensor() if distributed.is_dtensor(total_norm) else total_norm
     total_norm = total_norm.float() if total_norm.dtype in _HALVES else total_norm
     scale_(grads, reference.clip_coefficient(total_norm, max_norm))
 
@@ -62,98 +84,132 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
-    """Clips the norm of all gradients together, in place, as torch.nn.utils.clip_grad_norm_."""
+    """Scales all gradients by min(max_norm / (norm + 1e-6), 1), in place: torch.nn.utils.clip_grad_norm_.
+
+    parameters: one tensor or an iterable of tensors, those without .grad being left out; or of (name, tensor) pairs,
+        as from named_parameters(), which give the error below its name.
+    max_norm: a number or a 0-d tensor. The gradients are read once more and written only where the norm exceeds it,
+        which the device decides.
+    norm_type: p, any number or what float() takes.
+    error_if_nonfinite: raises RuntimeError if the norm is NaN or infinite, before anything is written, and names the
+        first such gradient; the host waits for the device. Without it a NaN norm makes every gradient NaN.
+    foreach: True raises RuntimeError for devices without torch._foreach operations; otherwise it changes nothing.
+
+    Returns the norm before clipping, as get_total_norm does.
+    """
     parameters, names = lists.listed(parameters, warning_level=2)
     norm_type, max_norm = float(norm_type), float(max_norm)
     grads = lists.gradients(parameters)
     if not grads:
         return torch.tensor(0.0)
     _check_foreach(grads, foreach)
-    measured = measure(grads, norm_type, max_norm)
+    values = distributed.local_values(grads)
+    parts = lists.split("clip_grad_norm", values)
+    measured = _measure(grads, parts, norm_type, max_norm)
     if error_if_nonfinite:
-        names = names and [name for name, p in zip(names, parameters, strict=True) if p.grad is not None]
+        names = names or [f"parameters[{i}]" for i in range(len(parameters))]
+        names = [name for name, p in zip(names, parameters, strict=True) if p.grad is not None]
         _raise_if_nonfinite(measured, norm_type, names)
-    scale_(grads, measured.coefficient)
+    storage = distributed.local_storage(grads)
+    _scale_parts_(parts if storage is values else lists.split("clip_grad_norm", storage), measured.coefficient)
     return measured.total_norm
 
 
 @torch.no_grad()
 def clip_grad_value_(parameters: Parameters, clip_value: float, foreach: bool | None = None) -> None:
-    """Clamps gradients to [−clip_value, clip_value] in place, as torch.nn.utils.clip_grad_value_."""
+    """Clamps every gradient to [−clip_value, clip_value], in place: torch.nn.utils.clip_grad_value_.
+
+    parameters, foreach: as for clip_grad_norm_. NaN stays NaN.
+    """
     clip_value = float(clip_value)
     grads = lists.gradients(lists.listed(parameters)[0])
     _check_foreach(grads, foreach)
-    for impl, tensors, _ in lists.split("clip_grad_norm", grads):
-        if impl is None:
+    for impl, tensors, _ in lists.split("clip_grad_norm", grads) if grads else ():
+        if impl is None or clip_value != clip_value:
             for tensor in tensors:
                 tensor.clamp_(min=-clip_value, max=clip_value)
         else:
+            _announce_writes(impl, tensors)
             impl.multi_tensor_clamp_(tensors, clip_value)
-            torch.autograd.graph.increment_version(tensors)
 
 
-def measure(tensors: Sequence[Tensor], norm_type: float, max_norm: float) -> Measured:
-    """Norms and coefficient of a list that is not empty, on the device of its first tensor."""
+def measure(tensors: list[Tensor], norm_type: float, max_norm: float) -> Measured:
+    """Norms and coefficient of a list that is not empty, on the device of its first tensor, without waiting for it."""
+    parts = lists.split("clip_grad_norm", distributed.local_values(tensors))
+    return _measure(tensors, parts, norm_type, max_norm)
+
+
+def scale_(tensors: list[Tensor], coefficient: Tensor) -> None:
+    """Multiplies the tensors; nothing is written by a kernel where the coefficient is at least one."""
+    _scale_parts_(lists.split("clip_grad_norm", distributed.local_storage(tensors)), coefficient)
+
+
+def _measure(tensors: list[Tensor], parts: list[Part], norm_type: float, max_norm: float) -> Measured:
+    """`parts` are of the values that this rank has of the tensors."""
     _refuse_norms_of_nothing(tensors, norm_type)
-    parts = lists.split("clip_grad_norm", tensors)
-    if len(parts) == 1 and parts[0].impl is not None:
-        total, coefficient, _, norms = parts[0].impl.multi_tensor_norm(tensors, norm_type, max_norm)
+    if len(parts) == 1 and parts[0].impl is not None and set(map(type, tensors)) <= lists.PLAIN:
+        total, coefficient, _, norms = parts[0].impl.multi_tensor_norm(parts[0].tensors, norm_type, max_norm)
         return Measured(total, coefficient, norms)
     found: dict[int, Tensor] = {}
     for impl, part, positions in parts:
-        norms = _stock_norms(part, norm_type)
-        if impl is not None:
-            norms = impl.multi_tensor_norm(part, norm_type, max_norm)[3]
-        found.update(zip(positions, norms, strict=True))
-    norms = torch.stack([found[i].to(tensors[0].device) for i in range(len(tensors))])
-    total = _total(norms, norm_type)
+        if impl is None:
+            found.update(zip(positions, _stock_norms(part, norm_type), strict=True))
+        else:
+            found.update(zip(positions, impl.multi_tensor_norm(part, norm_type, max_norm)[3], strict=True))
+    norms = torch.stack([found[i].to(found[0].device) for i in range(len(tensors))])
+    norms = distributed.add_up(tensors, norms, norm_type)
+    # in double where the device has it: powers of the norms need not fit their dtype
+    wide = norms.dtype if norms.device.type == "mps" else torch.float64
+    total = torch.linalg.vector_norm(norms, norm_type, dtype=wide).to(norms.dtype)
     return Measured(total, reference.clip_coefficient(total, max_norm), norms)
 
 
-def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
-    """Multiplies the tensors; nothing is written by a kernel where the coefficient is at least one."""
-    for impl, part, _ in lists.split("clip_grad_norm", tensors):
-        on_device = coefficient.to(part[0].device)
-        if impl is None:
-            for tensor in part:
-                tensor.mul_(on_device.to(tensor.device))
-        else:
-            impl.multi_tensor_scale_(part, on_device)
-            torch.autograd.graph.increment_version(part)
+def _scale_parts_(parts: list[Part], coefficient: Tensor) -> None:
+    for impl, tensors, _ in parts:
+        if impl is None or type(coefficient) not in lists.PLAIN:
+            for tensor in tensors:
+                tensor.mul_(coefficient.to(tensor.device))
+            continue
+        dtype = list_dtype(tensors)
+        _announce_writes(impl, tensors)
+        impl.multi_tensor_scale_(tensors, coefficient.to(tensors[0].device, dtype))
 
 
-def _total(norms: Tensor, norm_type: float) -> Tensor:
-    """In double where the device has it: squares of norms need not fit the norms' own dtype."""
-    wide = norms.dtype if norms.device.type == "mps" else torch.float64
-    return torch.linalg.vector_norm(norms, norm_type, dtype=wide).to(norms.dtype)
+def _announce_writes(impl: Any, tensors: list[Tensor]) -> None:
+    """What an operation in place does for autograd."""
+    if impl is not reference:
+        torch.autograd.graph.increment_version(tensors)
 
 
-def _stock_norms(tensors: Sequence[Tensor], norm_type: float) -> list[Tensor]:
+def _stock_norms(tensors: list[Tensor], norm_type: float) -> list[Tensor]:
     return [
-        torch.linalg.vector_norm(t, norm_type, dtype=torch.float32 if t.dtype in _HALVES else None) for t in tensors
+        torch.linalg.vector_norm(
+            reference.with_a_norm(t, norm_type), norm_type, dtype=torch.float32 if t.dtype in _HALVES else None
+        )
+        for t in tensors
     ]
 
 
 def _refuse_norms_of_nothing(tensors: Sequence[Tensor], norm_type: float) -> None:
     """Gives stock's error for the norms that an empty tensor hasn't; to kernels it is neutral, as shards need it."""
-    if not 0 <= norm_type < float("inf"):
-        for tensor in tensors:
-            if tensor.numel() == 0:
-                torch.linalg.vector_norm(tensor, norm_type)
+    for tensor in () if 0 <= norm_type < float("inf") else tensors:
+        if tensor.numel() == 0:
+            torch.linalg.vector_norm(torch.empty(0), norm_type)
 
 
-def _raise_if_nonfinite(measured: Measured, norm_type: float, names: Sequence[str] | None) -> None:
-    if torch.logical_or(measured.total_norm.isnan(), measured.total_norm.isinf()):
-        raise RuntimeError(
-            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
-            "clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
-            "`error_if_nonfinite=False`"
-        )
+def _raise_if_nonfinite(measured: Measured, norm_type: float, names: Sequence[str]) -> None:
+    if measured.total_norm.isfinite():
+        return
+    culprits = [name for name, norm in zip(names, measured.norms.tolist(), strict=True) if not math.isfinite(norm)]
+    first = f". The first with a non-finite norm is {culprits[0]}" if culprits else ""
+    raise RuntimeError(
+        f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be clipped. "
+        "To disable this error and scale the gradients by the non-finite norm anyway, set "
+        f"`error_if_nonfinite=False`{first}"
+    )
 
 
 def _check_foreach(tensors: Sequence[Tensor], foreach: bool | None) -> None:
-    for tensor in tensors if foreach else ():
-        if not _device_has_foreach_support(tensor.device):
-            raise RuntimeError(
-                f"foreach=True was passed, but can't use the foreach API on {tensor.device.type} tensors"
-            )
+    for device in {tensor.device for tensor in tensors} if foreach else ():
+        if not _device_has_foreach_support(device):
+            raise RuntimeError(f"foreach=True was passed, but can't use the foreach API on {device.type} tensors")
