@@ -2,6 +2,8 @@
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
+#include <utility>
+
 #include "multi_tensor.h"
 #include "tensors.h"
 
@@ -65,6 +67,8 @@ void multi_tensor_agc_(at::TensorList grads, at::TensorList params, at::IntArray
               "fastnorm: expected as many grads as params and units");
   const std::vector<Span> grad_spans = spans_of(grads, "grads", Access::write);
   const std::vector<Span> param_spans = spans_of(params, "params", Access::read);
+  const Rule rule{clip_factor, eps, PNorm(norm_type)};
+  const bool take_turns = any_overlap(grad_spans);
   Units small, large;
   for (size_t i = 0; i < grads.size(); ++i) {
     const Span &grad = grad_spans[i], &param = param_spans[i];
@@ -77,10 +81,11 @@ void multi_tensor_agc_(at::TensorList grads, at::TensorList params, at::IntArray
       some.grads.push_back({grad.data + unit * n * bytes_of(grad.dtype), n, grad.dtype});
       some.params.push_back({param.data + unit * n * bytes_of(param.dtype), n, param.dtype});
     }
+    if (take_turns || i + 1 == grads.size()) {
+      clip_small(std::exchange(small, {}), rule);
+      clip_large(std::exchange(large, {}), rule);
+    }
   }
-  const Rule rule{clip_factor, eps, PNorm(norm_type)};
-  clip_small(small, rule);
-  clip_large(large, rule);
 }
 
 }  // namespace

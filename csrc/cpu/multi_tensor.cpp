@@ -43,24 +43,6 @@ double finish(const Span& span, const PNorm& norm, double folded) {
   return in_units ? norm_in_units(span, norm) : norm.root(folded);
 }
 
-// Whether two spans share memory, a tensor listed twice included.
-bool any_overlap(const std::vector<Span>& spans) {
-  std::vector<std::pair<const char*, const char*>> ranges;
-  ranges.reserve(spans.size());
-  for (const Span& span : spans) {
-    if (span.n > 0) {
-      ranges.emplace_back(span.data, span.data + span.n * bytes_of(span.dtype));
-    }
-  }
-  std::sort(ranges.begin(), ranges.end());
-  for (size_t i = 1; i < ranges.size(); ++i) {
-    if (ranges[i].first < ranges[i - 1].second) {
-      return true;
-    }
-  }
-  return false;
-}
-
 // Applies a kernel to all elements. Spans that share memory take their turns, as a list of operations would.
 template <typename Kernel>
 void change(const std::vector<Span>& spans, const Kernel& kernel) {
@@ -139,6 +121,23 @@ std::vector<Span> spans_of(at::TensorList tensors, const char* name, Access acce
     spans.push_back({static_cast<char*>(data), tensor.numel(), dtype});
   }
   return spans;
+}
+
+bool any_overlap(const std::vector<Span>& spans) {
+  std::vector<std::pair<const char*, const char*>> ranges;
+  ranges.reserve(spans.size());
+  for (const Span& span : spans) {
+    if (span.n > 0) {
+      ranges.emplace_back(span.data, span.data + span.n * bytes_of(span.dtype));
+    }
+  }
+  std::sort(ranges.begin(), ranges.end());
+  for (size_t i = 1; i < ranges.size(); ++i) {
+    if (ranges[i].first < ranges[i - 1].second) {
+      return true;
+    }
+  }
+  return false;
 }
 
 Pieces::Pieces(const std::vector<Span>& spans) {

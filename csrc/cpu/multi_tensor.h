@@ -22,8 +22,11 @@ inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype ==
 
 enum class Access { read, write };
 
-// The tensors' elements in storage order. Raises unless all are on the CPU, without gaps and overlaps, of a known dtype.
+// The tensors' elements in storage order. Raises unless all are on the CPU, dense, and of a known dtype.
 std::vector<Span> spans_of(at::TensorList tensors, const char* name, Access access);
+
+// Whether two spans share memory, a tensor listed twice included.
+bool any_overlap(const std::vector<Span>& spans);
 
 // Runs body(i) for every i of [0, count) on all threads; each takes the next one that is left.
 template <typename Body>
