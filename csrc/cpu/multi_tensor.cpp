@@ -79,7 +79,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> results(const std::vector<double>& no
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> multi_tensor_norm(at::TensorList tensors, double norm_type,
                                                              double max_norm) {
-  TORCH_CHECK(!tensors.empty(), "fastnorm: expected at least one tensor");
   const std::vector<Span> spans = spans_of(tensors, "tensors", Access::read);
   const PNorm norm(norm_type);
   const std::vector<double> norms = norms_of(spans, norm);
