@@ -89,7 +89,7 @@ double reduce_squares(const void* x, int64_t n, double, double) {
 template <typename T>
 double reduce_nonzeros(const void* x, int64_t n, double, double) {
   I64 count[chains] = {};
-  each_magnitude(static_cast<const T*>(x), n, 0, [&](F64 v, int chain) ALWAYS_INLINE { count[chain] -= v != 0; });
+  each_magnitude(static_cast<const T*>(x), n, 0, [&](F64 v, int chain) ALWAYS_INLINE { count[chain] -= reinterpret_cast<I64>(v != 0); });
   int64_t sum = 0;
   for (const I64& each : count) {
     for (int lane = 0; lane < lanes<F64>; ++lane) {
@@ -110,7 +110,7 @@ double reduce_extreme(const void* x, int64_t n, double, double) {
   }
   each_magnitude(static_cast<const T*>(x), n, neutral, [&](F64 v, int chain) ALWAYS_INLINE {
     extreme[chain] = (LARGEST ? v > extreme[chain] : v < extreme[chain]) ? v : extreme[chain];
-    nan[chain] |= v != v;
+    nan[chain] |= reinterpret_cast<I64>(v != v);
   });
   double result = neutral;
   bool has_nan = false;
