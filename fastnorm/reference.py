@@ -132,12 +132,19 @@ def multi_tensor_agc_(
         if grad.numel() == 0:
             continue
         rows = in_storage_order(grad).view(count, -1)
-        dtype = stat_dtype(torch.promote_types(grad.dtype, param.dtype))
-        norm = torch.linalg.vector_norm(rows.to(dtype), norm_type, dim=1, keepdim=True)
-        p_rows = in_storage_order(param).view(count, -1).to(dtype)
-        max_norm = torch.linalg.vector_norm(p_rows, norm_type, dim=1, keepdim=True).clamp(min=eps) * clip_factor
-        # written so that a NaN in either norm makes its unit NaN
-        rows.copy_(torch.where(norm < max_norm, rows, rows * (max_norm / norm.clamp(min=1e-6))))
+        p_rows = in_storage_order(param).view(count, -1)
+        rows.copy_(adaptively_clipped(rows, p_rows, (1,), clip_factor, eps, norm_type))
+
+
+def adaptively_clipped(
+    grad: Tensor, param: Tensor, dims: tuple[int, ...] | None, clip_factor: float, eps: float, norm_type: float
+) -> Tensor:
+    """The clipped gradient, not yet rounded to its dtype; the norms are over `dims`, or over all."""
+    dtype = stat_dtype(torch.promote_types(grad.dtype, param.dtype))
+    norm = torch.linalg.vector_norm(grad.to(dtype), norm_type, dim=dims, keepdim=True)
+    max_norm = torch.linalg.vector_norm(param.to(dtype), norm_type, dim=dims, keepdim=True).clamp(min=eps) * clip_factor
+    # written so that a NaN in either norm makes its unit NaN
+    return torch.where(norm < max_norm, grad, grad * (max_norm / norm.clamp(min=1e-6)))
 
 
 def in_storage_order(tensor: Tensor) -> Tensor:

@@ -1,0 +1,185 @@
+"""Adaptive gradient clipping (AGC): every unit's gradient is bounded by a fraction of that unit's weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from .. import backend, reference
+from . import lists
+
+UnitDims = Literal["timm", "nfnets", "tensor"]
+_UNIT_DIMS = ("timm", "nfnets", "tensor")
+
+
+@torch.no_grad()
+def adaptive_clip_grad_(
+    parameters: Module | lists.Parameters,
+    clip_factor: float = 0.01,
+    eps: float = 1e-3,
+    norm_type: float = 2.0,
+    *,
+    unit_dims: UnitDims = "timm",
+    exclude: Any = (),
+) -> None:
+    """Bounds the norm of each unit's gradient by max(‖weight‖, eps) · clip_factor, in place.
+
+    A gradient whose norm reaches that bound is scaled by bound / max(‖gradient‖, 1e-6), as in section 4.1 of Brock et
+    al., "High-Performance Large-Scale Image Recognition Without Normalization" (2021) and timm's `adaptive_clip_grad`.
+    Other units are not written. A unit whose norm is NaN becomes NaN; it spoils no other.
+
+    parameters: a module, a tensor, or an iterable of tensors or of (name, tensor) pairs; floating, of any shape and
+        mixture of dtypes. Those without a gradient, and empty ones, are passed over.
+    clip_factor, eps: not negative; the paper takes 0.01 and 1e-3.
+    norm_type: order of the norms, any number that `torch.linalg.vector_norm` takes, or "inf".
+    unit_dims: what has a norm of its own.
+        "timm": each slice along the first dimension, such as an output row of a linear layer or an output channel
+        of a convolution; vectors and scalars whole.
+        "nfnets": as DeepMind's code, whose layouts end in the output dimension where PyTorch's begin with it. It
+        differs from "timm" in tensors with at most one dimension longer than 1, such as (64, 1) or (64, 1, 1, 1),
+        which are whole. DeepMind's takes three dimensions for a multi-head linear layer and refuses five; in PyTorch
+        these are Conv1d and Conv3d, so that the unit is again an output channel.
+        "tensor": each tensor whole.
+        In all of them the weights of transposed convolutions, (in, out, ...), have a norm for each input channel, as
+        they have in both originals, and an Embedding has one for each row; where that isn't wanted, name "tensor" or
+        exclude them.
+    exclude: parameters, modules or names, or one of them; the paper leaves the final linear layer out. A name is a
+        parameter's or the beginning of several, up to a dot ("head" stands for "head.weight" and "head.bias"), and
+        needs `parameters` to be a module or pairs.
+
+    Norms and scales are float32 for 16- and 32-bit dtypes, where timm rounds those of 16-bit tensors to 16 bits, and
+    float64 where gradient or parameter is. DTensors are clipped as the tensors that they are shards of.
+
+    Raises ValueError for a bad number, unit_dims or an `exclude` that fits nothing, TypeError for what is no parameter,
+    RuntimeError for sparse and overlapping gradients; all before anything is written.
+    """
+    clip_factor, eps, norm_type = float(clip_factor), float(eps), float(norm_type)
+    for name, value in (("clip_factor", clip_factor), ("eps", eps)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be a finite number of at least 0, but got {value}")
+    if math.isnan(norm_type):
+        raise ValueError("norm_type must be a number, but got nan")
+    if unit_dims not in _UNIT_DIMS:
+        raise ValueError(f"unit_dims must be one of {', '.join(_UNIT_DIMS)}, but got {unit_dims!r}")
+    named = parameters.named_parameters() if isinstance(parameters, Module) else parameters
+    params, names = lists.listed(named)
+    _require_tensors(params)
+    left_out = _left_out(params, names, exclude)
+    # each once, because a second time a tied weight would only be scaled by rounding errors
+    params = list({id(p): p for p in params if p.grad is not None and id(p) not in left_out}.values())
+    _require_writable([p.grad for p in params])
+    _clip(params, [_units(p.shape, unit_dims) for p in params], (clip_factor, eps, norm_type))
+
+
+def _units(shape: torch.Size, unit_dims: UnitDims) -> int:
+    """How many units a tensor has: one, or the length of its first dimension."""
+    long_dims = len(shape) if unit_dims == "timm" else sum(size != 1 for size in shape)
+    return 1 if unit_dims == "tensor" or long_dims <= 1 else shape[0]
+
+
+def _clip(params: Sequence[Tensor], units: Sequence[int], rule: tuple[float, float, float]) -> None:
+    """Hands to kernels what lies in memory unit by unit, the same way in gradient and parameter."""
+    params, grads, units = _local(params, units)
+    for impl, part, positions in lists.split("adaptive_clip_grad", grads):
+        taken = [], [], []
+        for grad, i in zip(part, positions, strict=True):
+            if impl is not None and _lie_alike(grad, params[i], units[i]):
+                for column, item in zip(taken, (grad, params[i].detach(), units[i]), strict=True):
+                    column.append(item)
+            else:
+                _clip_one(grad, params[i], units[i], *rule)
+        if taken[0]:
+            impl.multi_tensor_agc_(*taken, *rule)
+            torch.autograd.graph.increment_version(taken[0])
+
+
+def _clip_one(grad: Tensor, param: Tensor, units: int, *rule: float) -> None:
+    """The formula, for what no kernel reads: subclasses, complex numbers, gaps, orders that interleave the units."""
+    dims = tuple(range(1, grad.ndim)) if units > 1 else None
+    grad.copy_(reference.adaptively_clipped(grad, param.detach(), dims, *rule))
+
+
+def _lie_alike(grad: Tensor, param: Tensor, units: int) -> bool:
+    """Whether both lie in memory in the same order, the units of a dense gradient one after the other."""
+    if type(param) not in (Tensor, torch.nn.Parameter) or param.dtype not in backend.DTYPES or param.is_neg():
+        return False
+    if param.layout is not torch.strided or param.device != grad.device or param.shape != grad.shape:
+        return False
+    if grad.is_contiguous() and param.is_contiguous():
+        return True
+    for size, ours, its in zip(grad.shape, grad.stride(), param.stride(), strict=True):
+        if size > 1 and ours != its:
+            return False
+    return units == 1 or grad.stride(0) * units == grad.numel()
+
+
+def _local(params: Sequence[Tensor], units: Sequence[int]) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """Parameters, gradients and numbers of units; of DTensors whose units are each on one rank, the local tensors."""
+    rows = []
+    for param, count in zip(params, units, strict=True):
+        grad, param = param.grad, param.detach()
+        if _units_are_local(grad, param, count):
+            grad, param = grad.to_local(), param.to_local()
+            count = grad.shape[0] if count > 1 else 1
+        if grad.numel() > 0:  # a rank's share may be empty
+            rows.append((param, grad, count))
+    return tuple(map(list, zip(*rows, strict=True))) if rows else ([], [], [])
+
+
+def _units_are_local(grad: Tensor, param: Tensor, units: int) -> bool:
+    """Whether these are DTensors of which every rank holds whole units."""
+    if not (_is_dtensor(grad) and _is_dtensor(param)):
+        return False
+    if grad.device_mesh != param.device_mesh or grad.placements != param.placements:
+        return False
+    return all(place.is_replicate() or (units > 1 and place.is_shard(0)) for place in grad.placements)
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    if type(tensor) in (Tensor, torch.nn.Parameter) or not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor  # a second to import, which only those who have one should pay
+
+    return isinstance(tensor, DTensor)
+
+
+def _left_out(params: Sequence[Tensor], names: Sequence[str] | None, exclude: Any) -> set[int]:
+    """The ids of the parameters that `exclude` means."""
+    if isinstance(exclude, (str, Tensor, Module)):
+        exclude = (exclude,)
+    present, found = {id(p) for p in params}, set()
+    for item in exclude:
+        if isinstance(item, str):
+            if names is None:
+                raise ValueError(f"exclude: the parameters have no names, so that {item!r} means none of them; "
+                                 "give a module or model.named_parameters()")  # fmt: skip
+            meant = {id(p) for p, name in zip(params, names, strict=True) if f"{name}.".startswith(f"{item}.")}
+        elif isinstance(item, (Tensor, Module)):
+            meant = {id(p) for p in (item.parameters() if isinstance(item, Module) else (item,))} & present
+        else:
+            raise TypeError(f"exclude takes names, parameters and modules, but got {type(item).__name__}")
+        if not meant:
+            what = repr(item) if isinstance(item, str) else f"the {type(item).__name__}"
+            raise ValueError(f"exclude: {what} fits none of the parameters")
+        found |= meant
+    return found
+
+
+def _require_tensors(params: Iterable[Any]) -> None:
+    for p in params:
+        if not isinstance(p, Tensor):
+            raise TypeError(f"parameters must be tensors, (name, tensor) pairs or a module, but got {type(p).__name__}")
+
+
+def _require_writable(grads: Iterable[Tensor]) -> None:
+    for grad in grads:
+        if grad.layout is not torch.strided:
+            raise RuntimeError(f"adaptive_clip_grad_ takes no gradients in the layout {grad.layout}: exclude them")
+        if type(grad) is Tensor and torch._debug_has_internal_overlap(grad) == 1:
+            raise RuntimeError("adaptive_clip_grad_ can't write to a gradient whose elements share memory (an expanded "
+                               "tensor): clone it first")  # fmt: skip
