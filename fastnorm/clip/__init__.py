@@ -1,5 +1,18 @@
 """Gradient norms and clipping: one pass over all gradients of a model."""
 
+from .agc import adaptive_clip_grad_
+from .deferred import clip_grad_norm_in_optimizer
+from .health import GradientHealth, dead_neurons, gradient_health
 from .norms import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
-__all__ = ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"]
+__all__ = [
+    "GradientHealth",
+    "adaptive_clip_grad_",
+    "clip_grad_norm_",
+    "clip_grad_norm_in_optimizer",
+    "clip_grad_value_",
+    "clip_grads_with_norm_",
+    "dead_neurons",
+    "get_total_norm",
+    "gradient_health",
+]
