@@ -2,13 +2,14 @@
 
 import argparse
 import itertools
+import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from . import machine, report
+from . import clip, clip_report, machine, report
 from .operations import MODES, OPERATIONS
 from .presets import DTYPES, SHAPES
 from .providers import PROVIDERS
@@ -21,6 +22,9 @@ QUICK = {"shapes": SHAPES["quick"], "dtypes": ("fp32", "bf16"), "repeats": 7, "m
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; 1 if a fastnorm provider was wrong or failed, else 0."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["clip"]:
+        return _clip(arguments[1:])
     parser = _parser()
     options = parser.parse_args(arguments)
     device = _device(parser, options.device)
@@ -40,6 +44,33 @@ def main(arguments: list[str] | None = None) -> int:
         paths += plots.write(options.output, stem, facts["device"], bench.ceilings.large().best, results)
     print("wrote", *paths, sep="\n  ")
     return int(any(PROVIDERS[result.provider].ours and result.status != OK for result in results))
+
+
+def _clip(arguments: list[str]) -> int:
+    """`python -m bench clip`: as `main`, for lists of gradients."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench clip",
+        description="Check every way of clipping against float64, then time them interleaved in one process.",
+    )
+    add, known = parser.add_argument, tuple(clip.LISTS)
+    add("--lists", type=_names(known, "list"), metavar="L", help=f"of: {', '.join(known)} (default: all)")
+    add("--dtypes", type=_names(DTYPES, "dtype"), metavar="D", default=("fp32",), help="default: fp32")
+    _add_timing(parser, "the smaller lists, short rounds: under a minute on two cores")
+    options = parser.parse_args(arguments)
+    device = _device(parser, options.device)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    facts = machine.describe(device)
+    print(report.header(facts), flush=True)
+    lists = options.lists or (("resnet50", "small") if options.quick else known)
+    budget = _budget(options, QUICK if options.quick else {})
+    bench = clip.Bench(clip.Plan(tuple(clip.OPERATIONS), lists, options.dtypes, device, budget))
+    print(report.absences(bench.absent))
+    results = list(itertools.chain.from_iterable(tqdm(bench.run(), total=bench.cases(), unit="case")))
+    print(clip_report.tables(results), clip_report.LEGEND, sep="\n")
+    stem = f"clip-{machine.slug(facts['device'])}" + ("-quick" if options.quick else "")
+    print("wrote", *clip_report.write(options.output, stem, facts, bench, results), sep="\n  ")
+    return int(any(result.provider.startswith("fastnorm") and result.status != OK for result in results))
 
 
 def _run(bench: Bench) -> list[Result]:
@@ -74,8 +105,14 @@ def _plan(options: argparse.Namespace, device: torch.device) -> Plan:
         modes=options.mode,
         providers=options.providers,
         device=device,
-        budget=Budget(**{name: chosen(name, getattr(Budget, name)) for name in ("repeats", "min_time", "max_time")}),
+        budget=_budget(options, quick),
     )
+
+
+def _budget(options: argparse.Namespace, quick: dict[str, object]) -> Budget:
+    """What the user said, else what --quick says, else the default."""
+    said = {name: getattr(options, name) for name in ("repeats", "min_time", "max_time")}
+    return Budget(**{name: value or quick.get(name, getattr(Budget, name)) for name, value in said.items()})
 
 
 def _suffix(options: argparse.Namespace) -> str:
@@ -89,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="Check every provider of an operation against float64, then time them interleaved in one process.",
+        epilog="Gradient clipping has a command of its own: python -m bench clip --help",
     )
     add = parser.add_argument
     names = ", ".join(OPERATIONS)
@@ -105,9 +143,17 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--mode", type=_names(MODES, "mode"), metavar="M", default=MODES, help=f"of: {', '.join(MODES)} (default: both)"
     )
+    add("--no-plots", dest="plots", action="store_false", help="write no PNG")
+    _add_timing(parser, "two shapes, short rounds: under two minutes on two cores")
+    return parser
+
+
+def _add_timing(parser: argparse.ArgumentParser, quick: str) -> None:
+    """The options that every benchmark has; `quick` says what --quick does."""
+    add = parser.add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     add("--threads", type=_positive(int), metavar="N", help="CPU threads (default: PyTorch's choice)")
-    add("--quick", action="store_true", help="two shapes, short rounds: under two minutes on two cores")
+    add("--quick", action="store_true", help=quick)
     add("--repeats", type=_positive(int), metavar="N", help=f"fewest rounds (default: {Budget.repeats})")
     add(
         "--min-time",
@@ -128,8 +174,6 @@ def _parser() -> argparse.ArgumentParser:
         default=Path(__file__).parent / "results",
         help="where CSV, JSON, Markdown and PNG go (default: bench/results)",
     )
-    add("--no-plots", dest="plots", action="store_false", help="write no PNG")
-    return parser
 
 
 def _device(parser: argparse.ArgumentParser, name: str) -> torch.device:

@@ -48,3 +48,17 @@ def apex() -> dict[str, Callable]:
         return fused_layer_norm_affine(x, weight, bias, x.shape[-1:], EPS)
 
     return {"rms_norm": rms_norm, "layer_norm": layer_norm}
+
+
+def apex_clip() -> Callable:
+    """NVIDIA apex's multi-tensor clip, called as (parameters, max_norm)."""
+    from apex.contrib.clip_grad import clip_grad_norm_
+
+    return clip_grad_norm_
+
+
+def timm_agc() -> Callable:
+    """timm's adaptive clipping, called as (parameters, clip_factor)."""
+    from timm.utils.agc import adaptive_clip_grad
+
+    return adaptive_clip_grad

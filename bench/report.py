@@ -2,9 +2,10 @@
 
 import csv
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
@@ -128,7 +129,7 @@ def write(directory: Path, stem: str, machine: dict[str, str], bench: Bench, res
     """Write `<stem>.csv`, `.json` and `.md` into `directory`, and return their paths."""
     directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / f"{stem}.{suffix}" for suffix in ("csv", "json", "md")]
-    _write_csv(paths[0], machine, results)
+    write_csv(paths[0], machine, results)
     document = {
         "machine": machine,
         "budget": asdict(bench.plan.budget),
@@ -143,10 +144,10 @@ def write(directory: Path, stem: str, machine: dict[str, str], bench: Bench, res
     return paths
 
 
-def _write_csv(path: Path, machine: dict[str, str], results: list[Result]) -> None:
-    """The machine as comment lines (`comment="#"` in pandas), then a row per result."""
+def write_csv(path: Path, machine: dict[str, str], results: Sequence[Any]) -> None:
+    """The machine as comment lines (`comment="#"` in pandas), then a row per result, dataclasses of one type."""
     with path.open("w", encoding="utf-8", newline="") as file:
         file.writelines(f"# {key}: {value}\n" for key, value in machine.items())
-        writer = csv.DictWriter(file, [field.name for field in fields(Result)])
+        writer = csv.DictWriter(file, [field.name for field in fields(results[0])])
         writer.writeheader()
         writer.writerows(asdict(result) for result in results)

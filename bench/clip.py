@@ -1,0 +1,352 @@
+"""Gradient clipping: whole lists of tensors, checked against float64 and then timed, clipped and not."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+import fastnorm
+
+from . import peers
+from .presets import DTYPES
+from .providers import PROVIDERS as NORM_PROVIDERS
+from .providers import Provider, Unavailable, one_line, serving_backend
+from .run import FAILED, INEXACT, OK, TIMED, WRONG
+from .timing import Budget, Runner, interleave, paired_ratio, quartiles, timer_for
+
+NOT_CLIPPED, CLIPPED = "not clipped", "clipped"
+SHRINK = 0.9999  # of the bound from call to call: without it only the first of many calls would clip
+LEARNING_RATE = 1e-3
+FASTNORM = ("fastnorm", "fastnorm-native", "fastnorm-triton", "fastnorm-reference")
+FACTOR_FOR_OTHERS = 1e4  # of the error allowed: stock's float32 sums over large tensors are that far off
+
+
+def _transformer() -> list[tuple[int, ...]]:
+    """12 layers of width 768 with a vocabulary of 20,480: 148 tensors, 101.6 M parameters."""
+    width = 768
+    layer = [(width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,)]
+    layer += [(width,), (width,), (4 * width, width), (4 * width,), (width, 4 * width), (width,)]
+    return [(20480, width), (1024, width), *(12 * layer), (width,), (width,)]
+
+
+def _resnet50() -> list[tuple[int, ...]]:
+    """161 tensors, 25.6 M parameters."""
+    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7), (64,), (64,)]
+    inputs = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            convolutions = [(width, inputs, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
+            if block == 0:
+                convolutions.append((4 * width, inputs, 1, 1))
+            for shape in convolutions:
+                shapes += [shape, shape[:1], shape[:1]]
+            inputs = 4 * width
+    return [*shapes, (1000, 2048), (1000,)]
+
+
+LISTS: dict[str, Callable[[], list[tuple[int, ...]]]] = {
+    "transformer": _transformer,
+    "resnet50": _resnet50,
+    "small": lambda: 2000 * [(64,)],
+}
+
+
+class Workload:
+    """A list of parameters with gradients, and what is needed to start over with the same values."""
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device):
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(shape: tuple[int, ...], std: float) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device).mul_(std).to(dtype)
+
+        self.params = [Parameter(normal(shape, 0.02)) for shape in shapes]
+        self._grads = [normal(shape, 1e-3) for shape in shapes]
+        self._values = [p.detach().clone() for p in self.params]
+        self.elements = sum(p.numel() for p in self.params)
+        self.norm = math.sqrt(sum(g.double().square().sum().item() for g in self._grads))
+        self.reset()
+
+    def reset(self) -> None:
+        """Parameters and gradients as at first, and an optimizer that hasn't stepped."""
+        for p, value, grad in zip(self.params, self._values, self._grads, strict=True):
+            p.data.copy_(value)
+            if p.grad is None:
+                p.grad = torch.empty_like(p)
+            p.grad.copy_(grad)
+        # with eps = 1 Adam's step depends on the scale of the gradient, as the check needs it
+        self.optimizer = torch.optim.AdamW(self.params, LEARNING_RATE, eps=1.0, weight_decay=0.0, fused=True)
+
+    def originals(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each parameter and gradient as it was at first, in float64, one at a time."""
+        for value, grad in zip(self._values, self._grads, strict=True):
+            yield value.double(), grad.double()
+
+
+Call = Callable[[Workload, float], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A way of clipping. A call takes the workload and the bound, and returns the total norm or None.
+
+    name: what fastnorm.explain knows it by; `label` is what people read.
+    fused: fastnorm's call; `others` are what it is compared with, `baseline` first of all.
+    passes: over the bytes of the gradients, those that can't be done without, not clipped and clipped.
+    bounds: the bound for either, given the gradients' norm.
+    expected: from parameter, gradient, norm and bound, in float64, what the call leaves in the `judged` tensor.
+    """
+
+    name: str
+    label: str
+    fused: Call
+    others: tuple[Provider, ...]
+    baseline: str
+    passes: dict[str, int]
+    bounds: Callable[[float], dict[str, float]]
+    expected: Callable[[Tensor, Tensor, float, float], Tensor]
+    judged: Callable[[Parameter], Tensor]
+
+    def providers(self) -> tuple[Provider, ...]:
+        """All who can be asked, the baseline first."""
+        return (*self.others, *(NORM_PROVIDERS[name] for name in FASTNORM))
+
+
+def _provider(name: str, call: Call, ours: bool = False) -> Provider:
+    return Provider(name, lambda operation: call, ours=ours)
+
+
+def _peer(name: str, library: Callable[[], Callable]) -> Provider:
+    def build(operation: Operation) -> Call:
+        try:
+            function = library()
+        except ImportError as error:
+            raise Unavailable(f"not importable: {error}") from error
+        return lambda workload, bound: function(workload.params, bound)
+
+    return Provider(name, build)
+
+
+def _stock(foreach: bool) -> Call:
+    return lambda workload, bound: torch.nn.utils.clip_grad_norm_(workload.params, bound, foreach=foreach)
+
+
+def _then_step(clip: Callable[[list[Parameter], float], Tensor]) -> Call:
+    def call(workload: Workload, bound: float) -> Tensor:
+        total_norm = clip(workload.params, bound)
+        workload.optimizer.step()
+        return total_norm
+
+    return call
+
+
+def _deferred(workload: Workload, bound: float) -> Tensor:
+    total_norm = fastnorm.clip_grad_norm_in_optimizer(workload.optimizer, bound)
+    workload.optimizer.step()
+    return total_norm
+
+
+def _scaled(grad: Tensor, norm: float, max_norm: float) -> Tensor:
+    return grad * min(max_norm / (norm + 1e-6), 1.0)
+
+
+def _adaptively_scaled(param: Tensor, grad: Tensor, clip_factor: float) -> Tensor:
+    dims = tuple(range(1, grad.ndim)) or None
+    bound = torch.linalg.vector_norm(param, 2, dims, keepdim=True).clamp(min=1e-3) * clip_factor
+    norm = torch.linalg.vector_norm(grad, 2, dims, keepdim=True)
+    return torch.where(norm < bound, grad, grad * (bound / norm.clamp(min=1e-6)))
+
+
+def _stepped(param: Tensor, grad: Tensor) -> Tensor:
+    return param - LEARNING_RATE * grad / (grad.abs() + 1.0)
+
+
+_CLIP_BOUNDS = {"bounds": lambda norm: {NOT_CLIPPED: 2 * norm, CLIPPED: norm / 2}}
+OPERATIONS = {
+    operation.label: operation
+    for operation in (
+        Operation(
+            name="clip_grad_norm",
+            label="clip_grad_norm_",
+            fused=lambda workload, bound: fastnorm.clip_grad_norm_(workload.params, bound),
+            others=(
+                _provider("torch", _stock(foreach=True)),
+                _provider("torch, foreach=False", _stock(foreach=False)),
+                _peer("apex", peers.apex_clip),
+            ),
+            baseline="torch",
+            passes={NOT_CLIPPED: 1, CLIPPED: 3},
+            expected=lambda param, grad, norm, bound: _scaled(grad, norm, bound),
+            judged=lambda p: p.grad,
+            **_CLIP_BOUNDS,
+        ),
+        Operation(
+            name="adaptive_clip_grad",
+            label="adaptive_clip_grad_",
+            fused=lambda workload, bound: fastnorm.adaptive_clip_grad_(workload.params, bound),
+            others=(_peer("timm", peers.timm_agc),),
+            baseline="timm",
+            passes={NOT_CLIPPED: 2, CLIPPED: 3},
+            bounds=lambda norm: {NOT_CLIPPED: 1e3, CLIPPED: 1e-2},
+            expected=lambda param, grad, norm, bound: _adaptively_scaled(param, grad, bound),
+            judged=lambda p: p.grad,
+        ),
+        Operation(
+            name="clip_grad_norm",
+            label="clip and AdamW step",
+            fused=_then_step(fastnorm.clip_grad_norm_),
+            others=(
+                _provider("torch", _then_step(torch.nn.utils.clip_grad_norm_)),
+                _provider("fastnorm-deferred", _deferred, ours=True),
+            ),
+            baseline="torch",
+            passes={NOT_CLIPPED: 8, CLIPPED: 8},
+            expected=lambda param, grad, norm, bound: _stepped(param, _scaled(grad, norm, bound)),
+            judged=lambda p: p.detach(),
+            **_CLIP_BOUNDS,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to benchmark, by the names that the command line uses."""
+
+    operations: tuple[str, ...]
+    lists: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    device: torch.device
+    budget: Budget
+
+
+@dataclass
+class Result:
+    """One provider in one case; times stay None if `status` is WRONG or FAILED.
+
+    `error` is the largest relative one, of the norm or of a tensor by its largest value. `speedup` is against the
+    operation's baseline: stock PyTorch, or timm for adaptive clipping; None where that is absent.
+    """
+
+    operation: str
+    case: str
+    list: str
+    tensors: int
+    elements: int
+    dtype: str
+    provider: str
+    backend: str = ""
+    status: str = OK
+    detail: str = ""
+    error: float | None = None
+    rounds: int = 0
+    median_s: float | None = None
+    first_quartile_s: float | None = None
+    third_quartile_s: float | None = None
+    compulsory_bytes: int = 0
+    gb_per_s: float | None = None
+    baseline: str = ""
+    speedup: float | None = None
+
+
+class Bench:
+    """A plan on its device. `absent`: why a provider is missing, by operation."""
+
+    def __init__(self, plan: Plan):
+        self.plan, self.timer = plan, timer_for(plan.device)
+        self.absent: dict[str, dict[str, str]] = {}
+        for label in plan.operations:
+            for provider in OPERATIONS[label].providers():
+                reason = _why_absent(provider, OPERATIONS[label], plan.device)
+                if reason is not None:
+                    self.absent.setdefault(label, {})[provider.name] = reason
+
+    def cases(self) -> int:
+        """How many lists of results `run` yields."""
+        return 2 * len(self.plan.operations) * len(self.plan.lists) * len(self.plan.dtypes)
+
+    def run(self) -> Iterator[list[Result]]:
+        """Yields the results of each case, one per provider."""
+        for name, dtype in itertools.product(self.plan.lists, self.plan.dtypes):
+            workload = Workload(LISTS[name](), DTYPES[dtype], self.plan.device)
+            for label, case in itertools.product(self.plan.operations, (NOT_CLIPPED, CLIPPED)):
+                yield self._run_case(workload, OPERATIONS[label], case, name, dtype)
+
+    def _run_case(self, workload: Workload, operation: Operation, case: str, name: str, dtype: str) -> list[Result]:
+        providers = [p for p in operation.providers() if p.name not in self.absent.get(operation.label, {})]
+        size = len(workload.params), workload.elements
+        results = {p.name: Result(operation.label, case, name, *size, dtype, p.name) for p in providers}
+        bound = operation.bounds(workload.norm)[case]
+        runners, bounds = {}, _bounds(bound, case)
+        for provider in providers:
+            call = provider.build(operation)
+            _check(results[provider.name], provider, operation, call, workload, bound)
+            if results[provider.name].status in TIMED:
+                runners[provider.name] = _runner(call, workload, bounds, provider.activate)
+        workload.reset()
+        samples = interleave(runners, self.timer, self.plan.budget)
+        for provider_name, seconds in samples.items():
+            result = results[provider_name]
+            result.rounds = len(seconds)
+            result.first_quartile_s, result.median_s, result.third_quartile_s = quartiles(seconds)
+            result.compulsory_bytes = operation.passes[case] * workload.elements * DTYPES[dtype].itemsize
+            result.gb_per_s = result.compulsory_bytes / result.median_s / 1e9
+            result.baseline = operation.baseline
+            if operation.baseline in samples:
+                result.speedup = paired_ratio(samples[operation.baseline], seconds)
+        return list(results.values())
+
+
+def _bounds(first: float, case: str) -> Iterator[float]:
+    """The bounds of successive calls, shared by the providers, who all clip the same gradients a little further."""
+    return itertools.accumulate(itertools.repeat(SHRINK if case == CLIPPED else 1.0), lambda a, b: a * b, initial=first)
+
+
+def _runner(
+    call: Call, workload: Workload, bounds: Iterator[float], activate: Callable[[], AbstractContextManager]
+) -> Runner:
+    return Runner(lambda: call(workload, next(bounds)), activate)
+
+
+def _check(
+    result: Result, provider: Provider, operation: Operation, call: Call, workload: Workload, bound: float
+) -> None:
+    """Judge one provider's norm and tensors, and write the verdict into its result."""
+    workload.reset()
+    try:
+        with provider.activate():
+            total_norm = call(workload, bound)
+        result.backend = serving_backend(provider, operation, workload.params[0].grad)
+    except Exception as error:  # noqa: BLE001 - a provider that breaks is a row of the table, not the run's end
+        result.status, result.detail = FAILED, one_line(error)
+        return
+    errors = [0.0 if total_norm is None else abs(total_norm.item() / workload.norm - 1)]
+    for p, (param, grad) in zip(workload.params, workload.originals(), strict=True):
+        expected = operation.expected(param, grad, workload.norm, bound)
+        errors.append(((operation.judged(p).double() - expected).abs().max() / expected.abs().max()).item())
+    worst = math.nan if any(map(math.isnan, errors)) else max(errors)
+    result.error = worst if math.isfinite(worst) else None  # JSON has no NaN
+    allowed = 1e-6 + torch.finfo(workload.params[0].dtype).eps
+    if not worst <= allowed:
+        strict = provider.ours and result.backend != "reference"  # which sums as stock's operations do
+        tolerable = not strict and worst <= FACTOR_FOR_OTHERS * allowed
+        result.status, result.detail = INEXACT if tolerable else WRONG, f"off by {worst:.2g}, allowed {allowed:.2g}"
+
+
+def _why_absent(provider: Provider, operation: Operation, device: torch.device) -> str | None:
+    """None where the provider clips a small list on the device, else the reason why not."""
+    workload = Workload([(4, 4), (4,)], torch.float32, device)
+    try:
+        call = provider.build(operation)
+        with provider.activate():
+            call(workload, 1.0)
+    except Unavailable as reason:
+        return str(reason)
+    except Exception as error:  # noqa: BLE001 - whatever a foreign library raises is the reason, and is shown
+        return one_line(error)
+    return None
