@@ -301,6 +301,24 @@ def test_gradients_on_several_devices_are_refused():
     assert_clean(optimizer)
 
 
+@pytest.mark.parametrize(
+    ("kind", "make_odd"),
+    [
+        ("torch.sparse_coo", lambda p: torch.ones_like(p).to_sparse()),
+        ("torch.complex64", lambda p: torch.ones_like(p, dtype=torch.complex64)),
+        ("Subclass", lambda p: torch.ones_like(p).as_subclass(type("Subclass", (torch.Tensor,), {}))),
+    ],
+)
+def test_odd_gradients_are_refused(kind, make_odd):
+    params, optimizer = make()
+    fill(params, 0)
+    params[1].grad_dtype = None  # any
+    params[1].grad = make_odd(params[1])
+    with pytest.raises(RuntimeError, match=rf"gradients of the kind {kind}: use fastnorm\.clip_grad_norm_"):
+        fastnorm.clip_grad_norm_in_optimizer(optimizer, 1.0)
+    assert_clean(optimizer)
+
+
 def test_without_gradients_nothing_is_set():
     _, optimizer = make()
     assert fastnorm.clip_grad_norm_in_optimizer(optimizer, 1.0) == 0

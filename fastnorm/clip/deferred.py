@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,11 +22,15 @@ _SCALER = f"a GradScaler is in charge of this optimizer: call scaler.unscale_(op
 
 @dataclass
 class _Deferred:
-    """A clip that waits for its step: the two attributes it set, and the gradients that it measured."""
+    """A clip that waits for its step: the two attributes it set, and the gradients that it measured.
+
+    Weak references, because a clip whose step is left out must not keep a model's gradients in memory.
+    """
 
     grad_scale: Tensor
     found_inf: Tensor | None
-    gradients: list[tuple[Tensor, TensorWeakRef, int]]
+    gradients: list[TensorWeakRef]
+    versions: list[int]
     new_momenta: list[Tensor] = field(default_factory=list)
     stepping: bool = False
 
@@ -68,17 +74,16 @@ def clip_grad_norm_in_optimizer(
     max_norm, norm_type = float(max_norm), float(norm_type)
     _drop(optimizer)
     _require_fused(optimizer)
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if not parameters:
+    gradients = _gradients(optimizer)
+    if not gradients:
         return torch.zeros(())
-    gradients = [p.grad for p in parameters]
     _require_plain(gradients)
     total_norm, coefficient, _ = measure(gradients, norm_type, max_norm)
     grad_scale = coefficient.reciprocal().to(torch.float32)
     found_inf = total_norm.isfinite().logical_not_().to(torch.float32) if skip_nonfinite else None
     _register_hooks(optimizer)
-    measured = [(p, TensorWeakRef(p.grad), _version(p.grad)) for p in parameters]
-    _waiting[optimizer] = _Deferred(grad_scale, found_inf, measured)
+    references = [TensorWeakRef(gradient) for gradient in gradients]
+    _waiting[optimizer] = _Deferred(grad_scale, found_inf, references, _versions(gradients))
     optimizer.grad_scale = grad_scale
     if found_inf is not None:
         optimizer.found_inf = found_inf
@@ -100,15 +105,16 @@ def _require_fused(optimizer: Optimizer) -> None:
 
 
 def _require_plain(gradients: list[Tensor]) -> None:
-    devices = {gradient.device for gradient in gradients}
+    devices = set(map(attrgetter("device"), gradients))
     if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))
         raise RuntimeError(f"the gradients lie on several devices ({names}), but a fused step takes one scale: "
                            f"use {_INSTEAD}")  # fmt: skip
-    for gradient in gradients:
-        if gradient.layout is not torch.strided or gradient.is_complex() or type(gradient) is not Tensor:
-            kind = f"{type(gradient).__name__} ({gradient.layout}, {gradient.dtype})"
-            raise RuntimeError(f"a fused step can't scale a gradient that is a {kind}: use {_INSTEAD}")
+    odd = {type(g).__name__ for g in gradients if type(g) is not Tensor}
+    odd |= {str(g.layout) for g in gradients if g.layout is not torch.strided}
+    odd |= {str(g.dtype) for g in gradients if g.is_complex()}
+    if odd:
+        raise RuntimeError(f"a fused step can't scale gradients of the kind {', '.join(sorted(odd))}: use {_INSTEAD}")
 
 
 def _register_hooks(optimizer: Optimizer) -> None:
@@ -127,30 +133,29 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     if deferred.stepping:  # the step before this one raised, and so never came to its post-hook
         _drop(optimizer)
         return
-    problem = _problem(optimizer, deferred, closure=kwargs.get("closure", args[1] if len(args) > 1 else None))
+    measured, gradients = [reference() for reference in deferred.gradients], _gradients(optimizer)
+    problem = None
+    if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
+        problem = f"a closure computes new gradients inside the step, which the clip has not measured: use {_INSTEAD}"
+    elif not _are_ours(optimizer, deferred):
+        problem = _SCALER
+    elif {id(g) for g in measured if g is not None}.isdisjoint(map(id, gradients)):
+        _drop(optimizer)
+        return
+    elif list(map(id, measured)) != list(map(id, gradients)) or _versions(gradients) != deferred.versions:
+        problem = "gradients changed after clip_grad_norm_in_optimizer: call it after the last change, before step()"
     if problem is not None:
         _drop(optimizer, foreign=True)
         raise RuntimeError(problem)
-    if not any(_holds(p, measured) for p, measured, _ in deferred.gradients):
-        _drop(optimizer)
-        return
     deferred.stepping = True
     if isinstance(optimizer, SGD) and deferred.found_inf is not None:
         deferred.new_momenta = _prepare_momenta(optimizer)
 
 
-def _problem(optimizer: Optimizer, deferred: _Deferred, closure: object) -> str | None:
-    if closure is not None:
-        return f"a closure computes new gradients inside the step, which the clip has not measured: use {_INSTEAD}"
-    attributes = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-    if attributes[0] is not deferred.grad_scale or attributes[1] is not deferred.found_inf:
-        return _SCALER
-    kept = [version == _version(p.grad) for p, measured, version in deferred.gradients if _holds(p, measured)]
-    known = {id(p) for p, _, _ in deferred.gradients}
-    new = any(p.grad is not None and id(p) not in known for g in optimizer.param_groups for p in g["params"])
-    if kept and (new or len(kept) < len(known) or not all(kept)):
-        return "gradients changed after clip_grad_norm_in_optimizer: call it after the last change, right before step()"
-    return None
+def _are_ours(optimizer: Optimizer, deferred: _Deferred) -> bool:
+    """Whether the optimizer's attributes are those that the clip set: a GradScaler puts its own there."""
+    grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    return grad_scale is deferred.grad_scale and found_inf is deferred.found_inf
 
 
 def _prepare_momenta(optimizer: SGD) -> list[Tensor]:
@@ -193,11 +198,11 @@ def _drop(optimizer: Optimizer, foreign: bool = False) -> None:
             delattr(optimizer, name)
 
 
-def _holds(parameter: Tensor, measured: TensorWeakRef) -> bool:
-    """Whether the parameter's gradient is still the tensor that was measured."""
-    return parameter.grad is not None and parameter.grad is measured()
+def _gradients(optimizer: Optimizer) -> list[Tensor]:
+    parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    return [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
 
 
-def _version(gradient: Tensor) -> int:
-    """Grows with every write; the tensors of inference mode don't count theirs."""
-    return 0 if gradient.is_inference() else gradient._version
+def _versions(gradients: list[Tensor]) -> list[int]:
+    """Numbers that grow with every write; the tensors of inference mode don't count theirs."""
+    return [0 if gradient.is_inference() else gradient._version for gradient in gradients]

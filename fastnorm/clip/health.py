@@ -256,22 +256,25 @@ def _draw(health: GradientHealth, ax: Axes) -> None:
     usable = [row.norm for _, row in rows if 0 < row.norm < math.inf] or [1.0]
     bottom, top = min(usable) / 10, max(usable) * 10
     heights = {i: bottom if row.norm == 0 else row.norm if row.norm < math.inf else top for i, row in rows}
-    ax.plot(heights.keys(), heights.values(), color="#c9d6d8", linewidth=1, zorder=1)
+    # what is not finite leaves a gap in the line
+    line = [math.nan if row.flag == NONFINITE else heights[i] for i, row in rows]
+    ax.plot(heights.keys(), line, color="#c9d6d8", linewidth=1, zorder=1)
     for flag, colour in _COLOURS.items():
         here = [i for i, row in rows if row.flag == flag]
         if here:
             ax.scatter(here, [heights[i] for i in here], 18, colour, label=flag or "in bounds", zorder=2)
         for i in here if flag else ():
-            name = health.parameters[i].name
-            ax.annotate(name, (i, heights[i]), (3, 4), textcoords="offset points", fontsize=7, color=colour)
+            style = {"fontsize": 7, "color": colour, "rotation": 35, "annotation_clip": True}
+            ax.annotate(health.parameters[i].name, (i, heights[i]), (2, 4), textcoords="offset points", **style)
     ax.set_yscale("log")
     for bound, flag in ((health.vanishing_below, VANISHING), (health.exploding_above, EXPLODING)):
         if bottom < bound < top:
             ax.axhline(bound, color=_COLOURS[flag], linewidth=0.8, linestyle="--")
-    ax.set(xlabel="parameter, from the input on", ylabel="gradient norm", title=health.diagnosis)
-    ax.title.set_wrap(True)
+    ax.set(xlabel="parameter, from the input on", ylabel="gradient norm")
+    ax.margins(y=0.15)
+    ax.set_title(health.diagnosis, fontsize=9, wrap=True)
     if rows:
-        ax.legend(frameon=False)
+        ax.legend(frameon=False, fontsize=8)
 
 
 @dataclass(frozen=True)
