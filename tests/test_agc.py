@@ -1,9 +1,11 @@
 """Adaptive gradient clipping: timm's numbers and the paper's, in every layout, and what may be left out."""
 
+import copy
 import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -284,3 +286,39 @@ def test_a_tied_weight_is_clipped_once():
     fastnorm.adaptive_clip_grad_(once)
     fastnorm.adaptive_clip_grad_([twice, twice])
     assert torch.equal(once.grad, twice.grad)
+
+
+def _clip_shards(rank, ranks, meeting_point):
+    """Runs in every process: shards of each kind against the whole tensor, then a model under fully_shard."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=ranks)
+    mesh = init_device_mesh("cpu", (ranks,))
+    torch.manual_seed(0)
+    for unit_dims in ("timm", "nfnets", "tensor"):
+        for whole in parameters([(5, 6), (7,), (1, 6), (4, 3, 3, 3), (6, 1)]):  # uneven and empty shards among them
+            for place in (Replicate(), *map(Shard, range(min(whole.ndim, 2)))):
+                sharded = nn.Parameter(distribute_tensor(whole.detach(), mesh, [place]))
+                sharded.grad = distribute_tensor(whole.grad, mesh, [place])
+                expected = nn.Parameter(whole.detach().clone())
+                expected.grad = whole.grad.clone()
+                fastnorm.adaptive_clip_grad_(sharded, unit_dims=unit_dims)
+                fastnorm.adaptive_clip_grad_(expected, unit_dims=unit_dims)
+                assert sharded.grad.placements == (place,)
+                torch.testing.assert_close(sharded.grad.full_tensor(), expected.grad, rtol=1e-6, atol=0)
+    whole = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))
+    sharded = fully_shard(copy.deepcopy(whole))
+    x = torch.randn(4, 6)
+    for model in (whole, sharded):
+        (100 * model(x).square().sum()).backward()
+        fastnorm.adaptive_clip_grad_(model, exclude="2")
+    for p, q in zip(sharded.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(p.grad.full_tensor(), q.grad, rtol=1e-5, atol=1e-7)
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch is built without gloo")
+def test_shards_are_clipped_as_the_tensors_that_they_are_of(tmp_path):
+    torch.multiprocessing.spawn(_clip_shards, (2, tmp_path / "meeting_point"), nprocs=2)

@@ -53,7 +53,8 @@ def adaptive_clip_grad_(
         needs `parameters` to be a module or pairs.
 
     Norms and scales are float32 for 16- and 32-bit dtypes, where timm rounds those of 16-bit tensors to 16 bits, and
-    float64 where gradient or parameter is. DTensors are clipped as the tensors that they are shards of.
+    float64 where gradient or parameter is. DTensors are clipped as the tensors that they are shards of; where a unit is
+    spread over ranks (sharded vectors, columns), every rank must call.
 
     Raises ValueError for a bad number, unit_dims or an `exclude` that fits nothing, TypeError for what is no parameter,
     RuntimeError for sparse and overlapping gradients; all before anything is written.
@@ -101,7 +102,10 @@ def _clip(params: Sequence[Tensor], units: Sequence[int], rule: tuple[float, flo
 def _clip_one(grad: Tensor, param: Tensor, units: int, *rule: float) -> None:
     """The formula, for what no kernel reads: subclasses, complex numbers, gaps, orders that interleave the units."""
     dims = tuple(range(1, grad.ndim)) if units > 1 else None
-    grad.copy_(reference.adaptively_clipped(grad, param.detach(), dims, *rule))
+    clipped = reference.adaptively_clipped(grad, param.detach(), dims, *rule)
+    if _is_dtensor(grad):
+        clipped = clipped.redistribute(placements=grad.placements)
+    grad.copy_(clipped)
 
 
 def _lie_alike(grad: Tensor, param: Tensor, units: int) -> bool:
