@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,8 @@ from . import lists
 
 UnitDims = Literal["timm", "nfnets", "tensor"]
 _UNIT_DIMS = ("timm", "nfnets", "tensor")
+_PLAIN = {Tensor, torch.nn.Parameter}
+_GRAD, _LAYOUT, _DTYPE, _DEVICE = map(attrgetter, ("grad", "layout", "dtype", "device"))
 
 
 @torch.no_grad()
@@ -72,8 +75,8 @@ def adaptive_clip_grad_(
     _require_tensors(params)
     left_out = _left_out(params, names, exclude)
     # each once, because a second time a tied weight would only be scaled by rounding errors
-    params = list({id(p): p for p in params if p.grad is not None and id(p) not in left_out}.values())
-    _require_writable([p.grad for p in params])
+    params = [p for p in dict.fromkeys(params) if p.grad is not None and p.numel() > 0 and id(p) not in left_out]
+    _require_writable(list(map(_GRAD, params)))
     _clip(params, [_units(p.shape, unit_dims) for p in params], (clip_factor, eps, norm_type))
 
 
@@ -83,34 +86,52 @@ def _units(shape: torch.Size, unit_dims: UnitDims) -> int:
     return 1 if unit_dims == "tensor" or long_dims <= 1 else shape[0]
 
 
-def _clip(params: Sequence[Tensor], units: Sequence[int], rule: tuple[float, float, float]) -> None:
+def _clip(params: list[Tensor], units: list[int], rule: tuple[float, float, float]) -> None:
     """Hands to kernels what lies in memory unit by unit, the same way in gradient and parameter."""
-    params, grads, units = _local(params, units)
+    grads = list(map(_GRAD, params))
+    if not set(map(type, params)) <= _PLAIN:
+        params, grads, units = _local(params, grads, units)
     for impl, part, positions in lists.split("adaptive_clip_grad", grads):
-        taken = [], [], []
-        for grad, i in zip(part, positions, strict=True):
-            if impl is not None and _lie_alike(grad, params[i], units[i]):
-                for column, item in zip(taken, (grad, params[i].detach(), units[i]), strict=True):
-                    column.append(item)
-            else:
-                _clip_one(grad, params[i], units[i], *rule)
-        if taken[0]:
-            impl.multi_tensor_agc_(*taken, *rule)
-            torch.autograd.graph.increment_version(taken[0])
+        their_params, their_units = [params[i] for i in positions], [units[i] for i in positions]
+        if impl is None or not _all_lie_alike(part, their_params):
+            rows, part, their_params, their_units = zip(part, their_params, their_units, strict=True), [], [], []
+            for grad, param, count in rows:
+                if impl is not None and _lie_alike(grad, param, count):
+                    part.append(grad)
+                    their_params.append(param)
+                    their_units.append(count)
+                else:
+                    _clip_one(grad, param, count, *rule)
+        if part:
+            impl.multi_tensor_agc_(part, their_params, their_units, *rule)
+            torch.autograd.graph.increment_version(part)
 
 
 def _clip_one(grad: Tensor, param: Tensor, units: int, *rule: float) -> None:
     """The formula, for what no kernel reads: subclasses, complex numbers, gaps, orders that interleave the units."""
     dims = tuple(range(1, grad.ndim)) if units > 1 else None
-    clipped = reference.adaptively_clipped(grad, param.detach(), dims, *rule)
+    clipped = reference.adaptively_clipped(grad, param, dims, *rule)
     if _is_dtensor(grad):
         clipped = clipped.redistribute(placements=grad.placements)
     grad.copy_(clipped)
 
 
+def _all_lie_alike(grads: list[Tensor], params: list[Tensor]) -> bool:
+    """A quick answer for the usual lists; False only means that each pair must be looked at."""
+    return (
+        set(map(type, params)) <= _PLAIN
+        and set(map(_DTYPE, params)) <= set(backend.DTYPES)
+        and set(map(_DEVICE, params)) == {grads[0].device}
+        and all(map(Tensor.is_contiguous, grads))
+        and all(map(Tensor.is_contiguous, params))
+        and not any(map(Tensor.is_neg, params))
+        and list(map(Tensor.numel, grads)) == list(map(Tensor.numel, params))  # shapes take several times as long
+    )
+
+
 def _lie_alike(grad: Tensor, param: Tensor, units: int) -> bool:
     """Whether both lie in memory in the same order, the units of a dense gradient one after the other."""
-    if type(param) not in (Tensor, torch.nn.Parameter) or param.dtype not in backend.DTYPES or param.is_neg():
+    if type(param) not in _PLAIN or param.dtype not in backend.DTYPES or param.is_neg():
         return False
     if param.layout is not torch.strided or param.device != grad.device or param.shape != grad.shape:
         return False
@@ -122,11 +143,12 @@ def _lie_alike(grad: Tensor, param: Tensor, units: int) -> bool:
     return units == 1 or grad.stride(0) * units == grad.numel()
 
 
-def _local(params: Sequence[Tensor], units: Sequence[int]) -> tuple[list[Tensor], list[Tensor], list[int]]:
-    """Parameters, gradients and numbers of units; of DTensors whose units are each on one rank, the local tensors."""
+def _local(
+    params: list[Tensor], grads: list[Tensor], units: list[int]
+) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """The same, with local tensors for the DTensors of which every rank holds whole units."""
     rows = []
-    for param, count in zip(params, units, strict=True):
-        grad, param = param.grad, param.detach()
+    for param, grad, count in zip(params, grads, units, strict=True):
         if _units_are_local(grad, param, count):
             grad, param = grad.to_local(), param.to_local()
             count = grad.shape[0] if count > 1 else 1
@@ -145,7 +167,7 @@ def _units_are_local(grad: Tensor, param: Tensor, units: int) -> bool:
 
 
 def _is_dtensor(tensor: Tensor) -> bool:
-    if type(tensor) in (Tensor, torch.nn.Parameter) or not torch.distributed.is_available():
+    if type(tensor) in _PLAIN or not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor  # a second to import, which only those who have one should pay
 
@@ -180,10 +202,10 @@ def _require_tensors(params: Iterable[Any]) -> None:
             raise TypeError(f"parameters must be tensors, (name, tensor) pairs or a module, but got {type(p).__name__}")
 
 
-def _require_writable(grads: Iterable[Tensor]) -> None:
+def _require_writable(grads: list[Tensor]) -> None:
+    for layout in set(map(_LAYOUT, grads)) - {torch.strided}:
+        raise RuntimeError(f"adaptive_clip_grad_ takes no gradients in the layout {layout}: exclude them")
     for grad in grads:
-        if grad.layout is not torch.strided:
-            raise RuntimeError(f"adaptive_clip_grad_ takes no gradients in the layout {grad.layout}: exclude them")
-        if type(grad) is Tensor and torch._debug_has_internal_overlap(grad) == 1:
+        if not grad.is_contiguous() and type(grad) is Tensor and torch._debug_has_internal_overlap(grad) == 1:
             raise RuntimeError("adaptive_clip_grad_ can't write to a gradient whose elements share memory (an expanded "
                                "tensor): clone it first")  # fmt: skip
