@@ -17,7 +17,7 @@ from . import lists
 UnitDims = Literal["timm", "nfnets", "tensor"]
 _UNIT_DIMS = ("timm", "nfnets", "tensor")
 _PLAIN = {Tensor, torch.nn.Parameter}
-_GRAD, _LAYOUT, _DTYPE, _DEVICE = map(attrgetter, ("grad", "layout", "dtype", "device"))
+_GRAD, _LAYOUT = attrgetter("grad"), attrgetter("layout")
 
 
 @torch.no_grad()
@@ -75,7 +75,8 @@ def adaptive_clip_grad_(
     _require_tensors(params)
     left_out = _left_out(params, names, exclude)
     # each once, because a second time a tied weight would only be scaled by rounding errors
-    params = [p for p in dict.fromkeys(params) if p.grad is not None and p.numel() > 0 and id(p) not in left_out]
+    wanted = {id(p): p for p in params if p.grad is not None and p.numel() > 0}
+    params = [p for key, p in wanted.items() if key not in left_out] if left_out else list(wanted.values())
     _require_writable(list(map(_GRAD, params)))
     _clip(params, [_units(p.shape, unit_dims) for p in params], (clip_factor, eps, norm_type))
 
@@ -91,6 +92,8 @@ def _clip(params: list[Tensor], units: list[int], rule: tuple[float, float, floa
     grads = list(map(_GRAD, params))
     if not set(map(type, params)) <= _PLAIN:
         params, grads, units = _local(params, grads, units)
+    if not grads:
+        return
     for impl, part, positions in lists.split("adaptive_clip_grad", grads):
         their_params, their_units = [params[i] for i in positions], [units[i] for i in positions]
         if impl is None or not _all_lie_alike(part, their_params):
@@ -120,11 +123,10 @@ def _all_lie_alike(grads: list[Tensor], params: list[Tensor]) -> bool:
     """A quick answer for the usual lists; False only means that each pair must be looked at."""
     return (
         set(map(type, params)) <= _PLAIN
-        and set(map(_DTYPE, params)) <= set(backend.DTYPES)
-        and set(map(_DEVICE, params)) == {grads[0].device}
+        and bool(backend.all_readable(params))
+        and params[0].device == grads[0].device
         and all(map(Tensor.is_contiguous, grads))
         and all(map(Tensor.is_contiguous, params))
-        and not any(map(Tensor.is_neg, params))
         and list(map(Tensor.numel, grads)) == list(map(Tensor.numel, params))  # shapes take several times as long
     )
 
@@ -178,7 +180,7 @@ def _left_out(params: Sequence[Tensor], names: Sequence[str] | None, exclude: An
     """The ids of the parameters that `exclude` means."""
     if isinstance(exclude, (str, Tensor, Module)):
         exclude = (exclude,)
-    present, found = {id(p) for p in params}, set()
+    present, found = set(map(id, params)), set()
     for item in exclude:
         if isinstance(item, str):
             if names is None:
@@ -197,9 +199,9 @@ def _left_out(params: Sequence[Tensor], names: Sequence[str] | None, exclude: An
 
 
 def _require_tensors(params: Iterable[Any]) -> None:
-    for p in params:
-        if not isinstance(p, Tensor):
-            raise TypeError(f"parameters must be tensors, (name, tensor) pairs or a module, but got {type(p).__name__}")
+    for kind in set(map(type, params)):
+        if not issubclass(kind, Tensor):
+            raise TypeError(f"parameters must be tensors, (name, tensor) pairs or a module, but got {kind.__name__}")
 
 
 def _require_writable(grads: list[Tensor]) -> None:

@@ -110,9 +110,9 @@ def _require_plain(gradients: list[Tensor]) -> None:
         names = ", ".join(sorted(map(str, devices)))
         raise RuntimeError(f"the gradients lie on several devices ({names}), but a fused step takes one scale: "
                            f"use {_INSTEAD}")  # fmt: skip
-    odd = {type(g).__name__ for g in gradients if type(g) is not Tensor}
-    odd |= {str(g.layout) for g in gradients if g.layout is not torch.strided}
-    odd |= {str(g.dtype) for g in gradients if g.is_complex()}
+    odd = {kind.__name__ for kind in set(map(type, gradients)) - {Tensor}}
+    odd |= {str(layout) for layout in set(map(attrgetter("layout"), gradients)) - {torch.strided}}
+    odd |= {str(dtype) for dtype in set(map(attrgetter("dtype"), gradients)) if dtype.is_complex}
     if odd:
         raise RuntimeError(f"a fused step can't scale gradients of the kind {', '.join(sorted(odd))}: use {_INSTEAD}")
 
