@@ -58,7 +58,7 @@ def assert_clipped(params, before, formula, tolerance=1e-6):
         torch.testing.assert_close(p.grad.double().cpu(), expected, rtol=tolerance, atol=subnormal)
 
 
-@pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf, 0.5, 3, "2"])
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf, 0.5, "2"])
 def test_timm_numbers(device, norm_type):
     params = parameters(device=device)
     before = [p.grad.clone() for p in params]
