@@ -190,6 +190,15 @@ def test_channels_last_goes_to_the_kernels_as_it_lies(monkeypatch):
         assert taken == []
 
 
+def test_a_named_backend_refuses_what_it_cannot_read(kernel_device):
+    conv = parameters([(6, 4, 3, 3)], kernel_device)[0]
+    conv.grad = conv.grad.to(memory_format=torch.channels_last)
+    before = conv.grad.clone()
+    with pytest.raises(RuntimeError, match=r"adaptive_clip_grad: fastnorm\.use.*strides .* differ"):
+        fastnorm.adaptive_clip_grad_(conv)
+    assert torch.equal(conv.grad, before)
+
+
 def test_complex_gradients_as_timm():
     param = nn.Parameter(torch.randn(4, 6, dtype=torch.complex64))
     param.grad = torch.randn_like(param) * 10.0 ** torch.arange(-4.0, 0)[:, None]
@@ -314,6 +323,9 @@ def _clip_shards(rank, ranks, meeting_point):
     for model in (whole, sharded):
         (100 * model(x).square().sum()).backward()
         fastnorm.adaptive_clip_grad_(model, exclude="2")
+    health = fastnorm.gradient_health(sharded), fastnorm.gradient_health(whole)
+    assert health[0].total_norm == pytest.approx(health[1].total_norm, rel=1e-5)
+    assert [p.norm for p in health[0].parameters] == pytest.approx([p.norm for p in health[1].parameters], rel=1e-5)
     for p, q in zip(sharded.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(p.grad.full_tensor(), q.grad, rtol=1e-5, atol=1e-7)
     dist.destroy_process_group()

@@ -13,10 +13,11 @@ from torch.nn import Module
 
 from .. import backend, reference
 from . import lists
+from .distributed import is_dtensor
+from .lists import PLAIN
 
 UnitDims = Literal["timm", "nfnets", "tensor"]
 _UNIT_DIMS = ("timm", "nfnets", "tensor")
-_PLAIN = {Tensor, torch.nn.Parameter}
 _GRAD, _LAYOUT = attrgetter("grad"), attrgetter("layout")
 
 
@@ -90,7 +91,7 @@ def _units(shape: torch.Size, unit_dims: UnitDims) -> int:
 def _clip(params: list[Tensor], units: list[int], rule: tuple[float, float, float]) -> None:
     """Hands to kernels what lies in memory unit by unit, the same way in gradient and parameter."""
     grads = list(map(_GRAD, params))
-    if not set(map(type, params)) <= _PLAIN:
+    if not set(map(type, params)) <= PLAIN:
         params, grads, units = _local(params, grads, units)
     if not grads:
         return
@@ -103,8 +104,11 @@ def _clip(params: list[Tensor], units: list[int], rule: tuple[float, float, floa
                     part.append(grad)
                     their_params.append(param)
                     their_units.append(count)
-                else:
-                    _clip_one(grad, param, count, *rule)
+                    continue
+                if impl is not None:
+                    order = f"strides {grad.stride()} of a gradient and {param.stride()} of its parameter"
+                    backend.refuse_formula("adaptive_clip_grad", f"the {order} interleave units or differ")
+                _clip_one(grad, param, count, *rule)
         if part:
             impl.multi_tensor_agc_(part, their_params, their_units, *rule)
             torch.autograd.graph.increment_version(part)
@@ -114,7 +118,7 @@ def _clip_one(grad: Tensor, param: Tensor, units: int, *rule: float) -> None:
     """The formula, for what no kernel reads: subclasses, complex numbers, gaps, orders that interleave the units."""
     dims = tuple(range(1, grad.ndim)) if units > 1 else None
     clipped = reference.adaptively_clipped(grad, param, dims, *rule)
-    if _is_dtensor(grad):
+    if is_dtensor(grad):
         clipped = clipped.redistribute(placements=grad.placements)
     grad.copy_(clipped)
 
@@ -122,7 +126,7 @@ def _clip_one(grad: Tensor, param: Tensor, units: int, *rule: float) -> None:
 def _all_lie_alike(grads: list[Tensor], params: list[Tensor]) -> bool:
     """A quick answer for the usual lists; False only means that each pair must be looked at."""
     return (
-        set(map(type, params)) <= _PLAIN
+        set(map(type, params)) <= PLAIN
         and bool(backend.all_readable(params))
         and params[0].device == grads[0].device
         and all(map(Tensor.is_contiguous, grads))
@@ -133,7 +137,7 @@ def _all_lie_alike(grads: list[Tensor], params: list[Tensor]) -> bool:
 
 def _lie_alike(grad: Tensor, param: Tensor, units: int) -> bool:
     """Whether both lie in memory in the same order, the units of a dense gradient one after the other."""
-    if type(param) not in _PLAIN or param.dtype not in backend.DTYPES or param.is_neg():
+    if type(param) not in PLAIN or param.dtype not in backend.DTYPES or param.is_neg():
         return False
     if param.layout is not torch.strided or param.device != grad.device or param.shape != grad.shape:
         return False
@@ -161,19 +165,11 @@ def _local(
 
 def _units_are_local(grad: Tensor, param: Tensor, units: int) -> bool:
     """Whether these are DTensors of which every rank holds whole units."""
-    if not (_is_dtensor(grad) and _is_dtensor(param)):
+    if not (is_dtensor(grad) and is_dtensor(param)):
         return False
     if grad.device_mesh != param.device_mesh or grad.placements != param.placements:
         return False
     return all(place.is_replicate() or (units > 1 and place.is_shard(0)) for place in grad.placements)
-
-
-def _is_dtensor(tensor: Tensor) -> bool:
-    if type(tensor) in _PLAIN or not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor  # a second to import, which only those who have one should pay
-
-    return isinstance(tensor, DTensor)
 
 
 def _left_out(params: Sequence[Tensor], names: Sequence[str] | None, exclude: Any) -> set[int]:
