@@ -16,6 +16,8 @@ ACCESS_BYTES = 16  # the widest load of a thread
 MAX_PADDING = 1 / 8  # idle lanes that a tiling may cost, as a part of the row
 RESIDENT_BYTES = 65536  # longer rows go through the looped kernels
 HELD_REGISTERS = {4: 200, 8: 200, 16: 80}  # of a thread's 255, or 128 with 16 warps, that a row may take
+SUM_REGISTERS = 16  # of a thread, for each parameter sum, to begin with; all of them may take SUMS_REGISTERS
+SUMS_REGISTERS = 112
 BACKWARD_RESIDENT_COLS = 16384  # of wider rows, the parameter sums no longer fit into one program's registers
 NARROW_REGISTERS = 32  # of a thread, for rows shorter than a warp's access
 PARTIAL_SHARE = 0.03  # of the backward's traffic that partial sums may add, from PARTIAL_ROWS rows on
@@ -80,7 +82,22 @@ def backward_row_tiles(cols: int, itemsize: int, sums: int) -> tuple[RowTiles, b
     tiles = row_tiles(cols, itemsize, max_registers=32, min_warps=8)
     if tiles.registers * (3 + sums) <= HELD_REGISTERS[tiles.warps]:
         return tiles, True
-    return row_tiles(cols, itemsize, max_registers=32, max_warps=8, min_warps=8), False
+    return _summing_tiles(cols, itemsize, sums), False
+
+
+def _summing_tiles(cols: int, itemsize: int, sums: int) -> RowTiles:
+    """For rows of which a thread holds nothing but the parameter sums: as many warps as keep most lanes busy."""
+    vector, width = ACCESS_BYTES // itemsize, max(1, itemsize // 4)
+    widest = min(16, triton.next_power_of_2(triton.cdiv(cols * width, WARP * SUM_REGISTERS)))
+    choices = [
+        warps
+        for warps in (widest, widest // 2, widest // 4)
+        if warps and sums * triton.cdiv(cols, WARP * warps * vector) * vector * width <= SUMS_REGISTERS
+    ]
+    fitting = (warps for warps in choices if padding(cols, WARP * warps * vector) <= MAX_PADDING)
+    chosen = next(fitting, min(choices, key=lambda warps: padding(cols, WARP * warps * vector), default=widest))
+    tile, rows = WARP * chosen * vector, max(1, 8 // chosen)
+    return RowTiles(tile, triton.cdiv(cols, tile), rows, chosen * rows, width)
 
 
 def is_long(cols: int, itemsize: int) -> bool:
@@ -89,8 +106,10 @@ def is_long(cols: int, itemsize: int) -> bool:
 
 
 def backward_is_long(cols: int, itemsize: int) -> bool:
-    """Whether a row's parameter sums are too long for one program."""
-    return is_long(cols, itemsize) or cols > BACKWARD_RESIDENT_COLS
+    """Whether a row's parameter sums are too long for one program. A row that can't be read 16 bytes at a time takes
+    more registers for the reading, and leaves fewer to the sums."""
+    limit = BACKWARD_RESIDENT_COLS if cols * itemsize % ACCESS_BYTES == 0 else BACKWARD_RESIDENT_COLS // 2
+    return is_long(cols, itemsize) or cols > limit
 
 
 def long_tile(itemsize: int) -> tuple[int, int]:
@@ -125,6 +144,23 @@ def long_row_chunks(rows: int, column_blocks: int, multiprocessors: int) -> int:
 def access_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
     """The largest element among the tensors that are there: it bounds what one 16-byte access holds."""
     return max(t.element_size() for t in tensors if t is not None)
+
+
+@functools.lru_cache(maxsize=64)
+def _options(driver: object, device: object, warps: int) -> dict[str, int]:
+    target = driver.get_current_target()
+    if target.backend != "cuda":
+        return {"num_warps": max(1, WARP * warps // target.warp_size)}
+    return {"num_warps": warps, "maxnreg": min(255, 65536 // (WARP * warps))}
+
+
+def options(warps: int) -> dict[str, int]:
+    """The launch options for `warps` warps of 32 threads, on a card whose own may have 64. On NVIDIA's, every register
+    that one program can have: left to itself the assembler spills some to let one more program in."""
+    if INTERPRETED:
+        return {"num_warps": warps}
+    driver = triton.runtime.driver.active
+    return _options(driver, driver.get_current_device(), warps)
 
 
 @functools.lru_cache(maxsize=16)

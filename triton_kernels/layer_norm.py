@@ -14,6 +14,7 @@ from .tiles import (
     load_tile,
     load_weight,
     load_weight_tile,
+    loop_mask,
     reciprocal_sqrt,
     store_partials,
     store_stream_gradient,
@@ -34,15 +35,15 @@ def _layer_norm_forward_kernel(
     stat = rstd_ptr.dtype.element_ty
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     row_mask = rows < n_rows if ROWS > 1 else None
+    # each row's address is worked out once; those of its tiles are constants away
+    lanes = tl.arange(0, TILE)[None, :]
+    x_at, residual_at, y_at = rows * x_stride + lanes, rows * residual_stride + lanes, rows * N_COLS + lanes
     total = tl.zeros((ROWS, TILE), stat)
     tiles = ()
     for t in tl.static_range(N_TILES):
-        cols = t * TILE + tl.arange(0, TILE)[None, :]
-        mask = tile_mask(t, cols, row_mask, N_COLS, TILE)
-        h = load_stream(
-            x_ptr, residual_ptr, h_ptr,
-            rows * x_stride, rows * residual_stride, rows * N_COLS, cols, mask, stat,
-        )  # fmt: skip
+        at = t * TILE
+        mask = tile_mask(t, lanes, row_mask, N_COLS, TILE)
+        h = load_stream(x_ptr, residual_ptr, h_ptr, x_at + at, residual_at + at, y_at + at, mask, stat)
         total += h
         tiles = tiles + (h,)
     mean = tl.sum(total, axis=1, keep_dims=True) * (1.0 / N_COLS)
@@ -53,7 +54,7 @@ def _layer_norm_forward_kernel(
         c = tiles[t] - mean
         if (t + 1) * TILE > N_COLS:
             # masked lanes must stay zero: (0 − mean)² would enter the variance
-            c = tl.where(t * TILE + tl.arange(0, TILE)[None, :] < N_COLS, c, 0.0)
+            c = tl.where(tile_mask(t, lanes, None, N_COLS, TILE), c, 0.0)
         square_sum += c * c
         if REFINE:
             remainder += c
@@ -69,13 +70,12 @@ def _layer_norm_forward_kernel(
     store_tile(mean_ptr + rows, mean, row_mask)
     store_tile(rstd_ptr + rows, rstd, row_mask)
     for t in tl.static_range(N_TILES):
-        cols = t * TILE + tl.arange(0, TILE)[None, :]
         y = (centered[t] - shift if REFINE else centered[t]) * rstd
         if weight_ptr is not None:
-            y *= load_weight_tile(weight_ptr, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
+            y *= load_weight_tile(weight_ptr, lanes, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
         if bias_ptr is not None:
-            y += load_weight_tile(bias_ptr, t, stat, False, N_COLS, TILE, ROWS)
-        store_tile(y_ptr + rows * N_COLS + cols, y, tile_mask(t, cols, row_mask, N_COLS, TILE))
+            y += load_weight_tile(bias_ptr, lanes, t, stat, False, N_COLS, TILE, ROWS)
+        store_tile(y_ptr + y_at + t * TILE, y, tile_mask(t, lanes, row_mask, N_COLS, TILE))
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def _layer_norm_long_forward_kernel(
         mask = cols < n_cols
         h = load_stream(
             x_ptr, residual_ptr, h_ptr,
-            row * x_stride, row * residual_stride, row * n_cols, cols, mask, stat,
+            row * x_stride + cols, row * residual_stride + cols, row * n_cols + cols, mask, stat,
         )  # fmt: skip
         step += 1.0
         delta = h - lane_mean
@@ -120,10 +120,29 @@ def _layer_norm_long_forward_kernel(
             h = load_tile(x_ptr + row * x_stride + cols, mask, stat)
         y = (h - mean - shift) * rstd
         if weight_ptr is not None:
-            y *= load_weight(weight_ptr, cols, mask, stat, ZERO_CENTERED)
+            y *= load_weight(weight_ptr + cols, mask, stat, ZERO_CENTERED)
         if bias_ptr is not None:
             y += load_tile(bias_ptr + cols, mask, stat)
         store_tile(y_ptr + row * n_cols + cols, y, mask)
+
+
+@triton.jit
+def _add_row_products(
+    product, total, h_ptr, dy_ptr, weight_ptr, mean, rstd, lanes, row_mask, n_cols,
+    ZERO_CENTERED: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """product + (h − mean) · g and total + g of each lane, g = w·dy · rstd, along the whole row. A loop at run time,
+    because compilers put off what an unrolled one has to do later, and hold all its tiles till then."""
+    for start in range(0, n_cols, TILE):
+        mask = loop_mask(start, lanes, row_mask, n_cols, MASKED)
+        c = load_tile(h_ptr + start, mask, rstd.dtype) - mean
+        g = load_tile(dy_ptr + start, mask, rstd.dtype) * rstd
+        if weight_ptr is not None:
+            weight_mask = loop_mask(start, lanes, None, n_cols, MASKED)
+            g *= load_weight(weight_ptr + lanes + start, weight_mask, rstd.dtype, ZERO_CENTERED)
+        product += c * g
+        total += g
+    return product, total
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_blocks"])  # one code for every batch, to the last bit
@@ -135,12 +154,13 @@ def _layer_norm_backward_kernel(
 ):  # fmt: skip
     """dx = (w·dy − mean(w·dy) − x̂ · mean(x̂ · w·dy)) · rstd + dh; dweight = Σ dy · x̂, dbias = Σ dy."""
     stat = rstd_ptr.dtype.element_ty
+    lanes = tl.arange(0, TILE)[None, :]
     dweight, dbias, weight = (), (), ()
     for t in tl.static_range(N_TILES):
         dweight = dweight + (tl.zeros((ROWS, TILE), stat),)
         dbias = dbias + (tl.zeros((ROWS, TILE), stat),)
         if HOLD and weight_ptr is not None:
-            weight = weight + (load_weight_tile(weight_ptr, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS),)
+            weight = weight + (load_weight_tile(weight_ptr, lanes, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS),)
     for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
         row_ids = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
         rows = row_ids[:, None]
@@ -148,49 +168,60 @@ def _layer_norm_backward_kernel(
         row_mask = id_mask[:, None] if ROWS > 1 else None
         mean = load_tile(mean_ptr + row_ids, id_mask, stat)[:, None]
         rstd = load_tile(rstd_ptr + row_ids, id_mask, stat)[:, None]
-        # zero, which the compiler can't know: or it keeps each tile's addresses in registers from row to row
-        again = (rstd < 0.0).to(tl.int32) << 4
+        here, again = 0, 0
+        if not HOLD:
+            # zeros that compilers can't know: or they keep addresses from row to row, and the tiles for the second pass
+            here = (rstd < 0.0).to(tl.int32) << 4
+            again = (rstd < -1.0).to(tl.int32) << 4
+        h_row, dy_row = h_ptr + (rows * h_stride + (lanes + here)), dy_ptr + (rows * dy_stride + (lanes + here))
         product = tl.zeros((ROWS, TILE), stat)
         total = tl.zeros((ROWS, TILE), stat)
         weight_sums, bias_sums, centered, weighted = (), (), (), ()
-        for t in tl.static_range(N_TILES):
-            cols = t * TILE + tl.arange(0, TILE)[None, :]
-            mask = tile_mask(t, cols, row_mask, N_COLS, TILE)
-            c = load_tile(h_ptr + rows * h_stride + cols, mask, stat) - mean
-            dy = load_tile(dy_ptr + rows * dy_stride + cols, mask, stat)
-            g = dy * rstd  # scaled before anything else: x̂ itself is then never needed
-            weight_sums = weight_sums + (dweight[t] + g * c if dweight_ptr is not None else dweight[t],)
-            bias_sums = bias_sums + (dbias[t] + dy if dbias_ptr is not None else dbias[t],)
-            if weight_ptr is not None:
-                if HOLD:
+        if HOLD:
+            for t in tl.static_range(N_TILES):
+                mask = tile_mask(t, lanes, row_mask, N_COLS, TILE)
+                c = load_tile(h_row + t * TILE, mask, stat) - mean
+                dy = load_tile(dy_row + t * TILE, mask, stat)
+                g = dy * rstd  # scaled before anything else: x̂ itself is then never needed
+                weight_sums = weight_sums + (dweight[t] + g * c if dweight_ptr is not None else dweight[t],)
+                bias_sums = bias_sums + (dbias[t] + dy if dbias_ptr is not None else dbias[t],)
+                if weight_ptr is not None:
                     g *= weight[t]
-                else:
-                    g *= load_weight_tile(weight_ptr + again, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
-            product += c * g
-            total += g
-            if HOLD:
+                product += c * g
+                total += g
                 centered = centered + (c,)
                 weighted = weighted + (g,)
-        dweight = weight_sums
-        dbias = bias_sums
+        else:
+            n_cols = N_COLS + (n_blocks >> 31 << 4)  # N_COLS, which compilers can't know: or they unroll the whole row
+            product, total = _add_row_products(
+                product, total, h_row, dy_row, weight_ptr, mean, rstd,
+                lanes + here + tl.zeros((ROWS, 1), tl.int32), row_mask, n_cols, ZERO_CENTERED, N_COLS % TILE > 0, TILE,
+            )  # fmt: skip
         product_sum, total_sum = sum_pair(product, total)
         slope = product_sum * (-1.0 / N_COLS) * rstd * rstd  # negated once a row, not once an element
         offset = total_sum * (1.0 / N_COLS)
+        lane = lanes + again
+        weight_row = weight_ptr + lane - lanes if weight_ptr is not None else None  # the weight, as opaque
         for t in tl.static_range(N_TILES):
-            cols = t * TILE + tl.arange(0, TILE)[None, :]
-            mask = tile_mask(t, cols, row_mask, N_COLS, TILE)
+            mask = tile_mask(t, lanes, row_mask, N_COLS, TILE)
             if HOLD:
                 c = centered[t]
                 g = weighted[t]
             else:  # this wide, registers go to the parameter sums, and the row is still in the cache
-                c = load_tile(h_ptr + (rows * h_stride + again) + cols, mask, stat) - mean
-                g = load_tile(dy_ptr + (rows * dy_stride + again) + cols, mask, stat) * rstd
+                c = load_tile(h_ptr + (rows * h_stride + lane) + t * TILE, mask, stat) - mean
+                dy = load_tile(dy_ptr + (rows * dy_stride + lane) + t * TILE, mask, stat)
+                g = dy * rstd
+                weight_sums = weight_sums + (dweight[t] + g * c if dweight_ptr is not None else dweight[t],)
+                bias_sums = bias_sums + (dbias[t] + dy if dbias_ptr is not None else dbias[t],)
                 if weight_ptr is not None:
-                    g *= load_weight_tile(weight_ptr + again, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
+                    g *= load_weight_tile(weight_row, lanes, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
             dx = g - offset + c * slope
             store_stream_gradient(
-                dx, dx_ptr, dresidual_ptr, dh_ptr, rows * N_COLS, rows * dh_stride, cols, mask
+                dx, dx_ptr, dresidual_ptr, dh_ptr,
+                rows * N_COLS + lane + t * TILE, rows * dh_stride + lane + t * TILE, mask,
             )  # fmt: skip
+        dweight = weight_sums
+        dbias = bias_sums
     if dweight_ptr is not None:
         store_partials(dweight_ptr, dweight, N_COLS, TILE, N_TILES)
     if dbias_ptr is not None:
@@ -199,32 +230,26 @@ def _layer_norm_backward_kernel(
 
 @triton.jit
 def _layer_norm_long_backward_rows_kernel(
-    dy_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, mean_product_ptr, mean_dy_ptr, n_cols, dy_stride, h_stride,
+    dy_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, mean_product_ptr, mean_g_ptr, n_cols, dy_stride, h_stride,
     ZERO_CENTERED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """mean(x̂ · w·dy) and mean(w·dy) of one long row."""
+    """mean(x̂ · w·dy) and mean(w·dy · rstd) of one long row."""
     stat = rstd_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     mean = tl.load(mean_ptr + row)
     rstd = tl.load(rstd_ptr + row)
-    product = tl.zeros((TILE,), stat)
-    total = tl.zeros((TILE,), stat)
-    for start in range(0, n_cols, TILE):
-        cols = start + tl.arange(0, TILE)
-        mask = cols < n_cols
-        x_hat = (load_tile(h_ptr + row * h_stride + cols, mask, stat) - mean) * rstd
-        dy = load_tile(dy_ptr + row * dy_stride + cols, mask, stat)
-        if weight_ptr is not None:
-            dy *= load_weight(weight_ptr, cols, mask, stat, ZERO_CENTERED)
-        product += x_hat * dy
-        total += dy
+    lanes = tl.arange(0, TILE)
+    product, total = _add_row_products(
+        tl.zeros((TILE,), stat), tl.zeros((TILE,), stat), h_ptr + (row * h_stride + lanes),
+        dy_ptr + (row * dy_stride + lanes), weight_ptr, mean, rstd, lanes, None, n_cols, ZERO_CENTERED, True, TILE,
+    )  # fmt: skip
     tl.store(mean_product_ptr + row, tl.sum(product) / tl.cast(n_cols, stat))
-    tl.store(mean_dy_ptr + row, tl.sum(total) / tl.cast(n_cols, stat))
+    tl.store(mean_g_ptr + row, tl.sum(total) / tl.cast(n_cols, stat))
 
 
 @triton.jit(do_not_specialize=["n_rows"])  # one code for every batch, to the last bit
 def _layer_norm_long_backward_columns_kernel(
-    dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, mean_product_ptr, mean_dy_ptr,
+    dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, mean_product_ptr, mean_g_ptr,
     dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr, n_rows, n_cols, dy_stride, dh_stride, h_stride,
     ZERO_CENTERED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -242,9 +267,9 @@ def _layer_norm_long_backward_columns_kernel(
         dweight += dy * x_hat
         dbias += dy
         if weight_ptr is not None:
-            dy *= load_weight(weight_ptr, cols, mask, stat, ZERO_CENTERED)
-        dx = (dy - tl.load(mean_dy_ptr + row) - x_hat * tl.load(mean_product_ptr + row)) * rstd
-        store_stream_gradient(dx, dx_ptr, dresidual_ptr, dh_ptr, row * n_cols, row * dh_stride, cols, mask)
+            dy *= load_weight(weight_ptr + cols, mask, stat, ZERO_CENTERED)
+        dx = (dy - x_hat * tl.load(mean_product_ptr + row)) * rstd - tl.load(mean_g_ptr + row)
+        store_stream_gradient(dx, dx_ptr, dresidual_ptr, dh_ptr, row * n_cols + cols, row * dh_stride + cols, mask)
     offsets = tl.program_id(1).to(tl.int64) * n_cols + cols
     if dweight_ptr is not None:
         store_tile(dweight_ptr + offsets, dweight, mask)
@@ -279,7 +304,7 @@ def _forward(x, residual, weight, bias, eps, zero_centered, out_dtype, residual_
             tile, warps = launch.long_tile(itemsize)
             # grid: one program for each row
             _layer_norm_long_forward_kernel[(rows,)](
-                *arguments, cols, *strides, EPS=eps, ZERO_CENTERED=zero_centered, TILE=tile, num_warps=warps
+                *arguments, cols, *strides, EPS=eps, ZERO_CENTERED=zero_centered, TILE=tile, **launch.options(warps)
             )
         else:
             tiles = launch.row_tiles(cols, itemsize)
@@ -287,7 +312,7 @@ def _forward(x, residual, weight, bias, eps, zero_centered, out_dtype, residual_
             _layer_norm_forward_kernel[(triton.cdiv(rows, tiles.rows),)](
                 *arguments, rows, *strides,
                 EPS=eps, ZERO_CENTERED=zero_centered, REFINE=_refines(x if h is None else h),
-                N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows, num_warps=tiles.warps,
+                N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows, **launch.options(tiles.warps),
             )  # fmt: skip
     return y, h, mean, rstd
 
@@ -344,7 +369,7 @@ def _backward_resident(arguments, itemsize, dtypes, zero_centered):
         *arguments, *partials,
         rows, triton.cdiv(rows, tiles.rows), dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0),
         ZERO_CENTERED=zero_centered, HOLD=holds,
-        N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows, num_warps=tiles.warps,
+        N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows, **launch.options(tiles.warps),
     )  # fmt: skip
     return partials
 
@@ -353,12 +378,12 @@ def _backward_long(arguments, itemsize, dtypes, zero_centered):
     """As _backward_resident, by two kernels: the means of the rows, then dx and the sums by blocks of columns."""
     dy, dh, h, weight, mean, rstd, dx, dresidual = arguments
     rows, cols = h.shape
-    mean_product, mean_dy = torch.empty_like(rstd), torch.empty_like(rstd)
+    mean_product, mean_g = torch.empty_like(rstd), torch.empty_like(rstd)
     tile, warps = launch.long_tile(itemsize)
     # grid: one program for each row
     _layer_norm_long_backward_rows_kernel[(rows,)](
-        dy, h, weight, mean, rstd, mean_product, mean_dy, cols, dy.stride(0), h.stride(0),
-        ZERO_CENTERED=zero_centered, TILE=tile, num_warps=warps,
+        dy, h, weight, mean, rstd, mean_product, mean_g, cols, dy.stride(0), h.stride(0),
+        ZERO_CENTERED=zero_centered, TILE=tile, **launch.options(warps),
     )  # fmt: skip
     tile, warps = launch.column_tile(itemsize)
     blocks = triton.cdiv(cols, tile)
@@ -366,8 +391,8 @@ def _backward_long(arguments, itemsize, dtypes, zero_centered):
     partials = empty_partials(h, chunks, dtypes, rstd.dtype)
     # grid: (blocks of columns, chunks of rows)
     _layer_norm_long_backward_columns_kernel[(blocks, chunks)](
-        dy, dh, h, weight, mean, rstd, mean_product, mean_dy, dx, dresidual, *partials,
+        dy, dh, h, weight, mean, rstd, mean_product, mean_g, dx, dresidual, *partials,
         rows, cols, dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0),
-        ZERO_CENTERED=zero_centered, TILE=tile, num_warps=warps,
+        ZERO_CENTERED=zero_centered, TILE=tile, **launch.options(warps),
     )  # fmt: skip
     return partials

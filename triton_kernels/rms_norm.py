@@ -14,6 +14,7 @@ from .tiles import (
     load_tile,
     load_weight,
     load_weight_tile,
+    loop_mask,
     reciprocal_sqrt,
     store_partials,
     store_stream_gradient,
@@ -33,28 +34,27 @@ def _rms_norm_forward_kernel(
     stat = rstd_ptr.dtype.element_ty
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     row_mask = rows < n_rows if ROWS > 1 else None
+    # each row's address is worked out once; those of its tiles are constants away
+    lanes = tl.arange(0, TILE)[None, :]
+    x_at, residual_at, y_at = rows * x_stride + lanes, rows * residual_stride + lanes, rows * N_COLS + lanes
     square_sum = tl.zeros((ROWS, TILE), stat)
     tiles = ()
     for t in tl.static_range(N_TILES):
-        cols = t * TILE + tl.arange(0, TILE)[None, :]
-        mask = tile_mask(t, cols, row_mask, N_COLS, TILE)
-        h = load_stream(
-            x_ptr, residual_ptr, h_ptr,
-            rows * x_stride, rows * residual_stride, rows * N_COLS, cols, mask, stat,
-        )  # fmt: skip
+        at = t * TILE
+        mask = tile_mask(t, lanes, row_mask, N_COLS, TILE)
+        h = load_stream(x_ptr, residual_ptr, h_ptr, x_at + at, residual_at + at, y_at + at, mask, stat)
         square_sum += h * h
         tiles = tiles + (h,)
     # scaled before the lanes are added: n values of 1e18 have a mean square that fits, and a sum that does not
     rstd = reciprocal_sqrt(tl.sum(square_sum * (1.0 / N_COLS), axis=1, keep_dims=True) + EPS)
     store_tile(rstd_ptr + rows, rstd, row_mask)
     for t in tl.static_range(N_TILES):
-        cols = t * TILE + tl.arange(0, TILE)[None, :]
         y = tiles[t] * rstd
         if CAST is not None:
             y = y.to(CAST).to(stat)
         if weight_ptr is not None:
-            y *= load_weight_tile(weight_ptr, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
-        store_tile(y_ptr + rows * N_COLS + cols, y, tile_mask(t, cols, row_mask, N_COLS, TILE))
+            y *= load_weight_tile(weight_ptr, lanes, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
+        store_tile(y_ptr + y_at + t * TILE, y, tile_mask(t, lanes, row_mask, N_COLS, TILE))
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def _rms_norm_long_forward_kernel(
         mask = cols < n_cols
         h = load_stream(
             x_ptr, residual_ptr, h_ptr,
-            row * x_stride, row * residual_stride, row * n_cols, cols, mask, stat,
+            row * x_stride + cols, row * residual_stride + cols, row * n_cols + cols, mask, stat,
         )  # fmt: skip
         square_mean += h * inv_n * h
     rstd = reciprocal_sqrt(tl.sum(square_mean, axis=0, keep_dims=True) + EPS)
@@ -89,7 +89,7 @@ def _rms_norm_long_forward_kernel(
         if CAST is not None:
             y = y.to(CAST).to(stat)
         if weight_ptr is not None:
-            y *= load_weight(weight_ptr, cols, mask, stat, ZERO_CENTERED)
+            y *= load_weight(weight_ptr + cols, mask, stat, ZERO_CENTERED)
         store_tile(y_ptr + row * n_cols + cols, y, mask)
 
 
@@ -102,6 +102,32 @@ def _normalized(h, rstd, CAST: tl.constexpr):
     return x_hat
 
 
+@triton.jit
+def _with_row(dweight, dweight_ptr, dy, h, rstd, CAST: tl.constexpr):
+    """A tile of dweight with one more row in it, where dweight is wanted."""
+    if dweight_ptr is not None:
+        dweight += dy * _normalized(h, rstd, CAST)
+    return dweight
+
+
+@triton.jit
+def _add_row_product(
+    product, h_ptr, dy_ptr, weight_ptr, rstd, lanes, row_mask, n_cols,
+    ZERO_CENTERED: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """product + x̂ · w·dy of each lane, along the whole row. A loop at run time, because compilers put off what an
+    unrolled one has to do later, and hold all its tiles till then."""
+    for start in range(0, n_cols, TILE):
+        mask = loop_mask(start, lanes, row_mask, n_cols, MASKED)
+        x_hat = load_tile(h_ptr + start, mask, rstd.dtype) * rstd
+        dy = load_tile(dy_ptr + start, mask, rstd.dtype)
+        if weight_ptr is not None:
+            weight_mask = loop_mask(start, lanes, None, n_cols, MASKED)
+            dy *= load_weight(weight_ptr + lanes + start, weight_mask, rstd.dtype, ZERO_CENTERED)
+        product += x_hat * dy
+    return product
+
+
 @triton.jit(do_not_specialize=["n_rows", "n_blocks"])  # one code for every batch, to the last bit
 def _rms_norm_backward_kernel(
     dy_ptr, dh_ptr, h_ptr, weight_ptr, rstd_ptr, dx_ptr, dresidual_ptr, dweight_ptr,
@@ -111,59 +137,67 @@ def _rms_norm_backward_kernel(
 ):  # fmt: skip
     """dx = (w·dy − x̂ · mean(x̂ · w·dy)) · rstd + dh; dweight = Σ dy · x̂ over this program's rows."""
     stat = rstd_ptr.dtype.element_ty
+    lanes = tl.arange(0, TILE)[None, :]
     dweight = ()
     weight = ()
     for t in tl.static_range(N_TILES):
         dweight = dweight + (tl.zeros((ROWS, TILE), stat),)
         if HOLD and weight_ptr is not None:
-            weight = weight + (load_weight_tile(weight_ptr, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS),)
+            weight = weight + (load_weight_tile(weight_ptr, lanes, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS),)
     for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
         row_ids = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
         rows = row_ids[:, None]
         id_mask = row_ids < n_rows if ROWS > 1 else None
         row_mask = id_mask[:, None] if ROWS > 1 else None
         rstd = load_tile(rstd_ptr + row_ids, id_mask, stat)[:, None]
-        # zero, which the compiler can't know: or it keeps each tile's addresses in registers from row to row
-        again = (rstd < 0.0).to(tl.int32) << 4
+        here, again = 0, 0
+        if not HOLD:
+            # zeros that compilers can't know: or they keep addresses from row to row, and the tiles for the second pass
+            here = (rstd < 0.0).to(tl.int32) << 4
+            again = (rstd < -1.0).to(tl.int32) << 4
+        h_row, dy_row = h_ptr + (rows * h_stride + (lanes + here)), dy_ptr + (rows * dy_stride + (lanes + here))
         product = tl.zeros((ROWS, TILE), stat)
         sums, x_hats, weighted = (), (), ()
-        for t in tl.static_range(N_TILES):
-            cols = t * TILE + tl.arange(0, TILE)[None, :]
-            mask = tile_mask(t, cols, row_mask, N_COLS, TILE)
-            h = load_tile(h_ptr + rows * h_stride + cols, mask, stat)
-            dy = load_tile(dy_ptr + rows * dy_stride + cols, mask, stat)
-            x_hat = h * rstd
-            if dweight_ptr is not None:
-                sums = sums + (dweight[t] + dy * _normalized(h, rstd, CAST),)
-            else:
-                sums = sums + (dweight[t],)
-            if weight_ptr is not None:
-                if HOLD:
+        if HOLD:
+            for t in tl.static_range(N_TILES):
+                mask = tile_mask(t, lanes, row_mask, N_COLS, TILE)
+                h = load_tile(h_row + t * TILE, mask, stat)
+                dy = load_tile(dy_row + t * TILE, mask, stat)
+                sums = sums + (_with_row(dweight[t], dweight_ptr, dy, h, rstd, CAST),)
+                x_hat = h * rstd
+                if weight_ptr is not None:
                     dy *= weight[t]
-                else:
-                    dy *= load_weight_tile(weight_ptr + again, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
-            product += x_hat * dy
-            if HOLD:
+                product += x_hat * dy
                 x_hats = x_hats + (x_hat,)
                 weighted = weighted + (dy,)
-        dweight = sums
+        else:
+            n_cols = N_COLS + (n_blocks >> 31 << 4)  # N_COLS, which compilers can't know: or they unroll the whole row
+            product = _add_row_product(
+                product, h_row, dy_row, weight_ptr, rstd,
+                lanes + here + tl.zeros((ROWS, 1), tl.int32), row_mask, n_cols, ZERO_CENTERED, N_COLS % TILE > 0, TILE,
+            )  # fmt: skip
         # negated once a row, not once an element
         mean_product = tl.sum(product, axis=1, keep_dims=True) * (-1.0 / N_COLS)
+        lane = lanes + again
+        weight_row = weight_ptr + lane - lanes if weight_ptr is not None else None  # the weight, as opaque
         for t in tl.static_range(N_TILES):
-            cols = t * TILE + tl.arange(0, TILE)[None, :]
-            mask = tile_mask(t, cols, row_mask, N_COLS, TILE)
+            mask = tile_mask(t, lanes, row_mask, N_COLS, TILE)
             if HOLD:
                 x_hat = x_hats[t]
                 dy = weighted[t]
             else:  # this wide, registers go to dweight, and the row is still in the cache
-                x_hat = load_tile(h_ptr + (rows * h_stride + again) + cols, mask, stat) * rstd
-                dy = load_tile(dy_ptr + (rows * dy_stride + again) + cols, mask, stat)
+                h = load_tile(h_ptr + (rows * h_stride + lane) + t * TILE, mask, stat)
+                dy = load_tile(dy_ptr + (rows * dy_stride + lane) + t * TILE, mask, stat)
+                sums = sums + (_with_row(dweight[t], dweight_ptr, dy, h, rstd, CAST),)
+                x_hat = h * rstd
                 if weight_ptr is not None:
-                    dy *= load_weight_tile(weight_ptr + again, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
+                    dy *= load_weight_tile(weight_row, lanes, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
             dx = (dy + x_hat * mean_product) * rstd
             store_stream_gradient(
-                dx, dx_ptr, dresidual_ptr, dh_ptr, rows * N_COLS, rows * dh_stride, cols, mask
+                dx, dx_ptr, dresidual_ptr, dh_ptr,
+                rows * N_COLS + lane + t * TILE, rows * dh_stride + lane + t * TILE, mask,
             )  # fmt: skip
+        dweight = sums
     if dweight_ptr is not None:
         store_partials(dweight_ptr, dweight, N_COLS, TILE, N_TILES)
 
@@ -177,15 +211,11 @@ def _rms_norm_long_backward_rows_kernel(
     stat = rstd_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     rstd = tl.load(rstd_ptr + row)
-    product = tl.zeros((TILE,), stat)
-    for start in range(0, n_cols, TILE):
-        cols = start + tl.arange(0, TILE)
-        mask = cols < n_cols
-        x_hat = load_tile(h_ptr + row * h_stride + cols, mask, stat) * rstd
-        dy = load_tile(dy_ptr + row * dy_stride + cols, mask, stat)
-        if weight_ptr is not None:
-            dy *= load_weight(weight_ptr, cols, mask, stat, ZERO_CENTERED)
-        product += x_hat * dy
+    lanes = tl.arange(0, TILE)
+    product = _add_row_product(
+        tl.zeros((TILE,), stat), h_ptr + (row * h_stride + lanes), dy_ptr + (row * dy_stride + lanes), weight_ptr,
+        rstd, lanes, None, n_cols, ZERO_CENTERED, True, TILE,
+    )  # fmt: skip
     tl.store(mean_product_ptr + row, tl.sum(product) / tl.cast(n_cols, stat))
 
 
@@ -207,9 +237,9 @@ def _rms_norm_long_backward_columns_kernel(
         dy = load_tile(dy_ptr + row * dy_stride + cols, mask, stat)
         dweight += dy * _normalized(h, rstd, CAST)
         if weight_ptr is not None:
-            dy *= load_weight(weight_ptr, cols, mask, stat, ZERO_CENTERED)
+            dy *= load_weight(weight_ptr + cols, mask, stat, ZERO_CENTERED)
         dx = (dy - h * rstd * tl.load(mean_product_ptr + row)) * rstd
-        store_stream_gradient(dx, dx_ptr, dresidual_ptr, dh_ptr, row * n_cols, row * dh_stride, cols, mask)
+        store_stream_gradient(dx, dx_ptr, dresidual_ptr, dh_ptr, row * n_cols + cols, row * dh_stride + cols, mask)
     if dweight_ptr is not None:
         store_tile(dweight_ptr + tl.program_id(1).to(tl.int64) * n_cols + cols, dweight, mask)
 
@@ -241,14 +271,15 @@ def _forward(x, residual, weight, eps, zero_centered, cast_dtype, out_dtype, res
             # grid: one program for each row
             _rms_norm_long_forward_kernel[(rows,)](
                 x, residual, weight, y, h, rstd, cols, x.stride(0), residual_stride,
-                **features, TILE=tile, num_warps=warps,
+                **features, TILE=tile, **launch.options(warps),
             )  # fmt: skip
         else:
             tiles = launch.row_tiles(cols, itemsize)
             # grid: one program for each tiles.rows rows
             _rms_norm_forward_kernel[(triton.cdiv(rows, tiles.rows),)](
                 x, residual, weight, y, h, rstd, rows, x.stride(0), residual_stride,
-                **features, N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows, num_warps=tiles.warps,
+                **features, N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows,
+                **launch.options(tiles.warps),
             )  # fmt: skip
     return y, h, rstd
 
@@ -294,7 +325,7 @@ def _backward_resident(arguments, itemsize, dweight_dtype, zero_centered, cast):
         dy, dh, h, weight, rstd, dx, dresidual, partial,
         rows, triton.cdiv(rows, tiles.rows), dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0),
         ZERO_CENTERED=zero_centered, CAST=cast, HOLD=holds,
-        N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows, num_warps=tiles.warps,
+        N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows, **launch.options(tiles.warps),
     )  # fmt: skip
     return partial
 
@@ -308,7 +339,7 @@ def _backward_long(arguments, itemsize, dweight_dtype, zero_centered, cast):
     # grid: one program for each row
     _rms_norm_long_backward_rows_kernel[(rows,)](
         dy, h, weight, rstd, mean_product, cols, dy.stride(0), h.stride(0),
-        ZERO_CENTERED=zero_centered, TILE=tile, num_warps=warps,
+        ZERO_CENTERED=zero_centered, TILE=tile, **launch.options(warps),
     )  # fmt: skip
     tile, warps = launch.column_tile(itemsize)
     blocks = triton.cdiv(cols, tile)
@@ -318,6 +349,6 @@ def _backward_long(arguments, itemsize, dweight_dtype, zero_centered, cast):
     _rms_norm_long_backward_columns_kernel[(blocks, chunks)](
         dy, dh, h, weight, rstd, mean_product, dx, dresidual, partial,
         rows, cols, dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0),
-        ZERO_CENTERED=zero_centered, CAST=cast, TILE=tile, num_warps=warps,
+        ZERO_CENTERED=zero_centered, CAST=cast, TILE=tile, **launch.options(warps),
     )  # fmt: skip
     return partial

@@ -6,21 +6,32 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import INTERPRETED
+from . import launch
 
 SUM_ROWS, SUM_COLS = 32, 32
-_INTERPRETED = tl.constexpr(INTERPRETED)
+_INTERPRETED = tl.constexpr(launch.INTERPRETED)
 
 
 @triton.jit
-def tile_mask(t: tl.constexpr, cols, row_mask, N_COLS: tl.constexpr, TILE: tl.constexpr):
+def tile_mask(t: tl.constexpr, lanes, row_mask, N_COLS: tl.constexpr, TILE: tl.constexpr):
     """None where every lane of tile t is in the row: an unmasked load spares the zeroing of its registers."""
     if (t + 1) * TILE <= N_COLS:
         return row_mask
     elif row_mask is None:
-        return cols < N_COLS
+        return lanes < N_COLS - t * TILE
     else:
-        return (cols < N_COLS) & row_mask
+        return (lanes < N_COLS - t * TILE) & row_mask
+
+
+@triton.jit
+def loop_mask(start, lanes, row_mask, n_cols, MASKED: tl.constexpr):
+    """As tile_mask, in a loop along the row, whose steps may pass its end where MASKED."""
+    if not MASKED:
+        return row_mask
+    elif row_mask is None:
+        return lanes < n_cols - start
+    else:
+        return (lanes < n_cols - start) & row_mask
 
 
 @triton.jit
@@ -33,9 +44,9 @@ def load_tile(ptr, mask, dtype: tl.constexpr):
 
 
 @triton.jit
-def load_weight(weight_ptr, cols, mask, dtype: tl.constexpr, ZERO_CENTERED: tl.constexpr):
+def load_weight(weight_ptr, mask, dtype: tl.constexpr, ZERO_CENTERED: tl.constexpr):
     """The weight that is applied: w, or 1 + w."""
-    w = load_tile(weight_ptr + cols, mask, dtype)
+    w = load_tile(weight_ptr, mask, dtype)
     if ZERO_CENTERED:
         w += 1.0
     return w
@@ -43,17 +54,19 @@ def load_weight(weight_ptr, cols, mask, dtype: tl.constexpr, ZERO_CENTERED: tl.c
 
 @triton.jit
 def load_weight_tile(
-    weight_ptr, t: tl.constexpr, dtype: tl.constexpr, ZERO_CENTERED: tl.constexpr,
+    weight_ptr, lanes, t: tl.constexpr, dtype: tl.constexpr, ZERO_CENTERED: tl.constexpr,
     N_COLS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Tile t of the weight. Threads with one row each load it for themselves: as (1, TILE) it would be spread over the
     threads differently from x, and go through shared memory, which pays only where a thread has several rows."""
     if ROWS > 8:
-        cols = t * TILE + tl.arange(0, TILE)
-        return load_weight(weight_ptr, cols, tile_mask(t, cols, None, N_COLS, TILE), dtype, ZERO_CENTERED)[None, :]
+        lane = tl.arange(0, TILE)
+        mask = tile_mask(t, lane, None, N_COLS, TILE)
+        return load_weight(weight_ptr + lane + t * TILE, mask, dtype, ZERO_CENTERED)[None, :]
     else:
-        cols = t * TILE + tl.arange(0, TILE)[None, :] + tl.zeros((ROWS, 1), tl.int32)
-        return load_weight(weight_ptr, cols, tile_mask(t, cols, None, N_COLS, TILE), dtype, ZERO_CENTERED)
+        every = tl.zeros((ROWS, 1), tl.int32)
+        mask = tile_mask(t, tl.arange(0, TILE)[None, :] + every, None, N_COLS, TILE)
+        return load_weight(weight_ptr + (lanes + every) + t * TILE, mask, dtype, ZERO_CENTERED)
 
 
 @triton.jit
@@ -63,25 +76,25 @@ def store_tile(ptr, value, mask):
 
 
 @triton.jit
-def load_stream(x_ptr, residual_ptr, h_ptr, x_row, residual_row, h_row, cols, mask, dtype: tl.constexpr):
+def load_stream(x_ptr, residual_ptr, h_ptr, x_at, residual_at, h_at, mask, dtype: tl.constexpr):
     """x, or h = x + residual, which is stored, and rounded first: y is the norm of what the next layer will read."""
-    h = load_tile(x_ptr + x_row + cols, mask, dtype)
+    h = load_tile(x_ptr + x_at, mask, dtype)
     if residual_ptr is not None:
-        h += load_tile(residual_ptr + residual_row + cols, mask, dtype)
+        h += load_tile(residual_ptr + residual_at, mask, dtype)
         h = h.to(h_ptr.dtype.element_ty)
-        store_tile(h_ptr + h_row + cols, h, mask)
+        store_tile(h_ptr + h_at, h, mask)
         h = h.to(dtype)
     return h
 
 
 @triton.jit
-def store_stream_gradient(dx, dx_ptr, dresidual_ptr, dh_ptr, row, dh_row, cols, mask):
+def store_stream_gradient(dx, dx_ptr, dresidual_ptr, dh_ptr, dx_at, dh_at, mask):
     """dx + dh, for x and, where it has another type, for the residual."""
     if dh_ptr is not None:
-        dx += load_tile(dh_ptr + dh_row + cols, mask, dx.dtype)
-    store_tile(dx_ptr + row + cols, dx, mask)
+        dx += load_tile(dh_ptr + dh_at, mask, dx.dtype)
+    store_tile(dx_ptr + dx_at, dx, mask)
     if dresidual_ptr is not None:
-        store_tile(dresidual_ptr + row + cols, dx, mask)
+        store_tile(dresidual_ptr + dx_at, dx, mask)
 
 
 @triton.jit
@@ -102,10 +115,11 @@ def sum_pair(a, b):
 @triton.jit
 def store_partials(ptr, sums, N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr):
     """This program's row of a (programs, cols) tensor, from its tiles of sums."""
-    row = tl.program_id(0).to(tl.int64) * N_COLS
+    lanes = tl.arange(0, TILE)[None, :]
+    at = tl.program_id(0).to(tl.int64) * N_COLS + lanes
     for t in tl.static_range(N_TILES):
-        cols = t * TILE + tl.arange(0, TILE)[None, :]
-        store_tile(ptr + row + cols, tl.sum(sums[t], axis=0, keep_dims=True), tile_mask(t, cols, None, N_COLS, TILE))
+        total = tl.sum(sums[t], axis=0, keep_dims=True)
+        store_tile(ptr + at + t * TILE, total, tile_mask(t, lanes, None, N_COLS, TILE))
 
 
 @triton.jit
@@ -151,7 +165,7 @@ def column_sums(
         first, second = pairs[0], pairs[1] if len(pairs) > 1 else (None, None)
         # grid: one program for each block of columns
         _column_sum_kernel[(triton.cdiv(n_cols, SUM_COLS),)](
-            *first, *second, n_rows, n_cols, ROWS=SUM_ROWS, COLS=SUM_COLS, num_warps=4
+            *first, *second, n_rows, n_cols, ROWS=SUM_ROWS, COLS=SUM_COLS, **launch.options(4)
         )
     return sums
 
