@@ -167,7 +167,8 @@ def test_wide_rows_are_read_again_from_the_cache_only(op):
     assert seen.forward.loads.bytes == reads * seen.x.nbytes + 4 * seen.parameters * seen.weight.nbytes
     parameters_and_statistics = seen.weight.nbytes + 4 * 4 * seen.statistics
     assert backward.unique_read == backward_reads * seen.x.nbytes + parameters_and_statistics
-    assert backward.loads.bytes < (2 * backward_reads + 2) * seen.x.nbytes  # two of weight, one for each use
+    statistics = 4 * 4 * seen.statistics * backward.threads_per_block  # read by every thread
+    assert backward.loads.bytes <= (2 * backward_reads + 2) * seen.x.nbytes + statistics  # weight once for each use
 
 
 @operations
