@@ -51,8 +51,9 @@ def gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
 def split(op: str, tensors: list[Tensor]) -> list[Part]:
     """The tensors by device, those that kernels can read in one part, and the others in one part without a backend.
 
-    Positions within a part ascend. The others: subclasses, FakeTensors, sparse and complex tensors, integers, and
-    tensors with gaps or overlaps; and every tensor while torch.compile traces or torch.func transforms.
+    Positions within a part ascend; a single part has the list itself. The others: subclasses, FakeTensors, sparse and
+    complex tensors, integers, and tensors with gaps or overlaps; and every tensor while torch.compile traces or
+    torch.func transforms.
     """
     everywhere = range(len(tensors))
     untouchable = _why_untouchable()
@@ -71,6 +72,8 @@ def split(op: str, tensors: list[Tensor]) -> list[Part]:
             parts[device] = Part(None if device is None else backend.pick(op, tensor), [], [])
         parts[device].tensors.append(tensor)
         parts[device].positions.append(position)
+    if len(parts) == 1:
+        return [Part(next(iter(parts.values())).impl, tensors, everywhere)]
     return list(parts.values())
 
 

@@ -110,8 +110,10 @@ def clip_grad_norm_(
         names = names or [f"parameters[{i}]" for i in range(len(parameters))]
         names = [name for name, p in zip(names, parameters, strict=True) if p.grad is not None]
         _raise_if_nonfinite(measured, norm_type, names)
-    storage = distributed.local_storage(grads)
-    _scale_parts_(parts if storage is values else lists.split("clip_grad_norm", storage), measured.coefficient)
+    if values is grads and len(parts) == 1:
+        _scale_part_(parts[0], measured.coefficient)
+    else:
+        scale_(grads, measured.coefficient)
     return measured.total_norm
 
 
@@ -141,13 +143,15 @@ def measure(tensors: list[Tensor], norm_type: float, max_norm: float) -> Measure
 
 def scale_(tensors: list[Tensor], coefficient: Tensor) -> None:
     """Multiplies the tensors; nothing is written by a kernel where the coefficient is at least one."""
-    _scale_parts_(lists.split("clip_grad_norm", distributed.local_storage(tensors)), coefficient)
+    for part in lists.split("clip_grad_norm", distributed.local_storage(tensors)):
+        dtype = list_dtype(part.tensors) if part.impl is not None else coefficient.dtype
+        _scale_part_(part, coefficient.to(part.tensors[0].device, dtype))
 
 
 def _measure(tensors: list[Tensor], parts: list[Part], norm_type: float, max_norm: float) -> Measured:
     """`parts` are of the values that this rank has of the tensors."""
     _refuse_norms_of_nothing(tensors, norm_type)
-    if len(parts) == 1 and parts[0].impl is not None and set(map(type, tensors)) <= lists.PLAIN:
+    if parts[0].tensors is tensors and parts[0].impl is not None:
         total, coefficient, _, norms = parts[0].impl.multi_tensor_norm(parts[0].tensors, norm_type, max_norm)
         return Measured(total, coefficient, norms)
     found: dict[int, Tensor] = {}
@@ -164,15 +168,14 @@ def _measure(tensors: list[Tensor], parts: list[Part], norm_type: float, max_nor
     return Measured(total, reference.clip_coefficient(total, max_norm), norms)
 
 
-def _scale_parts_(parts: list[Part], coefficient: Tensor) -> None:
-    for impl, tensors, _ in parts:
-        if impl is None or type(coefficient) not in lists.PLAIN:
-            for tensor in tensors:
-                tensor.mul_(coefficient.to(tensor.device))
-            continue
-        dtype = list_dtype(tensors)
-        _announce_writes(impl, tensors)
-        impl.multi_tensor_scale_(tensors, coefficient.to(tensors[0].device, dtype))
+def _scale_part_(part: Part, coefficient: Tensor) -> None:
+    """The coefficient is on the part's device, and in its norms' dtype if it has a backend."""
+    if part.impl is None or type(coefficient) not in lists.PLAIN:
+        for tensor in part.tensors:
+            tensor.mul_(coefficient.to(tensor.device))
+    else:
+        _announce_writes(part.impl, part.tensors)
+        part.impl.multi_tensor_scale_(part.tensors, coefficient)
 
 
 def _announce_writes(impl: Any, tensors: list[Tensor]) -> None:
