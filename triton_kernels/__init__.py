@@ -3,8 +3,10 @@
 import torch
 import triton
 
+from .agc import multi_tensor_agc_
 from .launch import INTERPRETED
 from .layer_norm import add_layer_norm_backward, add_layer_norm_forward, layer_norm_backward, layer_norm_forward
+from .multi_tensor import multi_tensor_clamp_, multi_tensor_norm, multi_tensor_scale_
 from .rms_norm import add_rms_norm_backward, add_rms_norm_forward, rms_norm_backward, rms_norm_forward
 
 __all__ = [
@@ -16,6 +18,10 @@ __all__ = [
     "device_type",
     "layer_norm_backward",
     "layer_norm_forward",
+    "multi_tensor_agc_",
+    "multi_tensor_clamp_",
+    "multi_tensor_norm",
+    "multi_tensor_scale_",
     "rms_norm_backward",
     "rms_norm_forward",
     "serves",

@@ -181,3 +181,41 @@ def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
     if x.device.type == "cpu":
         return contextlib.nullcontext()
     return torch.accelerator.device_index(x.device.index)
+
+
+PIECES = 4096  # that a list of tensors is cut into at most, besides one for each tensor
+MIN_PIECE_BYTES = 1 << 14
+HELD_UNIT_BYTES = 1 << 15  # of a unit's gradient or parameter, whichever is larger, that a program keeps on chip
+LONG_UNIT_BYTES = 1 << 18  # longer units are shared by many programs
+
+
+class UnitTiles(NamedTuple):
+    """`rows` units a program, in tiles of `cols` elements; a unit that takes several tiles is read tile by tile."""
+
+    cols: int
+    rows: int
+    warps: int
+    looped: bool
+
+
+def piece_bytes(total_bytes: int) -> int:
+    """Bytes of a list's tensors that one program works on."""
+    size = MIN_PIECE_BYTES
+    while size < total_bytes // PIECES and size < 1 << 30:
+        size *= 2
+    return size
+
+
+def piece_tile(itemsize: int) -> tuple[int, int, int]:
+    """Rows and columns of a step through a piece, and warps: a row is one access, and a thread has four in flight."""
+    warps = 4
+    return 4 * WARP * warps, ACCESS_BYTES // itemsize, warps
+
+
+def unit_tiles(length: int, itemsize: int) -> UnitTiles:
+    """The tiling of units with `length` elements, of which the larger one takes `itemsize` bytes."""
+    cols = max(16, triton.next_power_of_2(length))
+    if cols * itemsize > HELD_UNIT_BYTES:
+        return UnitTiles(HELD_UNIT_BYTES // (2 * itemsize), 1, 8, True)
+    elements = 4 * WARP * ACCESS_BYTES  # four warps with an access or more for each thread
+    return UnitTiles(cols, max(1, elements // cols), 4 if cols <= 2 * elements else 8, False)

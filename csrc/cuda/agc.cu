@@ -77,7 +77,7 @@ __device__ __forceinline__ void clip(const AgcArguments& a, int tensor, uint32_t
 
 // A unit each warp where it can hold the gradient's, else a unit each block.
 template <int KIND>
-__global__ void __launch_bounds__(BLOCK) agc_kernel(const __grid_constant__ AgcArguments a) {
+__global__ void __launch_bounds__(BLOCK, 4) agc_kernel(const __grid_constant__ AgcArguments a) {
   __shared__ uint4 held[HELD_PACKS];
   const int tensor = find_tensor(a.end, a.count);
   const uint32_t block = blockIdx.x - (tensor == 0 ? 0 : a.end[tensor - 1]);

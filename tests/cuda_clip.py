@@ -1,0 +1,224 @@
+"""The clip's CUDA kernels on a virtual GPU: nvcc compiles them alone, the host code that plans their launches is
+compiled by the C++ compiler, and what it plans is launched on CPU tensors."""
+
+import ctypes
+import functools
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CUDA = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+FEW, MANY, BLOCK = 192, 1600, 256
+SHIM = """
+#include "agc_plan.h"
+using namespace fastnorm::cuda;
+using Launch = void(const void* arguments, size_t bytes, uint32_t blocks);
+
+namespace {
+std::vector<Item> items_of(int count, const uint64_t* addresses, const int64_t* sizes, const int* dtypes) {
+  std::vector<Item> items;
+  for (int i = 0; i < count; ++i) items.push_back({addresses[i], sizes[i], dtypes[i]});
+  return items;
+}
+}
+
+extern "C" {
+int kind(double p) { return kind_of(p); }
+
+int64_t workspace(int count, const uint64_t* addresses, const int64_t* sizes, const int* dtypes) {
+  return norm_workspace(items_of(count, addresses, sizes, dtypes));
+}
+
+void norm(int count, const uint64_t* addresses, const int64_t* sizes, const int* dtypes, int few,
+          const NormRequest* request, Launch* launch) {
+  const auto go = [&](const auto& a, uint32_t blocks) { launch(&a, sizeof(a), blocks); };
+  const auto items = items_of(count, addresses, sizes, dtypes);
+  few ? cut_norm<FEW>(items, *request, go) : cut_norm<MANY>(items, *request, go);
+}
+
+void change(int count, const uint64_t* addresses, const int64_t* sizes, const int* dtypes, int few,
+            const ChangeRequest* request, Launch* launch) {
+  const auto go = [&](const auto& a, uint32_t blocks) { launch(&a, sizeof(a), blocks); };
+  for (const auto& part : disjoint(items_of(count, addresses, sizes, dtypes))) {
+    few ? cut_change<FEW>(part, *request, go) : cut_change<MANY>(part, *request, go);
+  }
+}
+
+void agc(int count, const uint64_t* addresses, const int64_t* sizes, const int* dtypes, const uint64_t* parameters,
+         const int* parameter_dtypes, const int64_t* units, const AgcRequest* request, Launch* launch) {
+  std::vector<Gradient> gradients;
+  const auto items = items_of(count, addresses, sizes, dtypes);
+  for (int i = 0; i < count; ++i) gradients.push_back({items[i], parameters[i], parameter_dtypes[i], units[i]});
+  for (const auto& part : disjoint(gradients)) {
+    cut_agc(part, *request, [&](const AgcArguments& a, uint32_t blocks) { launch(&a, sizeof(a), blocks); });
+  }
+}
+
+// The units as items of the clip's kernels: gradients, then parameters.
+int units(int64_t size, int64_t units, int dtype, int parameter_dtype, uint64_t address, uint64_t parameter,
+          uint64_t* addresses, int64_t* sizes, int* dtypes) {
+  const Gradient gradient{{address, size, dtype}, parameter, parameter_dtype, units};
+  if (!gradient.is_long()) return 0;
+  int count = 0;
+  for (const Item& item : unit_items({gradient})) {
+    addresses[count] = item.address;
+    sizes[count] = item.size;
+    dtypes[count++] = item.dtype;
+  }
+  return count;
+}
+}
+"""
+
+
+class NormRequest(ctypes.Structure):
+    _fields_ = [
+        ("p", ctypes.c_double), ("max_norm", ctypes.c_double), ("workspace", ctypes.c_uint64),
+        ("tickets", ctypes.c_uint64), ("norms", ctypes.c_uint64), ("total", ctypes.c_uint64),
+        ("coefficient", ctypes.c_uint64), ("nonfinite", ctypes.c_uint64), ("kind", ctypes.c_int),
+        ("wide", ctypes.c_int),
+    ]  # fmt: skip
+
+
+class ChangeRequest(ctypes.Structure):
+    _fields_ = [
+        ("coefficient", ctypes.c_uint64), ("norms", ctypes.c_uint64), ("bound", ctypes.c_double),
+        ("clip_factor", ctypes.c_double), ("eps", ctypes.c_double), ("wide", ctypes.c_int),
+    ]  # fmt: skip
+
+
+class AgcRequest(ctypes.Structure):
+    _fields_ = [
+        ("p", ctypes.c_double), ("clip_factor", ctypes.c_double), ("eps", ctypes.c_double), ("kind", ctypes.c_int),
+    ]  # fmt: skip
+
+
+_LAUNCH = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint32)
+
+
+@functools.cache
+def planner() -> ctypes.CDLL:
+    """The host code that plans launches, by itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = f"{folder}/plan.so"
+        command = [shutil.which("c++"), "-std=c++17", "-shared", "-fPIC", f"-I{CUDA}", "-x", "c++", "-", "-o", library]
+        subprocess.run(command, input=SHIM, text=True, check=True)
+        loaded = ctypes.CDLL(library)
+    loaded.workspace.restype = ctypes.c_int64
+    loaded.kind.argtypes = [ctypes.c_double]
+    return loaded
+
+
+@functools.cache
+def kernels(arch: str = "sm_90") -> dict[str, Any]:
+    import ptxsim
+
+    found = {}
+    for file in ("multi_tensor.cu", "agc.cu"):
+        found |= ptxsim.cuda_kernels(str(CUDA / file), arch, ("-O3", "-std=c++17"))
+    return found
+
+
+def kernel(name: str, arch: str = "sm_90") -> Any:
+    """By the start of its mangled name and template arguments."""
+    (key,) = [key for key in kernels(arch) if re.search(rf"\d{name}", key)]
+    return kernels(arch)[key]
+
+
+@dataclass
+class Run:
+    """The outputs of a call, and the counters of its launches."""
+
+    launches: list[Any] = field(default_factory=list)
+    total: Tensor | None = None
+    coefficient: Tensor | None = None
+    nonfinite: Tensor | None = None
+    norms: Tensor | None = None
+
+    def read(self, *tensors: Tensor) -> int:
+        """Distinct bytes of these tensors that the launches read."""
+        return sum(self._of(t, "read") for t in tensors)
+
+    def written(self, *tensors: Tensor) -> int:
+        return sum(self._of(t, "written") for t in tensors)
+
+    def _of(self, tensor: Tensor, what: str) -> int:
+        name = str(tensor.untyped_storage().data_ptr())
+        return sum(getattr(b, what) for c in self.launches for b in c.buffers if b.name == name)
+
+
+class VirtualGPU:
+    """Memory with the tensors that were given to it; options are those of ptxsim's launches."""
+
+    def __init__(self, arch: str = "sm_90", **options: Any):
+        import ptxsim
+
+        self.arch, self.memory, self.tickets = arch, ptxsim.GlobalMemory(), torch.zeros(4096, dtype=torch.int32)
+        self.options = {"races": "global", "uninit_shared": "error", "inactive_shuffle": "error", **options}
+
+    def address(self, tensor: Tensor) -> int:
+        return self.memory.add(tensor, str(tensor.untyped_storage().data_ptr())) if tensor.numel() else 0
+
+    def _items(self, tensors: Sequence[Tensor]) -> tuple:
+        count = len(tensors)
+        return (
+            count,
+            (ctypes.c_uint64 * count)(*map(self.address, tensors)),
+            (ctypes.c_int64 * count)(*(t.numel() for t in tensors)),
+            (ctypes.c_int * count)(*(DTYPES[t.dtype] for t in tensors)),
+        )
+
+    def _launcher(self, run: Run, name: str) -> Callable:
+        def launch(arguments: int, size: int, blocks: int) -> None:
+            data = ctypes.string_at(arguments, size)
+            found = kernel(name, self.arch)
+            run.launches.append(found.launch(blocks, [data], block=BLOCK, memory=self.memory, **self.options))
+
+        return _LAUNCH(launch)
+
+    def norm(self, tensors: Sequence[Tensor], p: float = 2.0, max_norm: float = 1.0, dtype=None) -> Run:
+        few = p == 2 and len(tensors) <= FEW
+        wide = dtype == torch.float64 or any(t.dtype == torch.float64 for t in tensors)
+        dtype = torch.float64 if wide else torch.float32
+        nan = functools.partial(torch.full, fill_value=float("nan"), dtype=dtype)
+        run = Run([], nan((1,)), nan((1,)), torch.full((1,), float("nan")), nan((len(tensors),)))
+        items = self._items(tensors)
+        workspace = torch.full((planner().workspace(*items),), float("nan"), dtype=torch.float64)
+        kind = planner().kind(p)
+        outputs = (workspace, self.tickets, run.norms, run.total, run.coefficient, run.nonfinite)
+        request = NormRequest(p, max_norm, *map(self.address, outputs), kind, wide)
+        template = f"norm_kernelILi{kind if kind in (0, 1, 4) else 'n1'}ELi{FEW if few else MANY}E"
+        planner().norm(*items, few, ctypes.byref(request), self._launcher(run, template))
+        assert not self.tickets.any(), "the kernels leave the tickets as they were"
+        return run
+
+    def change(self, name: str, tensors: Sequence[Tensor], request: ChangeRequest) -> Run:
+        run, few = Run(), name == "Scale" and len(tensors) <= FEW
+        template = rf"change_kernelI.*{name}ELi{FEW if few else MANY}E"
+        planner().change(*self._items(tensors), few, ctypes.byref(request), self._launcher(run, template))
+        return run
+
+    def scale_(self, tensors: Sequence[Tensor], coefficient: Tensor) -> Run:
+        wide = coefficient.dtype == torch.float64
+        return self.change("Scale", tensors, ChangeRequest(coefficient=self.address(coefficient), wide=wide))
+
+    def clamp_(self, tensors: Sequence[Tensor], bound: float) -> Run:
+        return self.change("Clamp", tensors, ChangeRequest(bound=bound))
+
+    def agc_(self, grads, params, units, clip_factor=0.01, eps=1e-3, p=2.0) -> Run:
+        run, count, kind = Run(), len(grads), planner().kind(p)
+        request = AgcRequest(p, clip_factor, eps, kind)
+        planner().agc(
+            *self._items(grads), *self._items(params)[1::2], (ctypes.c_int64 * count)(*units),
+            ctypes.byref(request), self._launcher(run, f"agc_kernelILi{0 if kind == 0 else 'n1'}E"),
+        )  # fmt: skip
+        return run

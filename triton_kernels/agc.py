@@ -1,0 +1,234 @@
+"""Adaptive gradient clipping (Brock et al. 2021, by timm's rule) of lists of gradients, unit by unit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch, tables
+from .multi_tensor import change, change_span, norms_of, sum_span
+from .norms import bits_of, kind_of, number, number_of, root, tile_terms
+from .types import triton_dtype
+
+_LENGTH, _UNITS, _FIRST, _FIELDS = (tl.constexpr(i) for i in range(4))  # columns of a group's tensors
+
+
+class Pair(NamedTuple):
+    """A gradient, its parameter, and the number of units that both have."""
+
+    gradient: tables.Entry
+    parameter: tables.Entry
+    units: int
+
+    @property
+    def length(self) -> int:
+        return self.gradient.size // self.units
+
+    @property
+    def itemsize(self) -> int:
+        return max(self.gradient.dtype.itemsize, self.parameter.dtype.itemsize)
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether all units begin and end on 16-byte boundaries."""
+        entries = (self.gradient, self.parameter)
+        return not any(e.lead or self.length * e.dtype.itemsize % launch.ACCESS_BYTES for e in entries)
+
+
+class Group(NamedTuple):
+    """Pairs that one launch serves."""
+
+    dtypes: tuple[torch.dtype, torch.dtype]
+    tiles: launch.UnitTiles
+    is_aligned: bool
+    programs: int
+    addresses: Tensor  # (pairs, 2) int64: gradient, parameter
+    tensors: Tensor  # (pairs, 3) int64: length of a unit, units, first program
+    program_tensor: Tensor  # (programs,) int32
+
+
+@triton.jit
+def _unit_norm(x, mask, KIND: tl.constexpr, P: tl.constexpr):
+    """(rows, 1) norms of rows that are on chip; masked elements are zeros."""
+    if KIND == "squares" and x.dtype == tl.float32:
+        # by the largest magnitude, so that no square overflows or vanishes
+        largest = tl.max(tl.abs(x), axis=1, keep_dims=True)
+        largest = tl.where((largest > 0.0) & (largest < float("inf")), largest, 1.0)
+        scaled = x / largest
+        return largest * tl.sqrt(tl.sum(scaled * scaled, axis=1, keep_dims=True))
+    else:
+        if KIND == "powers":
+            x = x.to(tl.float64)
+        return root(number(tile_terms(x, mask, KIND, P), KIND), KIND, P)[:, None]
+
+
+@triton.jit
+def _factor(gradient, parameter, clip_factor, eps):
+    """max_norm / ‖g‖ where it reaches max_norm = max(‖w‖, eps) · clip_factor; 2, which stands for none, elsewhere.
+    Where either norm is NaN, it is NaN."""
+    gradient, parameter = gradient.to(tl.float64), parameter.to(tl.float64)
+    eps = number_of(eps)
+    max_norm = tl.where(parameter < eps, eps, parameter) * number_of(clip_factor)
+    factor = max_norm / tl.where(gradient < 1e-6, 1e-6, gradient)
+    return tl.where(gradient < max_norm, 2.0, factor)
+
+
+@triton.jit
+def _units(addresses_ptr, tensors_ptr, program_tensor_ptr, ROWS: tl.constexpr):
+    """The addresses, the length of a unit, the number of units and this program's first one."""
+    tensor = tl.load(program_tensor_ptr + tl.program_id(0))
+    row = tensors_ptr + tensor * _FIELDS
+    unit = (tl.program_id(0) - tl.load(row + _FIRST)) * ROWS
+    gradient, parameter = tl.load(addresses_ptr + 2 * tensor), tl.load(addresses_ptr + 2 * tensor + 1)
+    return gradient, parameter, tl.load(row + _LENGTH), tl.load(row + _UNITS), unit
+
+
+@triton.jit
+def _rows(address, offsets, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr):
+    """Pointers to elements of a tensor."""
+    ptr = address.to(tl.pointer_type(DTYPE))
+    return (tl.multiple_of(ptr, 16) if IS_ALIGNED else ptr) + offsets
+
+
+@triton.jit(do_not_specialize=["clip_factor", "eps"])
+def _held_units_kernel(
+    addresses_ptr, tensors_ptr, program_tensor_ptr, clip_factor: "i64", eps: "i64",  # noqa: F821
+    GRADIENT: tl.constexpr, PARAMETER: tl.constexpr, KIND: tl.constexpr, P: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, PACK: tl.constexpr, IS_ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """g = g · max_norm / ‖g‖ for ROWS units that are on chip."""
+    dtype: tl.constexpr = tl.float64 if GRADIENT == tl.float64 or PARAMETER == tl.float64 else tl.float32
+    gradient, parameter, length, units, unit = _units(addresses_ptr, tensors_ptr, program_tensor_ptr, ROWS)
+    rows = unit + tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, COLS)[None, :]
+    if IS_ALIGNED:
+        length = length // PACK * PACK  # the same number, and the compiler knows what divides it
+    mask = (rows < units) & (cols < length)
+    g_ptr = _rows(gradient, rows * length + cols, GRADIENT, IS_ALIGNED)
+    w_ptr = _rows(parameter, rows * length + cols, PARAMETER, IS_ALIGNED)
+    g = tl.load(g_ptr, mask=mask, other=0.0).to(dtype)
+    w = tl.load(w_ptr, mask=mask, other=0.0).to(dtype)
+    factor = _factor(_unit_norm(g, mask, KIND, P), _unit_norm(w, mask, KIND, P), clip_factor, eps)
+    tl.store(g_ptr, (g * factor.to(dtype)).to(GRADIENT), mask=mask & ((factor <= 1.0) | (factor != factor)))
+
+
+@triton.jit
+def _span(address, unit, length, DTYPE: tl.constexpr):
+    """The 16-byte boundary at or before a unit, and where from there it begins and ends."""
+    item: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    start = address + unit * length * item
+    low = ((start % 16) // item).to(tl.int32)
+    ptr = tl.multiple_of((start // 16 * 16).to(tl.pointer_type(DTYPE)), 16)
+    return ptr, low, low + length.to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["clip_factor", "eps"])
+def _looped_unit_kernel(
+    addresses_ptr, tensors_ptr, program_tensor_ptr, clip_factor: "i64", eps: "i64",  # noqa: F821
+    GRADIENT: tl.constexpr, PARAMETER: tl.constexpr, KIND: tl.constexpr, P: tl.constexpr,
+    ROWS: tl.constexpr, G_COLS: tl.constexpr, W_COLS: tl.constexpr,
+):  # fmt: skip
+    """As the kernel above, for one unit that does not fit on chip: where it is clipped, g is read again."""
+    dtype: tl.constexpr = tl.float64 if GRADIENT == tl.float64 else tl.float32
+    gradient, parameter, length, units, unit = _units(addresses_ptr, tensors_ptr, program_tensor_ptr, 1)
+    g_ptr, g_low, g_high = _span(gradient, unit, length, GRADIENT)
+    w_ptr, w_low, w_high = _span(parameter, unit, length, PARAMETER)
+    g_norm = root(sum_span(g_ptr, g_low, g_high, KIND, P, ROWS, G_COLS), KIND, P)
+    w_norm = root(sum_span(w_ptr, w_low, w_high, KIND, P, ROWS, W_COLS), KIND, P)
+    factor = _factor(g_norm, w_norm, clip_factor, eps).to(dtype)
+    if not (factor >= 1.0):
+        change_span(g_ptr, g_low, g_high, factor, factor, False, ROWS, G_COLS)
+
+
+def multi_tensor_agc_(
+    grads: Sequence[Tensor], params: Sequence[Tensor], units: Sequence[int], clip_factor: float, eps: float,
+    norm_type: float,
+) -> None:  # fmt: skip
+    """g = g · max_norm / max(‖g‖, 1e-6) for the units whose norm reaches max_norm = max(‖w‖, eps) · clip_factor."""
+    entries = zip(tables.entries_of(grads), tables.entries_of(params), units, strict=True)
+    pairs, device = tuple(Pair(*entry) for entry in entries), grads[0].device
+    norm = {"KIND": kind_of(norm_type), "P": float(norm_type)}
+    for groups, long_units in tables.recent(pairs, device, lambda: _parts(pairs, device)):
+        for group in groups:
+            with launch.on_device(group.addresses):
+                _launch(group, clip_factor, eps, norm)
+        if long_units is not None:
+            _clip_long_units(*long_units, clip_factor, eps, norm_type)
+
+
+def _launch(group: Group, clip_factor: float, eps: float, norm: dict[str, object]) -> None:
+    tiles, types = group.tiles, [triton_dtype(dtype) for dtype in group.dtypes]
+    arguments = (group.addresses, group.tensors, group.program_tensor, bits_of(clip_factor), bits_of(eps), *types)
+    if tiles.looped:
+        rows, _, warps = launch.piece_tile(1)
+        cols = [launch.ACCESS_BYTES // dtype.itemsize for dtype in group.dtypes]
+        # grid: one program for each unit
+        _looped_unit_kernel[(group.programs,)](*arguments, **norm, ROWS=rows, G_COLS=cols[0], W_COLS=cols[1],
+                                               num_warps=warps)  # fmt: skip
+    else:
+        pack = launch.ACCESS_BYTES // min(dtype.itemsize for dtype in group.dtypes)
+        # grid: one program for each block of units
+        _held_units_kernel[(group.programs,)](*arguments, **norm, ROWS=tiles.rows, COLS=tiles.cols, PACK=pack,
+                                              IS_ALIGNED=group.is_aligned, num_warps=tiles.warps)  # fmt: skip
+
+
+def _clip_long_units(
+    table: tables.Table, gradients: tables.Table, clip_factor: float, eps: float, norm_type: float
+) -> None:
+    """Units as the tensors of the clip's own kernels: `table` has the gradients' and then the parameters' units."""
+    norms, _ = norms_of(table, norm_type, torch.float64)
+    g_norm, w_norm = norms.chunk(2)
+    max_norm = w_norm.clamp(min=eps) * clip_factor
+    # a NaN in either norm compares as false, and clips
+    factors = torch.where(g_norm < max_norm, 1.0, max_norm / g_norm.clamp(min=1e-6))
+    change(gradients, factors, per_tensor=True)
+
+
+def _parts(
+    pairs: Sequence[Pair], device: torch.device
+) -> list[tuple[list[Group], tuple[tables.Table, tables.Table] | None]]:
+    """Launches for gradients that share no memory, one part after the other."""
+    parts = []
+    for places in tables.disjoint([pair.gradient for pair in pairs]):
+        part = [pairs[i] for i in places]
+        long = [pair for pair in part if pair.length * pair.itemsize > launch.LONG_UNIT_BYTES]
+        groups: dict[tuple, list[Pair]] = {}
+        for pair in part:
+            if pair.length * pair.itemsize <= launch.LONG_UNIT_BYTES:
+                dtypes = (pair.gradient.dtype, pair.parameter.dtype)
+                key = (dtypes, launch.unit_tiles(pair.length, pair.itemsize), pair.is_aligned)
+                groups.setdefault(key, []).append(pair)
+        made = [_group(*key, members, device) for key, members in groups.items()]
+        parts.append((made, _long_tables(long, device) if long else None))
+    return parts
+
+
+def _group(
+    dtypes: tuple[torch.dtype, torch.dtype], tiles: launch.UnitTiles, is_aligned: bool, pairs: list[Pair],
+    device: torch.device,
+) -> Group:  # fmt: skip
+    counts = [triton.cdiv(pair.units, tiles.rows) for pair in pairs]
+    firsts = list(accumulate(counts, initial=0))
+    addresses = [address for pair in pairs for address in (pair.gradient.address, pair.parameter.address)]
+    rows = [field for pair, first in zip(pairs, firsts, strict=False) for field in (pair.length, pair.units, first)]
+    places = torch.repeat_interleave(torch.arange(len(pairs)), torch.tensor(counts)).tolist()
+    return Group(
+        dtypes, tiles, is_aligned, firsts[-1], tables.upload(addresses, torch.int64, device),
+        tables.upload(rows, torch.int64, device), tables.upload(places, torch.int32, device),
+    )  # fmt: skip
+
+
+def _long_tables(pairs: list[Pair], device: torch.device) -> tuple[tables.Table, tables.Table]:
+    def units_of(entry: tables.Entry, pair: Pair) -> list[tables.Entry]:
+        step = pair.length * entry.dtype.itemsize
+        return [tables.Entry(entry.address + i * step, pair.length, entry.dtype) for i in range(pair.units)]
+
+    gradients = [unit for pair in pairs for unit in units_of(pair.gradient, pair)]
+    parameters = [unit for pair in pairs for unit in units_of(pair.parameter, pair)]
+    return tables.Table(gradients + parameters, device), tables.Table(gradients, device)
