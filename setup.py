@@ -101,10 +101,9 @@ def native() -> dict:
     # Without OpenMP at::parallel_for has one thread; but on macOS a second libomp beside torch's own aborts.
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     flags = ["-O3", "-fno-math-errno", *openmp]
-    cuda_sources = sorted(glob("csrc/cuda/*.cu") + glob("csrc/cuda/*.cpp")) if cuda else []
     extension = (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(
         "fastnorm._C",
-        ["csrc/ops.cpp", *sorted(glob("csrc/cpu/*.cpp")), *cuda_sources],
+        ["csrc/ops.cpp", *sorted(glob("csrc/cpu/*.cpp") + glob("csrc/cuda/*.c*[pu]") * cuda)],
         define_macros=[("FASTNORM_CXX_FLAGS", f'"{" ".join(flags)}"'), *([("FASTNORM_CUDA", "1")] if cuda else [])],
         extra_compile_args={"cxx": [*flags, "-g0", "-fvisibility=hidden"], "nvcc": ["-O3"]},
         extra_link_args=[*openmp, *(["-Wl,-s"] if sys.platform == "linux" else [])],

@@ -38,6 +38,11 @@ def _round_bfloat16_in_the_interpreter() -> None:
     builder.create_fp_to_fp = cast
 
 
+if SIMULATED:
+    import host_addresses
+
+    host_addresses.install()
+
 if backend._triton is not None and backend._triton.INTERPRETED:
     _round_bfloat16_in_the_interpreter()
 

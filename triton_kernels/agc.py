@@ -98,12 +98,12 @@ def _rows(address, offsets, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["clip_factor", "eps"])
 def _held_units_kernel(
-    addresses_ptr, tensors_ptr, program_tensor_ptr, clip_factor: "i64", eps: "i64",  # noqa: F821
+    addresses_ptr, tensors_ptr, program_tensor_ptr, clip_factor: tl.int64, eps: tl.int64,
     GRADIENT: tl.constexpr, PARAMETER: tl.constexpr, KIND: tl.constexpr, P: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PACK: tl.constexpr, IS_ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """g = g · max_norm / ‖g‖ for ROWS units that are on chip."""
-    dtype: tl.constexpr = tl.float64 if GRADIENT == tl.float64 or PARAMETER == tl.float64 else tl.float32
+    dtype: tl.constexpr = tl.float64 if GRADIENT.is_fp64() or PARAMETER.is_fp64() else tl.float32
     gradient, parameter, length, units, unit = _units(addresses_ptr, tensors_ptr, program_tensor_ptr, ROWS)
     rows = unit + tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, COLS)[None, :]
@@ -130,13 +130,13 @@ def _span(address, unit, length, DTYPE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["clip_factor", "eps"])
 def _looped_unit_kernel(
-    addresses_ptr, tensors_ptr, program_tensor_ptr, clip_factor: "i64", eps: "i64",  # noqa: F821
+    addresses_ptr, tensors_ptr, program_tensor_ptr, clip_factor: tl.int64, eps: tl.int64,
     GRADIENT: tl.constexpr, PARAMETER: tl.constexpr, KIND: tl.constexpr, P: tl.constexpr,
     ROWS: tl.constexpr, G_COLS: tl.constexpr, W_COLS: tl.constexpr,
 ):  # fmt: skip
     """As the kernel above, for one unit that does not fit on chip: where it is clipped, g is read again."""
-    dtype: tl.constexpr = tl.float64 if GRADIENT == tl.float64 else tl.float32
-    gradient, parameter, length, units, unit = _units(addresses_ptr, tensors_ptr, program_tensor_ptr, 1)
+    dtype: tl.constexpr = tl.float64 if GRADIENT.is_fp64() else tl.float32
+    gradient, parameter, length, _count, unit = _units(addresses_ptr, tensors_ptr, program_tensor_ptr, 1)
     g_ptr, g_low, g_high = _span(gradient, unit, length, GRADIENT)
     w_ptr, w_low, w_high = _span(parameter, unit, length, PARAMETER)
     g_norm = root(sum_span(g_ptr, g_low, g_high, KIND, P, ROWS, G_COLS), KIND, P)
@@ -153,29 +153,33 @@ def multi_tensor_agc_(
     """g = g · max_norm / max(‖g‖, 1e-6) for the units whose norm reaches max_norm = max(‖w‖, eps) · clip_factor."""
     entries = zip(tables.entries_of(grads), tables.entries_of(params), units, strict=True)
     pairs, device = tuple(Pair(*entry) for entry in entries), grads[0].device
-    norm = {"KIND": kind_of(norm_type), "P": float(norm_type)}
-    for groups, long_units in tables.recent(pairs, device, lambda: _parts(pairs, device)):
+    for groups, long_units in tables.recent(pairs, device, lambda: parts(pairs, device)):
         for group in groups:
-            with launch.on_device(group.addresses):
-                _launch(group, clip_factor, eps, norm)
+            launch_group(group, clip_factor, eps, norm_type)
         if long_units is not None:
             _clip_long_units(*long_units, clip_factor, eps, norm_type)
 
 
-def _launch(group: Group, clip_factor: float, eps: float, norm: dict[str, object]) -> None:
+def launch_group(group: Group, clip_factor: float, eps: float, norm_type: float) -> None:
+    """All units of a group."""
+    norm = {"KIND": kind_of(norm_type), "P": float(norm_type)}
     tiles, types = group.tiles, [triton_dtype(dtype) for dtype in group.dtypes]
     arguments = (group.addresses, group.tensors, group.program_tensor, bits_of(clip_factor), bits_of(eps), *types)
-    if tiles.looped:
-        rows, _, warps = launch.piece_tile(1)
-        cols = [launch.ACCESS_BYTES // dtype.itemsize for dtype in group.dtypes]
-        # grid: one program for each unit
-        _looped_unit_kernel[(group.programs,)](*arguments, **norm, ROWS=rows, G_COLS=cols[0], W_COLS=cols[1],
-                                               num_warps=warps)  # fmt: skip
-    else:
-        pack = launch.ACCESS_BYTES // min(dtype.itemsize for dtype in group.dtypes)
-        # grid: one program for each block of units
-        _held_units_kernel[(group.programs,)](*arguments, **norm, ROWS=tiles.rows, COLS=tiles.cols, PACK=pack,
-                                              IS_ALIGNED=group.is_aligned, num_warps=tiles.warps)  # fmt: skip
+    with launch.on_device(group.addresses):
+        if tiles.looped:
+            rows, _, warps = launch.piece_tile(1)
+            cols = [launch.ACCESS_BYTES // dtype.itemsize for dtype in group.dtypes]
+            # grid: one program for each unit
+            _looped_unit_kernel[(group.programs,)](
+                *arguments, **norm, ROWS=rows, G_COLS=cols[0], W_COLS=cols[1], num_warps=warps
+            )
+        else:
+            pack = launch.ACCESS_BYTES // min(dtype.itemsize for dtype in group.dtypes)
+            # grid: one program for each block of units
+            _held_units_kernel[(group.programs,)](
+                *arguments, **norm, ROWS=tiles.rows, COLS=tiles.cols, PACK=pack, IS_ALIGNED=group.is_aligned,
+                num_warps=tiles.warps,
+            )  # fmt: skip
 
 
 def _clip_long_units(
@@ -190,11 +194,11 @@ def _clip_long_units(
     change(gradients, factors, per_tensor=True)
 
 
-def _parts(
+def parts(
     pairs: Sequence[Pair], device: torch.device
 ) -> list[tuple[list[Group], tuple[tables.Table, tables.Table] | None]]:
     """Launches for gradients that share no memory, one part after the other."""
-    parts = []
+    found = []
     for places in tables.disjoint([pair.gradient for pair in pairs]):
         part = [pairs[i] for i in places]
         long = [pair for pair in part if pair.length * pair.itemsize > launch.LONG_UNIT_BYTES]
@@ -205,8 +209,8 @@ def _parts(
                 key = (dtypes, launch.unit_tiles(pair.length, pair.itemsize), pair.is_aligned)
                 groups.setdefault(key, []).append(pair)
         made = [_group(*key, members, device) for key, members in groups.items()]
-        parts.append((made, _long_tables(long, device) if long else None))
-    return parts
+        found.append((made, _long_tables(long, device) if long else None))
+    return found
 
 
 def _group(

@@ -217,5 +217,5 @@ def unit_tiles(length: int, itemsize: int) -> UnitTiles:
     cols = max(16, triton.next_power_of_2(length))
     if cols * itemsize > HELD_UNIT_BYTES:
         return UnitTiles(HELD_UNIT_BYTES // (2 * itemsize), 1, 8, True)
-    elements = 4 * WARP * ACCESS_BYTES  # four warps with an access or more for each thread
-    return UnitTiles(cols, max(1, elements // cols), 4 if cols <= 2 * elements else 8, False)
+    size, block = cols * itemsize, HELD_UNIT_BYTES // 4  # four warps, each thread of which has four accesses
+    return UnitTiles(cols, max(1, block // size), 4 if size <= 2 * block else 8, False)

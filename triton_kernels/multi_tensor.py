@@ -50,7 +50,7 @@ def _sum_span(ptr, low, high, dtype: tl.constexpr, KIND: tl.constexpr, P: tl.con
     """Terms computed in `dtype` along the rows, added up over the tiles in float64; and whether any did not fit."""
     total = identity((ROWS,), dtype, KIND)
     misfits = tl.zeros((ROWS,), tl.int32)
-    for tile in range(0, tl.cdiv(high, ROWS * COLS)):
+    for tile in range(tl.cdiv(high, ROWS * COLS)):
         offsets = _tile(tile, ROWS, COLS)
         if _is_inside(tile, low, high, ROWS * COLS):
             x = tl.load(ptr + offsets).to(dtype)
@@ -85,7 +85,7 @@ def _norm_kernel(
     PIECE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """partial = Σ|x|^p of one piece, or its extremum."""
-    tensor, ptr, low, high = _piece(addresses_ptr, tensors_ptr, piece_tensor_ptr, first, DTYPE, PIECE)
+    _tensor, ptr, low, high = _piece(addresses_ptr, tensors_ptr, piece_tensor_ptr, first, DTYPE, PIECE)
     tl.store(partials_ptr + first + tl.program_id(0), sum_span(ptr, low, high, KIND, P, ROWS, COLS))
 
 
@@ -115,7 +115,7 @@ def _fold_tensor_kernel(tensors_ptr, partials_ptr, sums_ptr, norms_ptr, KIND: tl
 
 @triton.jit(do_not_specialize=["count", "max_norm"])
 def _total_kernel(
-    sums_ptr, total_ptr, coefficient_ptr, nonfinite_ptr, count, max_norm: "i64",  # noqa: F821
+    sums_ptr, total_ptr, coefficient_ptr, nonfinite_ptr, count, max_norm: tl.int64,
     KIND: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """total = (Σ sums)^(1/p); coefficient = min(max_norm / (total + 1e-6), 1), a NaN kept."""
@@ -153,7 +153,7 @@ def _change_tile(ptr, mask, factor, bound, CLAMP: tl.constexpr):
 @triton.jit
 def change_span(ptr, low, high, factor, bound, CLAMP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Changes the elements from low to high. `ptr` is on a 16-byte boundary."""
-    for tile in range(0, tl.cdiv(high, ROWS * COLS)):
+    for tile in range(tl.cdiv(high, ROWS * COLS)):
         offsets = _tile(tile, ROWS, COLS)
         if _is_inside(tile, low, high, ROWS * COLS):
             _change_tile(ptr + offsets, None, factor, bound, CLAMP)
@@ -163,12 +163,12 @@ def change_span(ptr, low, high, factor, bound, CLAMP: tl.constexpr, ROWS: tl.con
 
 @triton.jit(do_not_specialize=["first", "bound"])
 def _change_kernel(
-    addresses_ptr, tensors_ptr, piece_tensor_ptr, factors_ptr, first, bound: "i64",  # noqa: F821
+    addresses_ptr, tensors_ptr, piece_tensor_ptr, factors_ptr, first, bound: tl.int64,
     PER_TENSOR: tl.constexpr, DTYPE: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """x = x · factor where the factor is below 1, or NaN; without factors, x is kept between −bound and bound."""
     CLAMP: tl.constexpr = factors_ptr is None
-    dtype: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+    dtype: tl.constexpr = tl.float64 if DTYPE.is_fp64() else tl.float32
     tensor, ptr, low, high = _piece(addresses_ptr, tensors_ptr, piece_tensor_ptr, first, DTYPE, PIECE)
     if CLAMP:
         factor = tl.cast(0.0, dtype)
@@ -185,15 +185,20 @@ def multi_tensor_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(total norm, coefficient, whether the total is not finite, every tensor's norm); see fastnorm.native."""
     norms, sums = norms_of(tables.table_of(tensors), norm_type, stat_dtype(*tensors))
+    return *clip_results(norms, sums, norm_type, max_norm), norms
+
+
+def clip_results(norms: Tensor, sums: Tensor, norm_type: float, max_norm: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(total norm, coefficient, nonfinite) from what norms_of gives."""
     total, coefficient = norms.new_empty(()), norms.new_empty(())
     nonfinite = norms.new_empty((), dtype=torch.float32)
     with launch.on_device(norms):
         # grid: one program
         _total_kernel[(1,)](
-            sums, total, coefficient, nonfinite, len(tensors), bits_of(max_norm),
+            sums, total, coefficient, nonfinite, len(norms), bits_of(max_norm),
             KIND=kind_of(norm_type), P=float(norm_type), BLOCK=FOLD, num_warps=4,
         )  # fmt: skip
-    return total, coefficient, nonfinite, norms
+    return total, coefficient, nonfinite
 
 
 def norms_of(table: tables.Table, norm_type: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,10 @@
-"""The clip's CUDA kernels on a virtual GPU: nvcc compiles them alone, the host code that plans their launches is
-compiled by the C++ compiler, and what it plans is launched on CPU tensors."""
+"""Lists of tensors and their exact norms; and the clip's CUDA kernels on a virtual GPU: nvcc compiles them alone, the
+host code that plans their launches is compiled by the C++ compiler, and what it plans is launched on CPU tensors.
+"""
 
 import ctypes
 import functools
+import math
 import re
 import shutil
 import subprocess
@@ -12,12 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 CUDA = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 FEW, MANY, BLOCK = 192, 1600, 256
+F32, F64 = torch.float32, torch.float64
+ROUNDING = {F32: 2e-7, F64: 1e-12}  # of a norm: one rounding of the result, and short float32 sums of few terms
 SHIM = """
 #include "agc_plan.h"
 using namespace fastnorm::cuda;
@@ -119,7 +124,7 @@ def planner() -> ctypes.CDLL:
 
 
 @functools.cache
-def kernels(arch: str = "sm_90") -> dict[str, Any]:
+def kernels(arch: str) -> dict[str, Any]:
     import ptxsim
 
     found = {}
@@ -185,13 +190,14 @@ class VirtualGPU:
 
         return _LAUNCH(launch)
 
-    def norm(self, tensors: Sequence[Tensor], p: float = 2.0, max_norm: float = 1.0, dtype=None) -> Run:
-        few = p == 2 and len(tensors) <= FEW
-        wide = dtype == torch.float64 or any(t.dtype == torch.float64 for t in tensors)
-        dtype = torch.float64 if wide else torch.float32
+    def norm(self, tensors: Sequence[Tensor], p: float = 2.0, max_norm: float = 1.0) -> Run:
+        wide = any(t.dtype == torch.float64 for t in tensors)
+        return self._norm(self._items(tensors), p, max_norm, torch.float64 if wide else torch.float32)
+
+    def _norm(self, items: tuple, p: float, max_norm: float, dtype: torch.dtype) -> Run:
+        few, wide = p == 2 and items[0] <= FEW, dtype == torch.float64
         nan = functools.partial(torch.full, fill_value=float("nan"), dtype=dtype)
-        run = Run([], nan((1,)), nan((1,)), torch.full((1,), float("nan")), nan((len(tensors),)))
-        items = self._items(tensors)
+        run = Run([], nan((1,)), nan((1,)), torch.full((1,), float("nan")), nan((items[0],)))
         workspace = torch.full((planner().workspace(*items),), float("nan"), dtype=torch.float64)
         kind = planner().kind(p)
         outputs = (workspace, self.tickets, run.norms, run.total, run.coefficient, run.nonfinite)
@@ -199,20 +205,24 @@ class VirtualGPU:
         template = f"norm_kernelILi{kind if kind in (0, 1, 4) else 'n1'}ELi{FEW if few else MANY}E"
         planner().norm(*items, few, ctypes.byref(request), self._launcher(run, template))
         assert not self.tickets.any(), "the kernels leave the tickets as they were"
+        # what the last block reads, the tickets put in order; the virtual GPU knows no order of blocks
+        races = [race for launch in run.launches for race in launch.races]
+        assert all("ld.global.cg.f64" in race for race in races), races
         return run
 
-    def change(self, name: str, tensors: Sequence[Tensor], request: ChangeRequest) -> Run:
-        run, few = Run(), name == "Scale" and len(tensors) <= FEW
+    def _change(self, name: str, items: tuple, request: ChangeRequest) -> Run:
+        run, few = Run(), name == "Scale" and items[0] <= FEW
         template = rf"change_kernelI.*{name}ELi{FEW if few else MANY}E"
-        planner().change(*self._items(tensors), few, ctypes.byref(request), self._launcher(run, template))
+        planner().change(*items, few, ctypes.byref(request), self._launcher(run, template))
+        assert not any(launch.races for launch in run.launches)
         return run
 
     def scale_(self, tensors: Sequence[Tensor], coefficient: Tensor) -> Run:
-        wide = coefficient.dtype == torch.float64
-        return self.change("Scale", tensors, ChangeRequest(coefficient=self.address(coefficient), wide=wide))
+        request = ChangeRequest(coefficient=self.address(coefficient), wide=coefficient.dtype == torch.float64)
+        return self._change("Scale", self._items(tensors), request)
 
     def clamp_(self, tensors: Sequence[Tensor], bound: float) -> Run:
-        return self.change("Clamp", tensors, ChangeRequest(bound=bound))
+        return self._change("Clamp", self._items(tensors), ChangeRequest(bound=bound))
 
     def agc_(self, grads, params, units, clip_factor=0.01, eps=1e-3, p=2.0) -> Run:
         run, count, kind = Run(), len(grads), planner().kind(p)
@@ -222,3 +232,62 @@ class VirtualGPU:
             ctypes.byref(request), self._launcher(run, f"agc_kernelILi{0 if kind == 0 else 'n1'}E"),
         )  # fmt: skip
         return run
+
+    def agc_long_(self, grads: Tensor, params: Tensor, units: int, clip_factor=0.01, eps=1e-3) -> Run:
+        """Units that are long enough for the clip's own kernels to take them, each as a tensor."""
+        arrays = (ctypes.c_uint64 * (2 * units))(), (ctypes.c_int64 * (2 * units))(), (ctypes.c_int * (2 * units))()
+        count = planner().units(
+            ctypes.c_int64(grads.numel()), ctypes.c_int64(units), DTYPES[grads.dtype], DTYPES[params.dtype],
+            ctypes.c_uint64(self.address(grads)), ctypes.c_uint64(self.address(params)), *arrays,
+        )  # fmt: skip
+        assert count == 2 * units
+        norms = self._norm((count, *arrays), 2.0, 1.0, torch.float64).norms
+        request = ChangeRequest(norms=self.address(norms), clip_factor=clip_factor, eps=eps)
+        return self._change("ClipUnits", (units, *arrays), request)
+
+
+class Cuda:
+    """The CUDA kernels with the functions of a backend."""
+
+    def __init__(self, **options) -> None:
+        pytest.importorskip("ptxsim", reason="the CUDA kernels run on a virtual GPU, which is not installed")
+        self.gpu, self.run = VirtualGPU(**options), Run()
+
+    def multi_tensor_norm(self, tensors, norm_type, max_norm):
+        self.run = run = self.gpu.norm(tensors, norm_type, max_norm)
+        return run.total[0], run.coefficient[0], run.nonfinite[0], run.norms
+
+    def multi_tensor_scale_(self, tensors, coefficient):
+        self.run = self.gpu.scale_(tensors, coefficient)
+
+    def multi_tensor_clamp_(self, tensors, bound):
+        self.run = self.gpu.clamp_(tensors, bound)
+
+    def multi_tensor_agc_(self, grads, params, units, clip_factor, eps, norm_type):
+        self.run = self.gpu.agc_(grads, params, units, clip_factor, eps, norm_type)
+
+
+def exact_norms(tensors: Sequence[Tensor], p: float) -> tuple[Tensor, Tensor]:
+    """The total norm and the tensors' norms, in float64; of an empty tensor, what is neutral among the others."""
+    rest = torch.tensor(0.0 if p >= 0 else math.inf, dtype=F64)
+    norms = torch.stack([torch.linalg.vector_norm(t.double(), p) if t.numel() else rest for t in tensors])
+    return torch.linalg.vector_norm(norms, p), norms
+
+
+def assert_norms(kernels, tensors: Sequence[Tensor], p: float = 2.0, max_norm: float = 1.0) -> None:
+    total, coefficient, nonfinite, norms = kernels.multi_tensor_norm(tensors, p, max_norm)
+    dtype = F64 if any(t.dtype == F64 for t in tensors) else F32
+    exact_total, exact = exact_norms(tensors, p)
+    assert total.dtype == coefficient.dtype == norms.dtype == dtype and nonfinite.dtype == F32
+    # of a float32 tensor in a float64 list, too, the sums begin in float32
+    rounding = ROUNDING[F64 if all(t.dtype == F64 for t in tensors) else F32]
+    close = functools.partial(torch.testing.assert_close, rtol=rounding, atol=0, equal_nan=True)
+    close(norms.double(), exact)
+    close(total.double(), exact_total)
+    close(coefficient.double(), torch.clamp(max_norm / (total.double() + 1e-6), max=1.0))
+    assert nonfinite.item() == float(not math.isfinite(total.item()))
+
+
+def randn(count: int, dtype: torch.dtype, offset: int = 0, scale: float = 1.0) -> Tensor:
+    """`offset` elements behind the start of its storage, which lies on a 64-byte boundary."""
+    return (torch.randn(count + offset) * scale).to(dtype)[offset:]
