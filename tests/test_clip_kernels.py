@@ -2,6 +2,7 @@
 CUDA ones, compiled without torch, on a virtual GPU together with the host code that plans their launches.
 """
 
+import itertools
 import json
 import math
 import os
@@ -263,3 +264,19 @@ def test_launch_choices():
             tiles = launch.unit_tiles(length, itemsize)
             registers = tiles.cols * tiles.rows // (32 * tiles.warps) * itemsize // 4
             assert tiles.looped or (tiles.cols >= length and registers <= 32)
+
+
+def test_parts_share_no_memory():
+    """Copies of a tensor, and views that overlap, come one after the other; what is empty doesn't come at all."""
+    pytest.importorskip("triton")
+    from fastnorm.triton_kernels import tables
+
+    x, y = randn(100, F32), randn(10, BF16)
+    tensors = [x, y, x, x[50:], y[:5], randn(0, F32), x[:50]]
+    entries = tables.entries_of(tensors)
+    groups = tables.disjoint(entries)
+    assert sorted(i for group in groups for i in group) == [0, 1, 2, 3, 4, 6]
+    assert len(groups) == 3  # two whole ones, and one of two halves
+    for group in groups:
+        spans = sorted((entries[i].address, entries[i].end) for i in group)
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
