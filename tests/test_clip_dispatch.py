@@ -1,5 +1,7 @@
 """Clipping and what surrounds it: autograd, inference mode, subclasses, compilation, devices, named backends."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from clipping import assert_like_stock, odd_lists, outcome, parameters_with
@@ -8,7 +10,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnorm
-from fastnorm import backend
+from fastnorm import backend, reference
 
 
 @pytest.fixture(params=["automatic", "reference"], autouse=True)
@@ -131,3 +133,19 @@ def test_a_named_backend_refuses_what_it_cannot_serve(served_by):
         fastnorm.get_total_norm([torch.ones(2, device="meta")])
     with fastnorm.use("native"):
         assert_like_stock(odd_lists()["channels_last"], 0.1)
+
+
+@pytest.mark.parametrize("op", backend.CLIPS)
+def test_the_first_backend_that_serves(op, monkeypatch):
+    """Compiled kernels, Triton's, PyTorch's operations; and what explain says is what is picked."""
+    both = SimpleNamespace(serves=lambda device: device == "cpu", multi_tensor_norm=None)
+    for name, devices, chosen in (("native", ("cpu",), both), ("triton", (), both), ("reference", (), reference)):
+        monkeypatch.setattr(backend, "_absent", {"triton": "gone"} if name == "reference" else {})
+        monkeypatch.setattr(backend, "_native", both)
+        monkeypatch.setattr(backend, "_triton", both)
+        monkeypatch.setattr(backend, "_native_clip_devices", devices)
+        with fastnorm.use(None):
+            assert fastnorm.explain(op=op).backend == name
+            assert backend.pick(op, torch.ones(3)) is chosen
+    with fastnorm.use("reference"):
+        assert backend.pick(op, torch.ones(3)) is reference
