@@ -183,8 +183,6 @@ def _refusal(op: str, name: str, x: torch.Tensor) -> str | None:
     if name == "native":
         devices = _native_clip_devices if op in CLIPS else _native_devices
         return None if x.device.type in devices else f"not built for {x.device.type}"
-    if op in CLIPS and not hasattr(_triton, "multi_tensor_norm"):
-        return f"no Triton kernel for {op}"
     return None if _triton.serves(x.device.type) else f"Triton doesn't run on {x.device.type} here"
 
 

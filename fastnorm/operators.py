@@ -127,8 +127,7 @@ _FAKES = {
 def register_fakes(namespace: str) -> None:
     """Shapes and dtypes of a namespace's operators, for tracing. An output that is not wanted is None."""
     for name, fake in _FAKES.items():
-        if hasattr(getattr(torch.ops, namespace), name):
-            torch.library.register_fake(f"{namespace}::{name}", fake)
+        torch.library.register_fake(f"{namespace}::{name}", fake)
 
 
 def names() -> list[str]:
@@ -140,8 +139,6 @@ def register(namespace: str, module: ModuleType) -> torch.library.Library:
     """Defines the operators in a namespace over a module's functions; they live as long as the library returned."""
     library = torch.library.Library(namespace, "DEF")
     for name, schema in zip(names(), SCHEMAS, strict=True):
-        if not hasattr(module, name):
-            continue
         library.define(schema)
         library.impl(name, getattr(module, name), "CompositeExplicitAutograd")
     register_fakes(namespace)
