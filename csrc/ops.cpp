@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "cpu/calls.h"
 #include "cpu/rows.h"
 #include "cuda/build_info.h"
 
@@ -108,4 +109,7 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastnorm's compiled kernels (reached through torch.ops.fastnorm) and how they were built.";
   m.def("build_info", &build_info, "What this module was compiled with.");
+  if (fastnorm::cpu::add_calls(m.ptr()) != 0) {
+    throw pybind11::error_already_set();
+  }
 }

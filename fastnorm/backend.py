@@ -100,6 +100,17 @@ class use:
         _forced = self.previous
 
 
+def call_directly(op: str, *arguments: Any) -> Any:
+    """A native call with no option set, in one step; NotImplemented where another backend serves or `pick` must look.
+
+    What the arguments are is checked behind this, in C++: a short call costs more in Python than in its kernel.
+    """
+    if _forced == "native" or (_forced is None and not (_triton is not None and _triton.serves("cpu"))):
+        if "cpu" in _native_devices and not torch.compiler.is_compiling():
+            return _native.direct[op](*arguments)
+    return NotImplemented
+
+
 def pick(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> Any | None:
     """What serves `op` on `x` and the other tensors: the backend's functions.
 

@@ -39,6 +39,9 @@ multi_tensor_agc_ = _ops.multi_tensor_agc_.default
 # whether kernels can read all tensors of a list as they lie, and all on one device
 all_readable = _ops.all_readable.default
 
+# Whole calls on plain CPU tensors, autograd included; they return NotImplemented for what is wrong or not plain.
+direct = {name: getattr(_C, name) for name in ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")}
+
 
 def build_info() -> dict[str, object]:
     """What the extension was compiled with: compiler, flags, openmp, torch, cuda (None without), cuda_archs."""

@@ -80,6 +80,19 @@ def gradients(formula: Callable[..., Tensor], inputs: Sequence[Tensor | None], d
     return [next(found) if t is not None and t.requires_grad else None for t in inputs]
 
 
+def plain_gradients(
+    op: str, inputs: Sequence[Tensor | None], dy: Tensor, shape: Sequence[int], eps: float
+) -> list[Tensor | None]:
+    """`gradients` of layer_norm or rms_norm without options; csrc/cpu/calls.cpp asks for it when one is wanted."""
+
+    def formula(x: Tensor, *parameters: Tensor | None) -> Tensor:
+        if op == "layer_norm":
+            return layer_norm(x, shape, *parameters, eps, False, dy.dtype)
+        return rms_norm(x, shape, *parameters, eps, False, None, dy.dtype)
+
+    return gradients(formula, inputs, dy)
+
+
 def _applied(weight: Tensor | None, zero_centered: bool, dtype: torch.dtype) -> Tensor | None:
     """The weight that multiplies: w, or 1 + w."""
     if weight is None:

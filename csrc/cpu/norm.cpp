@@ -41,12 +41,15 @@ ForwardResult forward_in(const ForwardCall& call) {
   const bool adds = call.residual.defined();
   ForwardResult result;
   result.y = empty({n_rows, cols}, call.out_dtype);
-  result.rstd = empty({n_rows}, scalar_type_of<S>);
-  S* rstd = result.rstd.mutable_data_ptr<S>();
+  S* rstd = nullptr;
   S* mean = nullptr;
-  if (call.norm == Norm::layer) {
-    result.mean = empty({n_rows}, scalar_type_of<S>);
-    mean = result.mean.mutable_data_ptr<S>();
+  if (call.saves_moments) {
+    result.rstd = empty({n_rows}, scalar_type_of<S>);
+    rstd = result.rstd.mutable_data_ptr<S>();
+    if (call.norm == Norm::layer) {
+      result.mean = empty({n_rows}, scalar_type_of<S>);
+      mean = result.mean.mutable_data_ptr<S>();
+    }
   }
   if (adds) {
     result.h = empty({n_rows, cols}, *call.residual_dtype);
@@ -76,7 +79,9 @@ ForwardResult forward_in(const ForwardCall& call) {
       row.y = y.write(i, scratch.row(1));
       const Moments<S> moments = forward(row);
       y.finish(i, row.y);
-      rstd[i] = moments.rstd;
+      if (rstd) {
+        rstd[i] = moments.rstd;
+      }
       if (mean) {
         mean[i] = moments.mean;
       }

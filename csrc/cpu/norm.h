@@ -23,10 +23,11 @@ struct ForwardCall {
   std::optional<at::ScalarType> cast_dtype;
   at::ScalarType out_dtype;
   std::optional<at::ScalarType> residual_dtype;
+  bool saves_moments = true;
 };
 
 struct ForwardResult {
-  at::Tensor y, h, mean, rstd;  // h only with a residual; mean only for layer_norm
+  at::Tensor y, h, mean, rstd;  // h only with a residual; mean only for layer_norm; moments only where they are saved
 };
 
 ForwardResult norm_forward(const ForwardCall& call);

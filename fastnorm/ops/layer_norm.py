@@ -107,6 +107,10 @@ def layer_norm(
     Raises what torch.nn.functional.layer_norm raises, and ValueError for a negative or NaN eps.
     Source: torch.nn.functional.layer_norm; Ba, Kiros & Hinton, "Layer Normalization", 2016.
     """
+    if out_dtype is None and not zero_centered:
+        y = backend.call_directly("layer_norm", input, normalized_shape, weight, bias, eps)
+        if y is not NotImplemented:
+            return y
     shape = check("layer_norm", input, normalized_shape, eps, weight, bias)
     check_dtype("layer_norm", "out_dtype", out_dtype)
     out_dtype = result_dtype("layer_norm", input, out_dtype)
@@ -140,6 +144,10 @@ def add_layer_norm(
 
     Returns (y, h). y is computed from the rounded h. Gradients flow through both.
     """
+    if out_dtype is None and residual_dtype is None and not zero_centered:
+        outputs = backend.call_directly("add_layer_norm", x, residual, normalized_shape, weight, bias, eps)
+        if outputs is not NotImplemented:
+            return outputs
     shape = check("add_layer_norm", x, normalized_shape, eps, weight, bias, residual=residual)
     check_dtype("add_layer_norm", "out_dtype", out_dtype)
     check_dtype("add_layer_norm", "residual_dtype", residual_dtype)

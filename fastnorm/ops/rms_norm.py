@@ -110,6 +110,10 @@ def rms_norm(
     Raises what torch.nn.functional.rms_norm raises, and ValueError for a negative or NaN eps.
     Source: torch.nn.functional.rms_norm; Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019.
     """
+    if out_dtype is None and rounding == "torch" and not zero_centered:
+        y = backend.call_directly("rms_norm", input, normalized_shape, weight, eps)
+        if y is not NotImplemented:
+            return y
     shape = check("rms_norm", input, normalized_shape, 0.0 if eps is None else eps, weight)
     cast_dtype, out_dtype = _dtypes("rms_norm", input, weight, rounding, out_dtype)
     return _rms_norm(input, shape, weight, eps, zero_centered, cast_dtype, out_dtype)
@@ -158,6 +162,10 @@ def add_rms_norm(
 
     Returns (y, h). y is computed from the rounded h. Gradients flow through both.
     """
+    if out_dtype is None and residual_dtype is None and rounding == "torch" and not zero_centered:
+        outputs = backend.call_directly("add_rms_norm", x, residual, normalized_shape, weight, eps)
+        if outputs is not NotImplemented:
+            return outputs
     shape = check("add_rms_norm", x, normalized_shape, 0.0 if eps is None else eps, weight, residual=residual)
     cast_dtype, out_dtype = _dtypes("add_rms_norm", x, weight, rounding, out_dtype)
     check_dtype("add_rms_norm", "residual_dtype", residual_dtype)
