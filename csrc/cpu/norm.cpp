@@ -58,7 +58,7 @@ ForwardResult forward_in(const ForwardCall& call) {
   const Rows2d<S> x(call.x, working), residual(call.residual, working), h(result.h, working), y(result.y, working);
   const auto add = rows<S>().of[static_cast<int>(working)].add;
   const auto forward = kernels<S>(call.norm, working).forward;
-  parallel(n_rows, cols, [&](int64_t begin, int64_t end) {
+  parallel(n_rows, cols, 16384, [&](int64_t begin, int64_t end) {
     Scratch<S> scratch(working, 3, cols);
     const ColumnValues<S> weight(call.weight, cols, 1, call.zero_centered ? 1 : 0), bias(call.bias, cols, 0, 0);
     ForwardRow<S> row{};
@@ -105,26 +105,23 @@ class ColumnSums {
     return partials_.defined() ? partials_.template mutable_data_ptr<S>() + i * cols_ : nullptr;
   }
 
-  at::Tensor total(std::optional<at::ScalarType> type) const {
-    if (!type) {
-      return {};
+  at::Tensor make_total(std::optional<at::ScalarType> type) const { return type ? empty({cols_}, *type) : at::Tensor(); }
+
+  // Fills columns [first, last), at most `width` of them, of a tensor from make_total.
+  void add_up(const at::Tensor& total, int64_t first, int64_t last) const {
+    if (!total.defined()) {
+      return;
     }
-    at::Tensor out = empty({cols_}, *type);
-    const auto store = rows<double>().store[static_cast<int>(dtype_from(*type))];
     const S* partials = partials_.template const_data_ptr<S>();
-    constexpr int64_t width = 512;
-    parallel((cols_ + width - 1) / width, width * slices_, [&](int64_t begin, int64_t end) {
-      for (int64_t first = begin * width; first < std::min(end * width, cols_); first += width) {
-        const int64_t size = std::min(width, cols_ - first);
-        double sums[width] = {};
-        for (int64_t i = 0; i < slices_; ++i) {
-          rows<S>().add_to_total(partials + i * cols_ + first, sums, size);
-        }
-        store(sums, static_cast<char*>(out.mutable_data_ptr()) + first * out.element_size(), size);
-      }
-    });
-    return out;
+    double sums[width] = {};
+    for (int64_t i = 0; i < slices_; ++i) {
+      rows<S>().add_to_total(partials + i * cols_ + first, sums, last - first);
+    }
+    const auto store = rows<double>().store[static_cast<int>(dtype_from(total.scalar_type()))];
+    store(sums, static_cast<char*>(total.mutable_data_ptr()) + first * total.element_size(), last - first);
   }
+
+  static constexpr int64_t width = 512;
 
  private:
   int64_t slices_, cols_;
@@ -172,12 +169,12 @@ BackwardResult backward_in(const BackwardCall& call) {
     result.dresidual = empty({n_rows, cols}, *call.residual_dtype);
   }
   const BackwardRows<S> tensors(call, result);
-  // Eight slices keep threads busy, at most 64 rows in each keep the float sums exact; slices of one row only add work.
-  const int64_t slice_rows = std::clamp<int64_t>((n_rows + 7) / 8, 2, 64);
+  // Eight slices keep threads busy, at most 64 rows in each keep the float sums exact; short slices only add work.
+  const int64_t slice_rows = std::clamp<int64_t>((n_rows + 7) / 8, 4, 64);
   const int64_t slices = (n_rows + slice_rows - 1) / slice_rows;
   const ColumnSums<S> dweight(call.dweight_dtype.has_value(), slices, cols);
   const ColumnSums<S> dbias(call.dbias_dtype.has_value(), slices, cols);
-  parallel(slices, slice_rows * cols, [&](int64_t begin, int64_t end) {
+  parallel(slices, slice_rows * cols, 32768, [&](int64_t begin, int64_t end) {
     Scratch<S> scratch(tensors.working, 4, cols);
     const ColumnValues<S> weight(call.weight, cols, 1, call.zero_centered ? 1 : 0);
     BackwardRow<S> row{};
@@ -195,8 +192,15 @@ BackwardResult backward_in(const BackwardCall& call) {
       }
     }
   });
-  result.dweight = dweight.total(call.dweight_dtype);
-  result.dbias = dbias.total(call.dbias_dtype);
+  result.dweight = dweight.make_total(call.dweight_dtype);
+  result.dbias = dbias.make_total(call.dbias_dtype);
+  constexpr int64_t width = ColumnSums<S>::width;
+  parallel((cols + width - 1) / width, width * slices, 32768, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * width; first < std::min(end * width, cols); first += width) {
+      dweight.add_up(result.dweight, first, std::min(first + width, cols));
+      dbias.add_up(result.dbias, first, std::min(first + width, cols));
+    }
+  });
   return result;
 }
 
