@@ -2,7 +2,7 @@
 
 #include <c10/util/Exception.h>
 
-#include <vector>
+#include <memory>
 
 #include "tensors.h"
 
@@ -27,12 +27,12 @@ Dtype cast_from(std::optional<at::ScalarType> type) {
 template <typename S>
 class Scratch {
  public:
-  Scratch(Dtype working, int count, int64_t cols) : cols_(cols), values_(working == dtype_of<S> ? count * cols : 0) {}
-  S* row(int i) { return values_.data() + (values_.empty() ? 0 : i * cols_); }
+  Scratch(bool wanted, int count, int64_t cols) : cols_(cols), values_(wanted ? new S[count * cols] : nullptr) {}
+  S* row(int i) { return values_ ? values_.get() + i * cols_ : nullptr; }
 
  private:
   int64_t cols_;
-  std::vector<S> values_;
+  std::unique_ptr<S[]> values_;
 };
 
 template <typename S>
@@ -56,10 +56,11 @@ ForwardResult forward_in(const ForwardCall& call) {
   }
   const Dtype working = working_dtype<S>({&call.x, &call.residual, &result.h, &result.y});
   const Rows2d<S> x(call.x, working), residual(call.residual, working), h(result.h, working), y(result.y, working);
+  const bool converts = x.converts() || residual.converts() || h.converts() || y.converts();
   const auto add = rows<S>().of[static_cast<int>(working)].add;
   const auto forward = kernels<S>(call.norm, working).forward;
   parallel(n_rows, cols, 16384, [&](int64_t begin, int64_t end) {
-    Scratch<S> scratch(working, 3, cols);
+    Scratch<S> scratch(converts, 3, cols);
     const ColumnValues<S> weight(call.weight, cols, 1, call.zero_centered ? 1 : 0), bias(call.bias, cols, 0, 0);
     ForwardRow<S> row{};
     row.weight = weight.get();
@@ -132,8 +133,10 @@ class ColumnSums {
 template <typename S>
 struct BackwardRows {
   BackwardRows(const BackwardCall& call, const BackwardResult& result)
-      : working(working_dtype<S>({&call.dy, &call.dh, &call.x, &result.dx, &result.dresidual})),
-        dy(call.dy, working),
+      : BackwardRows(call, result, working_dtype<S>({&call.dy, &call.dh, &call.x, &result.dx, &result.dresidual})) {}
+
+  BackwardRows(const BackwardCall& call, const BackwardResult& result, Dtype working)
+      : dy(call.dy, working),
         dh(call.dh, working),
         x(call.x, working),
         dx(result.dx, working),
@@ -141,6 +144,10 @@ struct BackwardRows {
         mean(call.mean.defined() ? call.mean.const_data_ptr<S>() : nullptr),
         rstd(call.rstd.const_data_ptr<S>()),
         backward(kernels<S>(call.norm, working).backward) {}
+
+  bool converts() const {
+    return dy.converts() || dh.converts() || x.converts() || dx.converts() || dresidual.converts();
+  }
 
   void run(int64_t i, BackwardRow<S>& row, Scratch<S>& scratch) const {
     row.dy = dy.read(i, scratch.row(0));
@@ -153,7 +160,6 @@ struct BackwardRows {
     dresidual.finish(i, row.dx);
   }
 
-  Dtype working;
   Rows2d<S> dy, dh, x, dx, dresidual;
   const S* mean;
   const S* rstd;
@@ -175,7 +181,7 @@ BackwardResult backward_in(const BackwardCall& call) {
   const ColumnSums<S> dweight(call.dweight_dtype.has_value(), slices, cols);
   const ColumnSums<S> dbias(call.dbias_dtype.has_value(), slices, cols);
   parallel(slices, slice_rows * cols, 32768, [&](int64_t begin, int64_t end) {
-    Scratch<S> scratch(tensors.working, 4, cols);
+    Scratch<S> scratch(tensors.converts(), 4, cols);
     const ColumnValues<S> weight(call.weight, cols, 1, call.zero_centered ? 1 : 0);
     BackwardRow<S> row{};
     row.weight = weight.get();

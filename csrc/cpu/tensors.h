@@ -62,6 +62,8 @@ class Rows2d {
     return data_ == nullptr ? nullptr : data_ + i * stride_;
   }
 
+  bool converts() const { return converts_; }
+
   // Bytes from one row to the next, where rows are read in place.
   int64_t ahead() const { return converts_ ? 0 : stride_; }
 
