@@ -175,8 +175,9 @@ BackwardResult backward_in(const BackwardCall& call) {
     result.dresidual = empty({n_rows, cols}, *call.residual_dtype);
   }
   const BackwardRows<S> tensors(call, result);
-  // Eight slices keep threads busy, at most 64 rows in each keep the float sums exact; short slices only add work.
-  const int64_t slice_rows = std::clamp<int64_t>((n_rows + 7) / 8, 4, 64);
+  // At most 64 rows in each slice keep the float sums exact. Fewer keep more threads busy, but below 16 writing and
+  // reading the slices' sums takes longer than that gains; two slices there are in any case.
+  const int64_t slice_rows = std::min<int64_t>(64, std::max((n_rows + 7) / 8, std::min<int64_t>(16, (n_rows + 1) / 2)));
   const int64_t slices = (n_rows + slice_rows - 1) / slice_rows;
   const ColumnSums<S> dweight(call.dweight_dtype.has_value(), slices, cols);
   const ColumnSums<S> dbias(call.dbias_dtype.has_value(), slices, cols);

@@ -31,8 +31,9 @@ Dtype dtype_from(at::ScalarType type) {
 at::Tensor empty(at::IntArrayRef sizes, at::ScalarType type) {
   at::Tensor tensor = at::detail::empty_cpu(sizes, type);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  // Faulting fresh memory in by 4 KiB costs more than computing what goes into it.
-  constexpr size_t worthwhile = size_t{4} << 20;
+  // Faulting fresh memory in by 4 KiB costs more than computing what goes into it. Blocks up to 32 MiB are left to
+  // malloc, which uses them again.
+  constexpr size_t worthwhile = size_t{48} << 20;
   if (tensor.nbytes() >= worthwhile) {
     const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
     const auto start = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
