@@ -59,17 +59,17 @@ ForwardResult forward_in(const ForwardCall& call) {
   const bool converts = x.converts() || residual.converts() || h.converts() || y.converts();
   const auto add = rows<S>().of[static_cast<int>(working)].add;
   const auto forward = kernels<S>(call.norm, working).forward;
-  parallel(n_rows, cols, 16384, [&](int64_t begin, int64_t end) {
+  parallel(n_rows, cols, [&](int64_t begin, int64_t end) {
     Scratch<S> scratch(converts, 3, cols);
     const ColumnValues<S> weight(call.weight, cols, 1, call.zero_centered ? 1 : 0), bias(call.bias, cols, 0, 0);
     ForwardRow<S> row{};
     row.weight = weight.get();
     row.bias = bias.get();
     row.n = cols;
-    row.ahead = x.ahead();
     row.eps = call.eps;
     row.cast = cast_from<S>(call.cast_dtype);
     for (int64_t i = begin; i < end; ++i) {
+      row.ahead = i + 1 < end ? x.ahead() : 0;  // the rows beyond are another thread's
       row.x = x.read(i, scratch.row(0));
       if (adds) {
         void* sum = h.write(i, scratch.row(2));
@@ -181,19 +181,20 @@ BackwardResult backward_in(const BackwardCall& call) {
   const int64_t slices = (n_rows + slice_rows - 1) / slice_rows;
   const ColumnSums<S> dweight(call.dweight_dtype.has_value(), slices, cols);
   const ColumnSums<S> dbias(call.dbias_dtype.has_value(), slices, cols);
-  parallel(slices, slice_rows * cols, 32768, [&](int64_t begin, int64_t end) {
+  parallel(slices, slice_rows * cols, [&](int64_t begin, int64_t end) {
     Scratch<S> scratch(tensors.converts(), 4, cols);
     const ColumnValues<S> weight(call.weight, cols, 1, call.zero_centered ? 1 : 0);
     BackwardRow<S> row{};
     row.weight = weight.get();
     row.n = cols;
-    row.x_ahead = tensors.x.ahead();
-    row.dy_ahead = tensors.dy.ahead();
     row.cast = cast_from<S>(call.cast_dtype);
     for (int64_t slice = begin; slice < end; ++slice) {
       row.dweight = dweight.slice(slice);
       row.dbias = dbias.slice(slice);
       for (int64_t i = slice * slice_rows; i < std::min((slice + 1) * slice_rows, n_rows); ++i) {
+        const bool goes_on = i + 1 < std::min(end * slice_rows, n_rows);  // as above
+        row.x_ahead = goes_on ? tensors.x.ahead() : 0;
+        row.dy_ahead = goes_on ? tensors.dy.ahead() : 0;
         row.first = i == slice * slice_rows;
         tensors.run(i, row, scratch);
       }
@@ -202,7 +203,7 @@ BackwardResult backward_in(const BackwardCall& call) {
   result.dweight = dweight.make_total(call.dweight_dtype);
   result.dbias = dbias.make_total(call.dbias_dtype);
   constexpr int64_t width = ColumnSums<S>::width;
-  parallel((cols + width - 1) / width, width * slices, 32768, [&](int64_t begin, int64_t end) {
+  parallel((cols + width - 1) / width, width * slices, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin * width; first < std::min(end * width, cols); first += width) {
       dweight.add_up(result.dweight, first, std::min(first + width, cols));
       dbias.add_up(result.dbias, first, std::min(first + width, cols));

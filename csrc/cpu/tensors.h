@@ -115,10 +115,10 @@ class ColumnValues {
   const S* values_;
 };
 
-// Splits [0, count) among threads, none of which gets fewer than `worthwhile` elements: waking it, and fetching what it
-// wrote, would take longer. Each item covers `elements`.
+// Splits [0, count) among threads, none of which gets less than is worth waking it for. Each item covers `elements`.
 template <typename Body>
-void parallel(int64_t count, int64_t elements, int64_t worthwhile, const Body& body) {
+void parallel(int64_t count, int64_t elements, const Body& body) {
+  constexpr int64_t worthwhile = 16384;
   at::parallel_for(0, count, std::max<int64_t>(1, worthwhile / std::max<int64_t>(1, elements)), body);
 }
 
