@@ -90,7 +90,8 @@ def plain_gradients(
             return layer_norm(x, shape, *parameters, eps, False, dy.dtype)
         return rms_norm(x, shape, *parameters, eps, False, None, dy.dtype)
 
-    return gradients(formula, inputs, dy)
+    # Aliases, because h itself is an output of the node whose backward this is, and that node is locked while it runs.
+    return gradients(formula, [None if t is None else t.view_as(t) for t in inputs], dy)
 
 
 def _applied(weight: Tensor | None, zero_centered: bool, dtype: torch.dtype) -> Tensor | None:

@@ -68,7 +68,12 @@ ForwardResult forward_in(const ForwardCall& call) {
     row.n = cols;
     row.eps = call.eps;
     row.cast = cast_from<S>(call.cast_dtype);
+    const int64_t some_rows = std::max<int64_t>(1, (1 << 18) / cols);
     for (int64_t i = begin; i < end; ++i) {
+      if ((i - begin) % some_rows == 0) {
+        y.prepare(i, std::min(i + some_rows, end));
+        h.prepare(i, std::min(i + some_rows, end));
+      }
       row.ahead = i + 1 < end ? x.ahead() : 0;  // the rows beyond are another thread's
       row.x = x.read(i, scratch.row(0));
       if (adds) {
@@ -149,6 +154,11 @@ struct BackwardRows {
     return dy.converts() || dh.converts() || x.converts() || dx.converts() || dresidual.converts();
   }
 
+  void prepare(int64_t begin, int64_t end) const {
+    dx.prepare(begin, end);
+    dresidual.prepare(begin, end);
+  }
+
   void run(int64_t i, BackwardRow<S>& row, Scratch<S>& scratch) const {
     row.dy = dy.read(i, scratch.row(0));
     row.dh = dh.read(i, scratch.row(1));
@@ -189,13 +199,15 @@ BackwardResult backward_in(const BackwardCall& call) {
     row.n = cols;
     row.cast = cast_from<S>(call.cast_dtype);
     for (int64_t slice = begin; slice < end; ++slice) {
+      const int64_t first = slice * slice_rows, last = std::min(first + slice_rows, n_rows);
+      tensors.prepare(first, last);
       row.dweight = dweight.slice(slice);
       row.dbias = dbias.slice(slice);
-      for (int64_t i = slice * slice_rows; i < std::min((slice + 1) * slice_rows, n_rows); ++i) {
+      for (int64_t i = first; i < last; ++i) {
         const bool goes_on = i + 1 < std::min(end * slice_rows, n_rows);  // as above
         row.x_ahead = goes_on ? tensors.x.ahead() : 0;
         row.dy_ahead = goes_on ? tensors.dy.ahead() : 0;
-        row.first = i == slice * slice_rows;
+        row.first = i == first;
         tensors.run(i, row, scratch);
       }
     }

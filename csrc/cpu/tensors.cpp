@@ -30,24 +30,24 @@ Dtype dtype_from(at::ScalarType type) {
 
 at::Tensor empty(at::IntArrayRef sizes, at::ScalarType type) {
   at::Tensor tensor = at::detail::empty_cpu(sizes, type);
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  // Faulting fresh memory in by 4 KiB costs more than computing what goes into it. Blocks up to 32 MiB are left to
-  // malloc, which uses them again.
-  constexpr size_t worthwhile = size_t{48} << 20;
-  if (tensor.nbytes() >= worthwhile) {
-    const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-    const auto start = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
-    const uintptr_t first = (start + page - 1) / page * page;
-    const uintptr_t last = (start + tensor.nbytes()) / page * page;
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: without it all works, more slowly
-  }
-#endif
   // What torch.empty does, too, for those who look for reads of memory that was never written.
   const at::Context& context = at::globalContext();
   if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {
     tensor.fill_(std::numeric_limits<double>::quiet_NaN());
   }
   return tensor;
+}
+
+bool is_fresh(const at::Tensor& tensor) { return tensor.nbytes() >= size_t{32} << 20; }
+
+void fault_in(void* data, size_t bytes) {
+#ifdef __linux__
+  constexpr int populate_write = 23;  // MADV_POPULATE_WRITE, which older headers do not name
+  static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const auto start = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = start / page * page;
+  madvise(reinterpret_cast<void*>(first), start + bytes - first, populate_write);  // without it all works, more slowly
+#endif
 }
 
 void check_rows(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes) {

@@ -16,8 +16,16 @@ namespace fastnorm::cpu {
 // Raises for a dtype other than the four.
 Dtype dtype_from(at::ScalarType type);
 
-// An uninitialised contiguous CPU tensor; large ones are backed by huge pages where Linux allows.
+// An uninitialised contiguous CPU tensor.
 at::Tensor empty(at::IntArrayRef sizes, at::ScalarType type);
+
+// Whether a new tensor's memory comes straight from the system: glibc's malloc uses smaller blocks again.
+bool is_fresh(const at::Tensor& tensor);
+
+// Makes the pages of memory that will be written to present, a MiB or so at a time. One fault a page takes 1.6 times as
+// long. Huge pages would be faster still on memory that the machine has, but several times slower where a hypervisor
+// takes free memory back.
+void fault_in(void* data, size_t bytes);
 
 // Raises unless the tensor has these sizes and one of the four dtypes, on the CPU, without gaps in its rows.
 void check_rows(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes);
@@ -51,6 +59,7 @@ class Rows2d {
     cols_ = tensor.size(1);
     dtype_ = dtype_from(tensor.scalar_type());
     converts_ = dtype_ != working;
+    fresh_ = is_fresh(tensor);
   }
 
   // The row itself, or a copy of it in scratch where its dtype is another one.
@@ -66,6 +75,13 @@ class Rows2d {
 
   // Bytes from one row to the next, where rows are read in place.
   int64_t ahead() const { return converts_ ? 0 : stride_; }
+
+  // To be called before rows [begin, end) of an output are written.
+  void prepare(int64_t begin, int64_t end) const {
+    if (fresh_) {
+      fault_in(data_ + begin * stride_, (end - begin) * stride_);
+    }
+  }
 
   // Where to write row i; finish(i, that) must follow.
   void* write(int64_t i, S* scratch) const { return converts_ ? static_cast<void*>(scratch) : data_ + i * stride_; }
@@ -83,6 +99,7 @@ class Rows2d {
   int64_t cols_ = 0;
   Dtype dtype_ = dtype_of<S>;
   bool converts_ = false;
+  bool fresh_ = false;
 };
 
 // Weight or bias in S plus an offset, or `absent` in every column; an S tensor without offset is used where it lies.
