@@ -105,10 +105,10 @@ def call_directly(op: str, *arguments: Any) -> Any:
 
     What the arguments are is checked behind this, in C++: a short call costs more in Python than in its kernel.
     """
-    if _forced == "native" or (_forced is None and not (_triton is not None and _triton.serves("cpu"))):
-        if "cpu" in _native_devices and not torch.compiler.is_compiling():
-            return _native.direct[op](*arguments)
-    return NotImplemented
+    is_chosen = _forced == "native" or (_forced is None and not (_triton is not None and _triton.serves("cpu")))
+    if not is_chosen or "cpu" not in _native_devices or torch.compiler.is_compiling():
+        return NotImplemented
+    return _native.direct[op](*arguments)
 
 
 def pick(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> Any | None:

@@ -6,6 +6,7 @@ from norms import DTYPES, Case, call, inputs, plain_case
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnorm
+from fastnorm import backend
 from fastnorm.backend import OPERATIONS
 
 native = pytest.importorskip("fastnorm.native", exc_type=ImportError)
@@ -207,3 +208,46 @@ def test_what_is_not_plain_is_declined(op):
                 continue
         assert direct(*positional(op, **changes)) is NotImplemented, changes
     assert direct() is NotImplemented and direct(*positional(op), 1) is NotImplemented
+
+
+@operations
+def test_who_is_asked_for_a_whole_call(op, monkeypatch):
+    """Native where it is named, or where it is what automatic takes for the CPU; nobody in any other case."""
+
+    class Triton:
+        serves = staticmethod(lambda device: True)
+
+    arguments, asked = positional(op), []
+    monkeypatch.setattr(native, "direct", {op: lambda *given: asked.append(given) or "y"})
+    for triton, name, expected in (
+        (None, None, True),
+        (None, "native", True),
+        (None, "reference", False),
+        (Triton, None, False),
+        (Triton, "native", True),
+        (Triton, "reference", False),
+    ):
+        monkeypatch.setattr(backend, "_triton", triton)
+        asked.clear()
+        with fastnorm.use(name):
+            assert (backend.call_directly(op, *arguments) == "y") == expected == bool(asked)
+    monkeypatch.setattr(backend, "_native_devices", ())
+    assert backend.call_directly(op, *arguments) is NotImplemented
+
+
+@operations
+def test_options_go_the_other_way(op, monkeypatch):
+    """Those that a whole call in C++ does not know are never lost on it."""
+
+    def refuse(*arguments):
+        raise AssertionError("an option was dropped")
+
+    monkeypatch.setattr(native, "direct", {op: refuse})
+    case = plain_case(op, (3, 8), F32)
+    options = [{"zero_centered": True}, {"out_dtype": F64}]
+    options += [] if case.centers else [{"rounding": "llama"}]
+    options += [{"residual_dtype": F64}] if case.adds else []
+    for option in options:
+        call(case.alike(options=option), inputs(case))
+    with pytest.raises(AssertionError, match="dropped"):
+        call(case, inputs(case))

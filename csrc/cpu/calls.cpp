@@ -1,4 +1,4 @@
-// Calls from Python on plain CPU tensors, without the two trips through Python that autograd.Function and torch.ops take.
+// Calls from Python on plain CPU tensors, without the trips through Python that autograd.Function and torch.ops take.
 #include "calls.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -35,7 +35,8 @@ struct Call {
 };
 
 Tensor as_rows(const Tensor& x, int64_t dims) {
-  const Tensor rows = x.dim() == 2 && dims == 1 ? x : x.reshape({-1, c10::multiply_integers(x.sizes().slice(x.dim() - dims))});
+  const int64_t cols = c10::multiply_integers(x.sizes().slice(x.dim() - dims));
+  const Tensor rows = x.dim() == 2 && dims == 1 ? x : x.reshape({-1, cols});
   return rows.stride(1) == 1 ? rows : rows.clone(at::MemoryFormat::Contiguous);
 }
 

@@ -111,7 +111,9 @@ class ColumnSums {
     return partials_.defined() ? partials_.template mutable_data_ptr<S>() + i * cols_ : nullptr;
   }
 
-  at::Tensor make_total(std::optional<at::ScalarType> type) const { return type ? empty({cols_}, *type) : at::Tensor(); }
+  at::Tensor make_total(std::optional<at::ScalarType> type) const {
+    return type ? empty({cols_}, *type) : at::Tensor();
+  }
 
   // Fills columns [first, last), at most `width` of them, of a tensor from make_total.
   void add_up(const at::Tensor& total, int64_t first, int64_t last) const {
