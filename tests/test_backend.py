@@ -33,7 +33,7 @@ def fake_kernels(request, monkeypatch) -> str:
 class Untouchable:
     """Stands for a backend's module: it serves the CPU; any kernel that is asked of it is a failure."""
 
-    direct = dict.fromkeys(OPERATIONS, lambda *arguments: NotImplemented)
+    direct = dict.fromkeys(ROW_NORMS, lambda *arguments: NotImplemented)
 
     def serves(self, device_type: str) -> bool:
         return device_type == "cpu"
