@@ -15,6 +15,7 @@ from clip_kernels import Cuda, assert_norms, kernel, randn
 
 from fastnorm import backend
 
+pytestmark = pytest.mark.cuda
 ROOT = Path(__file__).resolve().parents[1]
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 

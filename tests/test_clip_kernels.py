@@ -26,7 +26,7 @@ INF = math.inf
 CHANGED = {F32: 2e-6, F64: 1e-6, F16: 2**-10, BF16: 2**-7}
 
 
-@pytest.fixture(params=["cuda", pytest.param("triton", marks=pytest.mark.triton)])
+@pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.cuda), pytest.param("triton", marks=pytest.mark.triton)])
 def kernels(request):
     if request.param == "cuda":
         return Cuda()
