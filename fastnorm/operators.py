@@ -99,7 +99,15 @@ def _multi_tensor_norm(tensors, norm_type, max_norm):
     return scalar, torch.empty_like(scalar), nonfinite, first.new_empty(len(tensors), dtype=dtype)
 
 
-def _writes_in_place(*arguments):
+def _multi_tensor_scale_(tensors, coefficient):
+    return None
+
+
+def _multi_tensor_clamp_(tensors, bound):
+    return None
+
+
+def _multi_tensor_agc_(grads, params, units, clip_factor, eps, norm_type):
     return None
 
 
@@ -118,9 +126,9 @@ _FAKES = {
     "add_layer_norm_forward": _add_layer_norm_forward,
     "add_layer_norm_backward": _add_layer_norm_backward,
     "multi_tensor_norm": _multi_tensor_norm,
-    "multi_tensor_scale_": _writes_in_place,
-    "multi_tensor_clamp_": _writes_in_place,
-    "multi_tensor_agc_": _writes_in_place,
+    "multi_tensor_scale_": _multi_tensor_scale_,
+    "multi_tensor_clamp_": _multi_tensor_clamp_,
+    "multi_tensor_agc_": _multi_tensor_agc_,
 }
 
 
