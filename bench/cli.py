@@ -27,11 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _clip(arguments[1:])
     parser = _parser()
     options = parser.parse_args(arguments)
-    device = _device(parser, options.device)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    facts = machine.describe(device)
-    print(report.header(facts), flush=True)
+    device, facts = _start(parser, options)
     bench = Bench(_plan(options, device))
     print(*filter(None, (report.ceiling_line(bench.ceilings.large()), report.absences(bench.absent))), sep="\n")
     results = _run(bench)
@@ -57,11 +53,7 @@ def _clip(arguments: list[str]) -> int:
     add("--dtypes", type=_names(DTYPES, "dtype"), metavar="D", default=("fp32",), help="default: fp32")
     _add_timing(parser, "the smaller lists, short rounds: under a minute on two cores")
     options = parser.parse_args(arguments)
-    device = _device(parser, options.device)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    facts = machine.describe(device)
-    print(report.header(facts), flush=True)
+    device, facts = _start(parser, options)
     lists = options.lists or (("resnet50", "small") if options.quick else known)
     budget = _budget(options, QUICK if options.quick else {})
     bench = clip.Bench(clip.Plan(tuple(clip.OPERATIONS), lists, options.dtypes, device, budget))
@@ -71,6 +63,16 @@ def _clip(arguments: list[str]) -> int:
     stem = f"clip-{machine.slug(facts['device'])}" + ("-quick" if options.quick else "")
     print("wrote", *clip_report.write(options.output, stem, facts, bench, results), sep="\n  ")
     return int(any(result.provider.startswith("fastnorm") and result.status != OK for result in results))
+
+
+def _start(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple[torch.device, dict[str, str]]:
+    """The device, with the threads that were asked for, and the machine's facts, which are printed."""
+    device = _device(parser, options.device)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    facts = machine.describe(device)
+    print(report.header(facts), flush=True)
+    return device, facts
 
 
 def _run(bench: Bench) -> list[Result]:

@@ -1,13 +1,11 @@
 """The results of `python -m bench clip` as tables for people, and as CSV and JSON for programs."""
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 from tabulate import tabulate
 
 from .clip import Bench, Result
-from .report import absences, duration, header, ratio, write_csv
+from .report import duration, ratio, write_files
 from .run import TIMED
 
 COLUMNS = ("list", "dtype", "provider", "median", "IQR", "GB/s", "vs baseline", "error")
@@ -60,17 +58,4 @@ def _cells(result: Result) -> tuple[str, ...]:
 
 def write(directory: Path, stem: str, machine: dict[str, str], bench: Bench, results: list[Result]) -> list[Path]:
     """Write `<stem>.csv`, `.json` and `.md` into `directory`, and return their paths."""
-    directory.mkdir(parents=True, exist_ok=True)
-    paths = [directory / f"{stem}.{suffix}" for suffix in ("csv", "json", "md")]
-    write_csv(paths[0], machine, results)
-    document = {
-        "machine": machine,
-        "budget": asdict(bench.plan.budget),
-        "absent": bench.absent,
-        "results": [asdict(result) for result in results],
-    }
-    paths[1].write_text(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    sections = "\n\n".join(filter(None, (header(machine), absences(bench.absent))))
-    text = "\n\n".join((f"```\n{sections}\n```", tables(results, "github"), LEGEND))
-    paths[2].write_text(text + "\n", encoding="utf-8")
-    return paths
+    return write_files(directory / stem, machine, bench, results, ("", tables(results, "github"), LEGEND), {})

@@ -127,20 +127,25 @@ def ceiling_line(large: Ceiling) -> str:
 
 def write(directory: Path, stem: str, machine: dict[str, str], bench: Bench, results: list[Result]) -> list[Path]:
     """Write `<stem>.csv`, `.json` and `.md` into `directory`, and return their paths."""
-    directory.mkdir(parents=True, exist_ok=True)
-    paths = [directory / f"{stem}.{suffix}" for suffix in ("csv", "json", "md")]
+    ceilings = {"copy_ceilings_gb_per_s": bench.ceilings.to_dicts()}
+    text = (ceiling_line(bench.ceilings.large()), tables(results, "github"), LEGEND)
+    return write_files(directory / stem, machine, bench, results, text, ceilings)
+
+
+def write_files(
+    path: Path, machine: dict[str, str], bench: Any, results: Sequence[Any], text: tuple[str, str, str], extra: dict
+) -> list[Path]:
+    """`path` with the suffixes csv, json and md. text: what stands below the machine, the tables, the legend; extra:
+    what only the JSON has beside the machine, the budget, who is absent, and the results."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    paths = [path.parent / f"{path.name}.{suffix}" for suffix in ("csv", "json", "md")]
     write_csv(paths[0], machine, results)
-    document = {
-        "machine": machine,
-        "budget": asdict(bench.plan.budget),
-        "absent": bench.absent,
-        "copy_ceilings_gb_per_s": bench.ceilings.to_dicts(),
-        "results": [asdict(result) for result in results],
-    }
+    document = {"machine": machine, "budget": asdict(bench.plan.budget), "absent": bench.absent, **extra}
+    document["results"] = [asdict(result) for result in results]
     paths[1].write_text(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    sections = (header(machine), ceiling_line(bench.ceilings.large()), absences(bench.absent))
-    text = "\n\n".join(("```\n" + "\n\n".join(filter(None, sections)) + "\n```", tables(results, "github"), LEGEND))
-    paths[2].write_text(text + "\n", encoding="utf-8")
+    below, body, legend = text
+    sections = "\n\n".join(filter(None, (header(machine), below, absences(bench.absent))))
+    paths[2].write_text(f"```\n{sections}\n```\n\n{body}\n\n{legend}\n", encoding="utf-8")
     return paths
 
 
