@@ -55,6 +55,35 @@ TORCH_LIBRARY(fastnorm, m) {
       "bool zero_centered, ScalarType x_dtype, ScalarType residual_dtype, ScalarType? dweight_dtype, "
       "ScalarType? dbias_dtype) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
   m.def(
+      "batch_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor? factor, float momentum, float eps, bool channels_last, bool relu, "
+      "ScalarType out_dtype) -> (Tensor y, Tensor mask, Tensor mean, Tensor rstd)");
+  m.def(
+      "batch_norm_backward(Tensor dy, Tensor? mask, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool "
+      "training, bool channels_last, ScalarType? dresidual_dtype, ScalarType? dweight_dtype, ScalarType? "
+      "dbias_dtype) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
+  m.def(
+      "batch_norm_evaluate(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor "
+      "running_var, float eps, bool channels_last, bool relu, bool wants_mask, ScalarType out_dtype) -> (Tensor y, "
+      "Tensor mask)");
+  m.def("batch_norm_statistics(Tensor x, bool channels_last) -> Tensor");
+  m.def(
+      "batch_norm_normalize(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
+      "bool channels_last, bool relu, ScalarType out_dtype) -> (Tensor y, Tensor mask)");
+  m.def(
+      "batch_norm_backward_sums(Tensor dy, Tensor? mask, Tensor x, Tensor mean, Tensor rstd, bool channels_last) -> "
+      "Tensor");
+  m.def(
+      "batch_norm_backward_apply(Tensor dy, Tensor? mask, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, "
+      "Tensor means, bool channels_last, ScalarType? dresidual_dtype) -> (Tensor dx, Tensor dresidual)");
+  m.def(
+      "group_norm_forward(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, bool channels_last, bool "
+      "silu, ScalarType out_dtype) -> (Tensor y, Tensor mean, Tensor rstd)");
+  m.def(
+      "group_norm_backward(Tensor dy, Tensor x, int groups, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
+      "bool channels_last, bool silu, ScalarType? dweight_dtype, ScalarType? dbias_dtype) -> (Tensor dx, Tensor "
+      "dweight, Tensor dbias)");
+  m.def(
       "multi_tensor_norm(Tensor[] tensors, float norm_type, float max_norm) "
       "-> (Tensor total_norm, Tensor coefficient, Tensor nonfinite, Tensor norms)");
   m.def("multi_tensor_scale_(Tensor(a!)[] tensors, Tensor coefficient) -> ()");

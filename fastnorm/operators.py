@@ -27,6 +27,27 @@ SCHEMAS = (
     "add_layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor mean, Tensor rstd,"
     " bool zero_centered, ScalarType x_dtype, ScalarType residual_dtype, ScalarType? dweight_dtype,"
     " ScalarType? dbias_dtype) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+    "batch_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean,"
+    " Tensor(b!)? running_var, Tensor? factor, float momentum, float eps, bool channels_last, bool relu,"
+    " ScalarType out_dtype) -> (Tensor y, Tensor mask, Tensor mean, Tensor rstd)",
+    "batch_norm_backward(Tensor dy, Tensor? mask, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool training,"
+    " bool channels_last, ScalarType? dresidual_dtype, ScalarType? dweight_dtype, ScalarType? dbias_dtype)"
+    " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+    "batch_norm_evaluate(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor running_mean,"
+    " Tensor running_var, float eps, bool channels_last, bool relu, bool wants_mask, ScalarType out_dtype)"
+    " -> (Tensor y, Tensor mask)",
+    "batch_norm_statistics(Tensor x, bool channels_last) -> Tensor",
+    "batch_norm_normalize(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
+    " bool channels_last, bool relu, ScalarType out_dtype) -> (Tensor y, Tensor mask)",
+    "batch_norm_backward_sums(Tensor dy, Tensor? mask, Tensor x, Tensor mean, Tensor rstd, bool channels_last)"
+    " -> Tensor",
+    "batch_norm_backward_apply(Tensor dy, Tensor? mask, Tensor x, Tensor? weight, Tensor mean, Tensor rstd,"
+    " Tensor means, bool channels_last, ScalarType? dresidual_dtype) -> (Tensor dx, Tensor dresidual)",
+    "group_norm_forward(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, bool channels_last, bool silu,"
+    " ScalarType out_dtype) -> (Tensor y, Tensor mean, Tensor rstd)",
+    "group_norm_backward(Tensor dy, Tensor x, int groups, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
+    " bool channels_last, bool silu, ScalarType? dweight_dtype, ScalarType? dbias_dtype)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias)",
     "multi_tensor_norm(Tensor[] tensors, float norm_type, float max_norm)"
     " -> (Tensor total_norm, Tensor coefficient, Tensor nonfinite, Tensor norms)",
     "multi_tensor_scale_(Tensor(a!)[] tensors, Tensor coefficient) -> ()",
@@ -91,6 +112,71 @@ def _add_layer_norm_backward(
     return _like(h, x_dtype), dresidual, _parameter(h, dweight_dtype), _parameter(h, dbias_dtype)
 
 
+def channels_of(x: torch.Tensor, channels_last: bool) -> int:
+    """C of what batch_norm's and group_norm's kernels take: (N, C, S), or (N, S, C) where channels_last."""
+    return x.shape[2 if channels_last else 1]
+
+
+def _mask(x: torch.Tensor, wanted: bool) -> torch.Tensor | None:
+    return x.new_empty((*x.shape[:-1], (x.shape[-1] + 7) // 8), dtype=torch.uint8) if wanted else None
+
+
+def _of_channels(x: torch.Tensor, channels_last: bool, dtype: torch.dtype | None) -> torch.Tensor | None:
+    return None if dtype is None else x.new_empty(channels_of(x, channels_last), dtype=dtype)
+
+
+def _statistic(x: torch.Tensor, *shape: int) -> torch.Tensor:
+    return x.new_empty(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _batch_norm_forward(
+    x, residual, weight, bias, running_mean, running_var, factor, momentum, eps, channels_last, relu, out_dtype
+):
+    channels = channels_of(x, channels_last)
+    return _like(x, out_dtype), _mask(x, relu), _statistic(x, channels), _statistic(x, channels)
+
+
+def _batch_norm_backward(
+    dy, mask, x, weight, mean, rstd, training, channels_last, dresidual_dtype, dweight_dtype, dbias_dtype
+):
+    dresidual = None if dresidual_dtype is None else _like(x, dresidual_dtype)
+    dweight, dbias = (_of_channels(x, channels_last, dtype) for dtype in (dweight_dtype, dbias_dtype))
+    return _like(x, x.dtype), dresidual, dweight, dbias
+
+
+def _batch_norm_evaluate(
+    x, residual, weight, bias, running_mean, running_var, eps, channels_last, relu, wants_mask, out_dtype
+):
+    return _like(x, out_dtype), _mask(x, relu and wants_mask)
+
+
+def _batch_norm_statistics(x, channels_last):
+    return _statistic(x, 2, channels_of(x, channels_last))
+
+
+def _batch_norm_normalize(x, residual, weight, bias, mean, rstd, channels_last, relu, out_dtype):
+    return _like(x, out_dtype), _mask(x, relu)
+
+
+def _batch_norm_backward_sums(dy, mask, x, mean, rstd, channels_last):
+    return _statistic(x, 2, channels_of(x, channels_last))
+
+
+def _batch_norm_backward_apply(dy, mask, x, weight, mean, rstd, means, channels_last, dresidual_dtype):
+    return _like(x, x.dtype), None if dresidual_dtype is None else _like(x, dresidual_dtype)
+
+
+def _group_norm_forward(x, groups, weight, bias, eps, channels_last, silu, out_dtype):
+    return _like(x, out_dtype), _statistic(x, x.shape[0], groups), _statistic(x, x.shape[0], groups)
+
+
+def _group_norm_backward(
+    dy, x, groups, weight, bias, mean, rstd, channels_last, silu, dweight_dtype, dbias_dtype
+):  # fmt: skip
+    dweight, dbias = (_of_channels(x, channels_last, dtype) for dtype in (dweight_dtype, dbias_dtype))
+    return _like(x, x.dtype), dweight, dbias
+
+
 def _multi_tensor_norm(tensors, norm_type, max_norm):
     dtype = list_dtype(tensors)
     first = tensors[0]
@@ -125,6 +211,15 @@ _FAKES = {
     "layer_norm_backward": _layer_norm_backward,
     "add_layer_norm_forward": _add_layer_norm_forward,
     "add_layer_norm_backward": _add_layer_norm_backward,
+    "batch_norm_forward": _batch_norm_forward,
+    "batch_norm_backward": _batch_norm_backward,
+    "batch_norm_evaluate": _batch_norm_evaluate,
+    "batch_norm_statistics": _batch_norm_statistics,
+    "batch_norm_normalize": _batch_norm_normalize,
+    "batch_norm_backward_sums": _batch_norm_backward_sums,
+    "batch_norm_backward_apply": _batch_norm_backward_apply,
+    "group_norm_forward": _group_norm_forward,
+    "group_norm_backward": _group_norm_backward,
     "multi_tensor_norm": _multi_tensor_norm,
     "multi_tensor_scale_": _multi_tensor_scale_,
     "multi_tensor_clamp_": _multi_tensor_clamp_,
