@@ -13,16 +13,24 @@ from .clip import (
     get_total_norm,
     gradient_health,
 )
+from .ops.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .ops.group_norm import GroupNorm
 from .ops.layer_norm import AddLayerNorm, LayerNorm
 from .ops.rms_norm import AddRMSNorm, RMSNorm
+from .ops.sync_batch_norm import SyncBatchNorm
 
 __version__ = "0.1.0"
 __all__ = [
     "AddLayerNorm",
     "AddRMSNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
     "GradientHealth",
+    "GroupNorm",
     "LayerNorm",
     "RMSNorm",
+    "SyncBatchNorm",
     "adaptive_clip_grad_",
     "clip_grad_norm_",
     "clip_grad_norm_in_optimizer",

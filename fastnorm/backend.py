@@ -18,8 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import operators, reference
 
 ROW_NORMS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
+CHANNEL_NORMS = ("batch_norm", "batch_norm_evaluation", "sync_batch_norm", "group_norm")
 CLIPS = ("clip_grad_norm", "adaptive_clip_grad")
-OPERATIONS = (*ROW_NORMS, *CLIPS)
+OPERATIONS = (*ROW_NORMS, *CHANNEL_NORMS, *CLIPS)
+WITHOUT_FORMULA = ("sync_batch_norm", *CLIPS)  # in steps, or on lists: fastnorm.reference has a backend's functions
 BACKENDS = ("triton", "native", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _KERNEL_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor)
@@ -114,11 +116,11 @@ def call_directly(op: str, *arguments: Any) -> Any:
 def pick(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> Any | None:
     """What serves `op` on `x` and the other tensors: the backend's functions.
 
-    For a norm, None stands for the formula; for the clips, fastnorm.reference has the functions that a backend has.
+    None stands for the formula; for what has none (WITHOUT_FORMULA), fastnorm.reference has a backend's functions.
     """
     name, _ = _choose(op, x, *others)
     if name == "reference":
-        return reference if op in CLIPS else None
+        return reference if op in WITHOUT_FORMULA else None
     if name == "native":
         return _native
     # a compiled graph, or a dispatch mode that looks on, needs operators that the dispatcher knows
@@ -192,6 +194,8 @@ def _refusal(op: str, name: str, x: torch.Tensor) -> str | None:
     if name in _absent:
         return _absent[name]
     if name == "native":
+        if op == "batch_norm_evaluation" and x.device.type == "cpu" and _forced is None:
+            return "evaluation without activation and residual is a copy's work in PyTorch's own CPU kernel"
         devices = _native_clip_devices if op in CLIPS else _native_devices
         return None if x.device.type in devices else f"not built for {x.device.type}"
     return None if _triton.serves(x.device.type) else f"Triton doesn't run on {x.device.type} here"
@@ -215,7 +219,8 @@ def explain(x: torch.Tensor | None = None, op: str = "rms_norm") -> Explanation:
     """Which backend `op` takes for the input `x`, and why.
 
     x: a tensor like the one to be normalised, or a gradient; without one, a float32 CPU tensor is meant.
-    op: one of layer_norm, rms_norm, add_layer_norm, add_rms_norm, clip_grad_norm, adaptive_clip_grad.
+    op: one of layer_norm, rms_norm, add_layer_norm, add_rms_norm, batch_norm (in training, or with an activation or a
+        residual), batch_norm_evaluation (without), sync_batch_norm, group_norm, clip_grad_norm, adaptive_clip_grad.
 
     Raises ValueError for another name.
     """

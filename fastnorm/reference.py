@@ -54,6 +54,134 @@ def rms_norm(
     return (x_hat if weight is None else x_hat * weight).to(out_dtype)
 
 
+def batch_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running: tuple[Tensor, Tensor] | None,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    """y = relu((x − mean) · rstd · w + b + residual); in training, `running` (mean and variance) moves by momentum."""
+    vectors: Sequence[Tensor | None] = (*(running or (None, None)), weight, bias)
+    mixes = _stock_mixes(x, *vectors)
+    dtype = x.dtype if mixes else stat_dtype(x.dtype)
+    if not mixes:
+        vectors = [None if v is None else v.to(dtype) for v in vectors]
+    factor = momentum if isinstance(momentum, float) else 0.0
+    # stock takes no factor that lies on the device; what it leaves in fresh buffers is what the others move towards
+    moves = training and running is not None and not (mixes and momentum is factor)
+    if moves:
+        vectors, factor = [*map(torch.zeros_like, vectors[:2]), *vectors[2:]], 1.0
+    z = F.batch_norm(x.to(dtype), *vectors, training, factor, eps).to(x.dtype)
+    if moves and x.numel():
+        move(running, vectors[:2], momentum)
+    z = z if residual is None else z + residual
+    return F.relu(z) if relu else z
+
+
+def move(buffers: Sequence[Tensor], values: Sequence[Tensor], momentum: float | Tensor) -> None:
+    """Running statistics: r = (1 − momentum) · r + momentum · value."""
+    with torch.no_grad():
+        for buffer, value in zip(buffers, values, strict=True):
+            factor = momentum.to(value.dtype) if isinstance(momentum, Tensor) else momentum
+            buffer.copy_(torch.lerp(buffer.to(value.dtype), value, factor))
+
+
+def _stock_mixes(x: Tensor, *vectors: Tensor | None) -> bool:
+    """Whether stock's batch_norm and group_norm take these dtypes together: all alike, or float32 beside 16 bits."""
+    found = {t.dtype for t in vectors if t is not None}
+    return found <= {x.dtype} or (x.dtype.itemsize == 2 and found == {torch.float32})
+
+
+def group_norm(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool, out_dtype: torch.dtype
+) -> Tensor:
+    """y = silu((x − mean) · rstd · w + b) over each sample's groups of channels."""
+    if out_dtype == x.dtype and _stock_mixes(x, weight, bias):
+        z = F.group_norm(x, groups, weight, bias, eps)
+    else:
+        dtype = stat_dtype(torch.promote_types(x.dtype, out_dtype))
+        parameters = (None if p is None else p.to(dtype) for p in (weight, bias))
+        z = F.group_norm(x.to(dtype), groups, *parameters, eps).to(out_dtype)
+    return F.silu(z) if silu else z
+
+
+def batch_norm_statistics(x: Tensor, channels_last: bool) -> Tensor:
+    """(2, C): each channel's mean and its sum of squared differences from it. For x see `batch_norm_normalize`."""
+    dims, _ = _pooled_dims(channels_last)
+    values = x.to(stat_dtype(x.dtype))
+    mean = values.mean(dims, keepdim=True)
+    return torch.stack((mean.flatten(), (values - mean).square().sum(dims)))
+
+
+def batch_norm_normalize(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor,
+    channels_last: bool, relu: bool, out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """(y, mask) of x as a backend gets it, (N, S, C) where channels_last and (N, C, S) elsewhere."""
+    z = _normalized(x, mean, rstd, channels_last)
+    if weight is not None:
+        z = z * _along_channels(weight, z, channels_last)
+    if bias is not None:
+        z = z + _along_channels(bias, z, channels_last)
+    z = z if residual is None else z + residual
+    if not relu:
+        return z.to(out_dtype), None
+    bits = F.pad(~(z <= 0), (0, -z.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    mask = (bits * (1 << torch.arange(8, dtype=torch.uint8, device=x.device))).sum(-1, dtype=torch.uint8)
+    return F.relu(z).to(out_dtype), mask
+
+
+def batch_norm_backward_sums(
+    dy: Tensor, mask: Tensor | None, x: Tensor, mean: Tensor, rstd: Tensor, channels_last: bool
+) -> Tensor:
+    """(2, C): each channel's sums of dz and of dz · x̂, where dz is dy under the mask."""
+    dims, _ = _pooled_dims(channels_last)
+    x_hat = _normalized(x, mean, rstd, channels_last)
+    dz = masked(dy, mask).to(x_hat.dtype)
+    return torch.stack((dz.sum(dims), (dz * x_hat).sum(dims)))
+
+
+def batch_norm_backward_apply(
+    dy: Tensor, mask: Tensor | None, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, means: Tensor,
+    channels_last: bool, dresidual_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """dx = (dz − means[0] − x̂ · means[1]) · rstd · w, and dz for the residual, if it is wanted."""
+    x_hat = _normalized(x, mean, rstd, channels_last)
+    dz = masked(dy, mask).to(x_hat.dtype)
+    level, along = (_along_channels(each, x_hat, channels_last) for each in means)
+    scale = _along_channels(rstd if weight is None else rstd * weight, x_hat, channels_last)
+    dx = ((dz - level - x_hat * along) * scale).to(x.dtype)
+    return dx, None if dresidual_dtype is None else dz.to(dresidual_dtype)
+
+
+def masked(dy: Tensor, mask: Tensor | None) -> Tensor:
+    """dy where the mask, eight elements of a row a byte, lets it pass; all of it without one."""
+    if mask is None:
+        return dy
+    bits = (mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
+    return torch.where(bits.flatten(-2)[..., : dy.shape[-1]].bool(), dy, 0)
+
+
+def _pooled_dims(channels_last: bool) -> tuple[tuple[int, int], int]:
+    """The dimensions that a channel's statistics are taken over, and the channels' own."""
+    return ((0, 1), 2) if channels_last else ((0, 2), 1)
+
+
+def _along_channels(vector: Tensor, like: Tensor, channels_last: bool) -> Tensor:
+    return vector.to(like.dtype).view(-1) if channels_last else vector.to(like.dtype).view(-1, 1)
+
+
+def _normalized(x: Tensor, mean: Tensor, rstd: Tensor, channels_last: bool) -> Tensor:
+    values = x.to(stat_dtype(x.dtype))
+    centered = values - _along_channels(mean, values, channels_last)
+    return centered * _along_channels(rstd, values, channels_last)
+
+
 def add(x: Tensor, residual: Tensor, residual_dtype: torch.dtype) -> Tensor:
     """h = x + residual, rounded once, to residual_dtype."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, residual.dtype), residual_dtype)

@@ -1,4 +1,4 @@
-"""What every row norm asks of its arguments. A call that is right costs one look; a wrong one is explained."""
+"""What the norms ask of their arguments. A call that is right costs one look; a wrong one is explained."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from torch import Tensor
 from ..backend import DTYPES
 
 # where stock autocast runs the operation in float32, as the dispatcher's Autocast keys of torch 2.14 have it
-_AUTOCAST_FLOAT32 = {"layer_norm": ("cuda", "mps", "xpu"), "rms_norm": ("cuda", "xpu")}
+_AUTOCAST_FLOAT32 = {
+    "layer_norm": ("cuda", "mps", "xpu"),
+    "rms_norm": ("cuda", "xpu"),
+    "group_norm": ("cuda", "mps", "xpu"),
+}
 
 
 def check(

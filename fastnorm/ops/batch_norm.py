@@ -1,0 +1,231 @@
+"""BatchNorm (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167), with a residual and a ReLU fused in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backend, reference
+from .arguments import as_vector, like_input, options_repr
+from .channels import (
+    check_activation,
+    check_eps,
+    check_input,
+    check_several_values,
+    check_vector,
+    from_kernel,
+    layout_of,
+    pooled,
+    to_kernel,
+    values_per_channel,
+)
+
+
+class BatchNormFunction(torch.autograd.Function):
+    """y = relu((x − mean) · rstd · w + b + residual), the statistics being the batch's, or the running ones."""
+
+    @staticmethod
+    def forward(ctx: Any, x, residual, weight, bias, running, impl, training, momentum, eps, relu):
+        layout = layout_of(x)
+        kernel_x, kernel_residual = (None if t is None else pooled(to_kernel(t, layout), layout) for t in (x, residual))
+        parameters = as_vector(weight), as_vector(bias)
+        out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+        if training:
+            factor = momentum if isinstance(momentum, Tensor) else None
+            y, mask, mean, scale = impl.batch_norm_forward(
+                kernel_x, kernel_residual, *parameters, *(running or (None, None)), factor,
+                0.0 if factor is not None else momentum, eps, layout.pixels, relu, out_dtype,
+            )  # fmt: skip
+        else:
+            mean, scale = running
+            y, mask = impl.batch_norm_evaluate(
+                kernel_x, kernel_residual, *parameters, mean, scale, eps, layout.pixels, relu,
+                any(ctx.needs_input_grad), out_dtype,
+            )  # fmt: skip
+        # in evaluation `scale` is the running variance: rstd costs a launch or two, and only a backward needs it
+        ctx.save_for_backward(x, weight, bias, mean, scale, mask)
+        ctx.impl, ctx.layout, ctx.training, ctx.eps = impl, layout, training, eps
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        return from_kernel(y, x, layout)
+
+    @staticmethod
+    def backward(ctx: Any, dy):
+        return *_batch_norm_gradients(ctx, dy), None, None, None, None, None, None
+
+
+def _batch_norm_gradients(ctx: Any, dy: Tensor):
+    """(dx, dresidual, dweight, dbias)."""
+    x, weight, bias, mean, scale, mask = ctx.saved_tensors
+    if reference.graph_wanted():
+        dz = _masked(dy, mask, ctx.layout)
+        dx, dweight, dbias = reference.gradients(
+            lambda x, w, b: reference.batch_norm(
+                x, None, w, b, None if ctx.training else (mean, scale), ctx.training, 0.0, ctx.eps, False
+            ),
+            (x, weight, bias), dz.to(x.dtype),
+        )  # fmt: skip
+        return dx, dz.to(ctx.residual_dtype) if ctx.needs_input_grad[1] else None, dweight, dbias
+    kernel_x, kernel_dy = (pooled(to_kernel(t, ctx.layout), ctx.layout) for t in (x, dy))
+    if not ctx.training:
+        mean, scale = running_moments(mean, scale, ctx.eps, x)
+    wants_residual = ctx.needs_input_grad[1]
+    dx, dresidual, dweight, dbias = ctx.impl.batch_norm_backward(
+        kernel_dy, mask, kernel_x, as_vector(weight), mean, scale, ctx.training, ctx.layout.pixels,
+        ctx.residual_dtype if wants_residual and mask is not None else None,
+        weight.dtype if ctx.needs_input_grad[2] else None, bias.dtype if ctx.needs_input_grad[3] else None,
+    )  # fmt: skip
+    dresidual = from_kernel(dresidual, x, ctx.layout)
+    if wants_residual and mask is None:
+        dresidual = dy.to(ctx.residual_dtype)
+    return from_kernel(dx, x, ctx.layout), dresidual, like_input(dweight, weight), like_input(dbias, bias)
+
+
+def _masked(dy: Tensor, mask: Tensor | None, layout: Any) -> Tensor:
+    """dy where the ReLU let z pass, as a function that can be differentiated in turn."""
+    if mask is None:
+        return dy
+    kernel_dy = pooled(to_kernel(dy, layout), layout)
+    return from_kernel(reference.masked(kernel_dy, mask), dy, layout)
+
+
+def running_moments(mean: Tensor, variance: Tensor, eps: float, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and rstd of running statistics, in the dtype of the statistics of x."""
+    dtype = reference.stat_dtype(x.dtype)
+    return mean.to(dtype), torch.rsqrt(variance.to(dtype) + eps)
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """torch.nn.functional.batch_norm, fused: y = (input − mean) / √(var + eps) · weight + bias for each channel.
+
+    input: (N, C, *), float32, bfloat16, float16 or float64, any strides; contiguous and channels_last inputs, and
+        slices of them along the batch or the channels, are read without a copy.
+    running_mean, running_var: (C,), both or neither. In training they are updated in place, once, the variance by its
+        unbiased estimate; in evaluation they are what is normalised with.
+    weight, bias: (C,) or None. All of these may have other dtypes than the input.
+    training: whether the statistics are this batch's (with the biased variance).
+    momentum: the share of this batch in the running statistics: a number, or a tensor with one element, which stays
+        on its device (such as 1/count, for a cumulative average).
+    residual: the input's shape; added to the normalised input. activation: "relu" or None, applied last:
+        y = relu(batch_norm(input) + residual) in one pass. For the backward, one bit an element is kept of it.
+
+    Returns y: the input's shape and memory format, in the promoted dtype of input and residual. Statistics are
+    computed in float32 (float64 for float64); dweight and dbias are summed in a fixed order.
+
+    Raises what torch.nn.functional.batch_norm raises: ValueError for a single value a channel in training, for an eps
+    out of range and for one running statistic without the other, RuntimeError for wrong shapes or devices; ValueError
+    for an unknown activation.
+    Source: torch.nn.functional.batch_norm; Ioffe & Szegedy, "Batch Normalization", 2015.
+    """
+    relu = check_activation("batch_norm", activation, "relu")
+    check_batch_norm(input, running_mean, running_var, weight, bias, residual, training)
+    check_eps("batch_norm", eps, zero_allowed=not training)
+    if training:
+        check_several_values(input, values_per_channel(input))
+    if not isinstance(momentum, Tensor):
+        momentum = _as_float(momentum)
+    elif momentum.numel() != 1:
+        raise RuntimeError(f"batch_norm(): momentum must be a number or one element, but got {list(momentum.shape)}")
+    running = None if running_mean is None else (running_mean, running_var)
+    is_plain = not training and residual is None and not relu
+    vectors = weight, bias, running_mean, running_var
+    impl = backend.pick("batch_norm_evaluation" if is_plain else "batch_norm", input, residual, *vectors)
+    if impl is None or input.numel() == 0:
+        return reference.batch_norm(input, residual, weight, bias, running, training, momentum, eps, relu)
+    if residual is not None and residual.dtype == torch.float64 != input.dtype:
+        input = input.double()  # kernels compute in the input's precision, the sum is to have the residual's
+    return BatchNormFunction.apply(
+        input, residual, weight, bias, running, impl, training, momentum, float(eps), relu
+    )
+
+
+def check_batch_norm(x, running_mean, running_var, weight, bias, residual, training: bool) -> None:
+    """Raises what torch raises for wrong tensors."""
+    check_input("batch_norm", x)
+    if training and (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    for name, statistic in (("running_mean", running_mean), ("running_var", running_var)):
+        if statistic is None and not training:
+            raise RuntimeError(f"{name} must be defined in evaluation mode")
+        check_vector("batch_norm", name, statistic, x)
+        if statistic is not None and statistic.requires_grad:
+            raise RuntimeError(f"batch_norm(): {name} is not differentiable; use {name}.detach()")
+    check_vector("batch_norm", "weight", weight, x)
+    check_vector("batch_norm", "bias", bias, x)
+    if residual is None:
+        return
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"batch_norm(): argument 'residual' must be Tensor, not {type(residual).__name__}")
+    if residual.shape != x.shape or residual.device != x.device or not residual.is_floating_point():
+        raise RuntimeError(
+            f"batch_norm(): residual must be floating-point, on {x.device} and have the shape {list(x.shape)}, "
+            f"but got {residual.dtype} on {residual.device} with {list(residual.shape)}"
+        )
+
+
+def _as_float(momentum: float) -> float:
+    if not isinstance(momentum, (int, float)):
+        raise TypeError(f"batch_norm(): argument 'momentum' must be float, not {type(momentum).__name__}")
+    return float(momentum)
+
+
+class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
+    """What the batch norms have beyond torch's: the activation, the residual, and no host sync for momentum=None."""
+
+    def __init__(self, *args: Any, activation: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_activation(type(self).__name__, activation, "relu")
+        self.activation = activation
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        self._check_input_dim(input)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # the cumulative average
+                momentum = self.num_batches_tracked.to(torch.float32).reciprocal()
+        training = self.training or (self.running_mean is None and self.running_var is None)
+        is_tracked = not self.training or self.track_running_stats
+        running = (self.running_mean, self.running_var) if is_tracked else (None, None)
+        return self._normalize(input, running, training, momentum, residual)
+
+    def _normalize(self, input, running, training: bool, momentum: float | Tensor, residual: Tensor | None) -> Tensor:
+        return batch_norm(
+            input, *running, self.weight, self.bias, training, momentum, self.eps,
+            residual=residual, activation=self.activation,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + options_repr(self, activation=None)
+
+
+_DOC = """torch.nn.{name}, fused: the same constructor, state_dict and errors.
+
+    activation: "relu" or None, applied after the residual that `forward(x, residual=None)` adds:
+    y = relu(batch_norm(x) + residual) in one pass. With momentum=None, the cumulative average costs no host sync.
+    """
+
+
+class BatchNorm1d(FusedBatchNorm, torch.nn.BatchNorm1d):
+    __doc__ = _DOC.format(name="BatchNorm1d")
+
+
+class BatchNorm2d(FusedBatchNorm, torch.nn.BatchNorm2d):
+    __doc__ = _DOC.format(name="BatchNorm2d")
+
+
+class BatchNorm3d(FusedBatchNorm, torch.nn.BatchNorm3d):
+    __doc__ = _DOC.format(name="BatchNorm3d")

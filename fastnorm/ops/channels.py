@@ -1,0 +1,117 @@
+"""What batch_norm and group_norm share: the rule of layouts, and what is asked of their arguments."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backend import DTYPES
+
+_CHANNELS_LAST = {4: (1, 3, 2, 0), 5: (1, 4, 3, 2, 0)}  # dimensions, from the one whose elements are adjacent
+
+
+class Layout(NamedTuple):
+    """How kernels see an input (N, C, *spatial), and which strides the results get."""
+
+    pixels: bool  # as (N, S, C) with adjacent channels, else as (N, C, S) with adjacent positions
+    channels_last: bool  # the memory format of results, as stock chooses it
+
+
+def layout_of(x: Tensor) -> Layout:
+    """The layout that a kernel reads x in without a copy, if there is one."""
+    channels_last = _is_channels_last(x)
+    if x.shape[2:].numel() == 1:  # both views are one; adjacent channels make longer rows
+        return Layout(True, channels_last)
+    return Layout(channels_last and x.shape[1] > 1, channels_last)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """Whether the strides have channels_last's order, by the rule that stock chooses its results' format with."""
+    order = _CHANNELS_LAST.get(x.dim())
+    if order is None or x.is_contiguous() or x.stride(1) == 0:
+        return False
+    least = 0
+    for dim in order:
+        if x.stride(dim) < least or (dim == 0 and least == x.stride(1)):
+            return False
+        least = x.stride(dim) * max(1, x.shape[dim])
+    return True
+
+
+def to_kernel(x: Tensor, layout: Layout) -> Tensor:
+    """x as (N, S, C) or (N, C, S), by its layout, with adjacent last elements; a copy only where strides demand one."""
+    if layout.pixels:
+        view = x.movedim(1, -1).reshape(x.shape[0], math.prod(x.shape[2:]), x.shape[1])
+    else:
+        view = x.reshape(x.shape[0], x.shape[1], math.prod(x.shape[2:]))
+    return view if view.stride(2) == 1 else view.clone(memory_format=torch.contiguous_format)
+
+
+def pooled(x: Tensor, layout: Layout) -> Tensor:
+    """A kernel's view with the samples' pixels, which batch_norm pools, in one row: (1, N·S, C)."""
+    return x.reshape(1, x.shape[0] * x.shape[1], x.shape[2]) if layout.pixels else x
+
+
+def from_kernel(y: Tensor | None, x: Tensor, layout: Layout) -> Tensor | None:
+    """What a kernel returned, in the shape and memory format of the input x."""
+    if y is None:
+        return None
+    if layout.channels_last:
+        return y.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
+    return y.view(x.shape)
+
+
+def check_input(op: str, x: Tensor) -> None:
+    """Raises what torch raises for an input that is no batch of channels."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}(): argument 'input' must be Tensor, not {type(x).__name__}")
+    if x.dim() < 2:
+        raise RuntimeError(f"{op}(): input must have at least 2 dimensions, (N, C, *), but got {list(x.shape)}")
+    if not (x.is_floating_point() or x.is_complex()) or x.dtype not in DTYPES:
+        raise NotImplementedError(
+            f"{op}(): input must be float32, bfloat16, float16 or float64, but got {x.dtype}; convert it first"
+        )
+
+
+def check_several_values(x: Tensor, count: int) -> None:
+    """Raises torch's error where a statistic would be taken of one element."""
+    if count == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
+
+
+def check_vector(op: str, name: str, vector: Tensor | None, x: Tensor) -> None:
+    """Raises unless it is None, or one number of a kernel's dtype for each channel of x, on its device."""
+    if vector is None:
+        return
+    channels = x.shape[1]
+    if not isinstance(vector, Tensor):
+        raise TypeError(f"{op}(): argument '{name}' must be Tensor, not {type(vector).__name__}")
+    if vector.numel() != channels:
+        raise RuntimeError(f"{op}(): {name} should contain {channels} elements not {vector.numel()}")
+    if vector.device != x.device:
+        raise RuntimeError(f"{op}(): {name} is on {vector.device}, but input is on {x.device}; move one of them")
+    if vector.dtype not in DTYPES:
+        raise RuntimeError(f"{op}(): {name} must be float32, bfloat16, float16 or float64, but got {vector.dtype}")
+
+
+def check_eps(op: str, eps: float, zero_allowed: bool = True) -> None:
+    """Raises ValueError for a negative or NaN eps, and for zero where it is not allowed."""
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"{op}(): argument 'eps' must be float, not {type(eps).__name__}")
+    if not (eps >= 0 if zero_allowed else eps > 0):
+        raise ValueError(f"{op} eps must be {'non-negative' if zero_allowed else 'positive'}, but got {eps}")
+
+
+def check_activation(op: str, activation: str | None, known: str) -> bool:
+    """Whether the operation's one activation is asked for; ValueError for another."""
+    if activation is not None and activation != known:
+        raise ValueError(f"{op}: activation must be {known!r} or None, but got {activation!r}")
+    return activation is not None
+
+
+def values_per_channel(x: Tensor) -> int:
+    """N·S: how many elements a channel of x has."""
+    return x.shape[0] * math.prod(x.shape[2:])

@@ -1,0 +1,124 @@
+"""GroupNorm (Wu & He 2018, https://arxiv.org/abs/1803.08494), with a SiLU fused in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backend, reference
+from .arguments import as_vector, like_input, options_repr, result_dtype
+from .channels import (
+    check_activation,
+    check_eps,
+    check_input,
+    check_several_values,
+    check_vector,
+    from_kernel,
+    layout_of,
+    to_kernel,
+    values_per_channel,
+)
+
+
+class GroupNormFunction(torch.autograd.Function):
+    """y = silu((x − mean) · rstd · w + b), the statistics being those of a sample's group of channels."""
+
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias, impl, groups, eps, silu, out_dtype):
+        layout = layout_of(x)
+        y, mean, rstd = impl.group_norm_forward(
+            to_kernel(x, layout), groups, as_vector(weight), as_vector(bias), eps, layout.pixels, silu, out_dtype
+        )
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.impl, ctx.layout, ctx.options = impl, layout, (groups, eps, silu, out_dtype)
+        return from_kernel(y, x, layout)
+
+    @staticmethod
+    def backward(ctx: Any, dy):
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        groups, eps, silu, out_dtype = ctx.options
+        if reference.graph_wanted():
+            gradients = reference.gradients(
+                lambda x, w, b: reference.group_norm(x, groups, w, b, eps, silu, out_dtype), (x, weight, bias), dy
+            )
+            return *gradients, None, None, None, None, None
+        dx, dweight, dbias = ctx.impl.group_norm_backward(
+            to_kernel(dy, ctx.layout), to_kernel(x, ctx.layout), groups, as_vector(weight), as_vector(bias), mean, rstd,
+            ctx.layout.pixels, silu,
+            weight.dtype if ctx.needs_input_grad[1] else None, bias.dtype if ctx.needs_input_grad[2] else None,
+        )  # fmt: skip
+        gradients = from_kernel(dx, x, ctx.layout), like_input(dweight, weight), like_input(dbias, bias)
+        return *gradients, None, None, None, None, None
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+) -> Tensor:
+    """torch.nn.functional.group_norm, fused: y = (input − mean) / √(var + eps) · weight + bias in groups of channels.
+
+    input: (N, C, *), float32, bfloat16, float16 or float64, any strides; contiguous and channels_last inputs, and
+        slices of them along the batch or the channels, are read without a copy.
+    num_groups: of C / num_groups adjacent channels; divides C.
+    weight, bias: (C,) or None, each of any of these dtypes.
+    activation: "silu" or None: y = silu(group_norm(input)) in one pass.
+
+    Returns y: the input's shape and memory format, and its dtype, or what stock autocast gives. Statistics are computed
+    in float32 (float64 for float64); dweight and dbias are summed in a fixed order.
+
+    Raises what torch.nn.functional.group_norm raises: RuntimeError for wrong shapes or devices, ValueError for groups
+    of one element; ValueError for a negative or NaN eps and for an unknown activation.
+    Source: torch.nn.functional.group_norm; Wu & He, "Group Normalization", 2018.
+    """
+    silu = check_activation("group_norm", activation, "silu")
+    check_group_norm(input, num_groups, weight, bias)
+    check_eps("group_norm", eps)
+    check_several_values(input, values_per_channel(input) * input.shape[1] // num_groups)
+    out_dtype = result_dtype("group_norm", input, None)
+    impl = backend.pick("group_norm", input, weight, bias)
+    if impl is None or input.numel() == 0:
+        return reference.group_norm(input, num_groups, weight, bias, eps, silu, out_dtype)
+    return GroupNormFunction.apply(input, weight, bias, impl, num_groups, float(eps), silu, out_dtype)
+
+
+def check_group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None) -> None:
+    """Raises what torch raises for wrong arguments."""
+    check_input("group_norm", x)
+    if not isinstance(groups, int):
+        raise TypeError(f"group_norm(): argument 'num_groups' must be int, not {type(groups).__name__}")
+    if groups < 1:
+        raise RuntimeError(f"group_norm(): num_groups must be positive, but got {groups}")
+    if x.shape[1] % groups:
+        raise RuntimeError(
+            "Expected number of channels in input to be divisible by num_groups, but got input of shape "
+            f"{list(x.shape)} and num_groups={groups}"
+        )
+    for name, vector in (("weight", weight), ("bias", bias)):
+        check_vector("group_norm", name, vector, x)
+        if vector is not None and vector.dim() != 1:
+            raise RuntimeError(f"group_norm(): {name} must be a vector, but got {list(vector.shape)}")
+
+
+class GroupNorm(torch.nn.GroupNorm):
+    """torch.nn.GroupNorm, fused: the same constructor, state_dict and errors.
+
+    activation: "silu" or None, applied last, in the same pass.
+    """
+
+    def __init__(self, *args: Any, activation: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_activation("GroupNorm", activation, "silu")
+        self.activation = activation
+
+    def forward(self, input: Tensor) -> Tensor:
+        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps, activation=self.activation)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + options_repr(self, activation=None)

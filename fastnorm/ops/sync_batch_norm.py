@@ -1,0 +1,187 @@
+"""SyncBatchNorm: batch_norm over the batches of all processes of a group, on every device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import backend, reference
+from .arguments import as_vector, like_input
+from .batch_norm import FusedBatchNorm, check_batch_norm
+from .channels import check_activation, check_eps, from_kernel, layout_of, pooled, to_kernel, values_per_channel
+
+
+class SyncBatchNormFunction(torch.autograd.Function):
+    """y = relu((x − mean) · rstd · w + b + residual), mean and rstd being those of all processes' batches together.
+
+    A process whose batch is empty takes part in the collectives; one in the forward, one in the backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x, residual, weight, bias, running, impl, momentum, eps, relu, group):
+        layout = layout_of(x)
+        kernel_x, kernel_residual = (None if t is None else pooled(to_kernel(t, layout), layout) for t in (x, residual))
+        out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+        mean, variance, count = _gathered_moments(kernel_x, x, impl, layout, group)
+        if running is not None:
+            _move(running, mean, variance, count, momentum)
+        dtype = reference.stat_dtype(x.dtype)
+        mean, rstd = mean.to(dtype), torch.rsqrt(variance + eps).to(dtype)
+        y, mask = x.new_empty(x.shape, dtype=out_dtype), None
+        if x.numel():
+            y, mask = impl.batch_norm_normalize(
+                kernel_x, kernel_residual, as_vector(weight), as_vector(bias), mean, rstd, layout.pixels, relu,
+                out_dtype,
+            )  # fmt: skip
+            y = from_kernel(y, x, layout)
+        ctx.save_for_backward(x, weight, bias, mean, rstd, count, mask)
+        ctx.impl, ctx.layout, ctx.group, ctx.eps = impl, layout, group, eps
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy):
+        return *_gradients(ctx, dy), None, None, None, None, None, None
+
+
+def _gathered_moments(kernel_x: Tensor, x: Tensor, impl: Any, layout: Any, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and number of values of each channel over all processes, in float64."""
+    channels = x.shape[1]
+    mine = x.new_zeros(2 * channels + 1, dtype=torch.float64)
+    if x.numel():
+        mine[:-1] = impl.batch_norm_statistics(kernel_x, layout.pixels).view(-1)
+        mine[-1].fill_(values_per_channel(x))
+    everyone = mine.new_empty(dist.get_world_size(group), 2 * channels + 1)
+    dist.all_gather(list(everyone.unbind()), mine, group)
+    means, square_sums, counts = everyone.split((channels, channels, 1), dim=1)
+    count = counts.sum()
+    mean = (means * counts).sum(0) / count
+    return mean, (square_sums + counts * (means - mean).square()).sum(0) / count, count
+
+
+def _move(running, mean: Tensor, variance: Tensor, count: Tensor, momentum: float | Tensor) -> None:
+    """Updates running statistics, unless every process's batch is empty; decided without asking the device."""
+    momentum = torch.as_tensor(momentum, dtype=torch.float64, device=mean.device)
+    unbiased = variance * (count / (count - 1).clamp(min=1))
+    safe = [torch.where(count > 0, value, 0.0) for value in (mean, unbiased)]
+    reference.move(running, safe, torch.where(count > 0, momentum, 0.0))
+
+
+def _gradients(ctx: Any, dy: Tensor):
+    """(dx, dresidual, dweight, dbias); those of the parameters are this process's own part."""
+    x, weight, bias, mean, rstd, count, mask = ctx.saved_tensors
+    kernel_x, kernel_dy = (pooled(to_kernel(t, ctx.layout), ctx.layout) for t in (x, dy))
+    if reference.graph_wanted():
+        return _differentiable_gradients(ctx, dy, kernel_dy)
+    sums = mean.new_zeros(2, x.shape[1])
+    if x.numel():
+        sums = ctx.impl.batch_norm_backward_sums(kernel_dy, mask, kernel_x, mean, rstd, ctx.layout.pixels)
+    everyones = sums.double()
+    dist.all_reduce(everyones, group=ctx.group)
+    dresidual = None
+    if x.numel():
+        wants_dz = ctx.needs_input_grad[1] and mask is not None
+        dx, dresidual = ctx.impl.batch_norm_backward_apply(
+            kernel_dy, mask, kernel_x, as_vector(weight), mean, rstd, (everyones / count).to(mean.dtype),
+            ctx.layout.pixels, ctx.residual_dtype if wants_dz else None,
+        )  # fmt: skip
+        dx, dresidual = from_kernel(dx, x, ctx.layout), from_kernel(dresidual, x, ctx.layout)
+    else:
+        dx = torch.empty_like(x)
+    if ctx.needs_input_grad[1] and dresidual is None:
+        dresidual = dy.to(ctx.residual_dtype)
+    dweight = like_input(sums[1].to(weight.dtype), weight) if ctx.needs_input_grad[2] else None
+    dbias = like_input(sums[0].to(bias.dtype), bias) if ctx.needs_input_grad[3] else None
+    return dx, dresidual, dweight, dbias
+
+
+def _differentiable_gradients(ctx: Any, dy: Tensor, kernel_dy: Tensor):
+    """As `_gradients`, by PyTorch's operations and collectives that are differentiable themselves."""
+    x, weight, bias, _, _, count, mask = ctx.saved_tensors
+    dz = dy if mask is None else from_kernel(reference.masked(kernel_dy, mask), dy, ctx.layout)
+
+    def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return _formula(x, weight, bias, count, ctx.eps, ctx.group)
+
+    dx, dweight, dbias = reference.gradients(formula, (x, weight, bias), dz.to(x.dtype))
+    return dx, dz.to(ctx.residual_dtype) if ctx.needs_input_grad[1] else None, dweight, dbias
+
+
+def _formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, count: Tensor, eps: float, group: Any) -> Tensor:
+    from torch.distributed.nn.functional import all_reduce  # imports much, for what a gradient penalty alone needs
+
+    dims, shape = (0, *range(2, x.dim())), (1, -1, *[1] * (x.dim() - 2))
+    values = x.to(reference.stat_dtype(x.dtype))
+    count = count.to(values.dtype)
+    mean = all_reduce(values.sum(dims, keepdim=True), group=group) / count
+    centered = values - mean
+    variance = all_reduce(centered.square().sum(dims, keepdim=True), group=group) / count
+    y = centered * torch.rsqrt(variance + eps)
+    if weight is not None:
+        y = y * weight.to(y.dtype).view(shape)
+    if bias is not None:
+        y = y + bias.to(y.dtype).view(shape)
+    return y.to(x.dtype)
+
+
+class SyncBatchNorm(FusedBatchNorm, torch.nn.SyncBatchNorm):
+    """torch.nn.SyncBatchNorm, fused: the same constructor, state_dict and errors; on the CPU (gloo), too.
+
+    activation and the residual of `forward(x, residual=None)` are those of `fastnorm.BatchNorm2d`. In training, the
+    statistics of forward and backward take one packed collective each. Batches may differ in size between processes,
+    and may be empty. Double backward works, if all processes ask for it.
+    """
+
+    def _normalize(self, input, running, training: bool, momentum: float | Tensor, residual: Tensor | None) -> Tensor:
+        self._check_non_zero_input_channels(input)
+        is_split = self.training and dist.is_available() and dist.is_initialized()
+        group = self.process_group or (dist.group.WORLD if is_split else None)
+        if not is_split or dist.get_world_size(group) < 2:
+            return super()._normalize(input, running, training, momentum, residual)
+        return _sync_batch_norm(self, input, running, momentum, residual, group)
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: Any = None) -> torch.nn.Module:
+        """The module with every BatchNorm in it, torch's or fastnorm's, replaced by a fastnorm.SyncBatchNorm.
+
+        Parameters and buffers stay the same objects. A module that is a BatchNorm itself is not changed: its
+        replacement is returned. process_group: whose batches are normalised together; None is all processes.
+        """
+        result = module
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            result = _synchronised(cls, module, process_group)
+        for name, child in module.named_children():
+            result.add_module(name, cls.convert_sync_batchnorm(child, process_group))
+        return result
+
+
+def _synchronised(cls: type, module: torch.nn.Module, process_group: Any) -> torch.nn.Module:
+    new = cls(
+        module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats, process_group,
+        device="meta", activation=getattr(module, "activation", None),
+    )  # fmt: skip
+    new._parameters.update(module._parameters)
+    new._buffers.update(module._buffers)
+    new.training = module.training
+    if hasattr(module, "qconfig"):
+        new.qconfig = module.qconfig
+    return new
+
+
+# Collectives stay out of compiled graphs: a graph that is broken here is cut at the same place in every process.
+@torch.compiler.disable
+def _sync_batch_norm(module: SyncBatchNorm, input, running, momentum, residual, group) -> Tensor:
+    relu = check_activation("SyncBatchNorm", module.activation, "relu")
+    weight, bias = module.weight, module.bias
+    check_batch_norm(input, *running, weight, bias, residual, training=True)
+    check_eps("SyncBatchNorm", module.eps, zero_allowed=False)
+    if residual is not None and residual.dtype == torch.float64 != input.dtype:
+        input = input.double()  # as in batch_norm
+    impl = backend.pick("sync_batch_norm", input, residual, weight, bias, *running)
+    tracked = None if running[0] is None else running
+    return SyncBatchNormFunction.apply(
+        input, residual, weight, bias, tracked, impl, momentum, module.eps, relu, group
+    )
