@@ -67,7 +67,7 @@ def batch_norm(
 ) -> Tensor:
     """y = relu((x − mean) · rstd · w + b + residual); in training, `running` (mean and variance) moves by momentum."""
     vectors: Sequence[Tensor | None] = (*(running or (None, None)), weight, bias)
-    mixes = _stock_mixes(x, *vectors)
+    mixes = _stock_mixes(x, weight, bias, *vectors[:2])
     dtype = x.dtype if mixes else stat_dtype(x.dtype)
     if not mixes:
         vectors = [None if v is None else v.to(dtype) for v in vectors]
@@ -76,10 +76,11 @@ def batch_norm(
     moves = training and running is not None and not (mixes and momentum is factor)
     if moves:
         vectors, factor = [*map(torch.zeros_like, vectors[:2]), *vectors[2:]], 1.0
-    z = F.batch_norm(x.to(dtype), *vectors, training, factor, eps).to(x.dtype)
+    z = F.batch_norm(x.to(dtype), *vectors, training, factor, eps)
     if moves and x.numel():
         move(running, vectors[:2], momentum)
     z = z if residual is None else z + residual
+    z = z.to(x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
     return F.relu(z) if relu else z
 
 
@@ -91,10 +92,11 @@ def move(buffers: Sequence[Tensor], values: Sequence[Tensor], momentum: float | 
             buffer.copy_(torch.lerp(buffer.to(value.dtype), value, factor))
 
 
-def _stock_mixes(x: Tensor, *vectors: Tensor | None) -> bool:
-    """Whether stock's batch_norm and group_norm take these dtypes together: all alike, or float32 beside 16 bits."""
-    found = {t.dtype for t in vectors if t is not None}
-    return found <= {x.dtype} or (x.dtype.itemsize == 2 and found == {torch.float32})
+def _stock_mixes(x: Tensor, weight: Tensor | None, *others: Tensor | None) -> bool:
+    """Whether stock's batch_norm and group_norm take these dtypes together: all alike, or float32 beside 16 bits, for
+    which their backward looks at the weight alone."""
+    found = {t.dtype for t in (weight, *others) if t is not None}
+    return found <= {x.dtype} or (x.dtype.itemsize == 2 and weight is not None and found == {torch.float32})
 
 
 def group_norm(
@@ -106,8 +108,8 @@ def group_norm(
     else:
         dtype = stat_dtype(torch.promote_types(x.dtype, out_dtype))
         parameters = (None if p is None else p.to(dtype) for p in (weight, bias))
-        z = F.group_norm(x.to(dtype), groups, *parameters, eps).to(out_dtype)
-    return F.silu(z) if silu else z
+        z = F.group_norm(x.to(dtype), groups, *parameters, eps)
+    return (F.silu(z) if silu else z).to(out_dtype)
 
 
 def batch_norm_statistics(x: Tensor, channels_last: bool) -> Tensor:
