@@ -79,7 +79,7 @@ def _gradients(ctx: Any, dy: Tensor):
     sums = mean.new_zeros(2, x.shape[1])
     if x.numel():
         sums = ctx.impl.batch_norm_backward_sums(kernel_dy, mask, kernel_x, mean, rstd, ctx.layout.pixels)
-    everyones = sums.double()
+    everyones = sums.to(torch.float64, copy=True)  # the collective writes to it; sums stay this process's own
     dist.all_reduce(everyones, group=ctx.group)
     dresidual = None
     if x.numel():
@@ -110,15 +110,28 @@ def _differentiable_gradients(ctx: Any, dy: Tensor, kernel_dy: Tensor):
     return dx, dz.to(ctx.residual_dtype) if ctx.needs_input_grad[1] else None, dweight, dbias
 
 
-def _formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, count: Tensor, eps: float, group: Any) -> Tensor:
-    from torch.distributed.nn.functional import all_reduce  # imports much, for what a gradient penalty alone needs
+class AllReduce(torch.autograd.Function):
+    """The sum over all processes; each one's gradient is then the sum of all processes' gradients."""
 
+    @staticmethod
+    def forward(ctx: Any, x, group):
+        ctx.group = group
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, dy):
+        return AllReduce.apply(dy, ctx.group), None
+
+
+def _formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, count: Tensor, eps: float, group: Any) -> Tensor:
     dims, shape = (0, *range(2, x.dim())), (1, -1, *[1] * (x.dim() - 2))
     values = x.to(reference.stat_dtype(x.dtype))
     count = count.to(values.dtype)
-    mean = all_reduce(values.sum(dims, keepdim=True), group=group) / count
+    mean = AllReduce.apply(values.sum(dims, keepdim=True), group) / count
     centered = values - mean
-    variance = all_reduce(centered.square().sum(dims, keepdim=True), group=group) / count
+    variance = AllReduce.apply(centered.square().sum(dims, keepdim=True), group) / count
     y = centered * torch.rsqrt(variance + eps)
     if weight is not None:
         y = y * weight.to(y.dtype).view(shape)
@@ -132,7 +145,8 @@ class SyncBatchNorm(FusedBatchNorm, torch.nn.SyncBatchNorm):
 
     activation and the residual of `forward(x, residual=None)` are those of `fastnorm.BatchNorm2d`. In training, the
     statistics of forward and backward take one packed collective each. Batches may differ in size between processes,
-    and may be empty. Double backward works, if all processes ask for it.
+    and may be empty. Double backward works, if all processes ask for it. torch's DistributedDataParallel refuses every
+    SyncBatchNorm on the CPU; other ways to average gradients take it.
     """
 
     def _normalize(self, input, running, training: bool, momentum: float | Tensor, residual: Tensor | None) -> Tensor:
