@@ -185,9 +185,22 @@ def _as_float(momentum: float) -> float:
 class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     """What the batch norms have beyond torch's: the activation, the residual, and no host sync for momentum=None."""
 
-    def __init__(self, *args: Any, activation: str | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+    ) -> None:
         check_activation(type(self).__name__, activation, "relu")
+        options = {"device": device, "dtype": dtype} | ({} if bias else {"bias": False})  # older torch has no bias
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
         self.activation = activation
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:

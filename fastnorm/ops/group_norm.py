@@ -112,9 +112,21 @@ class GroupNorm(torch.nn.GroupNorm):
     activation: "silu" or None, applied last, in the same pass.
     """
 
-    def __init__(self, *args: Any, activation: str | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+    ) -> None:
         check_activation("GroupNorm", activation, "silu")
+        options = {"device": device, "dtype": dtype} | ({} if bias else {"bias": False})  # older torch has no bias
+        super().__init__(num_groups, num_channels, eps, affine, **options)
         self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:

@@ -149,6 +149,25 @@ class SyncBatchNorm(FusedBatchNorm, torch.nn.SyncBatchNorm):
     SyncBatchNorm on the CPU; other ways to average gradients take it.
     """
 
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias, activation=activation
+        )
+        self.process_group = process_group
+
     def _normalize(self, input, running, training: bool, momentum: float | Tensor, residual: Tensor | None) -> Tensor:
         self._check_non_zero_input_channels(input)
         is_split = self.training and dist.is_available() and dist.is_initialized()
