@@ -33,10 +33,15 @@ bench: $(NATIVE)  ## check, then time (BENCH_ARGS= for the full run)
 real-model: $(MODELS)  ## swap the norms of a real pretrained model; compare results and time
 	$(PY) -m bench.real_model
 
-gpu: $(NATIVE)  ## what only a GPU can tell: the Triton tests on it, then the full benchmark
+gpu: $(NATIVE)  ## what only a GPU can tell: all tests on it, compute-sanitizer where it is, the full benchmarks
 	$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu: torch sees no GPU here')"
-	$(PY) -m pytest -q -m triton
+	$(PY) -c "import sys, fastnorm._C as c; sys.exit(None if c.build_info()['cuda'] else 'make gpu: the extension was built without CUDA: is nvcc of torch\'s version on the PATH? then: make clean gpu')"
+	$(PY) -m pytest -q
+	@if command -v compute-sanitizer >/dev/null; then set -x; \
+	  compute-sanitizer --error-exitcode 1 $(PY) -m pytest -q -p no:cacheprovider tests/test_gpu.py -k "stream or clip"; \
+	else echo "make gpu: compute-sanitizer is not on the PATH: left out"; fi
 	$(PY) -m bench
+	$(PY) -m bench clip
 
 # Into a copy: the sanitizers' extension must not stay behind in this tree. detect_leaks=0: Python itself never frees all.
 sanitize: $(NATIVE)  ## the native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (needs gcc)

@@ -89,8 +89,23 @@ def _gpu(device: torch.device) -> dict[str, str]:
         "gpu memory": f"{properties.total_memory / 2**30:.0f} GiB, L2 {properties.L2_cache_size / 2**20:.0f} MiB",
         "multiprocessors": str(properties.multi_processor_count),
         "driver": str(collect_env.get_nvidia_driver_version(collect_env.run)),
+        "clocks": _clocks(device),
         "cuda / hip": f"{torch.version.cuda} / {torch.version.hip}",
     }
+
+
+def _clocks(device: torch.device) -> str:
+    """Those of this moment and the highest, as nvidia-smi tells them; they are read, never set."""
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    query = "clocks.sm,clocks.max.sm,clocks.mem,power.limit"
+    command = ["nvidia-smi", f"--id=GPU-{torch.cuda.get_device_properties(index).uuid}", f"--query-gpu={query}",
+               "--format=csv,noheader"]  # fmt: skip
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"unknown ({error})"
+    sm, highest, memory, power = (part.strip() for part in answer.strip().split(","))
+    return f"SM {sm} (at most {highest}), memory {memory}, power limit {power}"
 
 
 def _version(distribution: str) -> str:
