@@ -4,6 +4,16 @@ import torch
 import triton
 
 from .agc import multi_tensor_agc_
+from .batch_norm import (
+    batch_norm_backward,
+    batch_norm_backward_apply,
+    batch_norm_backward_sums,
+    batch_norm_evaluate,
+    batch_norm_forward,
+    batch_norm_normalize,
+    batch_norm_statistics,
+)
+from .group_norm import group_norm_backward, group_norm_forward
 from .launch import INTERPRETED
 from .layer_norm import add_layer_norm_backward, add_layer_norm_forward, layer_norm_backward, layer_norm_forward
 from .multi_tensor import multi_tensor_clamp_, multi_tensor_norm, multi_tensor_scale_
@@ -15,7 +25,16 @@ __all__ = [
     "add_layer_norm_forward",
     "add_rms_norm_backward",
     "add_rms_norm_forward",
+    "batch_norm_backward",
+    "batch_norm_backward_apply",
+    "batch_norm_backward_sums",
+    "batch_norm_evaluate",
+    "batch_norm_forward",
+    "batch_norm_normalize",
+    "batch_norm_statistics",
     "device_type",
+    "group_norm_backward",
+    "group_norm_forward",
     "layer_norm_backward",
     "layer_norm_forward",
     "multi_tensor_agc_",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -219,3 +220,74 @@ def unit_tiles(length: int, itemsize: int) -> UnitTiles:
         return UnitTiles(HELD_UNIT_BYTES // (2 * itemsize), 1, 8, True)
     size, block = cols * itemsize, HELD_UNIT_BYTES // 4  # four warps, each thread of which has four accesses
     return UnitTiles(cols, max(1, block // size), 4 if size <= 2 * block else 8, False)
+
+
+VECTOR_WARPS = 4  # of a program that walks along channels
+# vectors of a tile: one a thread; Triton's interpreter takes time for operations, not for elements
+TILE_VECTORS = 1024 if INTERPRETED else WARP * VECTOR_WARPS
+MOMENTS_DEPTH = 2 if INTERPRETED else 8  # tiles at once, which share the work of joining their moments to the others'
+STREAM_DEPTH = 2 if INTERPRETED else 4
+CHANNEL_PROGRAMS = 4  # on a multiprocessor, where the sizes allow it
+
+
+class UnitLanes(NamedTuple):
+    """`units` units a program, each with `lanes` vectors of a tile; `depth` tiles at once."""
+
+    units: int
+    lanes: int
+    depth: int
+
+    @property
+    def step(self) -> int:
+        """Vectors of a unit that are taken at once."""
+        return self.lanes * self.depth
+
+
+def vector_width(cols: int, tensors: Iterable[torch.Tensor]) -> int:
+    """Elements of one access that every row of `cols` elements begins and ends on a multiple of: 16 bytes of the
+    largest element, and less where strides or addresses demand it."""
+    tensors = list(tensors)
+    width = math.gcd(ACCESS_BYTES // access_bytes(tensors), cols)
+    for t in tensors:
+        if t.data_ptr() % ACCESS_BYTES:
+            return 1
+        width = math.gcd(width, *(stride for n, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True) if n > 1))
+    return width
+
+
+def unit_lanes(vectors: int, max_depth: int) -> UnitLanes:
+    """The tiling of units with so many vectors; of short ones, several share a program."""
+    lanes = min(TILE_VECTORS, triton.next_power_of_2(vectors))
+    return UnitLanes(TILE_VECTORS // lanes, lanes, min(max_depth, triton.next_power_of_2(triton.cdiv(vectors, lanes))))
+
+
+def slice_length(length: int, step: int, blocks: int, multiprocessors: int) -> int:
+    """How much of `length` a program takes, in whole steps, where `blocks` programs can work side by side anyway: few
+    enough that the programs of all slices fill the card."""
+    slices = max(1, CHANNEL_PROGRAMS * multiprocessors // blocks)
+    return step * triton.cdiv(triton.cdiv(length, step), slices)
+
+
+CHANNEL_VECTORS = 8  # of a program, where channels are adjacent: whole cache lines
+
+
+class ChannelVectors(NamedTuple):
+    """A tile of `vectors` adjacent vectors of channels and `pixels` pixels; `depth` tiles at once."""
+
+    vectors: int
+    pixels: int
+    depth: int
+
+    @property
+    def step(self) -> int:
+        """Pixels that are taken at once."""
+        return self.pixels * self.depth
+
+
+def channel_vectors(vectors: int, n_pixels: int, max_depth: int) -> ChannelVectors:
+    """The tiling of pixels with so many vectors of channels."""
+    chosen = min(CHANNEL_VECTORS, triton.next_power_of_2(vectors))
+    while chosen > 4 and padding(vectors, chosen) > MAX_PADDING:
+        chosen //= 2
+    pixels = TILE_VECTORS // chosen
+    return ChannelVectors(chosen, pixels, min(max_depth, triton.next_power_of_2(triton.cdiv(n_pixels, pixels))))

@@ -136,9 +136,10 @@ def reciprocal_sqrt(v):
 
 @triton.jit
 def _column_sum_kernel(
-    partial_ptr, sum_ptr, other_partial_ptr, other_sum_ptr, n_rows, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr
-):
-    """sum over rows of partial, in a fixed order; the same for a second pair, if there is one."""
+    partial_ptr, sum_ptr, other_partial_ptr, other_sum_ptr, means_ptr, n_rows, n_cols, count,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """sum over rows of partial, in a fixed order; the same for a second pair, if there is one; and both over count."""
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)[None, :]
     total = tl.zeros((ROWS, COLS), partial_ptr.dtype.element_ty)
     other_total = tl.zeros((ROWS, COLS), partial_ptr.dtype.element_ty)
@@ -149,23 +150,36 @@ def _column_sum_kernel(
         total += tl.load(partial_ptr + offsets, mask=mask, other=0.0)
         if other_partial_ptr is not None:
             other_total += tl.load(other_partial_ptr + offsets, mask=mask, other=0.0)
-    store_tile(sum_ptr + cols, tl.sum(total, axis=0, keep_dims=True), cols < n_cols)
+    _store_column_sum(sum_ptr, means_ptr, total, cols, n_cols, count)
     if other_partial_ptr is not None:
-        store_tile(other_sum_ptr + cols, tl.sum(other_total, axis=0, keep_dims=True), cols < n_cols)
+        other_means_ptr = means_ptr + n_cols if means_ptr is not None else None
+        _store_column_sum(other_sum_ptr, other_means_ptr, other_total, cols, n_cols, count)
+
+
+@triton.jit
+def _store_column_sum(sum_ptr, mean_ptr, total, cols, n_cols, count):
+    total = tl.sum(total, axis=0, keep_dims=True)
+    if sum_ptr is not None:
+        store_tile(sum_ptr + cols, total, cols < n_cols)
+    if mean_ptr is not None:
+        store_tile(mean_ptr + cols, total / tl.cast(count, total.dtype), cols < n_cols)
 
 
 def column_sums(
-    partials: list[torch.Tensor | None], dtypes: list[torch.dtype | None]
-) -> list[torch.Tensor | None]:
-    """Sums (programs, cols) partials into (cols,) tensors of the given dtypes; None stays None. One launch."""
-    sums = [None if p is None else p.new_empty(p.shape[1], dtype=d) for p, d in zip(partials, dtypes, strict=True)]
+    partials: list[torch.Tensor | None], dtypes: list[torch.dtype | None], means: torch.Tensor | None = None,
+    count: int = 1,
+) -> list[torch.Tensor | None]:  # fmt: skip
+    """Sums (programs, cols) partials into (cols,) tensors of the given dtypes; None stays None. One launch.
+
+    means: (2, cols), for the sums of two partials in their own dtype, divided by count."""
+    sums = [None if d is None else p.new_empty(p.shape[1], dtype=d) for p, d in zip(partials, dtypes, strict=True)]
     pairs = [(p, s) for p, s in zip(partials, sums, strict=True) if p is not None]
-    if pairs:
+    if means is not None or any(s is not None for s in sums):
         n_rows, n_cols = pairs[0][0].shape
         first, second = pairs[0], pairs[1] if len(pairs) > 1 else (None, None)
         # grid: one program for each block of columns
         _column_sum_kernel[(triton.cdiv(n_cols, SUM_COLS),)](
-            *first, *second, n_rows, n_cols, ROWS=SUM_ROWS, COLS=SUM_COLS, **launch.options(4)
+            *first, *second, means, n_rows, n_cols, count, ROWS=SUM_ROWS, COLS=SUM_COLS, **launch.options(4)
         )
     return sums
 
