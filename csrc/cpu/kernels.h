@@ -276,18 +276,3 @@ template <typename T>
 constexpr RowKernels<ComputeType<T>> kernels_of = {{rms_norm_forward<T>, rms_norm_backward<T>},
                                                    {layer_norm_forward<T>, layer_norm_backward<T>},
                                                    add_rows<T>};
-
-template <typename S>
-constexpr Rows<S> rows_of(RowKernels<S> f32, RowKernels<S> bf16, RowKernels<S> f16, RowKernels<S> f64) {
-  return {{f32, bf16, f16, f64},
-          {load_row<float, S>, load_row<Bf16, S>, load_row<Half, S>, load_row<double, S>},
-          {store_row<float, S>, store_row<Bf16, S>, store_row<Half, S>, store_row<double, S>},
-          add_to_total<S>};
-}
-
-const InstructionSet instruction_set = {
-    INSTRUCTION_SET_NAME,
-    rows_of<float>(kernels_of<float>, kernels_of<Bf16>, kernels_of<Half>, {}),
-    rows_of<double>({}, {}, {}, kernels_of<double>),
-    {run_kernels_of<float>, run_kernels_of<Bf16>, run_kernels_of<Half>, run_kernels_of<double>},
-};

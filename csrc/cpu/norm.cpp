@@ -10,9 +10,6 @@ namespace fastnorm::cpu {
 namespace {
 
 template <typename S>
-constexpr at::ScalarType scalar_type_of = sizeof(S) == 8 ? at::kDouble : at::kFloat;
-
-template <typename S>
 const NormKernels<S>& kernels(Norm norm, Dtype working) {
   const RowKernels<S>& all = rows<S>().of[static_cast<int>(working)];
   return norm == Norm::rms ? all.rms_norm : all.layer_norm;
@@ -228,21 +225,10 @@ BackwardResult backward_in(const BackwardCall& call) {
 
 bool is_double(const at::Tensor& tensor) { return tensor.defined() && tensor.scalar_type() == at::kDouble; }
 
-void check_columns(const std::optional<at::Tensor>& tensor, const char* name, int64_t cols) {
-  if (tensor && tensor->defined()) {
-    check_rows(*tensor, name, {cols});
-  }
-}
-
 // Checks x itself first: the other shapes follow from it.
 void check_matrix(const at::Tensor& x, const char* name) {
   TORCH_CHECK(x.dim() == 2 && x.size(1) > 0, "fastnorm: expected ", name, " of shape (rows, cols), got ", x.sizes());
   check_rows(x, name, x.sizes());
-}
-
-void check_moments(const at::Tensor& tensor, const char* name, int64_t n_rows, at::ScalarType type) {
-  check_rows(tensor, name, {n_rows});
-  TORCH_CHECK(tensor.scalar_type() == type, "fastnorm: expected ", name, " in ", type, ", got ", tensor.scalar_type());
 }
 
 }  // namespace
@@ -266,9 +252,9 @@ BackwardResult norm_backward(const BackwardCall& call) {
   }
   check_columns(call.weight, "weight", call.x.size(1));
   const bool in_double = is_double(call.x) || call.x_dtype == at::kDouble || call.residual_dtype == at::kDouble;
-  check_moments(call.rstd, "rstd", call.x.size(0), in_double ? at::kDouble : at::kFloat);
+  check_moments(call.rstd, "rstd", {call.x.size(0)}, in_double ? at::kDouble : at::kFloat);
   if (call.norm == Norm::layer) {
-    check_moments(call.mean, "mean", call.x.size(0), in_double ? at::kDouble : at::kFloat);
+    check_moments(call.mean, "mean", {call.x.size(0)}, in_double ? at::kDouble : at::kFloat);
   }
   return in_double ? backward_in<double>(call) : backward_in<float>(call);
 }

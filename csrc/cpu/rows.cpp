@@ -1,6 +1,7 @@
 // Compiles the row kernels for each instruction set and chooses one when the library loads.
 #include "rows.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -18,11 +19,7 @@ namespace fastnorm::cpu {
 namespace plain {
 #define VECTOR_BYTES 16
 #define INSTRUCTION_SET_NAME "default"
-#include "vec.h"
-
-#include "run_kernels.h"
-
-#include "kernels.h"
+#include "instruction_set.h"
 #undef VECTOR_BYTES
 #undef INSTRUCTION_SET_NAME
 }  // namespace plain
@@ -39,11 +36,7 @@ namespace plain {
 namespace avx2 {
 #define VECTOR_BYTES 32
 #define INSTRUCTION_SET_NAME "avx2"
-#include "vec.h"
-
-#include "run_kernels.h"
-
-#include "kernels.h"
+#include "instruction_set.h"
 #undef VECTOR_BYTES
 #undef INSTRUCTION_SET_NAME
 }  // namespace avx2
@@ -58,11 +51,7 @@ namespace avx2 {
 namespace avx512 {
 #define VECTOR_BYTES 64
 #define INSTRUCTION_SET_NAME "avx512"
-#include "vec.h"
-
-#include "run_kernels.h"
-
-#include "kernels.h"
+#include "instruction_set.h"
 #undef VECTOR_BYTES
 #undef INSTRUCTION_SET_NAME
 }  // namespace avx512

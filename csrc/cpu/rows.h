@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "channels.h"
 #include "runs.h"
 
 namespace fastnorm::cpu {
@@ -75,6 +76,7 @@ struct Rows {
   void (*load[dtype_count])(const void* row, S* out, int64_t n);
   void (*store[dtype_count])(const S* values, void* row, int64_t n);
   void (*add_to_total)(const S* partial, double* total, int64_t n);
+  LayoutKernels<S> channels[dtype_count];  // null for the dtypes that do not compute in S
 };
 
 struct InstructionSet {
@@ -82,6 +84,7 @@ struct InstructionSet {
   Rows<float> float_rows;
   Rows<double> double_rows;
   RunKernels runs[dtype_count];
+  MergeSpreads merge_spreads;
 };
 
 // The best set that this processor has, no better than ATEN_CPU_CAPABILITY allows.

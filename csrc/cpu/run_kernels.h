@@ -145,20 +145,24 @@ INLINE F64 log2_of(F64 x) {
   return whole + s * series * 2.8853900817779268147;  // 2 / ln 2
 }
 
-// 2^y; zero below the normal numbers and inf above them.
-INLINE F64 exp2_of(F64 y) {
-  const auto is_small = y < -1022;
-  const auto is_large = y >= 1023.5;
-  const F64 inside = is_small | is_large ? F64{} : y;
-  const F64 shifted = inside + 0x1.8p52;  // leaves the nearest integer in the low bits
-  const F64 x = (inside - (shifted - 0x1.8p52)) * 0.69314718055994530942;
+// e^x for |x| <= ½ ln 2, times 2^n, where `shifted` is n + 1.5 · 2^52.
+INLINE F64 scaled_exp(F64 x, F64 shifted) {
   F64 series = F64{} + 1;
 #pragma GCC unroll 13
   for (int k = 13; k > 0; --k) {
     series = series * (x * (1.0 / k)) + 1;
   }
   const U64 scale = (reinterpret_cast<U64>(shifted) << 52) + 0x3ff0000000000000ull;
-  const F64 value = series * reinterpret_cast<F64>(scale);
+  return series * reinterpret_cast<F64>(scale);
+}
+
+// 2^y; zero below the normal numbers and inf above them.
+INLINE F64 exp2_of(F64 y) {
+  const auto is_small = y < -1022;
+  const auto is_large = y >= 1023.5;
+  const F64 inside = is_small | is_large ? F64{} : y;
+  const F64 shifted = inside + 0x1.8p52;  // leaves the nearest integer in the low bits
+  const F64 value = scaled_exp((inside - (shifted - 0x1.8p52)) * 0.69314718055994530942, shifted);
   const F64 infinity = F64{} + std::numeric_limits<double>::infinity();
   return y != y ? y : is_small ? F64{} : is_large ? infinity : value;
 }

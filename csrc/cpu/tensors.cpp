@@ -59,4 +59,15 @@ void check_rows(const at::Tensor& tensor, const char* name, at::IntArrayRef size
   dtype_from(tensor.scalar_type());
 }
 
+void check_columns(const std::optional<at::Tensor>& tensor, const char* name, int64_t cols) {
+  if (tensor && tensor->defined()) {
+    check_rows(*tensor, name, {cols});
+  }
+}
+
+void check_moments(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes, at::ScalarType type) {
+  check_rows(tensor, name, sizes);
+  TORCH_CHECK(tensor.scalar_type() == type, "fastnorm: expected ", name, " in ", type, ", got ", tensor.scalar_type());
+}
+
 }  // namespace fastnorm::cpu

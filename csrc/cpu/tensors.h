@@ -30,6 +30,15 @@ void fault_in(void* data, size_t bytes);
 // Raises unless the tensor has these sizes and one of the four dtypes, on the CPU, without gaps in its rows.
 void check_rows(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes);
 
+// As check_rows, for (cols,), if there is a tensor.
+void check_columns(const std::optional<at::Tensor>& tensor, const char* name, int64_t cols);
+
+// As check_rows, in exactly this dtype.
+void check_moments(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes, at::ScalarType type);
+
+template <typename S>
+constexpr at::ScalarType scalar_type_of = sizeof(S) == 8 ? at::kDouble : at::kFloat;
+
 // The dtype that a call's kernels work in: that of its rows if they are all alike, otherwise S through scratch rows.
 template <typename S>
 Dtype working_dtype(std::initializer_list<const at::Tensor*> tensors) {

@@ -116,27 +116,57 @@ struct Part {
   int count, skip;
 };
 
+#if VECTOR_BYTES == 64
+// The first `count` elements of a vector; the processor does not touch what lies behind them.
+INLINE F32 load_first(const float* p, int count) {
+  return reinterpret_cast<F32>(_mm512_maskz_loadu_ps((1u << count) - 1, p));
+}
+INLINE F64 load_first(const double* p, int count) {
+  return reinterpret_cast<F64>(_mm512_maskz_loadu_pd((1u << count) - 1, p));
+}
+INLINE U16 load_first(const void* p, int count) {
+  return reinterpret_cast<U16>(_mm256_maskz_loadu_epi16((1u << count) - 1, p));
+}
+INLINE F32 load_first(const Bf16* p, int count) { return from_bf16(load_first(static_cast<const void*>(p), count)); }
+INLINE F32 load_first(const Half* p, int count) { return from_half(load_first(static_cast<const void*>(p), count)); }
+
+INLINE void store_first(float* p, F32 v, int count) {
+  _mm512_mask_storeu_ps(p, (1u << count) - 1, reinterpret_cast<__m512>(v));
+}
+INLINE void store_first(double* p, F64 v, int count) {
+  _mm512_mask_storeu_pd(p, (1u << count) - 1, reinterpret_cast<__m512d>(v));
+}
+INLINE void store_first(void* p, U16 v, int count) {
+  _mm256_mask_storeu_epi16(p, (1u << count) - 1, reinterpret_cast<__m256i>(v));
+}
+INLINE void store_first(Bf16* p, F32 v, int count) { store_first(static_cast<void*>(p), to_bf16(v), count); }
+INLINE void store_first(Half* p, F32 v, int count) { store_first(static_cast<void*>(p), to_half(v), count); }
+#else
+template <typename T>
+INLINE VecOf<T> load_first(const T* p, int count) {
+  T tile[lanes<VecOf<T>>] = {};
+  __builtin_memcpy(tile, p, count * sizeof(T));
+  return load_vec(tile);
+}
+
+template <typename T>
+INLINE void store_first(T* p, VecOf<T> v, int count) {
+  T tile[lanes<VecOf<T>>];
+  store_vec(tile, v);
+  __builtin_memcpy(p, tile, count * sizeof(T));
+}
+#endif
+
 // Reads no byte past the row; lanes from count on are zero, those below skip are what lies there.
 template <typename T>
 INLINE VecOf<T> load(const T* p, Part part) {
-  if (part.count == lanes<VecOf<T>>) {
-    return load_vec(p);
-  }
-  T tile[lanes<VecOf<T>>] = {};
-  __builtin_memcpy(tile, p, part.count * sizeof(T));
-  return load_vec(tile);
+  return part.count == lanes<VecOf<T>> ? load_vec(p) : load_first(p, part.count);
 }
 
 // Writes the lanes below skip again.
 template <typename T>
 INLINE void store(T* p, VecOf<T> v, Part part) {
-  if (part.count == lanes<VecOf<T>>) {
-    store_vec(p, v);
-    return;
-  }
-  T tile[lanes<VecOf<T>>];
-  store_vec(tile, v);
-  __builtin_memcpy(p, tile, part.count * sizeof(T));
+  part.count == lanes<VecOf<T>> ? store_vec(p, v) : store_first(p, v, part.count);
 }
 
 // Zeroes the lanes that are not the step's.

@@ -1,0 +1,148 @@
+// Views of 3-D tensors that convert blocks on the way, and the memory that a call of batch_norm or group_norm needs.
+#pragma once
+
+#include <memory>
+
+#include "channel_plan.h"
+
+namespace fastnorm::cpu {
+
+// A 3-D tensor's blocks in the working dtype. An undefined tensor's blocks are null.
+template <typename S>
+class Blocks3d {
+ public:
+  Blocks3d(const at::Tensor& tensor, Dtype working) {
+    if (!tensor.defined()) {
+      return;
+    }
+    data_ = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()));  // only fresh outputs are written to
+    size_ = static_cast<int64_t>(tensor.element_size());
+    strides_[0] = tensor.stride(0) * size_;
+    strides_[1] = tensor.stride(1) * size_;
+    dtype_ = dtype_from(tensor.scalar_type());
+    converts_ = dtype_ != working;
+    fresh_ = is_fresh(tensor);
+  }
+
+  bool defined() const { return data_ != nullptr; }
+  bool converts() const { return converts_; }
+
+  // The block itself, or a copy of it in scratch where its dtype is another one.
+  Strip read(const Region& block, S* scratch) const {
+    const Strip here = strip(block);
+    if (!converts_) {
+      return here;
+    }
+    for (int64_t row = 0; row < block.rows; ++row) {
+      rows<S>().load[static_cast<int>(dtype_)](here.data + row * here.stride, scratch + row * block.n, block.n);
+    }
+    return scratch_strip(block, scratch);
+  }
+
+  // Where to write a block; finish(block, that) must follow.
+  Strip write(const Region& block, S* scratch) const {
+    return converts_ ? scratch_strip(block, scratch) : strip(block);
+  }
+
+  void finish(const Region& block, const Strip& written) const {
+    if (!converts_) {
+      return;
+    }
+    const Strip here = strip(block);
+    for (int64_t row = 0; row < block.rows; ++row) {
+      const S* values = reinterpret_cast<const S*>(written.data + row * written.stride);
+      rows<S>().store[static_cast<int>(dtype_)](values, here.data + row * here.stride, block.n);
+    }
+  }
+
+  // To be called before a piece of an output is written.
+  void prepare(const Region& piece) const {
+    if (!fresh_) {
+      return;
+    }
+    const Strip here = strip(piece);
+    const int64_t bytes = piece.n * size_;
+    if (here.stride == bytes) {
+      fault_in(here.data, piece.rows * bytes);
+      return;
+    }
+    for (int64_t row = 0; row < piece.rows; ++row) {
+      fault_in(here.data + row * here.stride, bytes);
+    }
+  }
+
+ private:
+  Strip strip(const Region& block) const {
+    if (data_ == nullptr) {
+      return {};
+    }
+    return {data_ + block.first * strides_[0] + block.second * strides_[1] + block.col * size_, strides_[block.axis]};
+  }
+
+  Strip scratch_strip(const Region& block, S* scratch) const {
+    return {reinterpret_cast<char*>(scratch), block.n * static_cast<int64_t>(sizeof(S))};
+  }
+
+  char* data_ = nullptr;
+  int64_t size_ = 0;
+  int64_t strides_[2] = {};
+  Dtype dtype_ = dtype_of<S>;
+  bool converts_ = false;
+  bool fresh_ = false;
+};
+
+// The bits of a relu, of shape (.., ceil(n / 8)).
+class MaskBlocks {
+ public:
+  explicit MaskBlocks(const at::Tensor& mask) {
+    if (mask.defined()) {
+      data_ = static_cast<char*>(const_cast<void*>(mask.const_data_ptr()));  // as above
+      strides_[0] = mask.stride(0);
+      strides_[1] = mask.stride(1);
+    }
+  }
+
+  Strip strip(const Region& block) const {
+    if (data_ == nullptr) {
+      return {};
+    }
+    return {data_ + block.first * strides_[0] + block.second * strides_[1] + block.col / 8, strides_[block.axis]};
+  }
+
+ private:
+  char* data_ = nullptr;
+  int64_t strides_[2] = {};
+};
+
+// A thread's blocks in S, for tensors of other dtypes, and the sums of a block of pixels.
+template <typename S>
+class BlockScratch {
+ public:
+  BlockScratch(const Plan& plan, int tensors, int sums)
+      : block_(tensors > 0 ? plan.block_elements() : 0),
+        sums_(plan.layout() == Layout::pixels ? sums * plan.channels() : 0) {
+    if (const int64_t size = tensors * block_ + sums_; size > 0) {
+      values_.reset(new S[size]);
+    }
+  }
+  S* block(int i) const { return values_.get() + sums_ + i * block_; }
+  S* sums() const { return values_.get(); }
+
+ private:
+  int64_t block_, sums_;
+  std::unique_ptr<S[]> values_;
+};
+
+// Numbers of channels in S, one array after the other.
+template <typename S, int COUNT>
+class ChannelArrays {
+ public:
+  explicit ChannelArrays(int64_t size) : size_(size), values_(new S[COUNT * size]) {}
+  S* operator[](int i) const { return values_.get() + i * size_; }
+
+ private:
+  int64_t size_;
+  std::unique_ptr<S[]> values_;
+};
+
+}  // namespace fastnorm::cpu

@@ -1,0 +1,348 @@
+// The kernels of blocks. Included by rows.cpp after run_kernels.h, once for each instruction set, like it.
+template <typename V>
+using IndexOf = std::conditional_t<sizeof(V{}[0]) == sizeof(double), I64, I32>;
+
+template <typename V>
+INLINE IndexOf<V> lane_bits() {
+  IndexOf<V> bits;
+  for (int i = 0; i < lanes<V>; ++i) {
+    bits[i] = 1 << i;
+  }
+  return bits;
+}
+
+// Bit i says that lane i is not <= 0: relu's gradient passes, also where it is NaN.
+template <typename V>
+INLINE uint32_t passing(V z) {
+#if VECTOR_BYTES == 64
+  if constexpr (lanes<V> == 16) {
+    return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(z), _mm512_setzero_ps(), _CMP_NLE_UQ);
+  } else {
+    return _mm512_cmp_pd_mask(reinterpret_cast<__m512d>(z), _mm512_setzero_pd(), _CMP_NLE_UQ);
+  }
+#elif VECTOR_BYTES == 32
+  if constexpr (lanes<V> == 8) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(reinterpret_cast<__m256>(z), _mm256_setzero_ps(), _CMP_NLE_UQ));
+  } else {
+    return _mm256_movemask_pd(_mm256_cmp_pd(reinterpret_cast<__m256d>(z), _mm256_setzero_pd(), _CMP_NLE_UQ));
+  }
+#else
+  const IndexOf<V> blocked = z <= 0 ? lane_bits<V>() : IndexOf<V>{};
+  uint32_t bits = (1u << lanes<V>) - 1;
+  for (int i = 0; i < lanes<V>; ++i) {
+    bits -= static_cast<uint32_t>(blocked[i]);
+  }
+  return bits;
+#endif
+}
+
+// Zeroes the lanes whose bits are not set.
+template <typename V>
+INLINE V where(uint32_t bits, V v) {
+#if VECTOR_BYTES == 64
+  if constexpr (lanes<V> == 16) {
+    return reinterpret_cast<V>(_mm512_maskz_mov_ps(bits, reinterpret_cast<__m512>(v)));
+  } else {
+    return reinterpret_cast<V>(_mm512_maskz_mov_pd(bits, reinterpret_cast<__m512d>(v)));
+  }
+#else
+  const IndexOf<V> all = IndexOf<V>{} + static_cast<decltype(+IndexOf<V>{}[0])>(bits);
+  return (all & lane_bits<V>()) != 0 ? v : V{};
+#endif
+}
+
+// e^v; infinite where that is 2^127.5 or more.
+INLINE F32 exp_of(F32 v) {
+  v = v > 89.0f ? F32{} + 89.0f : v;
+  v = v < -87.0f ? F32{} - 87.0f : v;
+  const F32 shifted = v * 1.44269504f + 0x1.8p23f;  // leaves the nearest integer in the low bits
+  const F32 whole = shifted - 0x1.8p23f;
+  const F32 x = (v - whole * 0.693145752f) - whole * 1.42860677e-6f;
+  F32 series = F32{} + 1.0f / 5040;
+  series = series * x + 1.0f / 720;
+  series = series * x + 1.0f / 120;
+  series = series * x + 1.0f / 24;
+  series = series * x + 1.0f / 6;
+  series = series * x + 0.5f;
+  series = series * x + 1.0f;
+  series = series * x + 1.0f;
+  const U32 scale = (reinterpret_cast<U32>(shifted) << 23) + 0x3f800000u;
+  return series * reinterpret_cast<F32>(scale);
+}
+
+// As above; infinite where it is 2^1023.5 or more.
+INLINE F64 exp_of(F64 v) {
+  v = v > 710.0 ? F64{} + 710.0 : v;
+  v = v < -708.0 ? F64{} - 708.0 : v;
+  const F64 shifted = v * 1.44269504088896340736 + 0x1.8p52;
+  const F64 whole = shifted - 0x1.8p52;
+  return scaled_exp((v - whole * 0.69314718036912381649) - whole * 1.9082149292705877e-10, shifted);
+}
+
+template <typename V>
+INLINE V sigmoid(V z) {
+  return 1 / (1 + exp_of(-z));
+}
+
+// Elements are worked on 64 at a time, which is a word of a mask.
+constexpr int word_size = 64;
+using FullWord = std::integral_constant<int, word_size>;
+
+// Calls body(first, count) for the words of a row; count is FullWord where the word is full.
+template <typename Body>
+INLINE void each_word(int64_t n, Body body) {
+  int64_t first = 0;
+  for (; first + word_size <= n; first += word_size) {
+    body(first, FullWord());
+  }
+  if (first < n) {
+    body(first, static_cast<int>(n - first));
+  }
+}
+
+// Calls step(offset, part) for the vectors of a word.
+template <typename V, typename Count, typename Step>
+INLINE void each_of_word(Count count, Step step) {
+  constexpr int width = lanes<V>;
+  if constexpr (std::is_same_v<Count, FullWord>) {
+#pragma GCC unroll 8
+    for (int offset = 0; offset < word_size; offset += width) {
+      step(offset, Part{width, 0});
+    }
+  } else {
+    for (int offset = 0; offset < count; offset += width) {
+      step(offset, Part{count - offset < width ? count - offset : width, 0});
+    }
+  }
+}
+
+template <typename Count>
+INLINE uint64_t read_word(const char* row, int64_t first, Count count) {
+  const char* p = row + first / 8;
+  uint64_t word = 0;
+  if constexpr (std::is_same_v<Count, FullWord>) {
+    for (int byte = 0; byte < 8; ++byte) {
+      word |= static_cast<uint64_t>(static_cast<uint8_t>(p[byte])) << 8 * byte;
+    }
+  } else {
+    for (int byte = 0; 8 * byte < count; ++byte) {
+      word |= static_cast<uint64_t>(static_cast<uint8_t>(p[byte])) << 8 * byte;
+    }
+  }
+  return word;
+}
+
+template <typename Count>
+INLINE void write_word(char* row, int64_t first, Count count, uint64_t word) {
+  char* p = row + first / 8;
+  if constexpr (std::is_same_v<Count, FullWord>) {
+    for (int byte = 0; byte < 8; ++byte) {
+      p[byte] = static_cast<char>(word >> 8 * byte);
+    }
+  } else {
+    word &= (uint64_t{1} << count) - 1;
+    for (int byte = 0; 8 * byte < count; ++byte) {
+      p[byte] = static_cast<char>(word >> 8 * byte);
+    }
+  }
+}
+
+// A channel's number in every lane, or the numbers of the lanes' channels.
+template <typename T, Layout LAYOUT>
+struct Parameter {
+  using S = ComputeType<T>;
+  using V = VecOf<T>;
+  explicit INLINE Parameter(const S* p) : values(p), value(V{}) {
+    if (LAYOUT == Layout::planes && p != nullptr) {
+      value += *p;
+    }
+  }
+  INLINE V at(int64_t i, Part part) const {
+    if constexpr (LAYOUT == Layout::planes) {
+      return value;
+    } else {
+      return load(values + i, part);
+    }
+  }
+  const S* values;
+  V value;
+};
+
+// Pixels are worked on several at a time: their parameters are then loaded once, and memory is read in several streams.
+template <Layout LAYOUT>
+constexpr int rows_at_once = LAYOUT == Layout::planes ? 1 : 4;
+
+// Calls body(row, count): first with count = rows_at_once, as a constant, then with 1.
+template <Layout LAYOUT, typename Body>
+INLINE void each_rows(int64_t rows, Body body) {
+  constexpr int at_once = rows_at_once<LAYOUT>;
+  int64_t row = 0;
+  for (; row + at_once <= rows; row += at_once) {
+    body(row, std::integral_constant<int, at_once>());
+  }
+  if constexpr (at_once > 1) {
+    for (; row < rows; ++row) {
+      body(row, std::integral_constant<int, 1>());
+    }
+  }
+}
+
+// Some rows of a strip.
+template <typename T, int COUNT>
+struct RowPointers {
+  INLINE RowPointers(const Strip& strip, int64_t row) {
+    for (int r = 0; r < COUNT; ++r) {
+      at[r] = reinterpret_cast<T*>(strip.data + (row + r) * strip.stride);
+    }
+  }
+  INLINE T* operator[](int r) const { return at[r]; }
+  T* at[COUNT];
+};
+
+template <typename T, Layout LAYOUT, Activation ACTIVATION>
+void forward_block(const ForwardBlock<ComputeType<T>>& block) {
+  using V = VecOf<T>;
+  const auto b = block;  // a copy, which the stores below can't be thought to change
+  const Parameter<T, LAYOUT> means(b.mean), scales(b.scale), shifts(b.shift);
+  each_rows<LAYOUT>(b.rows, [&](int64_t row, auto count) ALWAYS_INLINE {
+    constexpr int R = decltype(count)::value;
+    const RowPointers<T, R> x(b.x, row), residual(b.residual, row), y(b.y, row);
+    const RowPointers<char, R> mask(b.mask, row);
+    each_word(b.n, [&](int64_t first, auto size) ALWAYS_INLINE {
+      uint64_t words[R] = {};
+      each_of_word<V>(size, [&](int offset, Part part) ALWAYS_INLINE {
+        const int64_t i = first + offset;
+        const V mean = means.at(i, part), scale = scales.at(i, part), shift = shifts.at(i, part);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          V z = (load(x[r] + i, part) - mean) * scale + shift;
+          if (b.residual.data != nullptr) {
+            z += load(residual[r] + i, part);
+          }
+          if constexpr (ACTIVATION == Activation::relu) {
+            const uint32_t bits = passing(z);
+            words[r] |= static_cast<uint64_t>(bits) << offset;
+            z = where(bits, z);
+          } else if constexpr (ACTIVATION == Activation::silu) {
+            z *= sigmoid(z);
+          }
+          store(y[r] + i, z, part);
+        }
+      });
+      if (ACTIVATION == Activation::relu && b.mask.data != nullptr) {
+        for (int r = 0; r < R; ++r) {
+          write_word(mask[r], first, size, words[r]);
+        }
+      }
+    });
+  });
+}
+
+// Calls step(i, offset, part, r, dz, x − mean) for all vectors of R rows; without x the last is zero.
+template <typename T, Layout LAYOUT, Activation ACTIVATION, int R, typename Step>
+INLINE void each_gradient(const BackwardBlock<ComputeType<T>>& b, int64_t row, Step step) {
+  using V = VecOf<T>;
+  const Parameter<T, LAYOUT> means(b.mean), scales(b.scale), shifts(b.shift);
+  const RowPointers<T, R> dy(b.dy, row), x(b.x, row);
+  const RowPointers<char, R> mask(b.mask, row);
+  each_word(b.n, [&](int64_t first, auto size) ALWAYS_INLINE {
+    uint64_t words[R] = {};
+    if constexpr (ACTIVATION == Activation::relu) {
+      for (int r = 0; r < R; ++r) {
+        words[r] = read_word(mask[r], first, size);
+      }
+    }
+    each_of_word<V>(size, [&](int offset, Part part) ALWAYS_INLINE {
+      const int64_t i = first + offset;
+      V dz[R], distance[R] = {};
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        dz[r] = load(dy[r] + i, part);
+        if (b.x.data != nullptr) {
+          distance[r] = load(x[r] + i, part) - means.at(i, part);
+        }
+        if constexpr (ACTIVATION == Activation::relu) {
+          dz[r] = where(static_cast<uint32_t>(words[r] >> offset), dz[r]);
+        } else if constexpr (ACTIVATION == Activation::silu) {
+          const V z = distance[r] * scales.at(i, part) + shifts.at(i, part);
+          const V share = sigmoid(z);
+          dz[r] *= share * (1 + z * (1 - share));
+        }
+      }
+      step(i, offset, part, dz, distance);
+    });
+  });
+}
+
+template <typename T, Layout LAYOUT, Activation ACTIVATION>
+void backward_block(const BackwardBlock<ComputeType<T>>& block) {
+  using V = VecOf<T>;
+  const auto b = block;  // as above
+  const Parameter<T, LAYOUT> gains(b.gain), slopes(b.slope), levels(b.level);
+  each_rows<LAYOUT>(b.rows, [&](int64_t row, auto count) ALWAYS_INLINE {
+    constexpr int R = decltype(count)::value;
+    const RowPointers<T, R> dx(b.dx, row), dresidual(b.dresidual, row);
+    each_gradient<T, LAYOUT, ACTIVATION, R>(b, row, [&](int64_t i, int, Part part, const V(&dz)[R],
+                                                        const V(&distance)[R]) ALWAYS_INLINE {
+      const V gain = gains.at(i, part);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        V gradient = dz[r] * gain;
+        if (b.x.data != nullptr) {
+          gradient += distance[r] * slopes.at(i, part) + levels.at(i, part);
+        }
+        store(dx[r] + i, gradient, part);
+        if (b.dresidual.data != nullptr) {
+          store(dresidual[r] + i, dz[r], part);
+        }
+      }
+    });
+  });
+}
+
+template <typename T, Layout LAYOUT, Activation ACTIVATION>
+void sums_of_block(const BackwardBlock<ComputeType<T>>& block) {
+  using S = ComputeType<T>;
+  using V = VecOf<T>;
+  const auto b = block;  // as above
+  if constexpr (LAYOUT == Layout::planes) {
+    Sum<V> sum, product;
+    constexpr int64_t flush_after = 1024;
+    int64_t pending = 0;
+    for (int64_t row = 0; row < b.rows; ++row) {
+      each_gradient<T, LAYOUT, ACTIVATION, 1>(b, row, [&](int64_t, int offset, Part, const V(&dz)[1],
+                                                          const V(&distance)[1]) ALWAYS_INLINE {
+        const int slot = offset / lanes<V> % Sum<V>::chains;
+        sum.chain[slot] += dz[0];
+        product.chain[slot] += dz[0] * distance[0];
+      });
+      pending += b.n;
+      if (pending >= flush_after || row + 1 == b.rows) {
+        sum.flush();
+        product.flush();
+        pending = 0;
+      }
+    }
+    *b.sum += sum.total();
+    *b.product += product.total();
+  } else {
+    S* sum = b.scratch;
+    S* product = b.scratch + b.n;
+    std::fill_n(sum, 2 * b.n, S{0});
+    each_rows<LAYOUT>(b.rows, [&](int64_t row, auto count) ALWAYS_INLINE {
+      constexpr int R = decltype(count)::value;
+      each_gradient<T, LAYOUT, ACTIVATION, R>(b, row, [&](int64_t i, int, Part part, const V(&dz)[R],
+                                                          const V(&distance)[R]) ALWAYS_INLINE {
+        V dz_sum = dz[0], product_sum = dz[0] * distance[0];
+        for (int r = 1; r < R; ++r) {
+          dz_sum += dz[r];
+          product_sum += dz[r] * distance[r];
+        }
+        store(sum + i, load(sum + i, part) + dz_sum, part);
+        store(product + i, load(product + i, part) + product_sum, part);
+      });
+    });
+    add_to_total(sum, b.sum, b.n);
+    add_to_total(product, b.product, b.n);
+  }
+}

@@ -1,0 +1,196 @@
+// group_norm on the CPU.
+#include <c10/util/Exception.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <tuple>
+
+#include "channel_passes.h"
+
+namespace fastnorm::cpu {
+namespace {
+
+using at::ScalarType;
+using at::Tensor;
+using std::optional;
+
+// Sizes, and the parameters of (samples, channels) that the passes take. x: (N, C, S) or (N, S, C).
+template <typename S>
+struct Call {
+  Call(const Tensor& x, int64_t groups, const optional<Tensor>& weight, const optional<Tensor>& bias,
+       bool channels_last)
+      : layout(channels_last ? Layout::pixels : Layout::planes),
+        samples(x.size(0)),
+        channels(x.size(channels_last ? 2 : 1)),
+        size(x.size(channels_last ? 1 : 2)),
+        groups(groups),
+        in_group(channels / groups),
+        weight(weight, channels, 1, 0),
+        bias(bias, channels, 0, 0),
+        forward(samples * channels) {}
+
+  Plan plan(const Tensor& x, bool single_rows) const { return Plan(x.sizes(), layout, groups, single_rows); }
+
+  // The groups of a pool of a plan.
+  std::pair<int64_t, int64_t> groups_of(int64_t pool) const {
+    return layout == Layout::pixels ? std::pair(pool * groups, (pool + 1) * groups) : std::pair(pool, pool + 1);
+  }
+
+  // Sets the forward parameters of a group of a sample; `lost` as in batch_norm.
+  void set(int64_t group, S mean, S rstd, double lost) const {
+    for (int64_t k = 0; k < in_group; ++k) {
+      const int64_t at = group * in_group + k;
+      const int64_t c = at % channels;
+      forward[0][at] = mean;
+      forward[1][at] = rstd * weight.get()[c];
+      forward[2][at] = static_cast<S>(bias.get()[c] + lost * weight.get()[c]);
+    }
+  }
+
+  Layout layout;
+  int64_t samples, channels, size, groups, in_group;
+  ColumnValues<S> weight, bias;
+  ChannelArrays<S, 3> forward;  // mean, scale, shift
+};
+
+void check_inputs(const Tensor& x, int64_t groups, const optional<Tensor>& weight, const optional<Tensor>& bias,
+                  bool channels_last) {
+  check_blocks(x, "x");
+  const int64_t channels = x.size(channels_last ? 2 : 1);
+  TORCH_CHECK(groups > 0 && channels % groups == 0, "fastnorm: expected a number of channels divisible by ", groups,
+              " groups, got ", channels);
+  check_columns(weight, "weight", channels);
+  check_columns(bias, "bias", channels);
+}
+
+// The statistics of a group whose channels have `depth` elements each.
+std::pair<double, double> merge_channels(const double* mean, const double* square_sum, int64_t channels,
+                                         double depth) {
+  double group_mean = 0, group_square_sum = 0;
+  for (int64_t c = 0; c < channels; ++c) {
+    group_mean += mean[c] / static_cast<double>(channels);
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    const double distance = mean[c] - group_mean;
+    group_square_sum += square_sum[c] + depth * distance * distance;
+  }
+  return {group_mean, group_square_sum};
+}
+
+std::tuple<Tensor, Tensor, Tensor> group_norm_forward(const Tensor& x, int64_t groups, const optional<Tensor>& weight,
+                                                      const optional<Tensor>& bias, double eps, bool channels_last,
+                                                      bool silu, ScalarType out_dtype) {
+  check_inputs(x, groups, weight, bias, channels_last);
+  const Tensor y = empty(x.sizes(), out_dtype);
+  return in_compute_type(x, [&](auto zero) -> std::tuple<Tensor, Tensor, Tensor> {
+    using S = decltype(zero);
+    const Call<S> call(x, groups, weight, bias, channels_last);
+    const Tensor mean = empty({call.samples, groups}, scalar_type_of<S>);
+    const Tensor rstd = empty({call.samples, groups}, scalar_type_of<S>);
+    S* means = mean.mutable_data_ptr<S>();
+    S* rstds = rstd.mutable_data_ptr<S>();
+    const Plan plan = call.plan(x, false);
+    const SpreadPass<S> spread(plan, x);
+    const ForwardPass<S> forward(plan, silu ? Activation::silu : Activation::none, x, {}, y, {});
+    const double n = static_cast<double>(call.in_group) * static_cast<double>(call.size);
+    const auto finish = [&](int64_t pool) {
+      const ChannelArrays<double, 2> found(plan.width());
+      each_channels(plan.width(), plan.pieces(), [&](int64_t begin, int64_t end) {
+        spread.merge(pool, begin, end, found[0] + begin, found[1] + begin);
+      });
+      const auto [first, last] = call.groups_of(pool);
+      const int64_t parts = plan.width() / (last - first);
+      for (int64_t group = first; group < last; ++group) {
+        const int64_t at = (group - first) * parts;
+        const auto [exact, square_sum] =
+            merge_channels(found[0] + at, found[1] + at, parts, static_cast<double>(call.size));
+        const double inverse = 1 / std::sqrt(square_sum / n + eps);
+        means[group] = static_cast<S>(exact);
+        rstds[group] = static_cast<S>(inverse);
+        call.set(group, means[group], rstds[group], (means[group] - exact) * inverse);
+      }
+    };
+    plan.run([&](int64_t pool, int64_t i) { spread.measure(pool, i); }, finish, [&](const Region& piece) {
+      forward.apply(piece, call.forward[0], call.forward[1], call.forward[2]);
+    });
+    return {y, mean, rstd};
+  });
+}
+
+// Σ_n of what each sample's channel has.
+template <typename S>
+void sum_samples(const Call<S>& call, const double* values, double* totals) {
+  std::fill_n(totals, call.channels, 0.0);
+  for (int64_t n = 0; n < call.samples; ++n) {
+    rows<double>().add_to_total(values + n * call.channels, totals, call.channels);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> group_norm_backward(const Tensor& dy, const Tensor& x, int64_t groups,
+                                                       const optional<Tensor>& weight, const optional<Tensor>& bias,
+                                                       const Tensor& mean, const Tensor& rstd, bool channels_last,
+                                                       bool silu, optional<ScalarType> dweight_dtype,
+                                                       optional<ScalarType> dbias_dtype) {
+  check_inputs(x, groups, weight, bias, channels_last);
+  check_rows(dy, "dy", x.sizes());
+  const Tensor dx = empty(x.sizes(), x.scalar_type());
+  return in_compute_type(x, [&](auto zero) -> std::tuple<Tensor, Tensor, Tensor> {
+    using S = decltype(zero);
+    const Call<S> call(x, groups, weight, bias, channels_last);
+    check_moments(mean, "mean", {call.samples, groups}, scalar_type_of<S>);
+    check_moments(rstd, "rstd", {call.samples, groups}, scalar_type_of<S>);
+    const S* rstds = rstd.const_data_ptr<S>();
+    for (int64_t group = 0; group < call.samples * groups; ++group) {
+      call.set(group, mean.const_data_ptr<S>()[group], rstds[group], 0);
+    }
+    const Plan plan = call.plan(x, true);
+    const ChannelArrays<S, 3> parameters(call.samples * call.channels);  // gain, slope, level
+    const BackwardPass<S> backward(plan, silu ? Activation::silu : Activation::none, {dy, {}, x, dx, {}},
+                                   {call.forward[0], call.forward[1], call.forward[2], parameters[0], parameters[1],
+                                    parameters[2]});
+    const SumsPass<S> sums(plan, backward);
+    const ChannelArrays<double, 2> found(call.samples * call.channels);  // Σ dz and Σ dz · x̂ in each sample
+    const double n = static_cast<double>(call.in_group) * static_cast<double>(call.size);
+    const auto finish = [&](int64_t pool) {
+      const auto [first, last] = call.groups_of(pool);
+      const int64_t width = plan.width(), start = first * call.in_group, rows = (last - first) * call.in_group / width;
+      const int64_t pieces = plan.pieces() / rows;
+      for (int64_t row = 0; row < rows; ++row) {
+        double* here[] = {found[0] + start + row * width, found[1] + start + row * width};
+        sums.add_up(pool, row * pieces, (row + 1) * pieces, 0, width, here[0], here[1]);
+      }
+      for (int64_t group = first; group < last; ++group) {
+        const S inverse = rstds[group];
+        double sum = 0, product = 0;
+        for (int64_t k = 0; k < call.in_group; ++k) {
+          const int64_t at = group * call.in_group + k;
+          found[1][at] *= inverse;
+          sum += found[0][at] * call.weight.get()[at % call.channels];
+          product += found[1][at] * call.weight.get()[at % call.channels];
+        }
+        for (int64_t k = 0; k < call.in_group; ++k) {
+          const int64_t at = group * call.in_group + k;
+          parameters[0][at] = inverse * call.weight.get()[at % call.channels];
+          parameters[1][at] = static_cast<S>(-product / n * inverse * inverse);
+          parameters[2][at] = static_cast<S>(-sum / n * inverse);
+        }
+      }
+    };
+    plan.run([&](int64_t pool, int64_t i) { sums.measure(pool, i); }, finish,
+             [&](const Region& piece) { backward.apply(piece); });
+    const ChannelArrays<double, 2> totals(call.channels);
+    sum_samples(call, found[0], totals[0]);
+    sum_samples(call, found[1], totals[1]);
+    return {dx, channel_tensor(totals[1], call.channels, dweight_dtype),
+            channel_tensor(totals[0], call.channels, dbias_dtype)};
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastnorm, CPU, m) {
+  m.impl("group_norm_forward", &group_norm_forward);
+  m.impl("group_norm_backward", &group_norm_backward);
+}
+
+}  // namespace fastnorm::cpu

@@ -1,0 +1,28 @@
+// All kernels of one instruction set, and their table. Included by rows.cpp once for each set, inside its namespace.
+#include "vec.h"
+
+#include "run_kernels.h"
+
+#include "kernels.h"
+
+#include "channel_kernels.h"
+
+#include "spread_kernels.h"
+
+template <typename S>
+constexpr Rows<S> rows_of(RowKernels<S> f32, RowKernels<S> bf16, RowKernels<S> f16, RowKernels<S> f64) {
+  return {{f32, bf16, f16, f64},
+          {load_row<float, S>, load_row<Bf16, S>, load_row<Half, S>, load_row<double, S>},
+          {store_row<float, S>, store_row<Bf16, S>, store_row<Half, S>, store_row<double, S>},
+          add_to_total<S>,
+          {layout_kernels_of<float, S>(), layout_kernels_of<Bf16, S>(), layout_kernels_of<Half, S>(),
+           layout_kernels_of<double, S>()}};
+}
+
+const InstructionSet instruction_set = {
+    INSTRUCTION_SET_NAME,
+    rows_of<float>(kernels_of<float>, kernels_of<Bf16>, kernels_of<Half>, {}),
+    rows_of<double>({}, {}, {}, kernels_of<double>),
+    {run_kernels_of<float>, run_kernels_of<Bf16>, run_kernels_of<Half>, run_kernels_of<double>},
+    merge_spreads,
+};

@@ -1,0 +1,188 @@
+// Statistics of blocks, and the table of the kernels of blocks. Included by instruction_set.h after channel_kernels.h.
+
+// Chan's formula for what lies at `offset` from the mean of `count` elements.
+struct Merge {
+  Merge(double count, double added) : share(added / (count + added)), cross(count * share) {}
+  INLINE void operator()(double& mean, double& square_sum, double added_mean, double added_square_sum) const {
+    const double distance = added_mean - mean;
+    mean += distance * share;
+    square_sum += added_square_sum + distance * distance * cross;
+  }
+  double share, cross;
+};
+
+void merge_spreads(const Spreads& into, const Spreads& from, int64_t channels) {
+  const Merge merge(into.count, from.count);
+  double* mean = into.mean;
+  double* square_sum = into.square_sum;
+  for (int64_t i = 0; i < channels; ++i) {
+    merge(mean[i], square_sum[i], from.mean[i], from.square_sum[i]);
+  }
+}
+
+// Adds `added` elements with Σ (x − centre) and Σ (x − centre)². The centre must not be far from their mean, or from the
+// mean of as many elements before them: the difference of the squares is then small beside what merging adds.
+INLINE void merge_sums(const Merge& merge, double added, double centre, double sum, double squares, double& mean,
+                       double& square_sum) {
+  const double offset = sum / added;
+  const double about_mean = squares - offset * sum;
+  merge(mean, square_sum, centre + offset, about_mean < 0 ? 0 : about_mean);
+}
+
+// For blocks whose float sums overflow though their squares may not; blocks with inf or NaN come here too.
+template <typename T>
+__attribute__((noinline)) void merge_in_double(const SpreadBlock<ComputeType<T>>& b, int64_t begin, int64_t end,
+                                               double& mean, double& square_sum) {
+  const double added = static_cast<double>(b.rows * (end - begin));
+  ComputeType<T> tile[word_size];
+  double centre = 0, sum = 0;
+  for (int pass = 0; pass < 2; ++pass) {
+    sum = 0;
+    for (int64_t row = 0; row < b.rows; ++row) {
+      const T* x = reinterpret_cast<const T*>(b.x.data + row * b.x.stride);
+      for (int64_t first = begin; first < end; first += word_size) {
+        const int64_t size = std::min<int64_t>(end - first, word_size);
+        load_row<T>(x + first, tile, size);
+        for (int64_t i = 0; i < size; ++i) {
+          const double value = tile[i] - centre;
+          sum += pass == 0 ? value / added : value * value;
+        }
+      }
+    }
+    centre = pass == 0 ? sum : centre;
+  }
+  Merge(b.count, added)(mean, square_sum, centre, sum);
+}
+
+// Calls step(x, i, slot, part) for all vectors of a block, and flushes the sums every so often.
+template <typename T, typename Step, typename... Sums>
+INLINE void each_of_plane(const SpreadBlock<ComputeType<T>>& b, Step step, Sums&... sums) {
+  constexpr int64_t flush_after = 1024;
+  int64_t pending = 0;
+  for (int64_t row = 0; row < b.rows; ++row) {
+    const T* x = reinterpret_cast<const T*>(b.x.data + row * b.x.stride);
+    each_vector<VecOf<T>, Sum<VecOf<T>>::chains>(0, b.n, [&](int64_t i, int slot, Part part) ALWAYS_INLINE {
+      step(x + i, slot, part);
+    });
+    pending += b.n;
+    if (pending >= flush_after || row + 1 == b.rows) {
+      (sums.flush(), ...);
+      pending = 0;
+    }
+  }
+}
+
+template <typename T>
+void spread_of_planes(const SpreadBlock<ComputeType<T>>& block) {
+  using S = ComputeType<T>;
+  using V = VecOf<T>;
+  const auto b = block;
+  const double added = static_cast<double>(b.rows * b.n);
+  S centre = static_cast<S>(*b.mean);
+  if (b.count == 0) {
+    Sum<V> sum;
+    each_of_plane<T>(b, [&](const T* x, int slot, Part part) ALWAYS_INLINE {
+      sum.chain[slot] += keep(load(x, part), part);
+    }, sum);
+    centre = static_cast<S>(sum.total() / added);
+  }
+  Sum<V> sum, squares;
+  each_of_plane<T>(b, [&](const T* x, int slot, Part part) ALWAYS_INLINE {
+    const V distance = keep(load(x, part) - centre, part);
+    sum.chain[slot] += distance;
+    squares.chain[slot] += distance * distance;
+  }, sum, squares);
+  if (std::isfinite(squares.total())) {
+    merge_sums(Merge(b.count, added), added, centre, sum.total(), squares.total(), *b.mean, *b.square_sum);
+  } else {
+    merge_in_double<T>(b, 0, b.n, *b.mean, *b.square_sum);
+  }
+}
+
+// sum += Σ (x − centre), and squares += Σ (x − centre)² where there are any.
+template <typename T>
+INLINE void add_pixels(const SpreadBlock<ComputeType<T>>& b, const ComputeType<T>* centre, ComputeType<T>* sum,
+                       ComputeType<T>* squares) {
+  using V = VecOf<T>;
+  each_rows<Layout::pixels>(b.rows, [&](int64_t row, auto count) ALWAYS_INLINE {
+    constexpr int R = decltype(count)::value;
+    const RowPointers<T, R> x(b.x, row);
+    each_word(b.n, [&](int64_t first, auto size) ALWAYS_INLINE {
+      each_of_word<V>(size, [&](int offset, Part part) ALWAYS_INLINE {
+        const int64_t i = first + offset;
+        const V middle = load(centre + i, part);
+        V distance_sum = {}, square_sum = {};
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          const V distance = load(x[r] + i, part) - middle;
+          distance_sum += distance;
+          square_sum += distance * distance;
+        }
+        store(sum + i, load(sum + i, part) + distance_sum, part);
+        if (squares != nullptr) {
+          store(squares + i, load(squares + i, part) + square_sum, part);
+        }
+      });
+    });
+  });
+}
+
+template <typename T>
+void spread_of_pixels(const SpreadBlock<ComputeType<T>>& block) {
+  using S = ComputeType<T>;
+  const auto b = block;
+  const double added = static_cast<double>(b.rows);
+  S* centre = b.scratch;
+  S* sum = b.scratch + b.n;
+  S* squares = b.scratch + 2 * b.n;
+  std::fill_n(centre, 3 * b.n, S{0});
+  if (b.count == 0) {
+    add_pixels<T>(b, centre, sum, nullptr);
+    for (int64_t i = 0; i < b.n; ++i) {
+      centre[i] = sum[i] / static_cast<S>(b.rows);
+      sum[i] = 0;
+    }
+  } else {
+    for (int64_t i = 0; i < b.n; ++i) {
+      centre[i] = static_cast<S>(b.mean[i]);
+    }
+  }
+  add_pixels<T>(b, centre, sum, squares);
+  int overflown = 0;
+  for (int64_t i = 0; i < b.n; ++i) {
+    overflown |= !(squares[i] - squares[i] == 0);
+  }
+  const Merge merge(b.count, added);
+  if (!overflown) {
+    for (int64_t i = 0; i < b.n; ++i) {
+      merge_sums(merge, added, centre[i], sum[i], squares[i], b.mean[i], b.square_sum[i]);
+    }
+    return;
+  }
+  for (int64_t i = 0; i < b.n; ++i) {
+    if (std::isfinite(squares[i])) {
+      merge_sums(merge, added, centre[i], sum[i], squares[i], b.mean[i], b.square_sum[i]);
+    } else {
+      merge_in_double<T>(b, i, i + 1, b.mean[i], b.square_sum[i]);
+    }
+  }
+}
+
+template <typename T, Layout LAYOUT>
+constexpr ChannelKernels<ComputeType<T>> kernels_of_layout = {
+    LAYOUT == Layout::planes ? spread_of_planes<T> : spread_of_pixels<T>,
+    {forward_block<T, LAYOUT, Activation::none>, forward_block<T, LAYOUT, Activation::relu>,
+     forward_block<T, LAYOUT, Activation::silu>},
+    {sums_of_block<T, LAYOUT, Activation::none>, sums_of_block<T, LAYOUT, Activation::relu>,
+     sums_of_block<T, LAYOUT, Activation::silu>},
+    {backward_block<T, LAYOUT, Activation::none>, backward_block<T, LAYOUT, Activation::relu>,
+     backward_block<T, LAYOUT, Activation::silu>}};
+
+template <typename T, typename S>
+constexpr LayoutKernels<S> layout_kernels_of() {
+  if constexpr (sizeof(ComputeType<T>) == sizeof(S)) {
+    return {{kernels_of_layout<T, Layout::planes>, kernels_of_layout<T, Layout::pixels>}};
+  } else {
+    return {};
+  }
+}
