@@ -69,11 +69,18 @@ def add_tiles(mean, variance, seen, tiles, masks, added, POOLED: tl.constexpr, D
 
 
 @triton.jit
+def term(a, b):
+    """a · b, to be summed over lanes. Compilers would fuse a plain product into the sum on one side of an exchange, and
+    lanes that should have the same sum would differ in the last bit."""
+    return tl.fma(a, b, tl.zeros_like(a))
+
+
+@triton.jit
 def join_lanes(mean, variance, share, AXIS: tl.constexpr):
     """Chan's rule along an axis, each lane of which has a share of the elements; the axis is kept."""
-    joint = tl.sum(mean * share, axis=AXIS, keep_dims=True)
+    joint = tl.sum(term(mean, share), axis=AXIS, keep_dims=True)
     deviation = tl.where(share > 0.0, mean - joint, 0.0)
-    shift = tl.sum(deviation * share, axis=AXIS, keep_dims=True)  # what rounding left in the joint mean
+    shift = tl.sum(term(deviation, share), axis=AXIS, keep_dims=True)  # what rounding left in the joint mean
     variance = tl.sum(share * variance + share * deviation * deviation, axis=AXIS, keep_dims=True)
     return joint + shift, tl.maximum(variance - shift * shift, 0.0, tl.PropagateNan.ALL)
 

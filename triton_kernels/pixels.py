@@ -13,7 +13,7 @@ import triton.language as tl
 
 from . import launch
 from .activations import activated, affine, normalized, relu_gradient, silu_gradient, statistics
-from .moments import Partials, add_tiles, join_lanes, load_centered
+from .moments import Partials, add_tiles, join_lanes, load_centered, term
 from .tiles import load_tile, store_tile
 from .types import stat_dtype
 
@@ -192,7 +192,7 @@ def _pixels_sums_kernel(
             product += dz * c
     shape: tl.constexpr = (PIXELS, VECTORS * WIDTH)
     total = tl.sum(tl.reshape(total, shape), axis=0, keep_dims=True)
-    product = tl.sum(tl.reshape(product * rstd, shape), axis=0, keep_dims=True)
+    product = tl.sum(tl.reshape(term(product, rstd), shape), axis=0, keep_dims=True)
     _store_partials(sums_ptr, (total, product), _block_channels(n_blocks, VECTORS * WIDTH), n_blocks, n_channels)
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from . import launch
 from .activations import activated, affine, normalized, relu_gradient, silu_gradient, statistics
-from .moments import Partials, add_tiles, join_lanes, load_centered
+from .moments import Partials, add_tiles, join_lanes, load_centered, term
 from .tiles import load_tile, store_tile, sum_pair
 from .types import stat_dtype
 
@@ -212,7 +212,8 @@ def _planes_sums_kernel(
             total += dz
             product += dz * c
     total = tl.reshape(tl.sum(total, axis=1, keep_dims=True), (UNITS, LANES))
-    product = tl.reshape(tl.sum(product * rstd, axis=1, keep_dims=True), (UNITS, LANES))
+    product = term(tl.sum(product, axis=1, keep_dims=True), rstd + tl.zeros((UNITS * LANES, 1), stat))
+    product = tl.reshape(product, (UNITS, LANES))
     total, product = sum_pair(total, product)
     _store_partials(sums_ptr, (total, product), n_units, n_inner, UNITS)
 
