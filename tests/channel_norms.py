@@ -112,6 +112,14 @@ def by_formula(case: Case, tensors: dict[str, Tensor], dy: Tensor, passed: Tenso
     return results | {name: t for name, t in given.items() if name.startswith("running")}
 
 
+def pooled_means(case: Case, values: Tensor) -> Tensor:
+    """The mean of what each element is normalised with."""
+    if case.is_batch_norm:
+        return values.mean([d for d in range(values.dim()) if d != 1], keepdim=True)
+    groups = values.reshape(values.shape[0], case.groups, -1)
+    return groups.mean(2, keepdim=True).expand_as(groups).reshape(values.shape)
+
+
 def scales(case: Case, tensors: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]:
     """The largest of the terms that are added or subtracted for each result: where they cancel, no unit of the result
     itself can be kept."""
@@ -122,20 +130,24 @@ def scales(case: Case, tensors: dict[str, Tensor], dy: Tensor) -> dict[str, Tens
     if not case.training:
         mean, variance = (tensors[f"running_{n}"].double().view(along) for n in ("mean", "var"))
     else:
-        values = x.reshape(1, *x.shape) if case.is_batch_norm else x.reshape(x.shape[0], case.groups, -1)
-        dims = [d + 1 for d in range(x.dim()) if d != 1] if case.is_batch_norm else [2]
-        mean, variance = (t.expand_as(values).reshape(x.shape) for t in (values.mean(dims, keepdim=True),
-                          values.var(dims, correction=0, keepdim=True)))  # fmt: skip
+        mean = pooled_means(case, x)
+        variance = pooled_means(case, (x - mean).square())
     rstd = (variance + case.eps).rsqrt()
-    terms = {"y": [(x - mean) * rstd * weight, bias], "dx": [dy * weight * rstd], "dweight": [dy * x * rstd],
-             "dbias": [dy], "dresidual": [dy], "running_mean": [x], "running_var": [variance]}  # fmt: skip
+    x_hat, sums = (x - mean) * rstd, [d for d in range(x.dim()) if d != 1]
+    # Sums are rounded where they stand, not where their terms do, and the mean's rounding enters them every time.
+    terms = {"y": [x_hat * weight, bias], "dbias": [dy.square().sum(sums).sqrt()], "dresidual": [dy],
+             "dweight": [(dy * x * rstd).square().sum(sums).sqrt(), (dy * (mean * rstd).expand_as(dy)).sum(sums)],
+             "running_mean": [x], "running_var": [variance]}  # fmt: skip
+    g = dy * weight
+    level, along = pooled_means(case, g), pooled_means(case, g * x_hat)
+    terms["dx"] = [(g.abs() + level.abs() + (x_hat * along).abs()) * rstd]
     if not case.training:  # statistics and affine are folded into one multiply-add, here and in stock
         terms["y"] += [x * rstd * weight, mean * rstd * weight]
     if case.activation == "silu":  # z is computed again
-        terms["dx"] += [dy * weight * rstd * ((x - mean) * rstd * weight).abs().add(1)]
+        terms["dx"] += [g * rstd * (x_hat * weight).abs().add(1)]
     if case.dtype == torch.float64:  # here the oracle's own rounding shows
         terms["y"] += [x * rstd * weight]
-        terms["dx"] += [dy * weight * rstd * (1 + (x * rstd).abs())]
+        terms["dx"] += [g * rstd * (1 + (x * rstd).abs())]
     if "residual" in tensors:
         terms["y"] += [tensors["residual"].detach().double()]
     return {name: torch.stack([t.abs().max() for t in each]).max() for name, each in terms.items()}

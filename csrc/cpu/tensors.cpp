@@ -33,7 +33,11 @@ at::Tensor empty(at::IntArrayRef sizes, at::ScalarType type) {
   // What torch.empty does, too, for those who look for reads of memory that was never written.
   const at::Context& context = at::globalContext();
   if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {
-    tensor.fill_(std::numeric_limits<double>::quiet_NaN());
+    if (at::isFloatingType(type)) {
+      tensor.fill_(std::numeric_limits<double>::quiet_NaN());
+    } else {
+      tensor.fill_(255);
+    }
   }
   return tensor;
 }

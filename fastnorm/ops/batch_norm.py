@@ -18,7 +18,6 @@ from .channels import (
     from_kernel,
     layout_of,
     pooled,
-    to_kernel,
     values_per_channel,
 )
 
@@ -29,7 +28,7 @@ class BatchNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, residual, weight, bias, running, impl, training, momentum, eps, relu):
         layout = layout_of(x)
-        kernel_x, kernel_residual = (None if t is None else pooled(to_kernel(t, layout), layout) for t in (x, residual))
+        kernel_x, kernel_residual = pooled(x, layout), None if residual is None else pooled(residual, layout)
         parameters = as_vector(weight), as_vector(bias)
         out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
         if training:
@@ -67,7 +66,7 @@ def _batch_norm_gradients(ctx: Any, dy: Tensor):
             (x, weight, bias), dz.to(x.dtype),
         )  # fmt: skip
         return dx, dz.to(ctx.residual_dtype) if ctx.needs_input_grad[1] else None, dweight, dbias
-    kernel_x, kernel_dy = (pooled(to_kernel(t, ctx.layout), ctx.layout) for t in (x, dy))
+    kernel_x, kernel_dy = pooled(x, ctx.layout), pooled(dy, ctx.layout)
     if not ctx.training:
         mean, scale = running_moments(mean, scale, ctx.eps, x)
     wants_residual = ctx.needs_input_grad[1]
@@ -86,8 +85,7 @@ def _masked(dy: Tensor, mask: Tensor | None, layout: Any) -> Tensor:
     """dy where the ReLU let z pass, as a function that can be differentiated in turn."""
     if mask is None:
         return dy
-    kernel_dy = pooled(to_kernel(dy, layout), layout)
-    return from_kernel(reference.masked(kernel_dy, mask), dy, layout)
+    return from_kernel(reference.masked(pooled(dy, layout), mask), dy, layout)
 
 
 def running_moments(mean: Tensor, variance: Tensor, eps: float, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -51,8 +51,9 @@ def to_kernel(x: Tensor, layout: Layout) -> Tensor:
 
 
 def pooled(x: Tensor, layout: Layout) -> Tensor:
-    """A kernel's view with the samples' pixels, which batch_norm pools, in one row: (1, N·S, C)."""
-    return x.reshape(1, x.shape[0] * x.shape[1], x.shape[2]) if layout.pixels else x
+    """As `to_kernel`, but for batch_norm, to which the pixels of all samples are one row: (1, N·S, C)."""
+    view = to_kernel(x, layout)
+    return view.reshape(1, view.shape[0] * view.shape[1], view.shape[2]) if layout.pixels else view
 
 
 def from_kernel(y: Tensor | None, x: Tensor, layout: Layout) -> Tensor | None:

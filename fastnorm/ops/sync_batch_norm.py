@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import backend, reference
 from .arguments import as_vector, like_input
 from .batch_norm import FusedBatchNorm, check_batch_norm
-from .channels import check_activation, check_eps, from_kernel, layout_of, pooled, to_kernel, values_per_channel
+from .channels import check_activation, check_eps, from_kernel, layout_of, pooled, values_per_channel
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
@@ -23,7 +23,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, residual, weight, bias, running, impl, momentum, eps, relu, group):
         layout = layout_of(x)
-        kernel_x, kernel_residual = (None if t is None else pooled(to_kernel(t, layout), layout) for t in (x, residual))
+        kernel_x, kernel_residual = pooled(x, layout), None if residual is None else pooled(residual, layout)
         out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
         mean, variance, count = _gathered_moments(kernel_x, x, impl, layout, group)
         if running is not None:
@@ -73,7 +73,7 @@ def _move(running, mean: Tensor, variance: Tensor, count: Tensor, momentum: floa
 def _gradients(ctx: Any, dy: Tensor):
     """(dx, dresidual, dweight, dbias); those of the parameters are this process's own part."""
     x, weight, bias, mean, rstd, count, mask = ctx.saved_tensors
-    kernel_x, kernel_dy = (pooled(to_kernel(t, ctx.layout), ctx.layout) for t in (x, dy))
+    kernel_x, kernel_dy = pooled(x, ctx.layout), pooled(dy, ctx.layout)
     if reference.graph_wanted():
         return _differentiable_gradients(ctx, dy, kernel_dy)
     sums = mean.new_zeros(2, x.shape[1])
