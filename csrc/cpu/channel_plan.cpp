@@ -7,6 +7,10 @@ constexpr int64_t word = 64;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The most elements that a block of planes has, and the most rows that one of pixels has.
+constexpr int64_t plane_block = 1 << 12;
+int64_t pixel_rows(int64_t channels) { return std::clamp<int64_t>((1 << 14) / channels, 32, 256); }
+
 }  // namespace
 
 Grid Grid::of_cells(int64_t rows, int64_t n, int64_t elements) {
@@ -14,7 +18,7 @@ Grid Grid::of_cells(int64_t rows, int64_t n, int64_t elements) {
     const int64_t across = divide_up(n, elements);
     return {rows, n, 1, divide_up(divide_up(n, across), word) * word};
   }
-  const int64_t down = divide_up(rows * n, elements);
+  const int64_t down = divide_up(rows, elements / n);
   return {rows, n, divide_up(rows, down), n};
 }
 
@@ -73,10 +77,10 @@ int64_t Plan::parameters(const Region& region) const {
 // over more rows.
 Grid Plan::blocks(const Region& piece, bool mixed) const {
   if (layout_ == Layout::pixels) {
-    const int64_t rows = std::clamp<int64_t>((1 << 14) / channels_, 32, 256);
-    return {piece.rows, piece.n, divide_up(piece.rows, divide_up(piece.rows, rows)), piece.n};
+    const int64_t blocks = divide_up(piece.rows, pixel_rows(channels_));
+    return {piece.rows, piece.n, divide_up(piece.rows, blocks), piece.n};
   }
-  Grid grid = Grid::of_cells(piece.rows, piece.n, 1 << 12);
+  Grid grid = Grid::of_cells(piece.rows, piece.n, plane_block);
   if (groups_ > 0 && !mixed) {
     grid.row_step = 1;
   }
@@ -84,8 +88,8 @@ Grid Plan::blocks(const Region& piece, bool mixed) const {
 }
 
 int64_t Plan::block_elements() const {
-  const Grid grid = blocks({0, 0, 0, grid_.row_step, 0, grid_.col_step}, true);
-  return grid.row_step * grid.col_step;
+  const int64_t most = layout_ == Layout::pixels ? pixel_rows(channels_) * channels_ : plane_block;
+  return std::min(most, piece_elements());
 }
 
 bool Plan::by_pool() const {

@@ -23,7 +23,7 @@ struct Grid {
   int64_t rows, n;
   int64_t row_step, col_step;
 
-  // Cells of about `elements`: several whole rows, or a part of one that starts at a word of a mask.
+  // Cells of at most `elements`: several whole rows, or a part of one that starts at a word of a mask.
   static Grid of_cells(int64_t rows, int64_t n, int64_t elements);
   int64_t down() const { return (rows + row_step - 1) / row_step; }
   int64_t across() const { return (n + col_step - 1) / col_step; }
@@ -60,7 +60,7 @@ class Plan {
       body(grid.cell(piece, i));
     }
   }
-  // The most elements that a block has, and the most rows of pixels.
+  // No block has more elements.
   int64_t block_elements() const;
 
   // measure(pool, i) for all pieces of a pool, finish(pool), then apply(piece), which starts with the pieces that were
