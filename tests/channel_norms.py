@@ -143,7 +143,8 @@ def scales(case: Case, tensors: dict[str, Tensor], dy: Tensor) -> dict[str, Tens
     terms["dx"] = [(g.abs() + level.abs() + (x_hat * along).abs()) * rstd]
     if not case.training:  # statistics and affine are folded into one multiply-add, here and in stock
         terms["y"] += [x * rstd * weight, mean * rstd * weight]
-    if case.activation == "silu":  # z is computed again
+    if case.activation == "silu":  # z is computed again, with the mean as it was rounded
+        terms["dbias"] += [(dy * mean * rstd * weight).square().sum(sums).sqrt()]
         terms["dx"] += [g * rstd * (x_hat * weight).abs().add(1)]
     if case.dtype == torch.float64:  # here the oracle's own rounding shows
         terms["y"] += [x * rstd * weight]

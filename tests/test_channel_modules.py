@@ -354,13 +354,14 @@ def network(name: str, norms) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
 
 
-def losses_of(model: nn.Module, channels_last: bool, steps: int = 20) -> list[float]:
+def losses_of(model: nn.Module, channels_last: bool, dtype: torch.dtype, steps: int = 20) -> torch.Tensor:
     """Of training on random labels; the last one in evaluation."""
     generator = torch.Generator().manual_seed(2)
     images, labels = torch.randn(16, 3, 16, 16, generator=generator), torch.randint(10, (16,), generator=generator)
+    images, model = images.to(dtype), model.to(dtype)
     if channels_last:
         images, model = (t.to(memory_format=torch.channels_last) for t in (images, model))
-    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     losses = []
     for _ in range(steps):
         loss = F.cross_entropy(model(images), labels)
@@ -370,19 +371,22 @@ def losses_of(model: nn.Module, channels_last: bool, steps: int = 20) -> list[fl
         losses.append(loss.item())
     with torch.no_grad():
         losses.append(F.cross_entropy(model.eval()(images), labels).item())
-    return losses
+    return torch.tensor(losses, dtype=torch.float64)
 
 
 @pytest.mark.skipif(SIMULATED, reason="a network's steps take too long on a virtual GPU")
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("backend", ["reference", "native"])
-def test_networks_train_alike(backend, name, channels_last):
+def test_networks_train_alike(backend, name, dtype, channels_last):
     if not fastnorm.backend.statuses()[backend].available:
         pytest.skip(f"{backend} backend: {fastnorm.backend.statuses()[backend].detail}")
-    expected = losses_of(network(name, StockNorm), channels_last)
+    expected = losses_of(network(name, StockNorm), channels_last, dtype)
     with fastnorm.use(backend):
         fused = network(name, lambda channels, activation: fastnorm.BatchNorm2d(channels, activation=activation))
-        losses = losses_of(fused, channels_last)
-    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=5e-3, atol=5e-3)
-    assert losses[-2] < 0.7 * losses[0]
+        losses = losses_of(fused, channels_last, dtype)
+    # Training spreads rounding errors: stock's own losses, by one thread and by two, differ by 3e-3 in float32 then.
+    tolerance = 1e-2 if dtype == torch.float32 else 1e-7
+    torch.testing.assert_close(losses, expected, rtol=tolerance, atol=tolerance)
+    assert losses[-2] < 0.8 * losses[0]
