@@ -17,7 +17,7 @@ from .workload import Workload
 
 STOCK_ERROR_FACTOR = 1.25
 FACTOR_FOR_OTHERS = 32  # beyond this many times what is allowed, it is a wrong answer and not a sloppy sum
-FLOAT64_SLACK_ULPS = 1024  # in float64 the oracle has rounding errors of its own, those of a sum over all rows
+FLOAT64_SLACK_ULPS = 1024  # in float64 the oracle has rounding errors of its own, those of a sum over all of x
 CHUNK_ELEMENTS = 2**19  # keeps float64 temporaries small, within a cache
 
 
@@ -59,17 +59,20 @@ class Reference:
 
 
 def oracle(workload: Workload, mode: str) -> dict[str, Tensor]:
-    """Outputs and gradients of the stock formula in float64, computed a few rows at a time."""
-    operation = workload.operation
-    cut = {*operation.outputs, *(f"d{name}" for name in operation.row_inputs)}
-    widest = max(tensor.numel() for tensor in workload.inputs.values())
-    rows = max(1, CHUNK_ELEMENTS * workload.rows // widest)
+    """Outputs, buffers and gradients of the stock formula in float64, computed a few slices at a time."""
+    family = workload.operation.family
+    cut = family.cut | {f"d{name}": dim for name, dim in family.cut.items()}
+    largest = max(tensor.numel() for tensor in workload.inputs.values())
+    step = max(1, CHUNK_ELEMENTS * workload.slices // largest)
     pieces: dict[str, list[Tensor]] = {}
-    for start in range(0, workload.rows, rows):
-        part = workload.part(start, start + rows, torch.float64)
-        for name, value in part.evaluate(operation.stock, mode).items():
+    for start in range(0, workload.slices, step):
+        part = workload.part(start, min(start + step, workload.slices), torch.float64)
+        for name, value in part.evaluate(workload.operation.stock, mode).items():
             pieces.setdefault(name, []).append(value)
-    return {name: torch.cat(parts) if name in cut else torch.stack(parts).sum(0) for name, parts in pieces.items()}
+    return {
+        name: torch.cat(parts, cut[name]) if name in cut else torch.stack(parts).sum(0)
+        for name, parts in pieces.items()
+    }
 
 
 def max_error(value: Tensor, exact: Tensor) -> float:

@@ -10,14 +10,16 @@ import torch
 from tqdm import tqdm
 
 from . import clip, clip_report, machine, report
-from .operations import MODES, OPERATIONS
+from .measurement import OK
+from .operation import LAYOUTS, MODES, Operation, Shape, shape_name
+from .operations import FAMILIES, OPERATIONS, ROWS
 from .presets import DTYPES, SHAPES
 from .providers import PROVIDERS
-from .run import OK, Bench, Plan, Result
+from .run import Bench, Plan, Result
 from .timing import Budget
 
-DEFAULT_PRESET = "models"
-QUICK = {"shapes": SHAPES["quick"], "dtypes": ("fp32", "bf16"), "repeats": 7, "min_time": 0.05, "max_time": 1.5}
+QUICK = {"repeats": 7, "min_time": 0.05, "max_time": 1.5}
+QUICK_OPERATIONS = (*FAMILIES[ROWS.name], "batch_norm_training_add_relu", "group_norm_silu")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     device, facts = _start(parser, options)
-    bench = Bench(_plan(options, device))
+    bench = Bench(_plan(parser, options, device))
     print(*filter(None, (report.ceiling_line(bench.ceilings.large()), report.absences(bench.absent))), sep="\n")
     results = _run(bench)
     print(report.LEGEND)
@@ -79,36 +81,63 @@ def _run(bench: Bench) -> list[Result]:
     """Run all cases under a progress bar, printing each operation's tables as soon as they are complete."""
     results: list[Result] = []
     with tqdm(total=bench.cases(), unit="case", dynamic_ncols=True) as progress:
-        for name in bench.plan.operations:
+        for name in bench.plan.shapes:
             progress.set_description(name)
             mine: list[Result] = []
             for case in bench.run_operation(name):
                 mine += case
                 if case:
-                    progress.set_postfix_str(f"{case[0].rows} x {case[0].cols} {case[0].dtype} {case[0].mode}")
+                    progress.set_postfix_str(f"{report.problem_label(case[0])} {case[0].dtype} {case[0].mode}")
                 progress.update()
             progress.write(report.tables(sorted(mine, key=lambda result: bench.plan.modes.index(result.mode))))
             results += mine
     return results
 
 
-def _plan(options: argparse.Namespace, device: torch.device) -> Plan:
-    quick = QUICK if options.quick else {}
-
-    def chosen(name: str, default: object) -> object:
-        """What the user said, else what --quick says, else the default."""
-        said = getattr(options, name)
-        return said if said is not None else quick.get(name, default)
-
+def _plan(parser: argparse.ArgumentParser, options: argparse.Namespace, device: torch.device) -> Plan:
     return Plan(
-        operations=tuple(dict.fromkeys(options.operations)) or tuple(OPERATIONS),
-        shapes=chosen("shapes", SHAPES[DEFAULT_PRESET]),
-        dtypes=chosen("dtypes", ("fp32", "bf16")),
+        shapes=_problems(parser, options),
+        layouts=options.layouts,
+        dtypes=options.dtypes,
         modes=options.mode,
         providers=options.providers,
         device=device,
-        budget=_budget(options, quick),
+        budget=_budget(options, QUICK if options.quick else {}),
     )
+
+
+def _problems(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dict[str, tuple[Shape, ...]]:
+    """The shapes of each operation: of those named, which must take all that is asked for, or of all that can."""
+    names = itertools.chain.from_iterable(FAMILIES.get(name, (name,)) for name in options.operations)
+    named = [OPERATIONS[name] for name in dict.fromkeys(names)]
+    for operation in named:
+        for misfit in _misfits(operation, options):
+            parser.error(misfit)
+    if named:
+        return {operation.name: _shapes_of(operation, options) for operation in named}
+    default = QUICK_OPERATIONS if options.quick and options.shapes is None else OPERATIONS
+    fitting = [OPERATIONS[name] for name in default if not _misfits(OPERATIONS[name], options)]
+    if not fitting:
+        reasons = dict.fromkeys(_misfits(operation, options)[0] for operation in OPERATIONS.values())
+        parser.error("no operation takes all that is asked for:\n  " + "\n  ".join(reasons))
+    return {operation.name: _shapes_of(operation, options) for operation in fitting}
+
+
+def _misfits(operation: Operation, options: argparse.Namespace) -> list[str]:
+    """What of the options the operation can't take, as complaints."""
+    complaints = []
+    if not set(options.layouts) & set(operation.family.layouts):
+        complaints.append(f"argument --layouts: {operation.name} has only {', '.join(operation.family.layouts)}")
+    for shape in options.shapes or ():
+        misfit = operation.misfit(shape)
+        if misfit is not None:
+            complaints.append(f"argument --shapes: {shape_name(shape)} doesn't fit: {misfit}")
+    return complaints
+
+
+def _shapes_of(operation: Operation, options: argparse.Namespace) -> tuple[Shape, ...]:
+    preset = operation.family.quick if options.quick else operation.family.preset
+    return SHAPES[preset] if options.shapes is None else options.shapes
 
 
 def _budget(options: argparse.Namespace, quick: dict[str, object]) -> Budget:
@@ -118,10 +147,11 @@ def _budget(options: argparse.Namespace, quick: dict[str, object]) -> Budget:
 
 
 def _suffix(options: argparse.Namespace) -> str:
-    """Keeps the results of other shapes from overwriting those of the default ones."""
+    """Keeps the results of some operations, or of other shapes, from overwriting those of the default ones."""
+    operations = "".join(f"-{name}" for name in dict.fromkeys(options.operations))
     if options.shapes is None:
-        return "-quick" if options.quick else ""
-    return next((f"-{name}" for name, shapes in SHAPES.items() if shapes == options.shapes), "-custom")
+        return operations + ("-quick" if options.quick else "")
+    return operations + next((f"-{name}" for name, shapes in SHAPES.items() if shapes == options.shapes), "-custom")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -131,10 +161,34 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Gradient clipping has a command of its own: python -m bench clip --help",
     )
     add = parser.add_argument
-    names = ", ".join(OPERATIONS)
-    add("operations", nargs="*", type=_name(OPERATIONS, "operation"), help=f"of: {names} (default: all)")
-    add("--shapes", type=_shapes, metavar="S", help=f"ROWSxCOLS or presets ({', '.join(SHAPES)}), by commas")
-    add("--dtypes", type=_names(DTYPES, "dtype"), metavar="D", help=f"of: {', '.join(DTYPES)} (default: fp32,bf16)")
+    known = tuple(dict.fromkeys((*FAMILIES, *OPERATIONS)))
+    families = ", ".join(FAMILIES)
+    add(
+        "operations",
+        nargs="*",
+        type=_name(known, "operation"),
+        help=f"of: {', '.join(OPERATIONS)}, or all of {families} (default: all that take the shapes)",
+    )
+    add(
+        "--shapes",
+        type=_shapes,
+        metavar="S",
+        help=f"ROWSxCOLS, NxCxHxW or presets ({', '.join(SHAPES)}), by commas",
+    )
+    add(
+        "--layouts",
+        type=_names(LAYOUTS, "layout"),
+        metavar="L",
+        default=tuple(LAYOUTS),
+        help=f"of: {', '.join(LAYOUTS)} (default: all that the operation has)",
+    )
+    add(
+        "--dtypes",
+        type=_names(DTYPES, "dtype"),
+        metavar="D",
+        default=("fp32", "bf16"),
+        help=f"of: {', '.join(DTYPES)} (default: fp32,bf16)",
+    )
     add(
         "--providers",
         type=_names(PROVIDERS, "provider"),
@@ -146,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
         "--mode", type=_names(MODES, "mode"), metavar="M", default=MODES, help=f"of: {', '.join(MODES)} (default: both)"
     )
     add("--no-plots", dest="plots", action="store_false", help="write no PNG")
-    _add_timing(parser, "two shapes, short rounds: under two minutes on two cores")
+    _add_timing(parser, "few shapes, short rounds: under two minutes on two cores")
     return parser
 
 
@@ -207,14 +261,15 @@ def _names(known: Collection[str], kind: str) -> Callable[[str], tuple[str, ...]
     return lambda text: tuple(dict.fromkeys(one(name.strip()) for name in text.split(",")))
 
 
-def _shapes(text: str) -> tuple[tuple[int, int], ...]:
-    def parse(item: str) -> tuple[tuple[int, int], ...]:
+def _shapes(text: str) -> tuple[Shape, ...]:
+    def parse(item: str) -> tuple[Shape, ...]:
         if item in SHAPES:
             return SHAPES[item]
-        rows, _, cols = item.partition("x")
-        if not (rows.isdecimal() and cols.isdecimal() and int(rows) and int(cols)):
-            raise argparse.ArgumentTypeError(f"{item!r} is neither ROWSxCOLS nor one of {', '.join(SHAPES)}")
-        return ((int(rows), int(cols)),)
+        lengths = item.split("x")
+        if not all(length.isdecimal() and int(length) for length in lengths):
+            known = ", ".join(SHAPES)
+            raise argparse.ArgumentTypeError(f"{item!r} is neither a shape, ROWSxCOLS or NxCxHxW, nor one of {known}")
+        return (tuple(map(int, lengths)),)
 
     return tuple(dict.fromkeys(itertools.chain.from_iterable(parse(item.strip()) for item in text.split(","))))
 

@@ -13,11 +13,11 @@ from torch.nn import Parameter
 import fastnorm
 
 from . import peers
+from .measurement import FAILED, INEXACT, WRONG, Measurement
 from .presets import DTYPES
 from .providers import PROVIDERS as NORM_PROVIDERS
-from .providers import Provider, Unavailable, one_line, serving_backend
-from .run import FAILED, INEXACT, OK, TIMED, WRONG
-from .timing import Budget, Runner, interleave, paired_ratio, quartiles, timer_for
+from .providers import Provider, Unavailable, one_line, serving_backend, why_absent
+from .timing import Budget, Runner, interleave, paired_ratio, timer_for
 
 NOT_CLIPPED, CLIPPED = "not clipped", "clipped"
 SHRINK = 0.9999  # of the bound from call to call: without it only the first of many calls would clip
@@ -226,12 +226,8 @@ class Plan:
 
 
 @dataclass
-class Result:
-    """One provider in one case; times stay None if `status` is WRONG or FAILED.
-
-    `error` is the largest relative one, of the norm or of a tensor by its largest value. `speedup` is against the
-    operation's baseline: stock PyTorch, or timm for adaptive clipping; None where that is absent.
-    """
+class Case:
+    """Which provider clips which list, clipped or not."""
 
     operation: str
     case: str
@@ -240,16 +236,17 @@ class Result:
     elements: int
     dtype: str
     provider: str
-    backend: str = ""
-    status: str = OK
-    detail: str = ""
+
+
+@dataclass
+class Result(Measurement, Case):
+    """One provider in one case.
+
+    `error` is the largest relative one, of the norm or of a tensor by its largest value. `speedup` is against the
+    operation's baseline: stock PyTorch, or timm for adaptive clipping; None where that is absent.
+    """
+
     error: float | None = None
-    rounds: int = 0
-    median_s: float | None = None
-    first_quartile_s: float | None = None
-    third_quartile_s: float | None = None
-    compulsory_bytes: int = 0
-    gb_per_s: float | None = None
     baseline: str = ""
     speedup: float | None = None
 
@@ -259,12 +256,15 @@ class Bench:
 
     def __init__(self, plan: Plan):
         self.plan, self.timer = plan, timer_for(plan.device)
-        self.absent: dict[str, dict[str, str]] = {}
+        self.absent: dict[str, dict[str, str]] = {label: {} for label in plan.operations}
         for label in plan.operations:
             for provider in OPERATIONS[label].providers():
-                reason = _why_absent(provider, OPERATIONS[label], plan.device)
+                reason = why_absent(provider, OPERATIONS[label], self._attempt)
                 if reason is not None:
-                    self.absent.setdefault(label, {})[provider.name] = reason
+                    self.absent[label][provider.name] = reason
+
+    def _attempt(self, call: Call) -> None:
+        call(Workload([(4, 4), (4,)], torch.float32, self.plan.device), 1.0)
 
     def cases(self) -> int:
         """How many lists of results `run` yields."""
@@ -278,7 +278,7 @@ class Bench:
                 yield self._run_case(workload, OPERATIONS[label], case, name, dtype)
 
     def _run_case(self, workload: Workload, operation: Operation, case: str, name: str, dtype: str) -> list[Result]:
-        providers = [p for p in operation.providers() if p.name not in self.absent.get(operation.label, {})]
+        providers = [p for p in operation.providers() if p.name not in self.absent[operation.label]]
         size = len(workload.params), workload.elements
         results = {p.name: Result(operation.label, case, name, *size, dtype, p.name) for p in providers}
         bound = operation.bounds(workload.norm)[case]
@@ -286,16 +286,13 @@ class Bench:
         for provider in providers:
             call = provider.build(operation)
             _check(results[provider.name], provider, operation, call, workload, bound)
-            if results[provider.name].status in TIMED:
+            if results[provider.name].is_timed:
                 runners[provider.name] = _runner(call, workload, bounds, provider.activate)
         workload.reset()
         samples = interleave(runners, self.timer, self.plan.budget)
         for provider_name, seconds in samples.items():
             result = results[provider_name]
-            result.rounds = len(seconds)
-            result.first_quartile_s, result.median_s, result.third_quartile_s = quartiles(seconds)
-            result.compulsory_bytes = operation.passes[case] * workload.elements * DTYPES[dtype].itemsize
-            result.gb_per_s = result.compulsory_bytes / result.median_s / 1e9
+            result.record(seconds, operation.passes[case] * workload.elements * DTYPES[dtype].itemsize)
             result.baseline = operation.baseline
             if operation.baseline in samples:
                 result.speedup = paired_ratio(samples[operation.baseline], seconds)
@@ -321,7 +318,7 @@ def _check(
     try:
         with provider.activate():
             total_norm = call(workload, bound)
-        result.backend = serving_backend(provider, operation, workload.params[0].grad)
+        result.backend = serving_backend(provider, operation.name, workload.params[0].grad)
     except Exception as error:  # noqa: BLE001 - a provider that breaks is a row of the table, not the run's end
         result.status, result.detail = FAILED, one_line(error)
         return
@@ -336,17 +333,3 @@ def _check(
         strict = provider.ours and result.backend != "reference"  # which sums as stock's operations do
         tolerable = not strict and worst <= FACTOR_FOR_OTHERS * allowed
         result.status, result.detail = INEXACT if tolerable else WRONG, f"off by {worst:.2g}, allowed {allowed:.2g}"
-
-
-def _why_absent(provider: Provider, operation: Operation, device: torch.device) -> str | None:
-    """None where the provider clips a small list on the device, else the reason why not."""
-    workload = Workload([(4, 4), (4,)], torch.float32, device)
-    try:
-        call = provider.build(operation)
-        with provider.activate():
-            call(workload, 1.0)
-    except Unavailable as reason:
-        return str(reason)
-    except Exception as error:  # noqa: BLE001 - whatever a foreign library raises is the reason, and is shown
-        return one_line(error)
-    return None

@@ -5,6 +5,10 @@ Each function imports one library and returns what it offers by operation name, 
 
 from collections.abc import Callable
 
+import torch
+
+from .channel_norms import EPS as CHANNEL_EPS
+from .channel_norms import GROUPS
 from .operations import EPS
 
 
@@ -48,6 +52,22 @@ def apex() -> dict[str, Callable]:
         return fused_layer_norm_affine(x, weight, bias, x.shape[-1:], EPS)
 
     return {"rms_norm": rms_norm, "layer_norm": layer_norm}
+
+
+def apex_group_norm() -> dict[str, Callable]:
+    """NVIDIA apex's group norm for channels_last (CUDA C++), with the choice of algorithm that its module makes."""
+    from apex.contrib.group_norm.group_norm import cuda_group_norm_nhwc_one_pass, cuda_group_norm_nhwc_two_pass
+
+    def group_norm(x, weight, bias, activation):
+        one_pass_pixels = 1024 if torch.cuda.get_device_capability(x.device) >= (8, 0) else 256
+        one_pass = x.shape[2] * x.shape[3] <= one_pass_pixels
+        function = cuda_group_norm_nhwc_one_pass if one_pass else cuda_group_norm_nhwc_two_pass
+        return function(x, GROUPS, weight, bias, CHANNEL_EPS, activation)
+
+    return {
+        "group_norm_plain": lambda x, weight, bias: group_norm(x, weight, bias, ""),
+        "group_norm_silu": lambda x, weight, bias: group_norm(x, weight, bias, "silu"),
+    }
 
 
 def apex_clip() -> Callable:

@@ -1,10 +1,12 @@
-"""The shapes and dtypes that are benchmarked, as data. A shape is (rows, cols)."""
+"""The shapes and dtypes that are benchmarked, as data. A shape is (rows, cols), or (n, channels, height, width)."""
 
 import torch
 
+from .operation import Shape
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
-SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
+SHAPES: dict[str, tuple[Shape, ...]] = {
     # one sequence of 4096 tokens at the hidden sizes of language models
     "models": tuple((4096, cols) for cols in (768, 1024, 1536, 2048, 3072, 4096, 8192, 16384)),
     # every width that the kernels promise not to pad
@@ -16,4 +18,19 @@ SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
     # from one short call to 1/2 GiB of fp32
     "grid": tuple((rows, cols) for rows in (8, 64, 512, 2048, 8192) for cols in (64, 256, 1024, 4096, 16384)),
     "quick": ((512, 768), (1024, 4096)),
+    # what the batch norms of a ResNet-50 get from 224 x 224 images: the stem, then each stage's narrow and wide ones
+    "resnet50": (
+        (32, 64, 112, 112),
+        *((32, width, size, size) for width, size in ((64, 56), (256, 56), (128, 28), (512, 28))),
+        *((32, width, size, size) for width, size in ((256, 14), (1024, 14), (512, 7), (2048, 7))),
+    ),
+    "resnet50-quick": ((32, 64, 56, 56),),
+    # Stable Diffusion 1.5, 64 x 64 latents, with and without guidance in one batch: the UNet's levels on the way down,
+    # then with skip connections concatenated on the way up; last the autoencoder, for a 256 x 256 image
+    "unet": (
+        *((2, width, size, size) for width, size in ((320, 64), (640, 32), (1280, 16), (1280, 8))),
+        *((2, width, size, size) for width, size in ((2560, 8), (2560, 16), (1920, 32), (960, 64))),
+        (1, 128, 256, 256),
+    ),
+    "unet-quick": ((2, 640, 32, 32),),
 }

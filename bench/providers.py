@@ -4,13 +4,14 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 import fastnorm.backend
 
 from . import peers
-from .operations import Operation
+from .operation import Operation
 
 STOCK, COMPILE = "torch", "compile"  # the two that speed-ups are given against
 
@@ -77,17 +78,17 @@ PROVIDERS = {
         _peer("liger", peers.liger),
         _peer("quack", peers.quack),
         _peer("apex", peers.apex),
+        _peer("apex-nhwc", peers.apex_group_norm),
     )
 }
 
 
-def why_absent(provider: Provider, operation: Operation, device: torch.device) -> str | None:
-    """None where the provider computes a small case of the operation on the device, else the reason why not."""
-    inputs = [torch.ones(shape, device=device) for shape in operation.shapes(4, 64).values()]
+def why_absent(provider: Provider, operation: Any, attempt: Callable[[Callable], object]) -> str | None:
+    """None where `attempt`, a small case, succeeds with the provider's form of the operation, else why not."""
     try:
         function = provider.build(operation)
         with provider.activate():
-            function(*inputs)
+            attempt(function)
     except Unavailable as reason:
         return str(reason)
     except Exception as error:  # noqa: BLE001 - whatever a foreign library raises is the reason, and is shown
@@ -101,9 +102,9 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}"[:160]
 
 
-def serving_backend(provider: Provider, operation: Operation, x: torch.Tensor) -> str:
-    """The fastnorm backend that serves `x`, so that the automatic choice is on record; "" for other providers."""
+def serving_backend(provider: Provider, op: str, x: torch.Tensor) -> str:
+    """The fastnorm backend that serves `op` on `x`, to have the automatic choice on record; "" for other providers."""
     if not provider.ours:
         return ""
     with provider.activate():
-        return fastnorm.explain(x, op=operation.name).backend
+        return fastnorm.explain(x, op=op).backend

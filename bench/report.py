@@ -2,8 +2,8 @@
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ from tabulate import tabulate
 
 from .ceiling import Ceiling
 from .check import FACTOR_FOR_OTHERS, STOCK_ERROR_FACTOR
-from .run import TIMED, Bench, Result
+from .run import Bench, Result
 
-COLUMNS = ("rows x cols", "dtype", "provider", "median", "IQR", "GB/s", "% of copy", "vs torch", "vs compile", "error")
+TIMES = ("provider", "median", "IQR", "GB/s")  # the columns that every table has
 LEGEND = (
     "median: time of a call over the rounds; IQR: interquartile range as % of it.\n"
     "GB/s: the bytes that the algorithm can't do without / median; % of copy: that of the best copy of this size.\n"
@@ -23,16 +23,42 @@ LEGEND = (
 )
 
 
-def tables(results: Iterable[Result], style: str = "simple") -> str:
+@dataclass(frozen=True)
+class Table:
+    """How results of one kind are shown: a table for each `title`, its columns those of the case, TIMES and `more`.
+
+    case: what a provider's rows share, shown once; values: the cells of `more` but for the last, which is `error`.
+    """
+
+    case_columns: tuple[str, ...]
+    more: tuple[str, ...]
+    title: Callable[[Any], str]
+    case: Callable[[Any], tuple[str, ...]]
+    values: Callable[[Any], tuple[str, ...]]
+    error: Callable[[Any], str]
+
+
+NORMS = Table(
+    case_columns=("shape", "dtype"),
+    more=("% of copy", "vs torch", "vs compile", "error"),
+    title=lambda result: f"{result.operation}, {mode_label(result.mode)}",
+    case=lambda result: (problem_label(result), result.dtype),
+    values=lambda result: (
+        f"{result.percent_of_ceiling:.0f}%",
+        ratio(result.speedup_vs_torch),
+        ratio(result.speedup_vs_compile),
+    ),
+    error=lambda result: _error(result),
+)
+
+
+def tables(results: Iterable[Any], style: str = "simple", table: Table = NORMS) -> str:
     """One titled table per operation and mode, in the order of the results; `style` is tabulate's format."""
-    groups: dict[tuple[str, str], list[Result]] = {}
+    groups: dict[str, list[Any]] = {}
     for result in results:
-        groups.setdefault((result.operation, result.mode), []).append(result)
+        groups.setdefault(table.title(result), []).append(result)
     mark = "### " if style == "github" else ""
-    return "\n".join(
-        f"{mark}{operation}, {mode_label(mode)}\n\n{_table(group, style)}\n"
-        for (operation, mode), group in groups.items()
-    )
+    return "\n".join(f"{mark}{title}\n\n{_body(group, style, table)}\n" for title, group in groups.items())
 
 
 def mode_label(mode: str) -> str:
@@ -40,34 +66,39 @@ def mode_label(mode: str) -> str:
     return mode.replace("_", " + ")
 
 
-def _table(results: list[Result], style: str) -> str:
-    body, previous = [], None
+def problem_label(result: Result) -> str:
+    """A shape as people write it, with its layout where that is not the usual one."""
+    shape = result.shape.replace("x", " x ")
+    return shape if result.layout == "contiguous" else f"{shape}, {result.layout}"
+
+
+def _body(results: list[Any], style: str, table: Table) -> str:
+    rows, previous = [], None
     for result in results:
-        case = (f"{result.rows} x {result.cols}", result.dtype)
-        body.append((*(case if case != previous else ("", "")), *_cells(result)))
+        case = table.case(result)
+        rows.append((*(case if case != previous else ("",) * len(case)), *cells(result, table)))
         previous = case
-    align = ("right", "left", "left", *("right",) * (len(COLUMNS) - 3))
-    table = tabulate(body, COLUMNS, tablefmt=style, colalign=align, disable_numparse=True)
-    return "\n".join((table, *_complaints(results)))
+    columns = (*table.case_columns, *TIMES, *table.more)
+    left = len(table.case_columns) + 1
+    align = ("left",) * left + ("right",) * (len(columns) - left)
+    complaints = [
+        f"{result.status}: {result.provider}, {' '.join(table.case(result))}: {result.detail}"
+        for result in results
+        if not result.is_timed
+    ]
+    return "\n".join((tabulate(rows, columns, tablefmt=style, colalign=align, disable_numparse=True), *complaints))
 
 
-def _cells(result: Result) -> tuple[str, ...]:
+def cells(result: Any, table: Table) -> tuple[str, ...]:
+    """What a provider's row says behind the case; no times where there are none."""
     provider = result.provider
     if result.backend and not provider.endswith(result.backend):
         provider += f" ({result.backend})"
-    if result.status not in TIMED:
-        return provider, result.status, *("",) * (len(COLUMNS) - 5), _error(result)
+    if not result.is_timed:
+        return provider, result.status, *("",) * (len(TIMES) + len(table.more) - 3), table.error(result)
     spread = (result.third_quartile_s - result.first_quartile_s) / result.median_s
-    return (
-        provider,
-        duration(result.median_s),
-        f"{spread:.0%}",
-        f"{result.gb_per_s:.1f}",
-        f"{result.percent_of_ceiling:.0f}%",
-        ratio(result.speedup_vs_torch),
-        ratio(result.speedup_vs_compile),
-        _error(result),
-    )
+    times = duration(result.median_s), f"{spread:.0%}", f"{result.gb_per_s:.1f}"
+    return provider, *times, *table.values(result), table.error(result)
 
 
 def _error(result: Result) -> str:
@@ -75,13 +106,6 @@ def _error(result: Result) -> str:
     if share is None:
         return ""
     return f"{share:.2f}" + (" !" if share > 1 else "")
-
-
-def _complaints(results: list[Result]) -> list[str]:
-    """What is behind each WRONG and FAILED."""
-    return [
-        f"{r.status}: {r.provider}, {r.rows} x {r.cols} {r.dtype}: {r.detail}" for r in results if r.status not in TIMED
-    ]
 
 
 def duration(seconds: float) -> str:

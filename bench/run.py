@@ -1,5 +1,6 @@
 """Check, then time: from a plan to results."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,53 +9,58 @@ import torch
 
 from .ceiling import Ceilings
 from .check import FACTOR_FOR_OTHERS, Reference
-from .operations import OPERATIONS, Operation
+from .measurement import FAILED, INEXACT, WRONG, Measurement
+from .operation import Operation, Shape, shape_name
+from .operations import OPERATIONS
 from .presets import DTYPES
 from .providers import COMPILE, PROVIDERS, STOCK, Provider, one_line, serving_backend, why_absent
-from .timing import Budget, Runner, interleave, paired_ratio, quartiles, timer_for
+from .timing import Budget, Runner, interleave, paired_ratio, timer_for
 from .workload import Workload
-
-OK, INEXACT, WRONG, FAILED = "ok", "INEXACT", "WRONG", "FAILED"
-TIMED = (OK, INEXACT)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to benchmark, by the names that the command line uses."""
+    """What to benchmark, by the names that the command line uses. shapes: those of each operation, which it takes."""
 
-    operations: tuple[str, ...]
-    shapes: tuple[tuple[int, int], ...]
+    shapes: dict[str, tuple[Shape, ...]]
+    layouts: tuple[str, ...]
     dtypes: tuple[str, ...]
     modes: tuple[str, ...]
     providers: tuple[str, ...]
     device: torch.device
     budget: Budget
 
+    def layouts_of(self, operation: Operation) -> tuple[str, ...]:
+        """Those of the plan's layouts that the operation is timed in."""
+        return tuple(layout for layout in self.layouts if layout in operation.family.layouts)
+
 
 @dataclass
-class Result:
-    """One provider in one case; times and speed-ups stay None if `status` is WRONG or FAILED.
-
-    `error_of_allowed` is the largest error in units of what the rule of `check.py` allows, None for a NaN or for a
-    result of another shape or dtype.
-    """
+class Case:
+    """Which provider in which case; `shape` is that of x, as in 32x64x56x56."""
 
     operation: str
     mode: str
-    rows: int
-    cols: int
+    shape: str
+    layout: str
     dtype: str
     provider: str
-    backend: str = ""
-    status: str = OK
-    detail: str = ""
+
+    @property
+    def lengths(self) -> Shape:
+        """The shape as numbers."""
+        return tuple(map(int, self.shape.split("x")))
+
+
+@dataclass
+class Result(Measurement, Case):
+    """One provider in one case.
+
+    `error_of_allowed` is the largest error in units of what the rule of `check.py` allows, None for a NaN or for a
+    result of another shape or dtype. Speed-ups stay None where a time is missing.
+    """
+
     error_of_allowed: float | None = None
-    rounds: int = 0
-    median_s: float | None = None
-    first_quartile_s: float | None = None
-    third_quartile_s: float | None = None
-    compulsory_bytes: int = 0
-    gb_per_s: float | None = None
     ceiling_gb_per_s: float | None = None
     percent_of_ceiling: float | None = None
     speedup_vs_torch: float | None = None
@@ -62,57 +68,65 @@ class Result:
 
 
 class Bench:
-    """A plan on its device, with the timer and the ceilings that its cases share."""
+    """A plan on its device, with the timer and the ceilings that its cases share.
+
+    `absent`: why a provider is missing, by each operation's label and the provider's name; what isn't named there runs.
+    """
 
     def __init__(self, plan: Plan):
         self.plan = plan
         _settle_malloc()
         self.timer = timer_for(plan.device)
         self.ceilings = Ceilings(plan.device, self.timer)
-        self.absent = self._find_absent()
+        self.absent: dict[str, dict[str, str]] = {}
+        for operation in (OPERATIONS[name] for name in plan.shapes):
+            for layout in plan.layouts_of(operation):
+                self._find_absent(operation, layout)
 
     def cases(self) -> int:
         """How many lists `run_operation` yields over all operations."""
         plan = self.plan
-        return len(plan.operations) * len(plan.shapes) * len(plan.dtypes) * len(plan.modes)
+        problems = sum(len(shapes) * len(plan.layouts_of(OPERATIONS[name])) for name, shapes in plan.shapes.items())
+        return problems * len(plan.dtypes) * len(plan.modes)
 
     def run_operation(self, name: str) -> Iterator[list[Result]]:
-        """Yield the results of each case, a list with one entry per provider: for each shape, dtype, then mode."""
-        providers = [PROVIDERS[p] for p in self.plan.providers if p not in self.absent.get(name, {})]
-        for rows, cols in self.plan.shapes:
-            for dtype in self.plan.dtypes:
-                yield from self._run_workload(OPERATIONS[name], rows, cols, dtype, providers)
+        """Yield the results of each case, a list with one entry per provider: for each shape, layout, dtype, mode."""
+        operation = OPERATIONS[name]
+        layouts = self.plan.layouts_of(operation)
+        for shape, layout, dtype in itertools.product(self.plan.shapes[name], layouts, self.plan.dtypes):
+            yield from self._run_workload(operation, shape, layout, dtype)
 
-    def _find_absent(self) -> dict[str, dict[str, str]]:
-        """Why a provider is missing, by operation and provider name; what isn't named here runs."""
-        absent: dict[str, dict[str, str]] = {}
-        for name in self.plan.operations:
-            for provider in self.plan.providers:
-                reason = why_absent(PROVIDERS[provider], OPERATIONS[name], self.plan.device)
-                if reason is not None:
-                    absent.setdefault(name, {})[provider] = reason
-        return absent
+    def _find_absent(self, operation: Operation, layout: str) -> None:
+        torch.compiler.reset()
+        self.absent[operation.label(layout)] = {}
+        probe = Workload.make(operation, operation.family.probe, layout, torch.float32, self.plan.device)
+        for provider in self.plan.providers:
+            reason = why_absent(PROVIDERS[provider], operation, lambda function: probe.evaluate(function, "forward"))
+            if reason is not None:
+                self.absent[operation.label(layout)][provider] = reason
 
-    def _run_workload(
-        self, operation: Operation, rows: int, cols: int, dtype: str, providers: list[Provider]
-    ) -> Iterator[list[Result]]:
+    def _run_workload(self, operation: Operation, shape: Shape, layout: str, dtype: str) -> Iterator[list[Result]]:
         torch.compiler.reset()  # every shape gets its own static graph, and none runs into the recompilation limit
-        workload = Workload.make(operation, rows, cols, DTYPES[dtype], self.plan.device)
+        absent = self.absent[operation.label(layout)]
+        providers = [PROVIDERS[name] for name in self.plan.providers if name not in absent]
+        workload = Workload.make(operation, shape, layout, DTYPES[dtype], self.plan.device)
         reference = Reference(workload, max(self.plan.modes, key=len))  # forward_backward holds forward's values too
         functions = {provider.name: provider.build(operation) for provider in providers}
-        ceiling = self.ceilings.at(rows * cols * DTYPES[dtype].itemsize).best
+        ceiling = self.ceilings.at(workload.inputs["x"].nbytes).best
         for mode in self.plan.modes:
-            results = {p.name: Result(operation.name, mode, rows, cols, dtype, p.name) for p in providers}
+            case = operation.name, mode, shape_name(shape), layout, dtype
+            results = {p.name: Result(*case, p.name) for p in providers}
             runners = {}
             for provider in providers:
                 result, function = results[provider.name], functions[provider.name]
                 _check(result, provider, function, reference)
-                if result.status in TIMED:
+                if result.is_timed:
                     runners[provider.name] = Runner(workload.runner(function, mode), provider.activate)
             samples = interleave(runners, self.timer, self.plan.budget)
-            moved = operation.compulsory_bytes(mode, rows, cols, DTYPES[dtype])
+            moved = operation.compulsory_bytes(mode, shape, DTYPES[dtype])
             for name, seconds in samples.items():
-                _fill_times(results[name], seconds, samples, moved, ceiling)
+                results[name].record(seconds, moved)
+                _compare(results[name], seconds, samples, ceiling)
             yield list(results.values())
 
 
@@ -130,8 +144,8 @@ def _check(result: Result, provider: Provider, function: Callable, reference: Re
     try:
         with provider.activate():
             verdict = reference.judge(function, result.mode)
-        x = next(iter(reference.workload.inputs.values()))
-        result.backend = serving_backend(provider, OPERATIONS[result.operation], x)
+        operation, x = reference.workload.operation, reference.workload.inputs["x"]
+        result.backend = serving_backend(provider, operation.explained_as or operation.name, x)
     except Exception as error:  # noqa: BLE001 - a provider that breaks is a row of the table, not the run's end
         result.status, result.detail = FAILED, one_line(error)
         return
@@ -141,13 +155,8 @@ def _check(result: Result, provider: Provider, function: Callable, reference: Re
         result.status, result.detail = (INEXACT if tolerable else WRONG), verdict.detail
 
 
-def _fill_times(
-    result: Result, seconds: list[float], samples: dict[str, list[float]], moved: int, ceiling: float
-) -> None:
-    result.rounds = len(seconds)
-    result.first_quartile_s, result.median_s, result.third_quartile_s = quartiles(seconds)
-    result.compulsory_bytes = moved
-    result.gb_per_s = moved / result.median_s / 1e9
+def _compare(result: Result, seconds: list[float], samples: dict[str, list[float]], ceiling: float) -> None:
+    """Fill in what the times are worth against the copy ceiling and against the baselines."""
     result.ceiling_gb_per_s = ceiling
     result.percent_of_ceiling = 100 * result.gb_per_s / ceiling
     if STOCK in samples:

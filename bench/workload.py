@@ -6,72 +6,111 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .operations import Operation
+from .operation import LAYOUTS, Operation, Outputs, Shape
+
+AROUND_ONE = ("weight", "running_var")
+KINK_MARGIN = 1e-4  # of |z| in float32: far above what sums in another order make of it
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Inputs and output gradients of `operation` at one shape and dtype: the same tensors for every provider."""
+    """Inputs and output gradients of `operation` at one shape, layout and dtype: the same for every provider."""
 
     operation: Operation
     inputs: dict[str, Tensor]
     output_grads: tuple[Tensor, ...]
 
     @classmethod
-    def make(cls, operation: Operation, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> "Workload":
-        """Seeded normal tensors; `weight` lies around one, as it does in a trained model."""
-        generator = torch.Generator(device).manual_seed(rows * 1_000_003 + cols)
+    def make(
+        cls, operation: Operation, shape: Shape, layout: str, dtype: torch.dtype, device: torch.device
+    ) -> "Workload":
+        """Seeded normal tensors; weights and running variances lie around one, as they do in a trained model."""
+        generator = torch.Generator(device).manual_seed(_seed(shape))
 
-        def normal(shape: tuple[int, ...]) -> Tensor:
-            return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        def normal(shape: Shape, dtype: torch.dtype) -> Tensor:
+            tensor = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+            return tensor.contiguous(memory_format=LAYOUTS[layout]) if tensor.ndim == 4 else tensor
 
-        shapes = operation.shapes(rows, cols)
-        inputs = {name: normal(shape) for name, shape in shapes.items()}
-        if "weight" in inputs:
-            inputs["weight"].mul_(0.1).add_(1)
+        shapes, family = operation.shapes(shape), operation.family
+        wide = torch.promote_types(dtype, torch.float32)
+        inputs = {name: normal(shape, wide if name in family.float32 else dtype) for name, shape in shapes.items()}
+        for name in inputs.keys() & set(AROUND_ONE):
+            inputs[name].mul_(0.1).add_(1)
         outputs = _as_tuple(operation.stock(*(torch.empty(shape, device="meta") for shape in shapes.values())))
-        return cls(operation, inputs, tuple(normal(output.shape) for output in outputs))
+        workload = cls(operation, inputs, tuple(normal(output.shape, dtype) for output in outputs))
+        workload._mask_kink(dtype)
+        return workload
+
+    def _mask_kink(self, dtype: torch.dtype) -> None:
+        """Let no gradient arrive where z, which the ReLU cuts at zero, lies within rounding of it.
+
+        There either sign is right: stock rounds to 16 bits before and after the residual is added, a fused kernel once
+        behind the ReLU, and float64 never. A gradient let through on one side only is no rounding error, and would be
+        all that the check sees of dx.
+        """
+        if self.operation.before_relu is not None:
+            wide = torch.promote_types(dtype, torch.float32)
+            z = self.operation.before_relu(*(tensor.to(wide) for tensor in self._arguments(False)))
+            margin = max(KINK_MARGIN, 8 * torch.finfo(dtype).eps)  # 8: rounding errors of |z| up to 16
+            self.output_grads[0].masked_fill_(z.abs() < margin, 0)
 
     @property
-    def rows(self) -> int:
-        """How many rows the oracle may cut the case into; one where rows depend on each other."""
-        row_inputs = self.operation.row_inputs
-        return self.inputs[row_inputs[0]].shape[0] if row_inputs else 1
+    def slices(self) -> int:
+        """How many parts the oracle may cut the case into."""
+        return self.inputs["x"].shape[self.operation.family.cut["x"]]
 
     def part(self, start: int, stop: int, dtype: torch.dtype) -> "Workload":
-        """Rows `start` to `stop` of this case, in `dtype`."""
-        if not self.operation.row_inputs:
-            start, stop = 0, None
+        """Slices `start` to `stop` of this case, in `dtype`."""
+        cut = self.operation.family.cut
 
-        def cut(name: str, tensor: Tensor) -> Tensor:
-            return (tensor[start:stop] if name in self.operation.row_inputs else tensor).to(dtype)
+        def piece(name: str, tensor: Tensor) -> Tensor:
+            return (tensor.narrow(cut[name], start, stop - start) if name in cut else tensor).to(dtype)
 
-        inputs = {name: cut(name, tensor) for name, tensor in self.inputs.items()}
-        return Workload(self.operation, inputs, tuple(grad[start:stop].to(dtype) for grad in self.output_grads))
+        grads = zip(self.operation.outputs, self.output_grads, strict=True)
+        inputs = {name: piece(name, tensor) for name, tensor in self.inputs.items()}
+        return Workload(self.operation, inputs, tuple(piece(name, grad) for name, grad in grads))
 
-    def runner(self, function: Callable, mode: str) -> Callable[[], object]:
+    def runner(self, function: Callable[..., Outputs], mode: str) -> Callable[[], object]:
         """What is timed: a call without autograd, or a call and the gradients of all its inputs.
 
         `torch.autograd.grad` rather than `.backward()`: parameters then get fresh gradients in every iteration, with no
-        time spent on accumulating into, or cloning for, `.grad`.
+        time spent on accumulating into, or cloning for, `.grad`. Buffers are this runner's own, and are updated by
+        every call: they tend to the batch's statistics.
         """
+        arguments = self._arguments(mode == "forward_backward")
         if mode == "forward":
-            inputs = [tensor.detach() for tensor in self.inputs.values()]
-            return lambda: function(*inputs)
-        leaves = [tensor.detach().requires_grad_() for tensor in self.inputs.values()]
-        return lambda: torch.autograd.grad(function(*leaves), leaves, self.output_grads)
+            return lambda: function(*arguments)
+        leaves = [tensor for tensor in arguments if tensor.requires_grad]
+        return lambda: torch.autograd.grad(function(*arguments), leaves, self.output_grads)
 
-    def evaluate(self, function: Callable, mode: str) -> dict[str, Tensor]:
-        """Outputs by name and, with the backward, the gradient of every input as "d" + its name."""
-        backward = mode == "forward_backward"
-        leaves = [tensor.detach().requires_grad_(backward) for tensor in self.inputs.values()]
-        outputs = _as_tuple(function(*leaves))
+    def evaluate(self, function: Callable[..., Outputs], mode: str) -> dict[str, Tensor]:
+        """Outputs and, after the call, buffers by name; with the backward, the gradient of each other input as "d" +
+        its name."""
+        arguments = dict(zip(self.inputs, self._arguments(mode == "forward_backward"), strict=True))
+        outputs = _as_tuple(function(*arguments.values()))
         values = dict(zip(self.operation.outputs, (output.detach() for output in outputs), strict=True))
-        if backward:
-            grads = torch.autograd.grad(outputs, leaves, self.output_grads)
-            values |= {f"d{name}": grad for name, grad in zip(self.inputs, grads, strict=True)}
+        values |= {name: arguments[name] for name in self.operation.family.buffers}
+        if mode == "forward_backward":
+            leaves = {name: tensor for name, tensor in arguments.items() if tensor.requires_grad}
+            grads = torch.autograd.grad(outputs, list(leaves.values()), self.output_grads)
+            values |= {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
         return values
 
+    def _arguments(self, requires_grad: bool) -> list[Tensor]:
+        """The inputs for calls of one provider: buffers are copies, the rest leaves."""
+        buffers = self.operation.family.buffers
+        return [
+            tensor.clone() if name in buffers else tensor.detach().requires_grad_(requires_grad)
+            for name, tensor in self.inputs.items()
+        ]
 
-def _as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+
+def _seed(shape: Shape) -> int:
+    seed = 0
+    for length in shape:
+        seed = (seed * 1_000_003 + length) % 2**63
+    return seed
+
+
+def _as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)

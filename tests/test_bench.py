@@ -8,18 +8,28 @@ import pytest
 import torch
 
 from bench import ceiling, check, cli, plots, presets, providers, real_model, report, run, timing
-from bench.operations import OPERATIONS
+from bench.operations import FAMILIES, OPERATIONS
 from bench.workload import Workload
 
 CPU = torch.device("cpu")
 TINY = ["--dtypes", "fp32", "--device", "cpu", "--repeats", "2", "--min-time", "0.001"]
 
 # design: passes over x, reads + writes
+BATCH_NORM_TRAINING = {"forward": 2 + 1, "backward": 4 + 1}
+BATCH_NORM_EVALUATION = {"forward": 1 + 1, "backward": 2 + 1}
 ALLOWED_PASSES = {
     "layer_norm": {"forward": 1 + 1, "backward": 2 + 1},
     "rms_norm": {"forward": 1 + 1, "backward": 2 + 1},
     "add_layer_norm": {"forward": 2 + 2, "backward": 3 + 1},
     "add_rms_norm": {"forward": 2 + 2, "backward": 3 + 1},
+    "batch_norm_training": BATCH_NORM_TRAINING,
+    "batch_norm_training_relu": BATCH_NORM_TRAINING,
+    "batch_norm_training_add_relu": {"forward": 3 + 1, "backward": 4 + 2},  # the residual; its gradient
+    "batch_norm_evaluation": BATCH_NORM_EVALUATION,
+    "batch_norm_evaluation_relu": BATCH_NORM_EVALUATION,
+    "batch_norm_evaluation_add_relu": {"forward": 2 + 1, "backward": 2 + 2},
+    "group_norm_plain": {"forward": 1 + 1, "backward": 2 + 1},
+    "group_norm_silu": {"forward": 1 + 1, "backward": 2 + 1},
 }
 
 
@@ -57,7 +67,7 @@ def test_command_writes_table_csv_json_and_png(tmp_path, capsys):
 
     results = results_of(tmp_path)
     assert len(results) == 2 * 2 * 2  # shapes, modes, providers
-    assert {(r["rows"], r["cols"]) for r in results} == {(8, 16), (4, 32)}
+    assert {(r["shape"], r["layout"]) for r in results} == {("8x16", "contiguous"), ("4x32", "contiguous")}
     for result in results:
         assert result["status"] == "ok" and result["median_s"] > 0 and result["rounds"] >= 2
         assert result["gb_per_s"] == pytest.approx(result["compulsory_bytes"] / result["median_s"] / 1e9)
@@ -78,10 +88,23 @@ def test_command_writes_table_csv_json_and_png(tmp_path, capsys):
     assert "### rms_norm, forward" in markdown.read_text(encoding="utf-8")
 
 
+def test_channel_norms_take_images_in_both_layouts(tmp_path, capsys):
+    arguments = ["batch_norm", "--shapes", "2x8x3x3", "--providers", "torch,fastnorm-reference"]
+    assert cli.main([*arguments, "--output", str(tmp_path), *TINY]) == 0
+    printed = capsys.readouterr().out
+    assert "batch_norm_training_add_relu, forward + backward" in printed and "2 x 8 x 3 x 3, channels_last" in printed
+    results = results_of(tmp_path, "*-batch_norm-custom")
+    assert len(results) == 6 * 2 * 2 * 2  # forms, layouts, modes, providers
+    assert {(r["shape"], r["layout"]) for r in results} == {("2x8x3x3", "contiguous"), ("2x8x3x3", "channels_last")}
+    assert all(r["status"] == "ok" and r["median_s"] > 0 for r in results)
+    pngs = [path.name for path in tmp_path.glob("*.png")]
+    assert sum("batch_norm_evaluation" in name for name in pngs) == 3 and len(pngs) == 6
+
+
 def test_a_grid_of_shapes_draws_the_map_of_speedups_too(tmp_path):
     results = [
-        run.Result("rms_norm", "forward", rows, cols, "fp32", provider, gb_per_s=1.0, ceiling_gb_per_s=2.0,
-                   speedup_vs_torch=rows / cols)
+        run.Result("rms_norm", "forward", f"{rows}x{cols}", "contiguous", "fp32", provider, gb_per_s=1.0,
+                   ceiling_gb_per_s=2.0, speedup_vs_torch=rows / cols)
         for rows in (2, 4) for cols in (8, 16, 24) for provider in ("torch", "fastnorm")
     ]  # fmt: skip
     paths = plots.write(tmp_path, "machine", "A machine", 1.5, results)
@@ -131,7 +154,7 @@ def test_fastnorm_is_held_to_the_rule_and_others_are_shown_with_their_error(tmp_
 
     add_provider(monkeypatch, "peer", slightly_off)
     add_provider(monkeypatch, "fastnorm-sloppy", slightly_off, ours=True)
-    monkeypatch.setattr(run, "serving_backend", lambda provider, operation, x: "")
+    monkeypatch.setattr(run, "serving_backend", lambda provider, op, x: "")
     arguments = ["--mode", "forward", "--shapes", "64x64", "--providers", "peer,fastnorm-sloppy", "--no-plots"]
     assert cli.main(["rms_norm", *arguments, "--output", str(tmp_path), *TINY]) == 1
     peer, ours = results_of(tmp_path)
@@ -143,12 +166,21 @@ def test_fastnorm_is_held_to_the_rule_and_others_are_shown_with_their_error(tmp_
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["group_hug"], "unknown operation 'group_hug'; known: layer_norm"),
+        (["group_hug"], "unknown operation 'group_hug'; known: row_norms, batch_norm"),
         (["--dtypes", "fp32,int8"], "argument --dtypes: unknown dtype 'int8'; known: fp32"),
         (["--providers", "abacus"], "argument --providers: unknown provider 'abacus'; known: torch"),
         (["--mode", "backward"], "argument --mode: unknown mode 'backward'"),
-        (["--shapes", "64by64"], "'64by64' is neither ROWSxCOLS nor one of models"),
+        (["--shapes", "64by64"], "'64by64' is neither a shape, ROWSxCOLS or NxCxHxW, nor one of models"),
         (["--shapes", "0x64"], "'0x64' is neither"),
+        (["--shapes", "4x8x2"], "no operation takes all that is asked for"),
+        (["batch_norm", "--shapes", "64x64"], "64x64 doesn't fit: batch_norm_training takes NxCxHxW"),
+        (["rms_norm", "--shapes", "2x32x4x4"], "2x32x4x4 doesn't fit: rms_norm takes ROWSxCOLS"),
+        (
+            ["batch_norm", "--shapes", "1x64x1x1"],
+            "1x64x1x1 doesn't fit: batch_norm_training trains on more than 1 value",
+        ),
+        (["group_norm", "--shapes", "2x100x8x8"], "group_norm_plain has 32 groups, which can't share 100 channels"),
+        (["rms_norm", "--layouts", "channels_last"], "argument --layouts: rms_norm has only contiguous"),
         (["--repeats", "0"], "'0' is not above zero"),
         (["--min-time", "soon"], "'soon' is not a number"),
         (["--device", "toaster"], "'toaster' is no device of PyTorch's"),
@@ -164,26 +196,55 @@ def test_bad_arguments_are_named(arguments, complaint, capsys):
 
 def test_presets_are_shapes_and_combine():
     assert cli._shapes("quick,3x5,quick") == (*presets.SHAPES["quick"], (3, 5))
-    for shapes in presets.SHAPES.values():
-        assert all(rows > 0 and cols > 0 for rows, cols in shapes)
+    assert all(length > 0 for shapes in presets.SHAPES.values() for shape in shapes for length in shape)
     assert {rows for rows, _ in presets.SHAPES["grid"]} >= {8, 8192}
     assert {cols for _, cols in presets.SHAPES["grid"]} >= {64, 16384}
+    for operation in OPERATIONS.values():
+        presets_of_it = (operation.family.probe, *presets.SHAPES[operation.family.preset])
+        assert all(
+            operation.misfit(shape) is None for shape in (*presets_of_it, *presets.SHAPES[operation.family.quick])
+        )
+
+
+def chosen(*arguments):
+    parser = cli._parser()
+    return cli._problems(parser, parser.parse_args(arguments))
+
+
+def test_operations_by_default_are_those_that_take_the_shapes():
+    assert chosen().keys() == OPERATIONS.keys()
+    assert chosen("--shapes", "2x100x8x8").keys() == set(FAMILIES["batch_norm"])
+    assert chosen("--shapes", "qk").keys() == set(FAMILIES["row_norms"])
+    assert chosen("group_norm", "rms_norm")["rms_norm"] == presets.SHAPES["models"]
+    assert chosen("group_norm_silu", "--quick") == {"group_norm_silu": presets.SHAPES["unet-quick"]}
+    quick = chosen("--quick")
+    assert set(FAMILIES["row_norms"]) < quick.keys() < OPERATIONS.keys()
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_bytes_are_those_of_the_design(name):
+    shape = (5, 10, 4, 8)[: len(OPERATIONS[name].family.probe)]
+    elements = math.prod(shape)
+    mask_bits = 0 if "relu" not in name else 1 + (2 if "training" in name else 1)  # written once, read with every dy
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2), (torch.float64, 8)):
-        forward = OPERATIONS[name].compulsory_bytes("forward", 10, 100, dtype)
-        both = OPERATIONS[name].compulsory_bytes("forward_backward", 10, 100, dtype)
-        assert forward == ALLOWED_PASSES[name]["forward"] * 1000 * size
-        assert both - forward == ALLOWED_PASSES[name]["backward"] * 1000 * size
+        forward = OPERATIONS[name].compulsory_bytes("forward", shape, dtype)
+        both = OPERATIONS[name].compulsory_bytes("forward_backward", shape, dtype)
+        assert forward == ALLOWED_PASSES[name]["forward"] * elements * size
+        assert both - forward == ALLOWED_PASSES[name]["backward"] * elements * size + mask_bits * elements // 8
+
+
+def small(name, layout="contiguous", dtype=torch.float32):
+    """A workload of any operation with five slices of 192 elements of x, more in a group norm."""
+    shape = {"row_norms": (5, 192), "batch_norm": (4, 5, 6, 8), "group_norm": (5, 64, 2, 3)}
+    return Workload.make(OPERATIONS[name], shape[OPERATIONS[name].family.name], layout, dtype, CPU)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_oracle_in_chunks_is_the_float64_result(name, monkeypatch):
-    workload = Workload.make(OPERATIONS[name], 7, 12, torch.float32, CPU)
-    whole = workload.part(0, 7, torch.float64).evaluate(OPERATIONS[name].stock, "forward_backward")
-    monkeypatch.setattr(check, "CHUNK_ELEMENTS", 2 * 12)  # two rows at a time, one in the last chunk
+    workload = small(name, OPERATIONS[name].family.layouts[-1])
+    whole = workload.part(0, 5, torch.float64).evaluate(OPERATIONS[name].stock, "forward_backward")
+    slice_elements = workload.inputs["x"].numel() // 5
+    monkeypatch.setattr(check, "CHUNK_ELEMENTS", 2 * slice_elements)  # two slices at a time, one in the last chunk
     chunked = check.oracle(workload, "forward_backward")
     assert list(chunked) == list(whole)
     for key, value in whole.items():
@@ -191,8 +252,44 @@ def test_oracle_in_chunks_is_the_float64_result(name, monkeypatch):
         torch.testing.assert_close(chunked[key], value, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", [name for name, operation in OPERATIONS.items() if operation.before_relu])
+def test_a_fused_relu_may_cut_elsewhere_than_stock_within_rounding(name):
+    """One rounding at the end, where stock has one before the residual, too, moves z across zero, and whole gradients
+    with it."""
+    workload = small(name, "channels_last", torch.bfloat16)
+
+    def rounded_once(x, *rest):
+        return workload.operation.stock(x.float(), *(tensor.float() for tensor in rest)).bfloat16()
+
+    assert check.Reference(workload, "forward_backward").judge(rounded_once, "forward_backward").worst <= 1
+    assert 0 < (workload.output_grads[0] == 0).float().mean() < 0.1
+
+
+def test_calls_update_their_own_buffers_and_the_check_sees_them():
+    workload = small("batch_norm_training")
+    stock = workload.operation.stock
+    before = workload.inputs["running_var"].clone()
+    call = workload.runner(stock, "forward_backward")
+    for _ in range(3):
+        call()
+    assert torch.equal(workload.inputs["running_var"], before)
+
+    def biased(x, weight, bias, running_mean, running_var):
+        old = running_var.clone()
+        y = stock(x, weight, bias, running_mean, running_var)
+        running_var.copy_(0.9 * old + 0.1 * x.var((0, 2, 3), correction=0))
+        return y
+
+    verdict = check.Reference(workload, "forward").judge(biased, "forward")
+    assert verdict.worst > 1 and verdict.detail.startswith("running_var")
+
+
 @pytest.mark.parametrize("damage", ["nan", "dtype", "shape", "gradient"])
-def test_the_check_sees_every_kind_of_damage(damage):
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("rms_norm", (4, 8)), ("batch_norm_training_relu", (2, 4, 3, 3)), ("group_norm_silu", (2, 32, 2, 8))],
+)
+def test_the_check_sees_every_kind_of_damage(name, shape, damage):
     class WrongGradient(torch.autograd.Function):
         @staticmethod
         def forward(ctx, y):
@@ -202,13 +299,13 @@ def test_the_check_sees_every_kind_of_damage(damage):
         def backward(ctx, dy):
             return dy * 1.001
 
-    workload = Workload.make(OPERATIONS["rms_norm"], 4, 8, torch.float32, CPU)
+    workload = Workload.make(OPERATIONS[name], shape, "contiguous", torch.float32, CPU)
     stock = workload.operation.stock
 
-    def damaged(x, weight):
-        y = stock(x, weight)
+    def damaged(*inputs):
+        y = stock(*inputs)
         if damage == "nan":
-            return torch.where(torch.arange(8) == 3, torch.nan, y)
+            return torch.where(torch.arange(shape[-1]) == 2, torch.nan, y)
         return {"dtype": y.double(), "shape": y[:, :1], "gradient": WrongGradient.apply(y)}[damage]
 
     reference = check.Reference(workload, "forward_backward")
