@@ -3,7 +3,8 @@
 A provider's largest error may be 1.25 times the one that stock PyTorch makes on the same input in the same dtype, plus
 one unit in the last place of the largest value; the same rule as in the tests. fastnorm is held to it. The others are
 what it is compared with: where torch.compile or a peer sums a float32 dweight less carefully than stock does (6 to 14
-times what is allowed is usual), their times are shown beside that error, because leaving them out would flatter us.
+times what is allowed is usual; 370 times where a 16-bit x makes torch.compile round what it sums, which is still within
+x's precision), their times are shown beside that error, because leaving them out would flatter us.
 """
 
 import math
@@ -23,10 +24,14 @@ CHUNK_ELEMENTS = 2**19  # keeps float64 temporaries small, within a cache
 
 @dataclass(frozen=True)
 class Verdict:
-    """`worst` is the largest error in units of what is allowed (so above one is too much), `detail` where it is."""
+    """`worst` is the largest error in units of what is allowed (so above one is too much), `detail` where it is.
+
+    is_tolerable: no error is so large that even what fastnorm is compared with counts as wrong.
+    """
 
     worst: float
     detail: str
+    is_tolerable: bool = True
 
 
 class Reference:
@@ -45,17 +50,20 @@ class Reference:
 
     def judge(self, function: Callable, mode: str) -> Verdict:
         """Evaluate `function` once and compare all that it returns."""
-        verdict = Verdict(0.0, "")
+        worst, detail, is_tolerable = 0.0, "", True
         for name, value in self.workload.evaluate(function, mode).items():
             exact, allowed = self.exact[name], self.allowed[name]
             if value.shape != exact.shape or value.dtype != self.stock_dtypes[name]:
                 got, wanted = (tuple(value.shape), value.dtype), (tuple(exact.shape), self.stock_dtypes[name])
-                return Verdict(math.inf, f"{name} is {got}, stock gives {wanted}")
+                return Verdict(math.inf, f"{name} is {got}, stock gives {wanted}", is_tolerable=False)
             error = max_error(value, exact)
             share = math.inf if math.isnan(error) else error / allowed
-            if share >= verdict.worst:
-                verdict = Verdict(share, f"{name} is off by {error:.2g}, allowed {allowed:.2g}")
-        return verdict
+            # `not <=`, because a NaN is tolerable to nobody
+            if not error <= max(FACTOR_FOR_OTHERS * allowed, slack(self.workload.inputs["x"].dtype, exact)):
+                is_tolerable = False
+            if share >= worst:
+                worst, detail = share, f"{name} is off by {error:.2g}, allowed {allowed:.2g}"
+        return Verdict(worst, detail, is_tolerable)
 
 
 def oracle(workload: Workload, mode: str) -> dict[str, Tensor]:

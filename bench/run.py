@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .ceiling import Ceilings
-from .check import FACTOR_FOR_OTHERS, Reference
+from .check import Reference
 from .measurement import FAILED, INEXACT, WRONG, Measurement
 from .operation import Operation, Shape, shape_name
 from .operations import OPERATIONS
@@ -151,7 +151,7 @@ def _check(result: Result, provider: Provider, function: Callable, reference: Re
         return
     result.error_of_allowed = verdict.worst if math.isfinite(verdict.worst) else None  # JSON has no infinity
     if verdict.worst > 1:
-        tolerable = not provider.ours and verdict.worst <= FACTOR_FOR_OTHERS
+        tolerable = not provider.ours and verdict.is_tolerable
         result.status, result.detail = (INEXACT if tolerable else WRONG), verdict.detail
 
 

@@ -315,7 +315,19 @@ def test_the_check_sees_every_kind_of_damage(name, shape, damage):
     assert verdict.worst > 1
     assert verdict.detail.startswith("d" if damage == "gradient" else "y")
     if damage != "gradient":
-        assert math.isinf(verdict.worst)
+        assert math.isinf(verdict.worst) and not verdict.is_tolerable
+
+
+@pytest.mark.parametrize(("factor", "is_tolerable"), [(1 + 2**-9, True), (1 + 2**-6, False)])
+def test_of_others_a_sum_in_the_precision_of_x_is_tolerable(factor, is_tolerable):
+    workload = small("batch_norm_training", dtype=torch.bfloat16)
+
+    def scales_dweight(x, weight, *rest):
+        return workload.operation.stock(x, weight * factor - weight.detach() * (factor - 1), *rest)
+
+    verdict = check.Reference(workload, "forward_backward").judge(scales_dweight, "forward_backward")
+    assert verdict.worst > check.FACTOR_FOR_OTHERS and verdict.detail.startswith("dweight")
+    assert verdict.is_tolerable == is_tolerable
 
 
 def test_slack_is_one_ulp_of_the_largest_value():
