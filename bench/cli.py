@@ -118,7 +118,7 @@ def _problems(parser: argparse.ArgumentParser, options: argparse.Namespace) -> d
     default = QUICK_OPERATIONS if options.quick and options.shapes is None else OPERATIONS
     fitting = [OPERATIONS[name] for name in default if not _misfits(OPERATIONS[name], options)]
     if not fitting:
-        reasons = dict.fromkeys(_misfits(operation, options)[0] for operation in OPERATIONS.values())
+        reasons = [_misfits(OPERATIONS[name], options)[0] for name in default]
         parser.error("no operation takes all that is asked for:\n  " + "\n  ".join(reasons))
     return {operation.name: _shapes_of(operation, options) for operation in fitting}
 
@@ -200,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
         "--mode", type=_names(MODES, "mode"), metavar="M", default=MODES, help=f"of: {', '.join(MODES)} (default: both)"
     )
     add("--no-plots", dest="plots", action="store_false", help="write no PNG")
-    _add_timing(parser, "few shapes, short rounds: under two minutes on two cores")
+    _add_timing(parser, "few operations and shapes, short rounds: about three minutes on two cores")
     return parser
 
 
