@@ -135,7 +135,15 @@ def as_vector(parameter: Tensor | None) -> Tensor | None:
 
 def like_input(result: Tensor | None, input: Tensor) -> Tensor | None:
     """What a backend returned as (rows, cols) or (cols,), in the input's shape."""
-    return result if result is None or result.dim() == input.dim() else result.view(input.shape)
+    return result if result is None or result.dim() == input.dim() else laid_out(result, result.view(input.shape))
+
+
+def laid_out(result: Tensor, view: Tensor) -> Tensor:
+    """The result itself, with the shape and strides of its view.
+
+    autograd lets nobody write into a view that a Function returns, and the next layer may be a ReLU(inplace=True).
+    """
+    return result.as_strided_(view.shape, view.stride())
 
 
 def options_repr(module: torch.nn.Module, **defaults: object) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backend import DTYPES
+from .arguments import laid_out
 
 _CHANNELS_LAST = {4: (1, 3, 2, 0), 5: (1, 4, 3, 2, 0)}  # dimensions, from the one whose elements are adjacent
 
@@ -61,8 +62,8 @@ def from_kernel(y: Tensor | None, x: Tensor, layout: Layout) -> Tensor | None:
     if y is None:
         return None
     if layout.channels_last:
-        return y.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
-    return y.view(x.shape)
+        return laid_out(y, y.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1))
+    return laid_out(y, y.view(x.shape))
 
 
 def check_input(op: str, x: Tensor) -> None:
