@@ -47,15 +47,14 @@ def silu_gradient(dy, z):
 
 
 @triton.jit
-def affine(rstd, weight_ptr, bias_ptr, at, mask):
-    """rstd · w and b, of what may be absent."""
-    scale = rstd
+def affine(weight_ptr, bias_ptr, at, mask, dtype: tl.constexpr):
+    """w and b; one and zero where they are absent."""
+    w, b = tl.full((1, 1), 1.0, dtype), tl.zeros((1, 1), dtype)
     if weight_ptr is not None:
-        scale *= load_tile(weight_ptr + at, mask, rstd.dtype)
-    bias = tl.zeros((1, 1), rstd.dtype)
+        w = load_tile(weight_ptr + at, mask, dtype)
     if bias_ptr is not None:
-        bias = load_tile(bias_ptr + at, mask, rstd.dtype)
-    return scale, bias
+        b = load_tile(bias_ptr + at, mask, dtype)
+    return w, b
 
 
 @triton.jit
@@ -82,3 +81,13 @@ def activated(z, mask_ptr, row_mask, mask, ACTIVATION: tl.constexpr, WIDTH: tl.c
         return silu(z)
     else:
         return z
+
+
+@triton.jit
+def input_gradient(dz, c, w, rstd, mean_dz, slope, GROUPED: tl.constexpr):
+    """(w · dz − mean(w · dz) − c · slope) · rstd with c = x − mean, slope = mean(w · dz · x̂) · rstd. The means are
+    those without w where they share it, which is where they are not GROUPED."""
+    if GROUPED:
+        return (w * dz - mean_dz - c * slope) * rstd
+    else:
+        return (dz - mean_dz - c * slope) * (rstd * w)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .activations import activated, affine, normalized, relu_gradient, silu_gradient, statistics
+from .activations import activated, affine, input_gradient, normalized, relu_gradient, silu_gradient, statistics
 from .moments import Partials, add_tiles, join_lanes, load_centered, term
 from .tiles import load_tile, store_tile
 from .types import stat_dtype
@@ -120,7 +120,7 @@ def _pixels_normalize_kernel(
         mask_ptr += tile_offset(sample, start + pixel, mask_strides, 1) + vector
     at = _statistic_at(sample, channel, n_channels, span, GROUPED)
     mean, rstd = statistics(mean_ptr, spread_ptr, at, col_mask, stat, EPS)
-    scale, bias = affine(rstd, weight_ptr, bias_ptr, channel, col_mask)
+    w, b = affine(weight_ptr, bias_ptr, channel, col_mask, stat)
     for done in range(0, size, DEPTH * PIXELS):
         tiles, residuals = (), ()
         for t in tl.static_range(DEPTH):
@@ -134,7 +134,7 @@ def _pixels_normalize_kernel(
             here = done + t * PIXELS
             row_mask = (pixel + here < size) & (vector * WIDTH < n_channels)
             mask = (pixel + here < size) & col_mask
-            z = normalized(tiles[t], mean, scale, bias, EPS is not None)
+            z = normalized(tiles[t], mean, rstd * w, b, EPS is not None)
             if residual_ptr is not None:
                 z += residuals[t]
             bytes_ptr = mask_ptr + tile_offset(0, here, mask_strides, 1) if mask_ptr is not None else None
@@ -173,7 +173,7 @@ def _pixels_sums_kernel(
         mask_ptr += tile_offset(sample, start + pixel, mask_strides, 1) + vector
     at = _statistic_at(sample, channel, n_channels, span, GROUPED)
     mean, rstd = statistics(mean_ptr, rstd_ptr, at, col_mask, stat, None)
-    scale, bias = affine(rstd, weight_ptr, bias_ptr, channel, col_mask)
+    w, b = affine(weight_ptr, bias_ptr, channel, col_mask, stat)
     total = tl.zeros((VECTORS * PIXELS, WIDTH), stat)
     product = total
     for done in range(0, size, DEPTH * PIXELS):
@@ -187,7 +187,7 @@ def _pixels_sums_kernel(
             here = done + t * PIXELS
             row_mask = (pixel + here < size) & (vector * WIDTH < n_channels)
             c = tiles[t] - mean
-            dz = _dz(gradients[t], c, mask_ptr, row_mask, scale, bias, here, mask_strides, ACTIVATION, WIDTH)
+            dz = _dz(gradients[t], c, mask_ptr, row_mask, rstd * w, b, here, mask_strides, ACTIVATION, WIDTH)
             total += dz
             product += dz * c
     shape: tl.constexpr = (PIXELS, VECTORS * WIDTH)
@@ -213,15 +213,14 @@ def _pixels_gradient_kernel(
     dx_at = tile_offset(sample, start + pixel, dx_strides, ALIGN) + channel
     at = _statistic_at(sample, channel, n_channels, span, GROUPED)
     mean, rstd = statistics(mean_ptr, rstd_ptr, at, col_mask, stat, None)
-    scale, bias = affine(rstd, weight_ptr, bias_ptr, channel, col_mask)
+    w, b = affine(weight_ptr, bias_ptr, channel, col_mask, stat)
     if mask_ptr is not None:
         mask_ptr += tile_offset(sample, start + pixel, mask_strides, 1) + vector
     if means_ptr is not None:
         x_ptr += tile_offset(sample, start + pixel, x_strides, ALIGN) + channel
-        factor = rstd if GROUPED else scale
         n_units = tl.num_programs(0) // n_blocks * (n_channels // span) if GROUPED else n_channels
-        offset = -load_tile(means_ptr + at, col_mask, stat) * factor
-        slope = -load_tile(means_ptr + n_units + at, col_mask, stat) * rstd * factor
+        mean_dz = load_tile(means_ptr + at, col_mask, stat)
+        slope = load_tile(means_ptr + n_units + at, col_mask, stat) * rstd
     for done in range(0, size, DEPTH * PIXELS):
         tiles, gradients = (), ()
         for t in tl.static_range(DEPTH):
@@ -235,10 +234,10 @@ def _pixels_gradient_kernel(
             row_mask = (pixel + here < size) & (vector * WIDTH < n_channels)
             mask = (pixel + here < size) & col_mask
             c = tiles[t] - mean if means_ptr is not None else None
-            dz = _dz(gradients[t], c, mask_ptr, row_mask, scale, bias, here, mask_strides, ACTIVATION, WIDTH)
-            dx = dz * scale
+            dz = _dz(gradients[t], c, mask_ptr, row_mask, rstd * w, b, here, mask_strides, ACTIVATION, WIDTH)
+            dx = dz * (rstd * w)
             if means_ptr is not None:
-                dx += c * slope + offset
+                dx = input_gradient(dz, c, w, rstd, mean_dz, slope, GROUPED)
             out_at = dx_at + tile_offset(0, here, dx_strides, ALIGN)
             store_tile(dx_ptr + out_at, dx, mask)
             if dresidual_ptr is not None:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .activations import activated, affine, normalized, relu_gradient, silu_gradient, statistics
+from .activations import activated, affine, input_gradient, normalized, relu_gradient, silu_gradient, statistics
 from .moments import Partials, add_tiles, join_lanes, load_centered, term
 from .tiles import load_tile, store_tile, sum_pair
 from .types import stat_dtype
@@ -132,7 +132,7 @@ def _planes_normalize_kernel(
         mask_ptr += unit_offset(unit, n_inner, mask_strides, 1)
     mean, rstd = statistics(mean_ptr, spread_ptr, unit, None, stat, EPS)
     if not GROUPED:
-        scale, bias = affine(rstd, weight_ptr, bias_ptr, unit % n_inner, None)
+        w, b = affine(weight_ptr, bias_ptr, unit % n_inner, None, stat)
     for done in range(0, size, DEPTH * LANES):
         tiles, residuals, segments, vectors = (), (), (), ()
         for t in tl.static_range(DEPTH):
@@ -148,8 +148,9 @@ def _planes_normalize_kernel(
             row_mask = lane + (done + t * LANES) < left
             mask = _element_mask(row_mask, vectors[t], cols, row_steps * ALIGN, RAGGED)
             if GROUPED:
-                scale, bias = affine(rstd, weight_ptr, bias_ptr, unit % n_inner * n_segments + segments[t], row_mask)
-            z = normalized(tiles[t], mean, scale, bias, EPS is not None)
+                channel = unit % n_inner * n_segments + segments[t]
+                w, b = affine(weight_ptr, bias_ptr, channel, row_mask, stat)
+            z = normalized(tiles[t], mean, rstd * w, b, EPS is not None)
             if residual_ptr is not None:
                 z += residuals[t]
             bytes_ptr = mask_ptr
@@ -190,7 +191,7 @@ def _planes_sums_kernel(
     if mask_ptr is not None:
         mask_ptr += unit_offset(unit, n_inner, mask_strides, 1)
     mean, rstd = statistics(mean_ptr, rstd_ptr, unit // span, None, stat, None)
-    scale, bias = affine(rstd, weight_ptr, bias_ptr, unit % n_inner, None)
+    w, b = affine(weight_ptr, bias_ptr, unit % n_inner, None, stat)
     total = tl.zeros((UNITS * LANES, WIDTH), stat)
     product = total
     for done in range(0, size, DEPTH * LANES):
@@ -206,7 +207,7 @@ def _planes_sums_kernel(
         for t in tl.static_range(DEPTH):
             c = tiles[t] - mean
             dz = _dz(
-                gradients[t], c, mask_ptr, masks[t], scale, bias, segments[t], vectors[t], mask_strides,
+                gradients[t], c, mask_ptr, masks[t], rstd * w, b, segments[t], vectors[t], mask_strides,
                 ACTIVATION, WIDTH,
             )  # fmt: skip
             total += dz
@@ -241,11 +242,10 @@ def _planes_gradient_kernel(
         mask_ptr += unit_offset(unit, n_inner, mask_strides, 1)
     mean, rstd = statistics(mean_ptr, rstd_ptr, unit, None, stat, None)
     if not GROUPED:
-        scale, bias = affine(rstd, weight_ptr, bias_ptr, unit % n_inner, None)
+        w, b = affine(weight_ptr, bias_ptr, unit % n_inner, None, stat)
     if means_ptr is not None:
-        factor = rstd if GROUPED else scale
-        offset = -load_tile(means_ptr + unit, None, stat) * factor
-        slope = -load_tile(means_ptr + n_units + unit, None, stat) * rstd * factor
+        mean_dz = load_tile(means_ptr + unit, None, stat)
+        slope = load_tile(means_ptr + n_units + unit, None, stat) * rstd
     for done in range(0, size, DEPTH * LANES):
         tiles, gradients, segments, vectors = (), (), (), ()
         for t in tl.static_range(DEPTH):
@@ -262,15 +262,16 @@ def _planes_gradient_kernel(
             row_mask = lane + (done + t * LANES) < left
             mask = _element_mask(row_mask, vectors[t], cols, row_steps * ALIGN, RAGGED)
             if GROUPED:
-                scale, bias = affine(rstd, weight_ptr, bias_ptr, unit % n_inner * n_segments + segments[t], row_mask)
+                channel = unit % n_inner * n_segments + segments[t]
+                w, b = affine(weight_ptr, bias_ptr, channel, row_mask, stat)
             c = tiles[t] - mean if means_ptr is not None else None
             dz = _dz(
-                gradients[t], c, mask_ptr, row_mask, scale, bias, segments[t], vectors[t], mask_strides,
+                gradients[t], c, mask_ptr, row_mask, rstd * w, b, segments[t], vectors[t], mask_strides,
                 ACTIVATION, WIDTH,
             )  # fmt: skip
-            dx = dz * scale
+            dx = dz * (rstd * w)
             if means_ptr is not None:
-                dx += c * slope + offset
+                dx = input_gradient(dz, c, w, rstd, mean_dz, slope, GROUPED)
             at = vector_offset(segments[t], vectors[t], dx_strides, WIDTH, ALIGN)
             store_tile(dx_ptr + at, dx, mask)
             if dresidual_ptr is not None:
