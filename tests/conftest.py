@@ -38,6 +38,21 @@ def _round_bfloat16_in_the_interpreter() -> None:
     builder.create_fp_to_fp = cast
 
 
+def _patch_once_in_the_interpreter() -> None:
+    """Triton's interpreter patches its language anew for every function that a kernel calls, which takes most of its
+    time; what the kernel's launch, or an earlier call, has patched already can stay."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def call(self, *args, **kwargs):
+        names = self.fn.__globals__
+        if any(tl.core.is_builtin(names[name].load) for name in ("tl", "core") if name in names):
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+
+
 if SIMULATED:
     import host_addresses
 
@@ -45,6 +60,7 @@ if SIMULATED:
 
 if backend._triton is not None and backend._triton.INTERPRETED:
     _round_bfloat16_in_the_interpreter()
+    _patch_once_in_the_interpreter()
 
 
 def _device(name: str) -> str:

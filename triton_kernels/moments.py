@@ -1,8 +1,8 @@
 """Means, variances and sums of slices, and how they become those of a channel or a group.
 
 The kernels of both layouts leave partials (numbers, outer, slices, inner): outer samples (1 where they are pooled), and
-inner units a sample: channels, or, where the layout has them in one piece, groups. Moments are those of x − x₀, x₀ one
-element of the channel or group: where mean ≫ std, that difference is exact, and a mean of x is not.
+inner units a sample: channels, or, where the layout has them in one piece, groups. Programs take the moments of x − x₀,
+x₀ being one element of the channel or group: where mean ≫ std, that difference is exact, and a mean of x is not.
 """
 
 from __future__ import annotations
@@ -77,12 +77,20 @@ def term(a, b):
 
 @triton.jit
 def join_lanes(mean, variance, share, AXIS: tl.constexpr):
-    """Chan's rule along an axis, each lane of which has a share of the elements; the axis is kept."""
+    """Chan's rule along an axis, each lane of which has a share of the elements; the axis is kept. In float64, like all
+    that is done once a slice: a mean that is not rounded to the last bit shows in x − mean where std is small."""
+    mean, variance = mean.to(tl.float64), variance.to(tl.float64)
     joint = tl.sum(term(mean, share), axis=AXIS, keep_dims=True)
     deviation = tl.where(share > 0.0, mean - joint, 0.0)
-    shift = tl.sum(term(deviation, share), axis=AXIS, keep_dims=True)  # what rounding left in the joint mean
-    variance = tl.sum(share * variance + share * deviation * deviation, axis=AXIS, keep_dims=True)
-    return joint + shift, tl.maximum(variance - shift * shift, 0.0, tl.PropagateNan.ALL)
+    return joint, tl.sum(share * variance + share * deviation * deviation, axis=AXIS, keep_dims=True)
+
+
+@triton.jit
+def moment_numbers(mean, variance, origin, dtype: tl.constexpr):
+    """What a slice leaves: mean + x₀ as what `dtype` holds of it and the rest, and the variance between them."""
+    mean += origin.to(tl.float64)
+    rounded = mean.to(dtype)
+    return rounded, variance, mean - rounded.to(tl.float64)
 
 
 @triton.jit
@@ -117,36 +125,34 @@ def _join_moments_kernel(
     stat = mean_ptr.dtype.element_ty
     units = tl.program_id(0) * UNITS + tl.arange(0, UNITS)[None, :]
     unit_mask = units < n_units
-    n = tl.cast(count, stat)
-    mean = tl.zeros((ITEMS, UNITS), stat)
+    n = tl.cast(count, tl.float64)
+    mean = tl.zeros((ITEMS, UNITS), tl.float64)
     for start in range(0, n_items, ITEMS):
         at, row, mask = _items(start, units, n_items, n_units, n_slices, n_inner, span, ITEMS)
-        share = _share(row, n_slices, length, total, n)
-        mean += load_tile(partial_ptr + at, mask, stat) * share
+        mean += _slice_mean(partial_ptr, n_partials, at, mask) * _share(row, n_slices, length, total, n)
     mean = tl.sum(mean, axis=0, keep_dims=True)
-    shift = tl.zeros((ITEMS, UNITS), stat)
-    variance = tl.zeros((ITEMS, UNITS), stat)
+    variance = tl.zeros((ITEMS, UNITS), tl.float64)
     for start in range(0, n_items, ITEMS):
         at, row, mask = _items(start, units, n_items, n_units, n_slices, n_inner, span, ITEMS)
-        share = _share(row, n_slices, length, total, n)
-        deviation = tl.where(mask, load_tile(partial_ptr + at, mask, stat) - mean, 0.0)
-        shift += share * deviation
-        variance += share * (load_tile(partial_ptr + n_partials + at, mask, stat) + deviation * deviation)
-    shift = tl.sum(shift, axis=0, keep_dims=True)  # what rounding left in the mean
+        deviation = tl.where(mask, _slice_mean(partial_ptr, n_partials, at, mask) - mean, 0.0)
+        spread = load_tile(partial_ptr + n_partials + at, mask, tl.float64) + deviation * deviation
+        variance += spread * _share(row, n_slices, length, total, n)
     variance = tl.sum(variance, axis=0, keep_dims=True)
-    variance = tl.maximum(variance - shift * shift, 0.0, tl.PropagateNan.ALL)
-    at, _, _ = _items(0, units, n_items, n_units, n_slices, n_inner, span, 1)
-    mean += shift
-    mean += load_tile(partial_ptr + 2 * n_partials + at, unit_mask, stat)
     store_tile(mean_ptr + units, mean, unit_mask)
     store_tile(spread_ptr + units, variance * n if EPS is None else reciprocal_sqrt(variance + EPS), unit_mask)
     if running_mean_ptr is not None:
         if factor_ptr is None:
-            factor = tl.full((1, 1), MOMENTUM, stat)
+            factor = tl.full((1, 1), MOMENTUM, tl.float64)
         else:
-            factor = load_tile(factor_ptr + tl.zeros((1, 1), tl.int32), None, stat)
-        _update(running_mean_ptr + units, unit_mask, mean, factor)
+            factor = load_tile(factor_ptr + tl.zeros((1, 1), tl.int32), None, tl.float64)
+        _update(running_mean_ptr + units, unit_mask, mean.to(stat).to(tl.float64), factor)
         _update(running_var_ptr + units, unit_mask, variance * (n / (n - 1.0)), factor)
+
+
+@triton.jit
+def _slice_mean(partial_ptr, n_partials, at, mask):
+    rest = load_tile(partial_ptr + 2 * n_partials + at, mask, tl.float64)
+    return load_tile(partial_ptr + at, mask, tl.float64) + rest
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from . import launch
 from .activations import activated, affine, input_gradient, normalized, relu_gradient, silu_gradient, statistics
-from .moments import Partials, add_tiles, join_lanes, load_centered, term
+from .moments import Partials, add_tiles, join_lanes, load_centered, moment_numbers
 from .tiles import load_tile, store_tile
 from .types import stat_dtype
 
@@ -53,8 +53,8 @@ def _pixels_moments_kernel(
     x_ptr, moments_ptr, x_strides, n_pixels, channel_steps, n_blocks, slice_pixels, span, GROUPED: tl.constexpr,
     ALIGN: tl.constexpr, WIDTH: tl.constexpr, VECTORS: tl.constexpr, PIXELS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """mean(x − x₀) and var(x) of this program's channels in its slice of the pixels, and x₀: of the first pixel, that
-    of the channel, or of the first of the group's `span`."""
+    """mean(x) and var(x) of this program's channels in its slice of the pixels; x₀ is the first pixel's element of the
+    channel, or of the first of its group's `span` channels."""
     stat = moments_ptr.dtype.element_ty
     sample, start, size, vector, pixel = _begin(n_pixels, n_blocks, slice_pixels, VECTORS, PIXELS)
     channel, n_channels = vector * WIDTH + tl.arange(0, WIDTH)[None, :], channel_steps * ALIGN
@@ -78,11 +78,11 @@ def _pixels_moments_kernel(
             added += mask.to(stat)
         mean, variance, seen = add_tiles(mean, variance, seen, tiles, masks, added, False, DEPTH)
     shape: tl.constexpr = (PIXELS, VECTORS * WIDTH)
-    share = tl.reshape(seen / size.to(stat) + tl.zeros_like(mean), shape)
+    share = tl.reshape(seen.to(tl.float64) / size.to(tl.float64) + tl.zeros(mean.shape, tl.float64), shape)
     mean, variance = join_lanes(tl.reshape(mean, shape), tl.reshape(variance, shape), share, 0)
     channel = _block_channels(n_blocks, VECTORS * WIDTH)
-    origin = load_tile(origin_ptr + (channel - channel % span), channel < n_channels, stat)
-    _store_partials(moments_ptr, (mean, variance, origin), channel, n_blocks, n_channels)
+    origin = tl.load(origin_ptr + (channel - channel % span), mask=channel < n_channels, other=0.0)
+    _store_partials(moments_ptr, moment_numbers(mean, variance, origin, stat), channel, n_blocks, n_channels)
 
 
 @triton.jit
@@ -191,8 +191,9 @@ def _pixels_sums_kernel(
             total += dz
             product += dz * c
     shape: tl.constexpr = (PIXELS, VECTORS * WIDTH)
-    total = tl.sum(tl.reshape(total, shape), axis=0, keep_dims=True)
-    product = tl.sum(tl.reshape(term(product, rstd), shape), axis=0, keep_dims=True)
+    # a lane has few terms; those of all lanes together deserve more bits
+    total = tl.sum(tl.reshape(total.to(tl.float64), shape), axis=0, keep_dims=True)
+    product = tl.sum(tl.reshape((product * rstd).to(tl.float64), shape), axis=0, keep_dims=True)
     _store_partials(sums_ptr, (total, product), _block_channels(n_blocks, VECTORS * WIDTH), n_blocks, n_channels)
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from . import launch
 from .activations import activated, affine, input_gradient, normalized, relu_gradient, silu_gradient, statistics
-from .moments import Partials, add_tiles, join_lanes, load_centered, term
+from .moments import Partials, add_tiles, join_lanes, load_centered, moment_numbers
 from .tiles import load_tile, store_tile, sum_pair
 from .types import stat_dtype
 
@@ -76,7 +76,7 @@ def _planes_moments_kernel(
     x_ptr, moments_ptr, x_strides, n_units, n_inner, n_vectors, row_vectors, row_steps, slice_vectors,
     ALIGN: tl.constexpr, WIDTH: tl.constexpr, UNITS: tl.constexpr, LANES: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """mean(x − x₀) and var(x) of this program's slice of its units, and x₀, the unit's first element."""
+    """mean(x) and var(x) of this program's slice of its units; x₀ is the unit's first element."""
     stat = moments_ptr.dtype.element_ty
     unit, lane, segment, vector, size, left = _begin(n_units, n_vectors, row_vectors, slice_vectors, UNITS, LANES)
     first_ptr = x_ptr
@@ -95,11 +95,11 @@ def _planes_moments_kernel(
             added += mask.to(stat) * WIDTH
             segment, vector = _advance(segment, vector, row_vectors, LANES)
         mean, variance, seen = add_tiles(mean, variance, seen, tiles, masks, added, True, DEPTH)
-    share = tl.reshape(seen / tl.cast(size * WIDTH, stat), (UNITS, LANES))
+    share = tl.reshape(seen.to(tl.float64) / (size.to(tl.int64) * WIDTH).to(tl.float64), (UNITS, LANES))
     mean, variance = join_lanes(tl.reshape(mean, (UNITS, LANES)), tl.reshape(variance, (UNITS, LANES)), share, 1)
     units = tl.minimum(tl.program_id(0) * UNITS + tl.arange(0, UNITS)[:, None], n_units - 1)
-    origin = load_tile(first_ptr + unit_offset(units, n_inner, x_strides, ALIGN), None, stat)
-    _store_partials(moments_ptr, (mean, variance, origin), n_units, n_inner, UNITS)
+    origin = tl.load(first_ptr + unit_offset(units, n_inner, x_strides, ALIGN))
+    _store_partials(moments_ptr, moment_numbers(mean, variance, origin, stat), n_units, n_inner, UNITS)
 
 
 @triton.jit
@@ -212,10 +212,10 @@ def _planes_sums_kernel(
             )  # fmt: skip
             total += dz
             product += dz * c
-    total = tl.reshape(tl.sum(total, axis=1, keep_dims=True), (UNITS, LANES))
-    product = term(tl.sum(product, axis=1, keep_dims=True), rstd + tl.zeros((UNITS * LANES, 1), stat))
-    product = tl.reshape(product, (UNITS, LANES))
-    total, product = sum_pair(total, product)
+    # a lane has few terms; those of all lanes together deserve more bits
+    total = tl.sum(total, axis=1, keep_dims=True).to(tl.float64)
+    product = (tl.sum(product, axis=1, keep_dims=True) * rstd).to(tl.float64)
+    total, product = sum_pair(tl.reshape(total, (UNITS, LANES)), tl.reshape(product, (UNITS, LANES)))
     _store_partials(sums_ptr, (total, product), n_units, n_inner, UNITS)
 
 
