@@ -100,18 +100,20 @@ INLINE void each_word(int64_t n, Body body) {
   }
 }
 
-// Calls step(offset, part) for the vectors of a word.
+// Calls step(offset, slot, part) for the vectors of a word; slots are as in each_vector.
 template <typename V, typename Count, typename Step>
 INLINE void each_of_word(Count count, Step step) {
   constexpr int width = lanes<V>;
   if constexpr (std::is_same_v<Count, FullWord>) {
-#pragma GCC unroll 8
-    for (int offset = 0; offset < word_size; offset += width) {
-      step(offset, Part{width, 0});
+    for (int offset = 0; offset < word_size; offset += 4 * width) {
+#pragma GCC unroll 4
+      for (int slot = 0; slot < 4; ++slot) {
+        step(offset + slot * width, slot, Part{width, 0});
+      }
     }
   } else {
     for (int offset = 0; offset < count; offset += width) {
-      step(offset, Part{count - offset < width ? count - offset : width, 0});
+      step(offset, 0, Part{count - offset < width ? count - offset : width, 0});
     }
   }
 }
@@ -169,13 +171,13 @@ struct Parameter {
 };
 
 // Pixels are worked on several at a time: their parameters are then loaded once, and memory is read in several streams.
-template <Layout LAYOUT>
-constexpr int rows_at_once = LAYOUT == Layout::planes ? 1 : 4;
+// Where there is more to compute that gains nothing.
+template <Layout LAYOUT, Activation ACTIVATION>
+constexpr int rows_at_once = LAYOUT == Layout::planes || ACTIVATION == Activation::silu ? 1 : 4;
 
-// Calls body(row, count): first with count = rows_at_once, as a constant, then with 1.
-template <Layout LAYOUT, typename Body>
+// Calls body(row, count): first with count = at_once, as a constant, then with 1.
+template <int at_once, typename Body>
 INLINE void each_rows(int64_t rows, Body body) {
-  constexpr int at_once = rows_at_once<LAYOUT>;
   int64_t row = 0;
   for (; row + at_once <= rows; row += at_once) {
     body(row, std::integral_constant<int, at_once>());
@@ -204,13 +206,13 @@ void forward_block(const ForwardBlock<ComputeType<T>>& block) {
   using V = VecOf<T>;
   const auto b = block;  // a copy, which the stores below can't be thought to change
   const Parameter<T, LAYOUT> means(b.mean), scales(b.scale), shifts(b.shift);
-  each_rows<LAYOUT>(b.rows, [&](int64_t row, auto count) ALWAYS_INLINE {
+  each_rows<rows_at_once<LAYOUT, ACTIVATION>>(b.rows, [&](int64_t row, auto count) ALWAYS_INLINE {
     constexpr int R = decltype(count)::value;
     const RowPointers<T, R> x(b.x, row), residual(b.residual, row), y(b.y, row);
     const RowPointers<char, R> mask(b.mask, row);
     each_word(b.n, [&](int64_t first, auto size) ALWAYS_INLINE {
       uint64_t words[R] = {};
-      each_of_word<V>(size, [&](int offset, Part part) ALWAYS_INLINE {
+      each_of_word<V>(size, [&](int offset, int, Part part) ALWAYS_INLINE {
         const int64_t i = first + offset;
         const V mean = means.at(i, part), scale = scales.at(i, part), shift = shifts.at(i, part);
 #pragma GCC unroll 4
@@ -238,7 +240,7 @@ void forward_block(const ForwardBlock<ComputeType<T>>& block) {
   });
 }
 
-// Calls step(i, offset, part, r, dz, x − mean) for all vectors of R rows; without x the last is zero.
+// Calls step(i, slot, part, dz, x − mean) for all vectors of R rows; without x the last is zero.
 template <typename T, Layout LAYOUT, Activation ACTIVATION, int R, typename Step>
 INLINE void each_gradient(const BackwardBlock<ComputeType<T>>& b, int64_t row, Step step) {
   using V = VecOf<T>;
@@ -252,7 +254,7 @@ INLINE void each_gradient(const BackwardBlock<ComputeType<T>>& b, int64_t row, S
         words[r] = read_word(mask[r], first, size);
       }
     }
-    each_of_word<V>(size, [&](int offset, Part part) ALWAYS_INLINE {
+    each_of_word<V>(size, [&](int offset, int slot, Part part) ALWAYS_INLINE {
       const int64_t i = first + offset;
       V dz[R], distance[R] = {};
 #pragma GCC unroll 4
@@ -269,7 +271,7 @@ INLINE void each_gradient(const BackwardBlock<ComputeType<T>>& b, int64_t row, S
           dz[r] *= share * (1 + z * (1 - share));
         }
       }
-      step(i, offset, part, dz, distance);
+      step(i, slot, part, dz, distance);
     });
   });
 }
@@ -279,7 +281,7 @@ void backward_block(const BackwardBlock<ComputeType<T>>& block) {
   using V = VecOf<T>;
   const auto b = block;  // as above
   const Parameter<T, LAYOUT> gains(b.gain), slopes(b.slope), levels(b.level);
-  each_rows<LAYOUT>(b.rows, [&](int64_t row, auto count) ALWAYS_INLINE {
+  each_rows<rows_at_once<LAYOUT, ACTIVATION>>(b.rows, [&](int64_t row, auto count) ALWAYS_INLINE {
     constexpr int R = decltype(count)::value;
     const RowPointers<T, R> dx(b.dx, row), dresidual(b.dresidual, row);
     each_gradient<T, LAYOUT, ACTIVATION, R>(b, row, [&](int64_t i, int, Part part, const V(&dz)[R],
@@ -310,9 +312,8 @@ void sums_of_block(const BackwardBlock<ComputeType<T>>& block) {
     constexpr int64_t flush_after = 1024;
     int64_t pending = 0;
     for (int64_t row = 0; row < b.rows; ++row) {
-      each_gradient<T, LAYOUT, ACTIVATION, 1>(b, row, [&](int64_t, int offset, Part, const V(&dz)[1],
+      each_gradient<T, LAYOUT, ACTIVATION, 1>(b, row, [&](int64_t, int slot, Part, const V(&dz)[1],
                                                           const V(&distance)[1]) ALWAYS_INLINE {
-        const int slot = offset / lanes<V> % Sum<V>::chains;
         sum.chain[slot] += dz[0];
         product.chain[slot] += dz[0] * distance[0];
       });
@@ -329,7 +330,7 @@ void sums_of_block(const BackwardBlock<ComputeType<T>>& block) {
     S* sum = b.scratch;
     S* product = b.scratch + b.n;
     std::fill_n(sum, 2 * b.n, S{0});
-    each_rows<LAYOUT>(b.rows, [&](int64_t row, auto count) ALWAYS_INLINE {
+    each_rows<rows_at_once<LAYOUT, ACTIVATION>>(b.rows, [&](int64_t row, auto count) ALWAYS_INLINE {
       constexpr int R = decltype(count)::value;
       each_gradient<T, LAYOUT, ACTIVATION, R>(b, row, [&](int64_t i, int, Part part, const V(&dz)[R],
                                                           const V(&distance)[R]) ALWAYS_INLINE {

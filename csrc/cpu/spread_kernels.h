@@ -104,11 +104,11 @@ template <typename T>
 INLINE void add_pixels(const SpreadBlock<ComputeType<T>>& b, const ComputeType<T>* centre, ComputeType<T>* sum,
                        ComputeType<T>* squares) {
   using V = VecOf<T>;
-  each_rows<Layout::pixels>(b.rows, [&](int64_t row, auto count) ALWAYS_INLINE {
+  each_rows<rows_at_once<Layout::pixels, Activation::none>>(b.rows, [&](int64_t row, auto count) ALWAYS_INLINE {
     constexpr int R = decltype(count)::value;
     const RowPointers<T, R> x(b.x, row);
     each_word(b.n, [&](int64_t first, auto size) ALWAYS_INLINE {
-      each_of_word<V>(size, [&](int offset, Part part) ALWAYS_INLINE {
+      each_of_word<V>(size, [&](int offset, int, Part part) ALWAYS_INLINE {
         const int64_t i = first + offset;
         const V middle = load(centre + i, part);
         V distance_sum = {}, square_sum = {};
