@@ -171,19 +171,18 @@ struct Parameter {
 };
 
 // Pixels are worked on several at a time: their parameters are then loaded once, and memory is read in several streams.
-// Where there is more to compute that gains nothing.
+// Where there is more to compute that gains nothing, and there are fewer registers for it in a smaller set.
 template <Layout LAYOUT, Activation ACTIVATION>
-constexpr int rows_at_once = LAYOUT == Layout::planes || ACTIVATION == Activation::silu ? 1 : 4;
+constexpr int rows_at_once = LAYOUT == Layout::planes || ACTIVATION == Activation::silu ? 1 : VECTOR_BYTES == 16 ? 2 : 4;
 
-// Calls body(row, count): first with count = at_once, as a constant, then with 1.
+// Calls body(row, count) for rows [row, end): first with count = at_once, as a constant, then with 1.
 template <int at_once, typename Body>
-INLINE void each_rows(int64_t rows, Body body) {
-  int64_t row = 0;
-  for (; row + at_once <= rows; row += at_once) {
+INLINE void each_rows(int64_t row, int64_t end, Body body) {
+  for (; row + at_once <= end; row += at_once) {
     body(row, std::integral_constant<int, at_once>());
   }
   if constexpr (at_once > 1) {
-    for (; row < rows; ++row) {
+    for (; row < end; ++row) {
       body(row, std::integral_constant<int, 1>());
     }
   }
@@ -206,7 +205,7 @@ void forward_block(const ForwardBlock<ComputeType<T>>& block) {
   using V = VecOf<T>;
   const auto b = block;  // a copy, which the stores below can't be thought to change
   const Parameter<T, LAYOUT> means(b.mean), scales(b.scale), shifts(b.shift);
-  each_rows<rows_at_once<LAYOUT, ACTIVATION>>(b.rows, [&](int64_t row, auto count) ALWAYS_INLINE {
+  each_rows<rows_at_once<LAYOUT, ACTIVATION>>(0, b.rows, [&](int64_t row, auto count) ALWAYS_INLINE {
     constexpr int R = decltype(count)::value;
     const RowPointers<T, R> x(b.x, row), residual(b.residual, row), y(b.y, row);
     const RowPointers<char, R> mask(b.mask, row);
@@ -281,7 +280,7 @@ void backward_block(const BackwardBlock<ComputeType<T>>& block) {
   using V = VecOf<T>;
   const auto b = block;  // as above
   const Parameter<T, LAYOUT> gains(b.gain), slopes(b.slope), levels(b.level);
-  each_rows<rows_at_once<LAYOUT, ACTIVATION>>(b.rows, [&](int64_t row, auto count) ALWAYS_INLINE {
+  each_rows<rows_at_once<LAYOUT, ACTIVATION>>(0, b.rows, [&](int64_t row, auto count) ALWAYS_INLINE {
     constexpr int R = decltype(count)::value;
     const RowPointers<T, R> dx(b.dx, row), dresidual(b.dresidual, row);
     each_gradient<T, LAYOUT, ACTIVATION, R>(b, row, [&](int64_t i, int, Part part, const V(&dz)[R],
@@ -302,6 +301,24 @@ void backward_block(const BackwardBlock<ComputeType<T>>& block) {
   });
 }
 
+// Calls add(row, first, last) for parts of rows, and flushes the sums before a chain gets long.
+template <typename V, typename Add, typename... Sums>
+INLINE void each_flushed(int64_t rows, int64_t n, Add add, Sums&... sums) {
+  constexpr int64_t size = 256, longest = size / word_size;  // longer ones are far less exact than products are
+  int64_t length = 0;  // of the first chain, which takes all that does not fill a word
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t first = 0; first < n; first += size) {
+      const int64_t last = std::min(first + size, n);
+      add(row, first, last);
+      length += (last - first) / word_size + ((last - first) % word_size + lanes<V> - 1) / lanes<V>;
+      if (length >= longest || (row + 1 == rows && last == n)) {
+        (sums.flush(), ...);
+        length = 0;
+      }
+    }
+  }
+}
+
 template <typename T, Layout LAYOUT, Activation ACTIVATION>
 void sums_of_block(const BackwardBlock<ComputeType<T>>& block) {
   using S = ComputeType<T>;
@@ -309,41 +326,42 @@ void sums_of_block(const BackwardBlock<ComputeType<T>>& block) {
   const auto b = block;  // as above
   if constexpr (LAYOUT == Layout::planes) {
     Sum<V> sum, product;
-    constexpr int64_t flush_after = 1024;
-    int64_t pending = 0;
-    for (int64_t row = 0; row < b.rows; ++row) {
-      each_gradient<T, LAYOUT, ACTIVATION, 1>(b, row, [&](int64_t, int slot, Part, const V(&dz)[1],
-                                                          const V(&distance)[1]) ALWAYS_INLINE {
+    each_flushed<V>(b.rows, b.n, [&](int64_t row, int64_t first, int64_t last) ALWAYS_INLINE {
+      BackwardBlock<S> part = b;
+      part.n = last - first;
+      part.dy.data += first * sizeof(T);
+      part.x.data += first * sizeof(T);
+      part.mask.data += first / 8;
+      each_gradient<T, LAYOUT, ACTIVATION, 1>(part, row, [&](int64_t, int slot, Part, const V(&dz)[1],
+                                                             const V(&distance)[1]) ALWAYS_INLINE {
         sum.chain[slot] += dz[0];
         product.chain[slot] += dz[0] * distance[0];
       });
-      pending += b.n;
-      if (pending >= flush_after || row + 1 == b.rows) {
-        sum.flush();
-        product.flush();
-        pending = 0;
-      }
-    }
+    }, sum, product);
     *b.sum += sum.total();
     *b.product += product.total();
   } else {
+    // Added up in double every few rows, as above.
+    constexpr int64_t some_rows = 16;
     S* sum = b.scratch;
     S* product = b.scratch + b.n;
-    std::fill_n(sum, 2 * b.n, S{0});
-    each_rows<rows_at_once<LAYOUT, ACTIVATION>>(b.rows, [&](int64_t row, auto count) ALWAYS_INLINE {
-      constexpr int R = decltype(count)::value;
-      each_gradient<T, LAYOUT, ACTIVATION, R>(b, row, [&](int64_t i, int, Part part, const V(&dz)[R],
-                                                          const V(&distance)[R]) ALWAYS_INLINE {
-        V dz_sum = dz[0], product_sum = dz[0] * distance[0];
-        for (int r = 1; r < R; ++r) {
-          dz_sum += dz[r];
-          product_sum += dz[r] * distance[r];
-        }
-        store(sum + i, load(sum + i, part) + dz_sum, part);
-        store(product + i, load(product + i, part) + product_sum, part);
+    for (int64_t first = 0; first < b.rows; first += some_rows) {
+      std::fill_n(sum, 2 * b.n, S{0});
+      each_rows<rows_at_once<LAYOUT, ACTIVATION>>(first, std::min(first + some_rows, b.rows), [&](int64_t row, auto count) ALWAYS_INLINE {
+        constexpr int R = decltype(count)::value;
+        each_gradient<T, LAYOUT, ACTIVATION, R>(b, row, [&](int64_t i, int, Part part, const V(&dz)[R],
+                                                            const V(&distance)[R]) ALWAYS_INLINE {
+          V dz_sum = dz[0], product_sum = dz[0] * distance[0];
+          for (int r = 1; r < R; ++r) {
+            dz_sum += dz[r];
+            product_sum += dz[r] * distance[r];
+          }
+          store(sum + i, load(sum + i, part) + dz_sum, part);
+          store(product + i, load(product + i, part) + product_sum, part);
+        });
       });
-    });
-    add_to_total(sum, b.sum, b.n);
-    add_to_total(product, b.product, b.n);
+      add_to_total(sum, b.sum, b.n);
+      add_to_total(product, b.product, b.n);
+    }
   }
 }

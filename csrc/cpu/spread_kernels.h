@@ -57,19 +57,12 @@ __attribute__((noinline)) void merge_in_double(const SpreadBlock<ComputeType<T>>
 // Calls step(x, i, slot, part) for all vectors of a block, and flushes the sums every so often.
 template <typename T, typename Step, typename... Sums>
 INLINE void each_of_plane(const SpreadBlock<ComputeType<T>>& b, Step step, Sums&... sums) {
-  constexpr int64_t flush_after = 1024;
-  int64_t pending = 0;
-  for (int64_t row = 0; row < b.rows; ++row) {
+  each_flushed<VecOf<T>>(b.rows, b.n, [&](int64_t row, int64_t first, int64_t last) ALWAYS_INLINE {
     const T* x = reinterpret_cast<const T*>(b.x.data + row * b.x.stride);
-    each_vector<VecOf<T>, Sum<VecOf<T>>::chains>(0, b.n, [&](int64_t i, int slot, Part part) ALWAYS_INLINE {
+    each_vector<VecOf<T>, Sum<VecOf<T>>::chains>(first, last, [&](int64_t i, int slot, Part part) ALWAYS_INLINE {
       step(x + i, slot, part);
     });
-    pending += b.n;
-    if (pending >= flush_after || row + 1 == b.rows) {
-      (sums.flush(), ...);
-      pending = 0;
-    }
-  }
+  }, sums...);
 }
 
 template <typename T>
@@ -104,7 +97,7 @@ template <typename T>
 INLINE void add_pixels(const SpreadBlock<ComputeType<T>>& b, const ComputeType<T>* centre, ComputeType<T>* sum,
                        ComputeType<T>* squares) {
   using V = VecOf<T>;
-  each_rows<rows_at_once<Layout::pixels, Activation::none>>(b.rows, [&](int64_t row, auto count) ALWAYS_INLINE {
+  each_rows<rows_at_once<Layout::pixels, Activation::none>>(0, b.rows, [&](int64_t row, auto count) ALWAYS_INLINE {
     constexpr int R = decltype(count)::value;
     const RowPointers<T, R> x(b.x, row);
     each_word(b.n, [&](int64_t first, auto size) ALWAYS_INLINE {

@@ -34,7 +34,7 @@ at::Tensor empty(at::IntArrayRef sizes, at::ScalarType type) {
   const at::Context& context = at::globalContext();
   if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {
     if (at::isFloatingType(type)) {
-      tensor.fill_(std::numeric_limits<double>::quiet_NaN());
+      at::isFloatingType(type) ? tensor.fill_(std::numeric_limits<double>::quiet_NaN()) : tensor.fill_(255);
     } else {
       tensor.fill_(255);
     }
