@@ -145,6 +145,7 @@ def scales(case: Case, tensors: dict[str, Tensor], dy: Tensor) -> dict[str, Tens
         terms["y"] += [x * rstd * weight, mean * rstd * weight]
     if case.activation == "silu":  # z is computed again, with the mean as it was rounded
         terms["dbias"] += [(dy * mean * rstd * weight).square().sum(sums).sqrt()]
+        terms["dweight"] = [2 * term for term in terms["dweight"]]  # its sigmoid and dz are rounded, too
         terms["dx"] += [g * rstd * (x_hat * weight).abs().add(1)]
     if case.dtype == torch.float64:  # here the oracle's own rounding shows
         terms["y"] += [x * rstd * weight]

@@ -11,6 +11,7 @@ from norms import DTYPES
 from test_row_norms import relaid
 
 import fastnorm
+from fastnorm import backend
 
 OPERATIONS = ("batch_norm", "group_norm")
 operations = pytest.mark.parametrize("op", OPERATIONS)
@@ -25,7 +26,7 @@ SHAPES = [(4, 3, 5, 5), (3, 13, 9), (17, 10), (2, 6, 3, 4, 5), (5, 8, 1, 1), (1,
 def groups_of(channels: int) -> list[int]:
     """One group, a group for each channel, and something between."""
     between = [g for g in range(2, channels) if channels % g == 0]
-    return sorted({1, channels, *between[len(between) // 2 :][:1]})
+    return sorted({1, *[channels] * (channels < 40), *between[len(between) // 2 :][:1]})
 
 
 @layouts
@@ -47,8 +48,13 @@ def test_batch_norm_in_evaluation(shape, channels_last, device):
         assert torch.equal(tensors["running_mean"], before[0]) and torch.equal(tensors["running_var"], before[1])
 
 
+# as above, with fewer groups: each is a program of its own, at least
+GROUP_SHAPES = [(2, 6, 5, 5), (1, 13, 9), (5, 10), (2, 6, 3, 4, 5), (3, 8, 1, 1), (1, 2, 1, 3), (1, 130, 2, 2),
+                (1, 7, 33, 40), (9, 2, 2, 1), (1, 36, 7, 7), (1, 20, 14, 14)]  # fmt: skip
+
+
 @layouts
-@pytest.mark.parametrize("shape", SHAPES[few], ids=str)
+@pytest.mark.parametrize("shape", GROUP_SHAPES[few], ids=str)
 def test_group_norm(shape, channels_last, device):
     for groups in groups_of(shape[1]):
         if shape[0] * shape[1] // groups * torch.Size(shape[2:]).numel() > 1:
@@ -261,9 +267,7 @@ def test_gradcheck_of_batch_norm(training, channels_last, device):
         running = {n: t.clone() for n, t in tensors.items() if n.startswith("running")}
         return call(case, dict(zip(names, leaves, strict=True)) | running)
 
-    leaves = [tensors[name].requires_grad_() for name in names]
-    assert torch.autograd.gradcheck(y, leaves)
-    assert SIMULATED or torch.autograd.gradgradcheck(y, leaves)  # a double backward runs PyTorch's operations
+    check_gradients(y, [tensors[name].requires_grad_() for name in names])
 
 
 @layouts
@@ -274,9 +278,15 @@ def test_gradcheck_of_group_norm(channels_last, device):
     def y(*leaves):
         return call(case, dict(zip(tensors, leaves, strict=True)))
 
-    leaves = [t.requires_grad_() for t in tensors.values()]
-    assert torch.autograd.gradcheck(y, leaves)
-    assert SIMULATED or torch.autograd.gradgradcheck(y, leaves)
+    check_gradients(y, [t.requires_grad_() for t in tensors.values()])
+
+
+def check_gradients(function, leaves: list) -> None:
+    """Numerically; the interpreter, in which a launch takes long, in one random direction instead of all."""
+    fast_mode = backend._forced == "triton"
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=fast_mode)
+    if not SIMULATED:  # a double backward runs PyTorch's operations
+        assert torch.autograd.gradgradcheck(function, leaves, fast_mode=fast_mode)
 
 
 def test_running_statistics_move_by_a_factor_on_the_device(device):
@@ -360,7 +370,7 @@ if not SIMULATED:  # hypothesis draws shapes at will, and each would be compiled
         return case, layout
 
     @given(drawn=cases())
-    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     def test_any_shape_layout_dtype_and_option(drawn, device):
         case, layout = drawn
         values = case.shape[0] * torch.Size(case.shape[2:]).numel()
