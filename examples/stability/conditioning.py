@@ -131,7 +131,7 @@ def draw(raw: Tensor, normed: Tensor, courses: dict[str, list[float]]) -> Figure
     for x, (name, (colour, marker, dashes)) in zip((raw, normed), looks.items(), strict=True):
         spectrum = eigenvalues(x)
         label = f"{name}: condition number {condition(spectrum):.0f}"
-        left.plot(range(1, WIDTH + 1), spectrum, color=colour, marker=marker, ms=4, ls=dashes, label=label)
+        left.plot(range(1, WIDTH + 1), spectrum.tolist(), color=colour, marker=marker, ms=4, ls=dashes, label=label)
         right.plot(range(1, len(courses[name]) + 1), courses[name], color=colour, ls=dashes, label=name)
     right.axhline(TOLERANCE, color=GREY, lw=0.8)
     left.set(yscale="log", xlabel="eigenvalue, the largest first", ylabel="eigenvalue of the covariance",

@@ -211,7 +211,8 @@ def show(ax: Axes, samples: Tensor, rows: int = 6, columns: int = 9) -> None:
     """Samples in a grid with a pixel between them."""
     grid = samples[: rows * columns].view(rows, columns, 8, 8)
     padded = nn.functional.pad(grid, (0, 1, 0, 1), value=float(grid.min()))
-    ax.imshow(padded.permute(0, 2, 1, 3).reshape(rows * 9, columns * 9), cmap="gray_r", vmin=-1, vmax=2)
+    image = padded.permute(0, 2, 1, 3).reshape(rows * 9, columns * 9)
+    ax.imshow(image.numpy(), cmap="gray_r", vmin=-1, vmax=2)
     ax.set_axis_off()
     ax.set_title("generated with penalty")
 

@@ -1,0 +1,84 @@
+"""The examples as `make examples` runs them, only shorter: every claim holds, and one that doesn't is an error."""
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from matplotlib.figure import Figure
+
+import fastnorm
+from fastnorm import backend
+
+FOLDER = Path(__file__).resolve().parents[1] / "examples" / "stability"
+SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    """The scripts and their common module, as Python finds them when it runs one of them."""
+    monkeypatch.syspath_prepend(FOLDER)
+    yield
+    for name in (*SCRIPTS, "common"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def users_backend():
+    """What a CPU takes outside of the tests; Triton's interpreter, which the tests start, would take minutes."""
+    with fastnorm.use("native" if backend.statuses()["native"].available else "reference"):
+        yield
+
+
+def load(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+def lines_but_the_last(text: str) -> list[str]:
+    """The last one names the file and the time."""
+    return text.rstrip().splitlines()[:-1]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_claims_hold_and_a_plot_is_written(script, tmp_path, capsys):
+    assert load(script).main(["--quick", "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "holds" in printed and "FAILS" not in printed
+    plot = (tmp_path / f"{script}.png").read_bytes()
+    assert plot.startswith(PNG) and len(plot) < 100_000
+
+
+def test_numbers_are_the_same_each_time(tmp_path, capsys):
+    printed = []
+    for _ in range(2):
+        assert load("clip_safety_net").main(["--quick", "--output", str(tmp_path)]) == 0
+        printed.append(lines_but_the_last(capsys.readouterr().out))
+    assert printed[0] == printed[1]
+
+
+def test_norm_that_depends_on_the_batch_fails_its_claim(tmp_path, capsys, monkeypatch):
+    script = load("batch_noise")
+    monkeypatch.setitem(script.NORMS, "GroupNorm", script.NORMS["BatchNorm"])
+    assert script.main(["--quick", "--output", str(tmp_path)]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILS")]
+    assert len(failed) == 1 and "GroupNorm" in failed[0]
+
+
+@pytest.mark.parametrize("outcomes", [(True, False), (False,), ()])
+def test_script_ends_with_an_error_unless_all_claims_hold(outcomes, tmp_path):
+    def experiment(options, claims):
+        for holds in outcomes:
+            claims.check("a claim", holds, "a number")
+        return Figure()
+
+    assert load("common").main("example.py", "", experiment, ["--output", str(tmp_path)]) == 1
+
+
+def test_readme_shows_every_script():
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    for script in SCRIPTS:
+        assert f"{script}.py" in text
+        assert f"plots/{script}.png" in text
+        assert (FOLDER / "plots" / f"{script}.png").stat().st_size < 100_000
