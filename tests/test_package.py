@@ -29,9 +29,10 @@ def run(*command, cwd, **env) -> subprocess.CompletedProcess:
 
 def copy_of_the_tree(folder: Path) -> Path:
     """The sources without what was built from them: a build may write into its folder."""
-    for name in ("fastnorm", "triton_kernels", "csrc", "tests", "bench", "examples"):
+    for name in ("fastnorm", "triton_kernels", "csrc", "tests", "bench", "examples", "docs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile"):
+    texts = ("README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md")
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", *texts):
         shutil.copy(ROOT / name, folder)
     return folder
 
