@@ -73,8 +73,10 @@ def access_bytes(kernel: CompiledKernel, signature: dict[str, str]) -> dict[str,
     """Bytes of the narrowest access through each pointer, by its parameter's name; of AMD's code, which does not
     tell the pointers apart, of the widest "load" and the widest "store"."""
     if "ptx" in kernel.asm:
-        parameters = [name for name, kind in signature.items() if kind != "constexpr"]
-        pointers = {i: name for i, name in enumerate(parameters) if signature[name].startswith("*")}
+        # a tuple's elements are parameters of their own
+        kinds = [(name, k) for name, kind in signature.items() for k in (kind if isinstance(kind, tuple) else (kind,))]
+        parameters = [(name, kind) for name, kind in kinds if kind != "constexpr"]
+        pointers = {i: name for i, (name, kind) in enumerate(parameters) if kind.startswith("*")}
         accesses, narrower = _ptx_accesses(kernel.asm["ptx"], pointers), min
     else:
         accesses, narrower = _amd_accesses(kernel.asm["amdgcn"]), max

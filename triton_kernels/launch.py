@@ -255,9 +255,12 @@ def vector_width(cols: int, tensors: Iterable[torch.Tensor]) -> int:
     return width
 
 
-def unit_lanes(vectors: int, max_depth: int) -> UnitLanes:
-    """The tiling of units with so many vectors; of short ones, several share a program."""
+def unit_lanes(vectors: int, units: int, max_depth: int, multiprocessors: int) -> UnitLanes:
+    """The tiling of `units` units with so many vectors. Several short ones share a program, which then has less to do
+    for each besides its vectors, as long as there are programs for half of the multiprocessors."""
     lanes = min(TILE_VECTORS, triton.next_power_of_2(vectors))
+    while lanes > WARP and lanes * max_depth >= 2 * vectors and units * lanes >= multiprocessors * TILE_VECTORS:
+        lanes //= 2
     return UnitLanes(TILE_VECTORS // lanes, lanes, min(max_depth, triton.next_power_of_2(triton.cdiv(vectors, lanes))))
 
 

@@ -267,6 +267,7 @@ def _walk(tensors, depth, mask=None, lone_samples=False):
     samples, n_pixels, channels = tensors[0].shape
     align = launch.vector_width(channels, tensors)
     width = align if mask is None else 8
+    depth = max(1, depth * align // width)  # narrow accesses are many, and each needs its registers
     tiling = launch.channel_vectors(triton.cdiv(channels, width), n_pixels, depth)
     blocks = triton.cdiv(channels, width * tiling.vectors)
     slice_pixels = launch.slice_length(

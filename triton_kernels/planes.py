@@ -318,10 +318,12 @@ def _walk(tensors, groups, depth, mask=None, lone_samples=False):
     width = align if mask is None else 8
     inner, segments = (channels, samples) if groups is None else (groups, channels // groups)
     outer = 1 if groups is None else samples
+    depth = max(1, depth * align // width)  # narrow accesses are many, and each needs its registers
     row_vectors = triton.cdiv(cols, width)
-    tiling = launch.unit_lanes(segments * row_vectors, depth)
-    blocks = triton.cdiv(inner if lone_samples else outer * inner, tiling.units)
-    slice_vectors = launch.slice_length(segments * row_vectors, tiling.step, blocks, launch.multiprocessors())
+    units, multiprocessors = inner if lone_samples else outer * inner, launch.multiprocessors()
+    tiling = launch.unit_lanes(segments * row_vectors, units, depth, multiprocessors)
+    blocks = triton.cdiv(units, tiling.units)
+    slice_vectors = launch.slice_length(segments * row_vectors, tiling.step, blocks, multiprocessors)
     return _Walk(
         groups, align,
         (outer * inner, inner, segments * row_vectors, row_vectors, cols // align, slice_vectors),
