@@ -57,7 +57,7 @@ sanitize: $(NATIVE)  ## the native kernels' tests under AddressSanitizer and Und
 	cd build/sanitize && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 	  $(abspath $(PY)) -m pytest -q -p no:cacheprovider tests/test_native.py tests/test_direct.py tests/test_row_norms.py \
-	  -k "native or direct"
+	  tests/test_channel_native.py tests/test_channel_norms.py -k "native or direct"
 
 wheel: $(NATIVE)  ## build a wheel for this machine's torch into dist/
 	rm -rf build/lib* build/bdist*

@@ -88,15 +88,18 @@ INLINE V sigmoid(V z) {
 constexpr int word_size = 64;
 using FullWord = std::integral_constant<int, word_size>;
 
-// Calls body(first, count) for the words of a row; count is FullWord where the word is full.
-template <typename Body>
+// Calls body(first, count) for the words of a row. In hot loops count is FullWord for full words; elsewhere code of its
+// own for them does not pay.
+template <bool hot, typename Body>
 INLINE void each_word(int64_t n, Body body) {
   int64_t first = 0;
-  for (; first + word_size <= n; first += word_size) {
-    body(first, FullWord());
+  if constexpr (hot) {
+    for (; first + word_size <= n; first += word_size) {
+      body(first, FullWord());
+    }
   }
-  if (first < n) {
-    body(first, static_cast<int>(n - first));
+  for (; first < n; first += word_size) {
+    body(first, static_cast<int>(std::min<int64_t>(n - first, word_size)));
   }
 }
 
@@ -142,7 +145,7 @@ INLINE void write_word(char* row, int64_t first, Count count, uint64_t word) {
       p[byte] = static_cast<char>(word >> 8 * byte);
     }
   } else {
-    word &= (uint64_t{1} << count) - 1;
+    word &= ~uint64_t{0} >> (word_size - count);
     for (int byte = 0; 8 * byte < count; ++byte) {
       p[byte] = static_cast<char>(word >> 8 * byte);
     }
@@ -173,7 +176,9 @@ struct Parameter {
 // Pixels are worked on several at a time: their parameters are then loaded once, and memory is read in several streams.
 // Where there is more to compute that gains nothing, and there are fewer registers for it in a smaller set.
 template <Layout LAYOUT, Activation ACTIVATION>
-constexpr int rows_at_once = LAYOUT == Layout::planes || ACTIVATION == Activation::silu ? 1 : VECTOR_BYTES == 16 ? 2 : 4;
+constexpr int rows_at_once = LAYOUT == Layout::planes || ACTIVATION == Activation::silu ? 1
+                             : VECTOR_BYTES == 16                                       ? 2
+                                                                                        : 4;
 
 // Calls body(row, count) for rows [row, end): first with count = at_once, as a constant, then with 1.
 template <int at_once, typename Body>
@@ -209,7 +214,7 @@ void forward_block(const ForwardBlock<ComputeType<T>>& block) {
     constexpr int R = decltype(count)::value;
     const RowPointers<T, R> x(b.x, row), residual(b.residual, row), y(b.y, row);
     const RowPointers<char, R> mask(b.mask, row);
-    each_word(b.n, [&](int64_t first, auto size) ALWAYS_INLINE {
+    each_word<R == rows_at_once<LAYOUT, ACTIVATION>>(b.n, [&](int64_t first, auto size) ALWAYS_INLINE {
       uint64_t words[R] = {};
       each_of_word<V>(size, [&](int offset, int, Part part) ALWAYS_INLINE {
         const int64_t i = first + offset;
@@ -246,7 +251,7 @@ INLINE void each_gradient(const BackwardBlock<ComputeType<T>>& b, int64_t row, S
   const Parameter<T, LAYOUT> means(b.mean), scales(b.scale), shifts(b.shift);
   const RowPointers<T, R> dy(b.dy, row), x(b.x, row);
   const RowPointers<char, R> mask(b.mask, row);
-  each_word(b.n, [&](int64_t first, auto size) ALWAYS_INLINE {
+  each_word<R == rows_at_once<LAYOUT, ACTIVATION>>(b.n, [&](int64_t first, auto size) ALWAYS_INLINE {
     uint64_t words[R] = {};
     if constexpr (ACTIVATION == Activation::relu) {
       for (int r = 0; r < R; ++r) {
@@ -331,7 +336,9 @@ void sums_of_block(const BackwardBlock<ComputeType<T>>& block) {
       part.n = last - first;
       part.dy.data += first * sizeof(T);
       part.x.data += first * sizeof(T);
-      part.mask.data += first / 8;
+      if constexpr (ACTIVATION == Activation::relu) {
+        part.mask.data += first / 8;
+      }
       each_gradient<T, LAYOUT, ACTIVATION, 1>(part, row, [&](int64_t, int slot, Part, const V(&dz)[1],
                                                              const V(&distance)[1]) ALWAYS_INLINE {
         sum.chain[slot] += dz[0];
@@ -347,7 +354,8 @@ void sums_of_block(const BackwardBlock<ComputeType<T>>& block) {
     S* product = b.scratch + b.n;
     for (int64_t first = 0; first < b.rows; first += some_rows) {
       std::fill_n(sum, 2 * b.n, S{0});
-      each_rows<rows_at_once<LAYOUT, ACTIVATION>>(first, std::min(first + some_rows, b.rows), [&](int64_t row, auto count) ALWAYS_INLINE {
+      const int64_t last = std::min(first + some_rows, b.rows);
+      each_rows<rows_at_once<LAYOUT, ACTIVATION>>(first, last, [&](int64_t row, auto count) ALWAYS_INLINE {
         constexpr int R = decltype(count)::value;
         each_gradient<T, LAYOUT, ACTIVATION, R>(b, row, [&](int64_t i, int, Part part, const V(&dz)[R],
                                                             const V(&distance)[R]) ALWAYS_INLINE {

@@ -22,10 +22,12 @@ void check_blocks(const at::Tensor& x, const char* name) {
 std::vector<int64_t> mask_sizes(const at::Tensor& x) { return {x.size(0), x.size(1), (x.size(2) + 7) / 8}; }
 
 void check_mask(const at::Tensor& mask, const at::Tensor& x) {
-  TORCH_CHECK(mask.device().is_cpu() && mask.scalar_type() == at::kByte && mask.sizes() == mask_sizes(x) &&
+  const std::vector<int64_t> sizes = mask_sizes(x);
+  TORCH_CHECK(mask.device().is_cpu() && mask.scalar_type() == at::kByte && mask.sizes() == sizes &&
                   (mask.size(2) <= 1 || mask.stride(2) == 1),
-              "fastnorm: expected mask in uint8 on the CPU, without gaps in its rows, of shape ", at::IntArrayRef(mask_sizes(x)), ", got ",
-              mask.scalar_type(), " of shape ", mask.sizes(), " with strides ", mask.strides());
+              "fastnorm: expected mask in uint8 on the CPU, without gaps in its rows, of shape ",
+              at::IntArrayRef(sizes), ", got ", mask.scalar_type(), " of shape ", mask.sizes(), " with strides ",
+              mask.strides());
 }
 
 }  // namespace fastnorm::cpu

@@ -1,5 +1,5 @@
-// How the work of batch_norm and group_norm is split: pools of elements that share their statistics, pieces of pools that
-// threads take, and blocks of pieces that stay in a cache. All of it follows from the shape alone.
+// How the work of batch_norm and group_norm is split: pools of elements that share their statistics, pieces of pools
+// that threads take, and blocks of pieces that stay in a cache. All of it follows from the shape alone.
 #pragma once
 
 #include <ATen/Parallel.h>

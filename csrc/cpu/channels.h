@@ -1,5 +1,6 @@
 // The work on blocks of rows for norms with statistics of channels, free of PyTorch; compiled like the rows.
-// In the layout `planes` all elements of a block's rows belong to one channel, in `pixels` element i belongs to channel i.
+// In the layout `planes` all elements of a block's rows belong to one channel, in `pixels` each row's element i belongs
+// to channel i.
 #pragma once
 
 #include <cstdint>

@@ -20,8 +20,8 @@ void merge_spreads(const Spreads& into, const Spreads& from, int64_t channels) {
   }
 }
 
-// Adds `added` elements with Σ (x − centre) and Σ (x − centre)². The centre must not be far from their mean, or from the
-// mean of as many elements before them: the difference of the squares is then small beside what merging adds.
+// Adds `added` elements with Σ (x − centre) and Σ (x − centre)². The centre must be close to their mean, or be the mean
+// of as many elements before them: what the difference of the squares loses is then small beside what merging adds.
 INLINE void merge_sums(const Merge& merge, double added, double centre, double sum, double squares, double& mean,
                        double& square_sum) {
   const double offset = sum / added;
@@ -97,10 +97,11 @@ template <typename T>
 INLINE void add_pixels(const SpreadBlock<ComputeType<T>>& b, const ComputeType<T>* centre, ComputeType<T>* sum,
                        ComputeType<T>* squares) {
   using V = VecOf<T>;
-  each_rows<rows_at_once<Layout::pixels, Activation::none>>(0, b.rows, [&](int64_t row, auto count) ALWAYS_INLINE {
+  constexpr int at_once = rows_at_once<Layout::pixels, Activation::none>;
+  each_rows<at_once>(0, b.rows, [&](int64_t row, auto count) ALWAYS_INLINE {
     constexpr int R = decltype(count)::value;
     const RowPointers<T, R> x(b.x, row);
-    each_word(b.n, [&](int64_t first, auto size) ALWAYS_INLINE {
+    each_word<R == at_once>(b.n, [&](int64_t first, auto size) ALWAYS_INLINE {
       each_of_word<V>(size, [&](int offset, int, Part part) ALWAYS_INLINE {
         const int64_t i = first + offset;
         const V middle = load(centre + i, part);

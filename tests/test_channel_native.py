@@ -1,0 +1,217 @@
+"""What only the compiled channel norms promise: threads, forks, instruction sets, word tails, dtypes of their own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from norms import DTYPES
+from test_native import BEST, SETS, threads  # noqa: F401
+
+native = pytest.importorskip("fastnorm.native", exc_type=ImportError)
+f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["planes", "pixels"])
+
+
+def random(*shape, dtype=f32):
+    return torch.randn(shape, dtype=f64).to(dtype)
+
+
+def with_channels_second(t, channels_last):
+    return t.double().transpose(1, 2) if channels_last else t.double()
+
+
+def batch_norm(x, residual, weight, bias, dy, channels_last):
+    """[y, mask, mean, rstd, dx, dresidual, dweight, dbias, running_mean, running_var] with a ReLU."""
+    running = [torch.zeros_like(weight), torch.ones_like(weight)]
+    options = (*running, None, 0.1, 1e-5, channels_last, True)
+    forward = native.batch_norm_forward(x, residual, weight, bias, *options, x.dtype)
+    _, mask, mean, rstd = forward
+    dtypes = (residual.dtype, weight.dtype, bias.dtype)
+    backward = native.batch_norm_backward(dy, mask, x, weight, mean, rstd, True, channels_last, *dtypes)
+    return [*forward, *backward, *running]
+
+
+def group_norm(x, weight, bias, dy, groups, channels_last):
+    """[y, mean, rstd, dx, dweight, dbias] with SiLU."""
+    forward = native.group_norm_forward(x, groups, weight, bias, 1e-5, channels_last, True, x.dtype)
+    _, *moments = forward
+    dtypes = (weight.dtype, bias.dtype)
+    return [*forward, *native.group_norm_backward(dy, x, groups, weight, bias, *moments, channels_last, True, *dtypes)]
+
+
+def everything(shape, channels_last, dtype=f32):
+    """All results of both norms on inputs that depend on the seed alone."""
+    torch.manual_seed(1)
+    x, residual, dy = (random(*shape, dtype=dtype) for _ in range(3))
+    channels = shape[2 if channels_last else 1]
+    weight, bias = random(channels), random(channels)
+    groups = 4 if channels % 4 == 0 else 1
+    return [
+        *batch_norm(x, residual, weight, bias, dy, channels_last),
+        *group_norm(x, weight, bias, dy, groups, channels_last),
+    ]
+
+
+@pytest.mark.parametrize(
+    "shape, channels_last",
+    [
+        ((16, 64, 400), False),  # a thread takes whole channels
+        ((6, 3, 70001), False),  # channels are shared, and rows divided
+        ((700, 5, 49), False),
+        ((1, 9000, 40), True),
+        ((3, 1000, 67), True),
+        ((40, 64, 256), True),
+    ],
+    ids=str,
+)
+def test_the_number_of_threads_changes_nothing(shape, channels_last, threads):  # noqa: F811
+    threads(1)
+    expected = everything(shape, channels_last)
+    for count in (2, 3, 7):
+        threads(count)
+        assert all(map(torch.equal, everything(shape, channels_last), expected))
+
+
+def oracle(x, residual, weight, bias, dy, mask):
+    """y, dx, dresidual, dweight, dbias in float64, all as (N, C, S); the mask says what the ReLU lets through."""
+    leaves = [t.double().requires_grad_() for t in (x, residual, weight, bias)]
+    z = F.batch_norm(leaves[0], None, None, *leaves[2:], True, 0.1, 1e-5) + leaves[1]
+    return [z.detach().relu(), *torch.autograd.grad(z, leaves, dy.double() * mask)]
+
+
+def bits(mask, n):
+    """The mask's bits of n elements a row; those behind them must be zero."""
+    unpacked = (mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1).flatten(-2).bool()
+    assert not unpacked[..., n:].any()
+    return unpacked[..., :n]
+
+
+TOLERANCES = {f32: 3e-6, bf16: 9e-3, f16: 1.1e-3, f64: 1e-13}
+
+
+@layouts
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 2, 7, 15, 17, 33, 63, 64, 65, 130])
+def test_every_word_tail(n, dtype, channels_last):
+    shape = (2, 37, n)
+    x, residual, dy = (random(*shape, dtype=dtype) for _ in range(3))
+    channels = shape[2 if channels_last else 1]
+    parameter = f64 if dtype == f64 else f32
+    weight, bias = random(channels, dtype=parameter), random(channels, dtype=parameter)
+    y, mask, _, rstd, dx, dresidual, dweight, dbias, *_ = batch_norm(x, residual, weight, bias, dy, channels_last)
+    passed = bits(mask, n)
+    assert torch.equal(passed, y > 0)
+    x, residual, dy, passed = (with_channels_second(t, channels_last) for t in (x, residual, dy, passed))
+    expected = oracle(x, residual, weight, bias, dy, passed)
+    for actual, value in zip((y, dx, dresidual, dweight, dbias), expected, strict=True):
+        actual = with_channels_second(actual, channels_last) if actual.dim() == 3 else actual.double()
+        tolerance = TOLERANCES[dtype] if actual.dim() == 3 else TOLERANCES[parameter]
+        scale = max(1.0, rstd.max().item()) * max(1.0, value.abs().max().item())
+        torch.testing.assert_close(actual, value, rtol=0, atol=tolerance * scale)
+
+
+@layouts
+@pytest.mark.parametrize("n", [49, 300, 5000])
+def test_dtypes_that_differ_give_what_equal_ones_give(n, channels_last):
+    """Each tensor in a dtype of its own: as if all were float32 and were rounded at the end."""
+    shape = (3, n, 40) if channels_last else (3, 40, n)
+    x, residual, dy = (random(*shape, dtype=dtype) for dtype in (bf16, f16, f32))
+    weight, bias = random(40, dtype=f64), random(40, dtype=bf16)
+    options = (None, None, None, 0.1, 1e-5, channels_last, True)
+    y, mask, mean, rstd = native.batch_norm_forward(x, residual, weight, bias, *options, f16)
+    wide = [t.float() for t in (x, residual, weight, bias)]
+    expected_y, expected_mask, expected_mean, expected_rstd = native.batch_norm_forward(*wide, *options, f32)
+    assert torch.equal(mask, expected_mask) and torch.equal(y, expected_y.to(f16))
+    torch.testing.assert_close((mean, rstd), (expected_mean, expected_rstd), rtol=1e-6, atol=1e-7)
+    backward = (mean, rstd, True, channels_last)
+    dx, dresidual, dweight, dbias = native.batch_norm_backward(dy, mask, x, weight, *backward, bf16, f16, f64)
+    expected = native.batch_norm_backward(dy, mask, wide[0], wide[2], *backward, f32, f32, f32)
+    for actual, value in zip((dx, dresidual, dweight, dbias), expected, strict=True):
+        torch.testing.assert_close(actual.double(), value.to(actual.dtype).double(), rtol=1e-5, atol=1e-5)
+    assert [t.dtype for t in (dx, dresidual, dweight, dbias)] == [bf16, bf16, f16, f64]
+
+
+@layouts
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+@pytest.mark.parametrize("size", [1e18, 1e30])
+def test_values_whose_squares_overflow(size, dtype, channels_last):
+    x = (random(2, 70, 70) * size).to(dtype)
+    y, *_ = native.batch_norm_forward(x, *[None] * 6, 0.1, 1e-5, channels_last, False, f32)
+    expected = F.batch_norm(with_channels_second(x, channels_last), None, None, training=True)
+    torch.testing.assert_close(with_channels_second(y, channels_last), expected, rtol=1e-5, atol=1e-5)
+
+
+@layouts
+def test_blocks_about_different_means(channels_last):
+    """The first block of a channel says nothing about the others; neither does a dead one."""
+    x = random(4, 1, 9000) + torch.tensor([1e4, 0, -30, 1e3]).view(4, 1, 1)
+    x[0, :, :5000] = 0
+    x = x.transpose(1, 2).contiguous() if channels_last else x
+    mean, square_sum = native.batch_norm_statistics(x, channels_last)
+    exact = x.double()
+    torch.testing.assert_close(mean.double(), exact.mean().view(1), rtol=1e-7, atol=0)
+    torch.testing.assert_close(square_sum.double() / x.numel(), exact.var(unbiased=False).view(1), rtol=1e-6, atol=0)
+
+
+def test_silu_over_the_whole_range():
+    """One channel with weight 1 and bias z, so that x̂ vanishes: y is silu of every z."""
+    z = torch.cat([torch.linspace(-110, 110, 4001), torch.tensor([-1e30, -800.0, 800.0, 1e30])])
+    for dtype, tolerance in ((f32, 3e-7), (f64, 4e-16)):
+        x = torch.zeros(1, z.numel(), 2, dtype=dtype)
+        y, *_ = native.group_norm_forward(x, 1, None, z.to(dtype), 1e-5, False, True, dtype)
+        expected = F.silu(z.double())
+        torch.testing.assert_close(y[0, :, 0].double(), expected, rtol=tolerance, atol=5e-37)  # exp's end in float32
+
+
+NUMERIC = "tail or overflow or means or differ or range"
+
+
+@pytest.mark.parametrize("name", SETS[: SETS.index(BEST) + 1 if BEST in SETS else 1])
+def test_other_instruction_sets(name):
+    """The set is chosen once a process, by the variable that chooses PyTorch's own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", NUMERIC]
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": name, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+
+
+class Normalised(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        x = torch.arange(64 * 1024.0).view(4, 16, 1024) * (index + 1)
+        return native.batch_norm_forward(x, *[None] * 6, 0.1, 0.0, False, False, f32)[0].std()
+
+
+def test_forked_workers(threads):  # noqa: F811
+    threads(2)
+    everything((16, 64, 400), False)  # threads that a fork would not take along
+    loader = torch.utils.data.DataLoader(Normalised(), num_workers=2, multiprocessing_context="fork", timeout=60)
+    torch.testing.assert_close(torch.stack(list(loader)), torch.ones(4, 1), rtol=1e-4, atol=0)
+
+
+def test_wrong_arguments_raise():
+    x, w = random(2, 8, 5), random(8)
+    forward = (None, None, None, None, None, None, 0.1, 1e-5)
+    with pytest.raises(RuntimeError, match="weight of shape"):
+        native.batch_norm_forward(x, None, w[:7], *forward[2:], False, False, f32)
+    with pytest.raises(RuntimeError, match="x of shape"):
+        native.batch_norm_forward(x[0], *forward, False, False, f32)
+    with pytest.raises(RuntimeError, match="without gaps"):
+        native.batch_norm_forward(x.transpose(1, 2), *forward, True, False, f32)
+    with pytest.raises(TypeError, match="float32, bfloat16"):
+        native.batch_norm_forward(x.int(), *forward, False, False, f32)
+    with pytest.raises(RuntimeError, match="factor in float32"):
+        native.batch_norm_forward(x, *forward[:5], torch.tensor(0.1, dtype=f64), *forward[6:], False, False, f32)
+    with pytest.raises(RuntimeError, match="mask in uint8"):
+        native.batch_norm_backward(x, x > 0, x, w, w, w, True, False, None, f32, f32)
+    with pytest.raises(RuntimeError, match="mean in Double"):
+        native.batch_norm_backward(x, None, x.double(), w, w, w, True, False, None, f32, f32)
+    with pytest.raises(RuntimeError, match="divisible by 3"):
+        native.group_norm_forward(x, 3, w, w, 1e-5, False, False, f32)
+    with pytest.raises(RuntimeError, match="dy of shape"):
+        native.group_norm_backward(x[:1], x, 2, w, w, torch.ones(2, 2), torch.ones(2, 2), False, False, f32, f32)
