@@ -12,7 +12,9 @@ from .clip import (
     dead_neurons,
     get_total_norm,
     gradient_health,
+    patch_torch_clip,
 )
+from .convert import ConversionReport, convert, revert
 from .ops.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .ops.group_norm import GroupNorm
 from .ops.layer_norm import AddLayerNorm, LayerNorm
@@ -26,6 +28,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "ConversionReport",
     "GradientHealth",
     "GroupNorm",
     "LayerNorm",
@@ -36,10 +39,13 @@ __all__ = [
     "clip_grad_norm_in_optimizer",
     "clip_grad_value_",
     "clip_grads_with_norm_",
+    "convert",
     "dead_neurons",
     "explain",
     "functional",
     "get_total_norm",
     "gradient_health",
+    "patch_torch_clip",
+    "revert",
     "use",
 ]

@@ -4,6 +4,7 @@ from .agc import adaptive_clip_grad_
 from .deferred import clip_grad_norm_in_optimizer
 from .health import GradientHealth, dead_neurons, gradient_health
 from .norms import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from .patch import patch_torch_clip
 
 __all__ = [
     "GradientHealth",
@@ -15,4 +16,5 @@ __all__ = [
     "dead_neurons",
     "get_total_norm",
     "gradient_health",
+    "patch_torch_clip",
 ]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..text import table
 from . import lists
 from .norms import measure
 
@@ -91,7 +92,8 @@ class GradientHealth:
         rows = [(p.name, f"{p.size:,}", "" if p.norm is None else f"{p.norm:.3e}", p.flag) for p in self.parameters]
         ratio = "–" if self.ratio is None else f"{self.ratio:.3g}" + (" (uneven)" if self.uneven else "")
         summary = f"total norm {self.total_norm:.3e}, largest / smallest {ratio}"
-        return "\n".join((_table(("parameter", "size", "gradient norm", "flag"), rows), summary, self.diagnosis))
+        headers = ("parameter", "size", "gradient norm", "flag")
+        return "\n".join((table(headers, rows, numbers=(1, 2)), summary, self.diagnosis))
 
     def to_dict(self) -> dict[str, Any]:
         """All of it for JSON: a norm that is not finite is None, and its flag says so."""
@@ -236,17 +238,6 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Plain columns, the first and the last to the left, the numbers between them to the right."""
-    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        numbers = (f"{cell:>{width}}" for cell, width in zip(cells[1:-1], widths[1:-1], strict=True))
-        return "  ".join((f"{cells[0]:<{widths[0]}}", *numbers, cells[-1])).rstrip()
-
-    return "\n".join((line(headers), "  ".join("-" * width for width in widths), *map(line, rows)))
-
-
 _COLOURS = {HEALTHY: "#0b6e75", VANISHING: "#d9963a", EXPLODING: "#b5525c", NONFINITE: "#7a3f9d"}
 
 
@@ -302,7 +293,7 @@ class DeadNeurons:
     def __str__(self) -> str:
         rows = [(x.name, f"{x.size:,}", f"{x.zero_share:.1%}", "dead" if x.dead else "") for x in self.layers]
         found = f"{len(self.dead)} of {len(rows)} layers have more than {self.threshold:.0%} zeros"
-        return _table(("layer", "activations", "zeros", "flag"), rows) + "\n" + found
+        return table(("layer", "activations", "zeros", "flag"), rows, numbers=(1, 2)) + "\n" + found
 
     def to_dict(self) -> dict[str, Any]:
         """All of it for JSON."""

@@ -1,0 +1,106 @@
+"""Norms that other libraries have and torch.nn hasn't, on fastnorm's operations; `convert` alone makes them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.batch_norm import BatchNorm2d
+from ..ops.group_norm import GroupNorm
+from ..ops.layer_norm import LayerNorm
+from ..ops.rms_norm import RMSNorm, rms_norm
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+class _OverChannels:
+    """The norm over dimension 1, as feature maps (N, C, *) have their channels; the result has the input's layout."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
+
+
+class LayerNorm2d(_OverChannels, LayerNorm):
+    """timm's LayerNorm2d, and those of transformers with data_format="channels_first"."""
+
+
+class RMSNorm2d(_OverChannels, RMSNorm):
+    """timm's RmsNorm2d."""
+
+
+class WeightTypedRMSNorm(RMSNorm):
+    """T5's: the result has the weight's dtype, if that is a half, else the promoted one; x̂ is rounded with it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        is_half = weight.dtype in _HALVES
+        return rms_norm(
+            x, self.normalized_shape, weight, self.eps, rounding="llama" if is_half else "torch",
+            out_dtype=weight.dtype if is_half else torch.promote_types(x.dtype, weight.dtype),
+        )  # fmt: skip
+
+
+class UnweightedRMSNorm(RMSNorm):
+    """x̂ alone, over a last dimension of any width (the V norms of Gemma 3n and 4, Llama 4's QK norm)."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__(1, eps, elementwise_affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, x.shape[-1:], None, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}"
+
+
+class _Activated:
+    """act(drop(norm(x))) of timm's norms with an activation, which are the parents of the modules `act` and `drop`.
+
+    The activation is fused where it is the one that the kernel has, and nobody looks on by hooks.
+    """
+
+    _FUSED: tuple[str, type] | None = None
+
+    @property
+    def activation(self) -> str | None:
+        if self._FUSED is None or not _is_plain(self.drop, nn.Identity) or not _is_plain(self.act, self._FUSED[1]):
+            return None
+        return self._FUSED[0]
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = super().forward(input)
+        return self.act(self.drop(y)) if self.activation is None else y
+
+
+class BatchNormAct2d(_Activated, BatchNorm2d):
+    """timm's BatchNormAct2d."""
+
+    _FUSED = ("relu", nn.ReLU)
+
+
+class GroupNormAct(_Activated, GroupNorm):
+    """timm's GroupNormAct and GroupNorm1Act."""
+
+    _FUSED = ("silu", nn.SiLU)
+
+
+class LayerNormAct(_Activated, LayerNorm):
+    """timm's LayerNormAct."""
+
+
+class LayerNormAct2d(_Activated, LayerNorm2d):
+    """timm's LayerNormAct2d."""
+
+
+class RMSNormAct(_Activated, RMSNorm):
+    """timm's RmsNormAct."""
+
+
+class RMSNormAct2d(_Activated, RMSNorm2d):
+    """timm's RmsNormAct2d."""
+
+
+def _is_plain(module: nn.Module, cls: type) -> bool:
+    """Of this very class, without hooks, not compiled or patched by itself."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is cls and not any(hooks) and "forward" not in module.__dict__

@@ -1,0 +1,311 @@
+"""What a module may be: proposals from its class and its structure, which `verify` then tries.
+
+Only a class of torch.nn itself says for certain what it computes. For any other, a subclass included, everything here
+is a guess that makes running it worth while.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from ..ops.group_norm import GroupNorm
+from ..ops.layer_norm import LayerNorm
+from ..ops.rms_norm import RMSNorm
+from ..ops.sync_batch_norm import SyncBatchNorm
+from . import adapted
+from .swap import Names, core_of
+
+KINDS = ("layer", "rms", "batch", "group")
+OPERATIONS = {"layer": "layer_norm", "rms": "rms_norm", "batch": "batch_norm", "group": "group_norm"}
+_OURS = (LayerNorm, RMSNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, GroupNorm)
+_OTHER_NORMS = (nn.modules.batchnorm._NormBase, nn.LocalResponseNorm, nn.CrossMapLRN2d)
+_BATCH_NORMS = {nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d, nn.BatchNorm3d: BatchNorm3d,
+                nn.SyncBatchNorm: SyncBatchNorm}  # fmt: skip
+_META = torch.device("meta")
+MODULE_STATE = frozenset(vars(nn.Module()))  # what every module has among its attributes
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A class of ours that may compute what a module does.
+
+    attributes: those that its instances have beside parameters, buffers and children.
+    shapes: inputs to try it on. names: (our name, the module's name) of parameters called otherwise.
+    options: the arguments of its constructor that tell it from its class's default.
+    """
+
+    kind: str
+    target: type
+    attributes: Mapping[str, Any]
+    shapes: tuple[tuple[int, ...], ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    names: Names = ()
+
+    @property
+    def operation(self) -> str:
+        return "sync_batch_norm" if issubclass(self.target, SyncBatchNorm) else OPERATIONS[self.kind]
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{key}={value!r}" for key, value in self.options.items())
+        return f"{self.target.__name__}({options})" if options else self.target.__name__
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """is_certain: by type; else none is right before it has been run. obstacle: why there are none."""
+
+    found: tuple[Proposal, ...] = ()
+    is_certain: bool = False
+    obstacle: str = ""
+
+
+class _Unfit(Exception):
+    """Why a module can't be swapped, in words for the report."""
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is to be reported, swapped or not: a norm by its class, or by its name and small structure."""
+    core = core_of(type(module))
+    if issubclass(core, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, *_OTHER_NORMS)):
+        return True
+    if isinstance(module, torch.jit.ScriptModule):
+        return "norm" in module.original_name.lower()
+    is_small = set(module._modules) <= {"act", "drop", "parametrizations"}
+    return is_small and ("norm" in core.__name__.lower() or _is_structured_as_norm(module))
+
+
+def proposals(module: nn.Module, kinds: tuple[str, ...]) -> Proposals:
+    """What a norm may be, of the kinds that are asked for, the likeliest first."""
+    core = core_of(type(module))
+    if issubclass(core, _OURS):
+        return Proposals(obstacle="is fastnorm's already")
+    if isinstance(module, torch.jit.ScriptModule):
+        return Proposals(obstacle="TorchScript has compiled it")
+    try:
+        _refuse_changed_calls(module, core)
+        if nn.parameter.is_lazy(next(module.parameters(recurse=False), torch.empty(0))):
+            raise _Unfit("it is lazy: run the model once before")
+        kind = next((kind for kind, base in _BASES.items() if issubclass(core, base)), None)
+        is_certain = core in (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, *_BATCH_NORMS)
+        if not is_certain:
+            _refuse_more_arguments(core)
+        if kind is None and issubclass(core, _OTHER_NORMS):
+            raise _Unfit(f"fastnorm has no {core.__name__}")
+        if kind is None:
+            found = [proposal for proposal in _by_structure(module) if proposal.kind in kinds]
+        elif kind not in kinds:
+            raise _Unfit(f"{kind!r} is not among the norms asked for")
+        else:
+            found = list(_PROPOSERS[kind](module, core))
+    except _Unfit as unfit:
+        return Proposals(obstacle=str(unfit))
+    return Proposals(tuple(found), is_certain, "" if found else "none of the norms asked for")
+
+
+def _refuse_changed_calls(module: nn.Module, core: type) -> None:
+    if "forward" in module.__dict__ or core.__call__ is not nn.Module.__call__:
+        raise _Unfit("its forward or __call__ is replaced by other code")
+
+
+def _refuse_more_arguments(core: type) -> None:
+    _, *arguments = inspect.signature(core.forward).parameters.values()
+    if len(arguments) != 1 or arguments[0].kind not in (
+        inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    ):  # fmt: skip
+        raise _Unfit(f"its forward takes ({', '.join(map(str, arguments))}), a norm's takes the input alone")
+
+
+def _refuse_more_state(module: nn.Module, parameters: set[str], buffers: set[str] = frozenset()) -> None:
+    """A subclass may have more than its base, which the base's formula can't use."""
+    names = {name for name, p in own_parameters(module).items() if p is not None} - parameters
+    names |= {name for name, b in module._buffers.items() if b is not None} - buffers
+    names |= set(module._modules) - {"act", "drop", "parametrizations"}
+    if names:
+        raise _Unfit(f"a norm of its kind has no {', '.join(sorted(names))}")
+
+
+def own_parameters(module: nn.Module) -> dict[str, Tensor | None]:
+    """The parameters by name, and for a parametrized one the largest that it is made from, without running anything."""
+    found: dict[str, Tensor | None] = dict(module._parameters)
+    for name, parametrization in getattr(module, "parametrizations", {}).items():
+        found[name] = max(parametrization.parameters(recurse=False), key=Tensor.numel, default=None)
+    return found
+
+
+def _proposal(
+    kind: str, template: nn.Module, shapes: list[tuple[int, ...]], target: type | None = None, names: Names = (),
+    options: Mapping[str, Any] | None = None,
+) -> Proposal:  # fmt: skip
+    """template: made by the constructor, on the meta device: its attributes are those that the target needs."""
+    target = target or type(template)
+    own = {key: value for key, value in vars(template).items() if key not in MODULE_STATE}
+    attributes = {key: value for key, value in own.items() if not isinstance(getattr(target, key, None), property)}
+    # a norm without a bias reads its bias as well
+    attributes |= {name: None for name, p in template._parameters.items() if p is None}
+    return Proposal(kind, target, attributes, tuple(shapes), options or {}, names)
+
+
+def _layer(module: nn.LayerNorm, core: type) -> Iterator[Proposal]:
+    shape = tuple(module.normalized_shape)
+    _refuse_more_state(module, {"weight", "bias"})
+    has_weight, has_bias = _has_parameters(module, shape)
+    if has_bias and not has_weight:
+        raise _Unfit("it has a bias without a weight")
+    if core is nn.LayerNorm:
+        template = LayerNorm(shape, module.eps, has_weight, has_bias, device=_META)
+        yield _proposal("layer", template, _row_shapes(shape))
+    else:
+        yield from _layers(module, shape, module.eps, has_weight, has_bias)
+
+
+def _rms(module: nn.RMSNorm, core: type) -> Iterator[Proposal]:
+    shape = tuple(module.normalized_shape)
+    _refuse_more_state(module, {"weight"})
+    has_weight, _ = _has_parameters(module, shape)
+    if core is nn.RMSNorm:
+        yield _proposal("rms", RMSNorm(shape, module.eps, has_weight, device=_META), _row_shapes(shape))
+    else:
+        yield from _rmses(module, shape, module.eps, has_weight)
+
+
+def _layers(
+    module: nn.Module, shape: tuple[int, ...], eps: float, has_weight: bool, has_bias: bool, names: Names = ()
+) -> Iterator[Proposal]:
+    for options in ({}, {"zero_centered": True}):
+        template = LayerNorm(shape, eps, has_weight, has_bias, device=_META, **options)
+        yield from _placed("layer", template, module, names, options)
+
+
+def _rmses(
+    module: nn.Module, shape: tuple[int, ...], eps: float | None, has_weight: bool, names: Names = ()
+) -> Iterator[Proposal]:
+    roundings: tuple[dict[str, Any], ...] = ({"rounding": "llama"}, {})
+    for options in (*roundings, *({"zero_centered": True} | rounding for rounding in roundings)):
+        template = RMSNorm(shape, eps, has_weight, device=_META, **options)
+        yield from _placed("rms", template, module, names, options)
+    if has_weight and "act" not in module._modules:
+        template = adapted.WeightTypedRMSNorm(shape, eps, device=_META)
+        yield _proposal("rms", template, _row_shapes(shape), names=names)
+
+
+def _placed(
+    kind: str, template: nn.Module, module: nn.Module, names: Names, options: Mapping[str, Any]
+) -> Iterator[Proposal]:
+    """A row norm over the last dimensions, or over the channels; with an activation behind it, or not."""
+    shape = template.normalized_shape
+    over_rows, over_channels = _PLACES[kind, "act" in module._modules]
+    yield _proposal(kind, template, _row_shapes(shape), over_rows, names, options)
+    for size in ((3, 2), (3,)) if len(shape) == 1 else ():
+        yield _proposal(kind, template, [(2, *shape, *size)], over_channels, names, options)
+
+
+def _row_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The first for the numbers, the others for what depends on the number of dimensions."""
+    shapes = [(2, 3, *shape), (5, *shape)]
+    if len(shape) == 1 and shape[0] <= 256:
+        shapes.append((1, *shape, 1, *shape))  # a norm over dimension 1 runs, too, and has other results
+    return shapes
+
+
+def _batch(module: nn.modules.batchnorm._BatchNorm, core: type) -> Iterator[Proposal]:
+    base = next(base for base in _BATCH_NORMS if issubclass(core, base))
+    channels = module.num_features
+    _refuse_more_state(module, {"weight", "bias"}, {"running_mean", "running_var", "num_batches_tracked"})
+    is_affine = _is_affine(module, channels)
+    ours = _BATCH_NORMS[base]
+    template = ours(
+        channels, module.eps, module.momentum, is_affine, module.track_running_stats,
+        device=_META, **({"process_group": module.process_group} if ours is SyncBatchNorm else {}),
+    )  # fmt: skip
+    shapes = {
+        BatchNorm1d: [(6, channels), (4, channels, 3)], BatchNorm3d: [(2, channels, 2, 2, 3)],
+    }.get(ours, [(3, channels, 2, 3)])  # fmt: skip
+    if ours is SyncBatchNorm and core is not nn.SyncBatchNorm:
+        raise _Unfit("subclasses of SyncBatchNorm can't be compared in one process")
+    has_act = "act" in module._modules
+    if has_act and ours is not BatchNorm2d:
+        raise _Unfit("of the batch norms, only BatchNorm2d can have an activation module")
+    yield _proposal("batch", template, shapes, adapted.BatchNormAct2d if has_act else None)
+
+
+def _group(module: nn.GroupNorm, core: type) -> Iterator[Proposal]:
+    channels = module.num_channels
+    _refuse_more_state(module, {"weight", "bias"})
+    template = GroupNorm(module.num_groups, channels, module.eps, _is_affine(module, channels), device=_META)
+    target = adapted.GroupNormAct if "act" in module._modules else None
+    yield _proposal("group", template, [(2, channels, 3, 2), (3, channels, 4)], target)
+
+
+def _by_structure(module: nn.Module) -> Iterator[Proposal]:
+    """For classes that are not torch's: at most a weight and a bias of one dimension, and one eps."""
+    parameters = {name: p for name, p in own_parameters(module).items() if p is not None}
+    _refuse_more_state(module, set(parameters))
+    eps = _eps_of(module)
+    shapes = {tuple(p.shape) for p in parameters.values()}
+    if len(parameters) > 2 or len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
+        raise _Unfit("its parameters are not a weight, or a weight and a bias, of one dimension")
+    if not parameters:
+        shapes = [(2, 3, 24), (5, 40), (1, 6, 2, 6)]
+        yield _proposal("rms", adapted.UnweightedRMSNorm(eps), shapes)
+        return
+    width = shapes.pop()
+    orders = [tuple(parameters)] if len(parameters) == 1 else [tuple(parameters), tuple(reversed(parameters))]
+    for order in orders:
+        names = tuple((o, n) for o, n in zip(("weight", "bias"), order, strict=False) if o != n)
+        if set(dict(names)) & set(parameters):
+            continue  # what is called weight is no bias
+        if len(order) == 1:
+            yield from _rmses(module, width, eps, True, names)
+        yield from _layers(module, width, eps, True, len(order) == 2, names)
+
+
+def _eps_of(module: nn.Module) -> float:
+    """Of any of its usual names, all of which have eps in them."""
+    found = {value for key, value in vars(module).items() if "eps" in key.lower() and type(value) is float}
+    if len(found) != 1:
+        raise _Unfit("it has no eps among its attributes" if not found else "it has several attributes named eps")
+    return found.pop()
+
+
+def _is_structured_as_norm(module: nn.Module) -> bool:
+    """A weight and perhaps a bias of one dimension, and an eps, in whatever class."""
+    parameters = [p for p in own_parameters(module).values() if p is not None]
+    has_eps = any("eps" in key.lower() and type(value) is float for key, value in vars(module).items())
+    return has_eps and 1 <= len(parameters) <= 2 and all(p.dim() == 1 for p in parameters)
+
+
+def _is_affine(module: nn.Module, channels: int) -> bool:
+    has_weight, has_bias = _has_parameters(module, (channels,))
+    if has_weight != has_bias:
+        raise _Unfit("it has one of weight and bias without the other")
+    return has_weight
+
+
+def _has_parameters(module: nn.Module, shape: tuple[int, ...]) -> tuple[bool, bool]:
+    """Whether there are a weight and a bias, which must have the shape; a parametrization computes it from any."""
+    parameters = own_parameters(module)
+    for name in ("weight", "bias"):
+        parameter = module._parameters.get(name)
+        if parameter is not None and tuple(parameter.shape) != shape:
+            raise _Unfit(f"its {name} has the shape {list(parameter.shape)}, not {list(shape)}")
+    return parameters.get("weight") is not None, parameters.get("bias") is not None
+
+
+# by kind, and by whether there is an activation: over the last dimensions, and over the channels
+_PLACES = {
+    ("layer", False): (LayerNorm, adapted.LayerNorm2d),
+    ("layer", True): (adapted.LayerNormAct, adapted.LayerNormAct2d),
+    ("rms", False): (RMSNorm, adapted.RMSNorm2d),
+    ("rms", True): (adapted.RMSNormAct, adapted.RMSNormAct2d),
+}
+_BASES = {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "batch": tuple(_BATCH_NORMS), "group": nn.GroupNorm}
+_PROPOSERS: dict[str, Callable[..., Iterator[Proposal]]] = {
+    "layer": _layer, "rms": _rms, "batch": _batch, "group": _group
+}  # fmt: skip

@@ -1,0 +1,249 @@
+"""Runs a norm beside what is to replace it, on random inputs, forward and backward.
+
+Neither is the user's module: they are twins, of its class and with its attributes, but with random parameters and
+statistics of their own and without hooks. So running them leaves no trace; and parameters that happen to be ones and
+zeros, as at the start of a training, can't hide what the module does with them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .recognise import MODULE_STATE, Proposal, Proposals, own_parameters
+from .swap import combined, core_of
+
+# of the largest value of each result; half dtypes: where the original rounds more often, or reduces in them
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_HALVES = (torch.float16, torch.bfloat16)
+_CONTAINERS = (list, dict, set)
+_VALUES = (bool, int, float, str, tuple, type(None))
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """One run. parameters: their dtype, None being the module's own; scale: of the input."""
+
+    shape: tuple[int, ...]
+    input: torch.dtype
+    parameters: torch.dtype | None = None
+    scale: float = 1.0
+    training: bool = True
+    autocast: bool = False
+    is_optional: bool = False  # the original may refuse it
+
+    def __str__(self) -> str:
+        parameters = f" with {_short(self.parameters)} parameters" if self.parameters else ""
+        autocast = " under autocast" if self.autocast else ""
+        mode = "" if self.training else " in evaluation"
+        return f"{_short(self.input)} input {list(self.shape)}{parameters}{autocast}{mode}"
+
+
+class _Disagreement(Exception):
+    """What differs, and by how much: the share of the largest value, or infinity."""
+
+    def __init__(self, what: str, error: float = math.inf) -> None:
+        super().__init__(what)
+        self.error = error
+
+
+def verified(module: nn.Module, proposals: Proposals) -> tuple[Proposal | None, str]:
+    """The proposal that does what the module does and rounds most alike; without one, None and the reason."""
+    best: tuple[float, Proposal] | None = None
+    closest: tuple[float, str] | None = None
+    known: dict[_Probe, dict[str, Tensor] | str] = {}
+    for proposal in proposals.found:
+        try:
+            error = _total_error(module, proposal, proposals.is_certain, known)
+        except _Disagreement as disagreement:
+            if closest is None or disagreement.error < closest[0]:
+                closest = disagreement.error, f"{proposal}: {disagreement}"
+            continue
+        if best is None or error < best[0]:
+            best = error, proposal
+    if best is not None:
+        return best[1], ""
+    assert closest is not None, "there is a proposal"
+    return None, f"not {closest[1]}"
+
+
+def likeness(module: nn.Module) -> tuple:
+    """Equal for modules whose twins are equal, bit by bit: of them, one run tells all."""
+    tensors = [(key, None if t is None else (tuple(t.shape), t.dtype, t.device))
+               for key, t in (*own_parameters(module).items(), *module._buffers.items())]  # fmt: skip
+    attributes = {key: value for key, value in vars(module).items() if key not in MODULE_STATE}
+    values = [(key, value if isinstance(value, _VALUES) else id(value)) for key, value in attributes.items()]
+    children = [(key, child and likeness(child)) for key, child in module._modules.items()]
+    return type(module), module.training, tuple(tensors), tuple(values), tuple(children)
+
+
+def own_tensor(module: nn.Module) -> Tensor:
+    """Empty, of the module's dtype and device, which are taken for its input's."""
+    tensors = [*own_parameters(module).values(), *module._buffers.values()]
+    floating = [t for t in tensors if t is not None and t.is_floating_point()]
+    return torch.empty(0, dtype=floating[0].dtype, device=floating[0].device) if floating else torch.empty(0)
+
+
+def _total_error(
+    module: nn.Module, proposal: Proposal, is_certain: bool, known: dict[_Probe, dict[str, Tensor] | str]
+) -> float:
+    """Of all results in all probes; raises _Disagreement at the first one that is too large."""
+    core = core_of(type(module))
+    reference = nn.BatchNorm2d if core is nn.SyncBatchNorm else core  # the same, where there is one process
+    ours = combined(proposal.target, core, proposal.names)
+    total = 0.0
+    for probe in _probes(module, proposal, is_certain):
+        if probe not in known:
+            try:
+                known[probe] = _run(_twin(module, reference, probe), probe, may_change=is_certain)
+            except Exception as error:  # noqa: BLE001  other people's code may raise anything; the report shows it
+                known[probe] = f"raises {type(error).__name__} for {probe}: {error}"
+        expected = known[probe]
+        if isinstance(expected, str):
+            if not probe.is_optional:
+                raise _Disagreement(f"the original {expected}")
+            continue
+        twin = _twin(module, ours, probe)
+        vars(twin).update(proposal.attributes)
+        try:
+            actual = _run(twin, probe, may_change=True)
+        except Exception as error:  # one norm that can't be tried must not end the conversion
+            raise _Disagreement(f"raises {type(error).__name__} for {probe}: {error}") from error
+        total += sum(_errors(expected, actual, probe, is_certain))
+    return total
+
+
+def _probes(module: nn.Module, proposal: Proposal, is_certain: bool) -> Iterator[_Probe]:
+    first, *others = proposal.shapes
+    own, eps = own_tensor(module).dtype, proposal.attributes["eps"]
+    probe = _Probe(first, own)
+    synchronised = proposal.operation == "sync_batch_norm"  # in training, processes would wait for each other
+    if not synchronised:
+        yield probe
+    if synchronised or proposal.kind == "batch" or not is_certain:
+        yield replace(probe, training=False)
+    for shape in others:
+        yield replace(probe, shape=shape, training=not synchronised, is_optional=not is_certain)
+    tiny = math.sqrt(eps) if eps else 1.0  # of eps's size, so that it shows what is done with it
+    if is_certain:
+        if own not in _HALVES and not synchronised:
+            yield replace(probe, scale=tiny)
+        return
+    single = replace(probe, input=torch.float32, parameters=torch.float32)
+    yield single
+    yield replace(single, scale=tiny)
+    # the dtypes of a model that is cast, or under autocast: they tell the kinds of rounding apart
+    half = replace(probe, input=torch.bfloat16, parameters=torch.bfloat16, is_optional=True)
+    yield from (half, replace(half, input=torch.float32), replace(half, parameters=torch.float32))
+    yield from (replace(single, autocast=True), replace(half, parameters=torch.float32, autocast=True))
+
+
+def _twin(module: nn.Module, cls: type, probe: _Probe | None) -> nn.Module:
+    """A module of the class with the module's attributes, twins of its children, and random tensors of its shapes.
+
+    probe: for its dtype; None is for children, which keep theirs, and their values.
+    """
+    twin = object.__new__(cls)
+    state = dict(vars(nn.Module()))
+    state |= {key: value for key, value in vars(module).items() if key not in MODULE_STATE}
+    state |= {key: value.copy() for key, value in state.items() if isinstance(value, _CONTAINERS)}
+    generator = torch.Generator().manual_seed(1)
+    for key, tensors in (("_parameters", own_parameters(module)), ("_buffers", module._buffers)):
+        made = {name: t if t is None else _tensor(name, t, probe, generator) for name, t in tensors.items()}
+        if key == "_parameters":
+            made = {name: t if t is None else nn.Parameter(t) for name, t in made.items()}
+        state[key] = made
+    children = ((name, child) for name, child in module._modules.items() if name != "parametrizations")
+    state["_modules"] = {name: child and _twin(child, type(child), None) for name, child in children}
+    vars(twin).update(state)
+    twin.training = module.training if probe is None else probe.training
+    if probe is not None:
+        nn.Module.train(twin, probe.training)
+    return twin
+
+
+def _tensor(name: str, like: Tensor, probe: _Probe | None, generator: torch.Generator) -> Tensor:
+    device = torch.device("cpu") if like.is_meta else like.device
+    if probe is None and not like.is_meta:
+        return like.detach().clone()
+    if not like.is_floating_point():
+        return torch.full(like.shape, 3, dtype=like.dtype, device=device)
+    dtype = like.dtype if probe is None or probe.parameters is None else probe.parameters
+    values = torch.randn(like.shape, generator=generator)
+    values = values.abs() + 0.5 if name == "running_var" else 0.75 + 0.5 * values
+    return values.to(device, dtype)
+
+
+def _run(twin: nn.Module, probe: _Probe, may_change: bool) -> dict[str, Tensor]:
+    """The output, the gradients and the buffers afterwards.
+
+    may_change: whether the forward may change attributes; a swap would end that.
+    """
+    generator = torch.Generator().manual_seed(2)
+    device = next((t.device for t in (*twin._parameters.values(), *twin._buffers.values()) if t is not None),
+                  torch.device("cpu"))  # fmt: skip
+    x = probe.scale * (0.5 + torch.randn(probe.shape, generator=generator))
+    x = x.to(device, probe.input).requires_grad_()
+    before = _attributes(twin)
+    accelerators = [] if device.type == "cpu" else [device]
+    with (
+        torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda"),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, dtype=torch.bfloat16, enabled=probe.autocast),
+    ):
+        y = type(twin).forward(twin, x)  # past __call__, where hooks of all modules would see it
+    if not isinstance(y, Tensor):
+        raise TypeError(f"the result is a {type(y).__name__}, not a tensor")
+    if not may_change and before != _attributes(twin):
+        raise RuntimeError("its forward changes its attributes")
+    leaves = {"the input's gradient": x}
+    leaves |= {f"{name}'s gradient": p for name, p in twin._parameters.items() if p is not None}
+    dy = torch.randn(y.shape, generator=generator).to(y)
+    grads = torch.autograd.grad(y, list(leaves.values()), dy)
+    buffers = {name: b for name, b in twin._buffers.items() if b is not None}
+    return {"the output": y.detach(), **dict(zip(leaves, grads, strict=True)), **buffers}
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """What of a module can be compared: its containers copied, tensors and objects by identity."""
+    result = {}
+    for key, value in vars(module).items():
+        if key in MODULE_STATE:
+            continue
+        if isinstance(value, _CONTAINERS):
+            value = value.copy()
+        elif not isinstance(value, _VALUES):
+            value = id(value)
+        result[key] = value
+    return result
+
+
+def _errors(
+    expected: dict[str, Tensor], actual: dict[str, Tensor], probe: _Probe, is_certain: bool
+) -> Iterator[float]:
+    dtypes = {probe.input, probe.parameters or probe.input} | ({torch.bfloat16} if probe.autocast else set())
+    tolerance = max(TOLERANCES[dtype] for dtype in dtypes)
+    if not is_certain:
+        tolerance = max(tolerance, TOLERANCES[torch.float32])  # many compute in float32, whatever the input is
+    for name, right in expected.items():
+        ours = actual[name]
+        if (ours.dtype, ours.shape) != (right.dtype, right.shape):
+            raise _Disagreement(
+                f"{name} is {_short(ours.dtype)} {list(ours.shape)}, the original's "
+                f"{_short(right.dtype)} {list(right.shape)}, for {probe}"
+            )
+        right, ours = right.double(), ours.double()
+        error = ((ours - right).abs().max() / right.abs().max().clamp(min=1e-30)).item() if right.numel() else 0.0
+        if not error <= tolerance:
+            raise _Disagreement(f"{name} differs by {error:.1e} of its largest value for {probe}", error)
+        yield error
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
