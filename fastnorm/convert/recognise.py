@@ -90,7 +90,7 @@ def proposals(module: nn.Module, kinds: tuple[str, ...]) -> Proposals:
         return Proposals(obstacle="TorchScript has compiled it")
     try:
         _refuse_changed_calls(module, core)
-        if nn.parameter.is_lazy(next(module.parameters(recurse=False), torch.empty(0))):
+        if any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False)):
             raise _Unfit("it is lazy: run the model once before")
         kind = next((kind for kind, base in _BASES.items() if issubclass(core, base)), None)
         is_certain = core in (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, *_BATCH_NORMS)

@@ -86,7 +86,7 @@ def own_tensor(module: nn.Module) -> Tensor:
     """Empty, of the module's dtype and device, which are taken for its input's."""
     tensors = [*own_parameters(module).values(), *module._buffers.values()]
     floating = [t for t in tensors if t is not None and t.is_floating_point()]
-    return torch.empty(0, dtype=floating[0].dtype, device=floating[0].device) if floating else torch.empty(0)
+    return torch.empty(0, dtype=floating[0].dtype, device=floating[0].device) if floating else torch.empty(0, device="cpu")
 
 
 def _total_error(
@@ -174,7 +174,7 @@ def _tensor(name: str, like: Tensor, probe: _Probe | None, generator: torch.Gene
     if not like.is_floating_point():
         return torch.full(like.shape, 3, dtype=like.dtype, device=device)
     dtype = like.dtype if probe is None or probe.parameters is None else probe.parameters
-    values = torch.randn(like.shape, generator=generator)
+    values = torch.randn(like.shape, generator=generator, device="cpu")
     values = values.abs() + 0.5 if name == "running_var" else 0.75 + 0.5 * values
     return values.to(device, dtype)
 
@@ -187,7 +187,7 @@ def _run(twin: nn.Module, probe: _Probe, may_change: bool) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(2)
     device = next((t.device for t in (*twin._parameters.values(), *twin._buffers.values()) if t is not None),
                   torch.device("cpu"))  # fmt: skip
-    x = probe.scale * (0.5 + torch.randn(probe.shape, generator=generator))
+    x = probe.scale * (0.5 + torch.randn(probe.shape, generator=generator, device="cpu"))
     x = x.to(device, probe.input).requires_grad_()
     before = _attributes(twin)
     accelerators = [] if device.type == "cpu" else [device]
@@ -204,7 +204,7 @@ def _run(twin: nn.Module, probe: _Probe, may_change: bool) -> dict[str, Tensor]:
         raise RuntimeError("its forward changes its attributes")
     leaves = {"the input's gradient": x}
     leaves |= {f"{name}'s gradient": p for name, p in twin._parameters.items() if p is not None}
-    dy = torch.randn(y.shape, generator=generator).to(y)
+    dy = torch.randn(y.shape, generator=generator, device="cpu").to(y)
     grads = torch.autograd.grad(y, list(leaves.values()), dy)
     buffers = {name: b for name, b in twin._buffers.items() if b is not None}
     return {"the output": y.detach(), **dict(zip(leaves, grads, strict=True)), **buffers}
