@@ -36,6 +36,7 @@ class _Probe:
     training: bool = True
     autocast: bool = False
     is_optional: bool = False  # the original may refuse it
+    is_activated: bool = False
 
     def __str__(self) -> str:
         parameters = f" with {_short(self.parameters)} parameters" if self.parameters else ""
@@ -86,7 +87,8 @@ def own_tensor(module: nn.Module) -> Tensor:
     """Empty, of the module's dtype and device, which are taken for its input's."""
     tensors = [*own_parameters(module).values(), *module._buffers.values()]
     floating = [t for t in tensors if t is not None and t.is_floating_point()]
-    return torch.empty(0, dtype=floating[0].dtype, device=floating[0].device) if floating else torch.empty(0, device="cpu")
+    like = floating[0] if floating else torch.empty(0, device="cpu")
+    return torch.empty(0, dtype=like.dtype, device=like.device)
 
 
 def _total_error(
@@ -121,7 +123,7 @@ def _total_error(
 def _probes(module: nn.Module, proposal: Proposal, is_certain: bool) -> Iterator[_Probe]:
     first, *others = proposal.shapes
     own, eps = own_tensor(module).dtype, proposal.attributes["eps"]
-    probe = _Probe(first, own)
+    probe = _Probe(first, own, is_activated="act" in module._modules)
     synchronised = proposal.operation == "sync_batch_norm"  # in training, processes would wait for each other
     if not synchronised:
         yield probe
@@ -174,9 +176,28 @@ def _tensor(name: str, like: Tensor, probe: _Probe | None, generator: torch.Gene
     if not like.is_floating_point():
         return torch.full(like.shape, 3, dtype=like.dtype, device=device)
     dtype = like.dtype if probe is None or probe.parameters is None else probe.parameters
-    values = torch.randn(like.shape, generator=generator, device="cpu")
-    values = values.abs() + 0.5 if name == "running_var" else 0.75 + 0.5 * values
+    values = torch.rand(like.shape, generator=generator, device="cpu")
+    if name == "running_mean":
+        values = 0.4 + 0.2 * values
+    elif name == "bias":
+        values = 0.4 * values - 0.2
+    else:
+        signs = 1.0 if name == "running_var" else torch.randn(like.shape, generator=generator, device="cpu").sign()
+        values = (0.75 + 0.5 * values) * signs
     return values.to(device, dtype)
+
+
+def _input(probe: _Probe, generator: torch.Generator) -> Tensor:
+    """Normal numbers around 1/2; or, for what has an activation, 1/2 ± about 1 by turns along every dimension.
+
+    With the twins' weights and biases, none of the latter comes near to zero, where the gradient of a ReLU jumps and
+    every other rounding shows.
+    """
+    values = torch.randn(probe.shape, generator=generator, device="cpu")
+    if probe.is_activated:
+        turns = sum(torch.meshgrid(*(torch.arange(n, device="cpu") for n in probe.shape), indexing="ij")) % 2
+        values = (2 * turns - 1) * (1 + 0.1 * values.clamp(-2, 2))
+    return probe.scale * (0.5 + values)
 
 
 def _run(twin: nn.Module, probe: _Probe, may_change: bool) -> dict[str, Tensor]:
@@ -187,8 +208,7 @@ def _run(twin: nn.Module, probe: _Probe, may_change: bool) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(2)
     device = next((t.device for t in (*twin._parameters.values(), *twin._buffers.values()) if t is not None),
                   torch.device("cpu"))  # fmt: skip
-    x = probe.scale * (0.5 + torch.randn(probe.shape, generator=generator, device="cpu"))
-    x = x.to(device, probe.input).requires_grad_()
+    x = _input(probe, generator).to(device, probe.input).requires_grad_()
     before = _attributes(twin)
     accelerators = [] if device.type == "cpu" else [device]
     with (
