@@ -251,7 +251,7 @@ class PerHead(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape) * self.weight + self.bias
 
 
-class NoEps(nn.Module):
+class NoEpsNorm(nn.Module):
     """OLMo's: eps is written into the forward."""
 
     def __init__(self, width: int) -> None:

@@ -202,16 +202,19 @@ def _placed(
     shape = template.normalized_shape
     over_rows, over_channels = _PLACES[kind, "act" in module._modules]
     yield _proposal(kind, template, _row_shapes(shape), over_rows, names, options)
-    for size in ((3, 2), (3,)) if len(shape) == 1 else ():
-        yield _proposal(kind, template, [(2, *shape, *size)], over_channels, names, options)
+    if len(shape) == 1:
+        for map_shapes in ([(2, *shape, 3, 2), *_ambiguous(shape, 3)], [(2, *shape, 3), *_ambiguous(shape, 4)]):
+            yield _proposal(kind, template, map_shapes, over_channels, names, options)
 
 
 def _row_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     """The first for the numbers, the others for what depends on the number of dimensions."""
-    shapes = [(2, 3, *shape), (5, *shape)]
-    if len(shape) == 1 and shape[0] <= 256:
-        shapes.append((1, *shape, 1, *shape))  # a norm over dimension 1 runs, too, and has other results
-    return shapes
+    return [(2, 3, *shape), (5, *shape), *_ambiguous(shape, 4)]
+
+
+def _ambiguous(shape: tuple[int, ...], dims: int) -> list[tuple[int, ...]]:
+    """Both a norm over dimension 1 and one over the last accept it, and their results differ."""
+    return [(1, *shape, *[1] * (dims - 3), *shape)] if len(shape) == 1 and shape[0] <= 256 else []
 
 
 def _batch(module: nn.modules.batchnorm._BatchNorm, core: type) -> Iterator[Proposal]:

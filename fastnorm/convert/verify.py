@@ -22,7 +22,7 @@ from .swap import combined, core_of
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _HALVES = (torch.float16, torch.bfloat16)
 _CONTAINERS = (list, dict, set)
-_VALUES = (bool, int, float, str, tuple, type(None))
+_VALUES = (bool, int, float, str, torch.dtype, type(None))
 
 
 @dataclass(frozen=True)
@@ -46,24 +46,29 @@ class _Probe:
 
 
 class _Disagreement(Exception):
-    """What differs, and by how much: the share of the largest value, or infinity."""
+    """What differs; rank: how near it came, by the number of probes that agreed, and by the last one's error."""
 
     def __init__(self, what: str, error: float = math.inf) -> None:
         super().__init__(what)
-        self.error = error
+        self.error, self.agreed = error, 0
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        return self.agreed, -self.error
 
 
+@torch.inference_mode(False)
 def verified(module: nn.Module, proposals: Proposals) -> tuple[Proposal | None, str]:
     """The proposal that does what the module does and rounds most alike; without one, None and the reason."""
     best: tuple[float, Proposal] | None = None
-    closest: tuple[float, str] | None = None
+    closest: tuple[tuple[int, float], str] | None = None
     known: dict[_Probe, dict[str, Tensor] | str] = {}
     for proposal in proposals.found:
         try:
             error = _total_error(module, proposal, proposals.is_certain, known)
         except _Disagreement as disagreement:
-            if closest is None or disagreement.error < closest[0]:
-                closest = disagreement.error, f"{proposal}: {disagreement}"
+            if closest is None or disagreement.rank > closest[0]:
+                closest = disagreement.rank, f"{proposal}: {disagreement}"
             continue
         if best is None or error < best[0]:
             best = error, proposal
@@ -75,12 +80,16 @@ def verified(module: nn.Module, proposals: Proposals) -> tuple[Proposal | None, 
 
 def likeness(module: nn.Module) -> tuple:
     """Equal for modules whose twins are equal, bit by bit: of them, one run tells all."""
-    tensors = [(key, None if t is None else (tuple(t.shape), t.dtype, t.device))
+    tensors = [(key, t if t is None or nn.parameter.is_lazy(t) else (tuple(t.shape), t.dtype, t.device))
                for key, t in (*own_parameters(module).items(), *module._buffers.items())]  # fmt: skip
-    attributes = {key: value for key, value in vars(module).items() if key not in MODULE_STATE}
-    values = [(key, value if isinstance(value, _VALUES) else id(value)) for key, value in attributes.items()]
+    attributes = [(k, v if _is_value(v) else id(v)) for k, v in vars(module).items() if k not in MODULE_STATE]
     children = [(key, child and likeness(child)) for key, child in module._modules.items()]
-    return type(module), module.training, tuple(tensors), tuple(values), tuple(children)
+    return type(module), module.training, tuple(tensors), tuple(attributes), tuple(children)
+
+
+def _is_value(attribute: Any) -> bool:
+    """Whether equality says that it is the same."""
+    return type(attribute) in _VALUES or (type(attribute) is tuple and all(map(_is_value, attribute)))
 
 
 def own_tensor(module: nn.Module) -> Tensor:
@@ -94,30 +103,36 @@ def own_tensor(module: nn.Module) -> Tensor:
 def _total_error(
     module: nn.Module, proposal: Proposal, is_certain: bool, known: dict[_Probe, dict[str, Tensor] | str]
 ) -> float:
-    """Of all results in all probes; raises _Disagreement at the first one that is too large."""
+    """The largest of each probe, added up; raises _Disagreement at the first one that is too large."""
     core = core_of(type(module))
     reference = nn.BatchNorm2d if core is nn.SyncBatchNorm else core  # the same, where there is one process
     ours = combined(proposal.target, core, proposal.names)
     total = 0.0
-    for probe in _probes(module, proposal, is_certain):
+    for agreed, probe in enumerate(_probes(module, proposal, is_certain)):
         if probe not in known:
             try:
                 known[probe] = _run(_twin(module, reference, probe), probe, may_change=is_certain)
             except Exception as error:  # noqa: BLE001  other people's code may raise anything; the report shows it
                 known[probe] = f"raises {type(error).__name__} for {probe}: {error}"
         expected = known[probe]
-        if isinstance(expected, str):
-            if not probe.is_optional:
-                raise _Disagreement(f"the original {expected}")
-            continue
-        twin = _twin(module, ours, probe)
-        vars(twin).update(proposal.attributes)
         try:
-            actual = _run(twin, probe, may_change=True)
-        except Exception as error:  # one norm that can't be tried must not end the conversion
-            raise _Disagreement(f"raises {type(error).__name__} for {probe}: {error}") from error
-        total += sum(_errors(expected, actual, probe, is_certain))
+            if not isinstance(expected, str):
+                twin = _twin(module, ours, probe)
+                vars(twin).update(proposal.attributes)
+                total += _largest_error(expected, _tried(twin, probe), probe, is_certain)
+            elif not probe.is_optional:
+                raise _Disagreement(f"the original {expected}")
+        except _Disagreement as disagreement:
+            disagreement.agreed = agreed
+            raise
     return total
+
+
+def _tried(twin: nn.Module, probe: _Probe) -> dict[str, Tensor]:
+    try:
+        return _run(twin, probe, may_change=True)
+    except Exception as error:  # one norm that can't be tried must not end the conversion
+        raise _Disagreement(f"raises {type(error).__name__} for {probe}: {error}") from error
 
 
 def _probes(module: nn.Module, proposal: Proposal, is_certain: bool) -> Iterator[_Probe]:
@@ -220,6 +235,8 @@ def _run(twin: nn.Module, probe: _Probe, may_change: bool) -> dict[str, Tensor]:
         y = type(twin).forward(twin, x)  # past __call__, where hooks of all modules would see it
     if not isinstance(y, Tensor):
         raise TypeError(f"the result is a {type(y).__name__}, not a tensor")
+    if y.shape != x.shape:
+        raise TypeError(f"the result has the shape {list(y.shape)}")
     if not may_change and before != _attributes(twin):
         raise RuntimeError("its forward changes its attributes")
     leaves = {"the input's gradient": x}
@@ -238,19 +255,20 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
             continue
         if isinstance(value, _CONTAINERS):
             value = value.copy()
-        elif not isinstance(value, _VALUES):
+        elif not _is_value(value):
             value = id(value)
         result[key] = value
     return result
 
 
-def _errors(
+def _largest_error(
     expected: dict[str, Tensor], actual: dict[str, Tensor], probe: _Probe, is_certain: bool
-) -> Iterator[float]:
+) -> float:
     dtypes = {probe.input, probe.parameters or probe.input} | ({torch.bfloat16} if probe.autocast else set())
     tolerance = max(TOLERANCES[dtype] for dtype in dtypes)
     if not is_certain:
         tolerance = max(tolerance, TOLERANCES[torch.float32])  # many compute in float32, whatever the input is
+    largest = 0.0
     for name, right in expected.items():
         ours = actual[name]
         if (ours.dtype, ours.shape) != (right.dtype, right.shape):
@@ -262,7 +280,8 @@ def _errors(
         error = ((ours - right).abs().max() / right.abs().max().clamp(min=1e-30)).item() if right.numel() else 0.0
         if not error <= tolerance:
             raise _Disagreement(f"{name} differs by {error:.1e} of its largest value for {probe}", error)
-        yield error
+        largest = max(largest, error)
+    return largest
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -1,0 +1,419 @@
+"""convert and revert: what is swapped, what is left, and that nothing but the class of a norm changes."""
+
+import copy
+import io
+import json
+
+import foreign_norms as foreign
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+
+import fastnorm
+
+ROWS, MAPS = (2, 5, 16), (2, 16, 5, 3)
+RELU, SILU = lambda: nn.ReLU(inplace=True), lambda: nn.SiLU(inplace=True)
+
+STOCK = {
+    "LayerNorm": (lambda: nn.LayerNorm(16), ROWS, "LayerNorm", "layer"),
+    "LayerNorm, no bias": (lambda: nn.LayerNorm((5, 16), 1e-3, bias=False), ROWS, "LayerNorm", "layer"),
+    "LayerNorm, bare": (lambda: nn.LayerNorm(16, elementwise_affine=False), ROWS, "LayerNorm", "layer"),
+    "RMSNorm": (lambda: nn.RMSNorm(16), ROWS, "RMSNorm", "rms"),
+    "RMSNorm, eps": (lambda: nn.RMSNorm([5, 16], eps=1e-4), ROWS, "RMSNorm", "rms"),
+    "BatchNorm1d": (lambda: nn.BatchNorm1d(16, momentum=0.3), (6, 16), "BatchNorm1d", "batch"),
+    "BatchNorm2d": (lambda: nn.BatchNorm2d(16), MAPS, "BatchNorm2d", "batch"),
+    "BatchNorm2d, cumulative": (lambda: nn.BatchNorm2d(16, momentum=None), MAPS, "BatchNorm2d", "batch"),
+    "BatchNorm2d, no statistics": (lambda: nn.BatchNorm2d(16, track_running_stats=False), MAPS, "BatchNorm2d", "batch"),
+    "BatchNorm3d": (lambda: nn.BatchNorm3d(16, affine=False), (2, 16, 2, 3, 2), "BatchNorm3d", "batch"),
+    "GroupNorm": (lambda: nn.GroupNorm(4, 16), MAPS, "GroupNorm", "group"),
+}
+FOREIGN = {
+    "Llama": (lambda: foreign.LlamaLike(16), ROWS, "RMSNorm(rounding='llama')", "rms"),
+    "OLMo": (lambda: foreign.OlmoLike(16), ROWS, "RMSNorm", "rms"),
+    "Gemma": (lambda: foreign.GemmaLike(16), ROWS, "RMSNorm(zero_centered=True)", "rms"),
+    "T5": (lambda: foreign.T5Like(16), ROWS, "WeightTypedRMSNorm", "rms"),
+    "no weight": (lambda: foreign.UnweightedNorm(), ROWS, "UnweightedRMSNorm", "rms"),
+    "Cohere": (lambda: foreign.CohereLike(16), ROWS, "LayerNorm", "layer"),
+    "other names": (lambda: foreign.OtherNames(16), ROWS, "LayerNorm", "layer"),
+    "timm LayerNorm": (lambda: foreign.TimmLayerNorm(16), ROWS, "LayerNorm", "layer"),
+    "Nemotron": (lambda: foreign.OnePlusLayerNorm(16), ROWS, "LayerNorm(zero_centered=True)", "layer"),
+    "timm LayerNorm2d": (lambda: foreign.LayerNorm2d(16), MAPS, "LayerNorm2d", "layer"),
+    "channels first": (lambda: foreign.EitherLayerNorm(16, "channels_first"), MAPS, "LayerNorm2d", "layer"),
+    "channels last": (lambda: foreign.EitherLayerNorm(16, "channels_last"), ROWS, "LayerNorm", "layer"),
+    "SqueezeBERT": (lambda: foreign.SequenceLayerNorm(16), (2, 16, 5), "LayerNorm2d", "layer"),
+    "timm RmsNorm2d": (lambda: foreign.RmsNorm2d(16), MAPS, "RMSNorm2d(rounding='llama')", "rms"),
+    "BatchNorm + ReLU": (lambda: foreign.BatchNormAct2d(16, RELU()), MAPS, "BatchNormAct2d", "batch"),
+    "BatchNorm + SiLU": (lambda: foreign.BatchNormAct2d(16, SILU()), MAPS, "BatchNormAct2d", "batch"),
+    "BatchNorm + PReLU": (lambda: foreign.BatchNormAct2d(16, nn.PReLU()), MAPS, "BatchNormAct2d", "batch"),
+    "GroupNorm + SiLU": (lambda: foreign.GroupNormAct(16, 4, SILU()), MAPS, "GroupNormAct", "group"),
+    "GroupNorm + ReLU": (lambda: foreign.GroupNormAct(16, 4, RELU()), MAPS, "GroupNormAct", "group"),
+    "LayerNorm + GELU": (lambda: foreign.LayerNormAct(16, nn.GELU()), ROWS, "LayerNormAct", "layer"),
+}
+NORMS = STOCK | FOREIGN
+LEFT = {
+    "twice its base": (lambda: foreign.Doubled(16), "differs by"),
+    "counts its calls": (lambda: foreign.Counting(16), "changes its attributes"),
+    "keeps a log": (lambda: foreign.Logging(16), "changes its attributes"),
+    "unbiased deviation": (lambda: foreign.StdNorm(16), "differs by"),
+    "eps outside the root": (lambda: foreign.EpsOutside(16), "differs by"),
+    "other dimension of maps": (lambda: foreign.FirstOfFour(16), "differs by"),
+    "a gate": (lambda: foreign.Gated(16), "forward takes (x, gate=None)"),
+    "a weight per head": (lambda: foreign.PerHead(2, 16), "its weight has the shape [2, 16], not [16]"),
+    "no eps": (lambda: foreign.NoEpsNorm(16), "no eps"),
+    "two results": (lambda: foreign.PairNorm(16), "the result is a tuple"),
+    "writes into its input": (lambda: foreign.InPlace(16), "raises RuntimeError"),
+    "one parameter more": (lambda: foreign.WithState(16), "has no scale"),
+    "InstanceNorm": (lambda: nn.InstanceNorm2d(16), "fastnorm has no InstanceNorm2d"),
+    "lazy": (lambda: nn.LazyBatchNorm2d(), "lazy"),
+    "fastnorm's": (lambda: fastnorm.LayerNorm(16), "fastnorm's already"),
+}
+
+
+@pytest.fixture(autouse=True)
+def compiled_kernels():
+    """Not Triton's interpreter, which would be chosen in these tests and takes seconds for a verification."""
+    with fastnorm.use("native" if fastnorm.backend.statuses()["native"].available else "reference"):
+        yield
+
+
+class Holder(nn.Module):
+    """A model with the norm in the middle; without `model`, what a norm alone can't show."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({"norm": norm})])
+
+    def forward(self, x):
+        return self.layers[0]["norm"](x)
+
+
+def randomised(module: nn.Module) -> nn.Module:
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, 0.5)
+    return module
+
+
+def results(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """Output, gradients and buffers of a step, the state of the module as it was before."""
+    module = copy.deepcopy(module)
+    leaf = x.clone().requires_grad_()
+    y = module(leaf)
+    dy = torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, [leaf, *module.parameters()], dy), *module.buffers()]
+
+
+def assert_alike(actual: list[torch.Tensor], expected: list[torch.Tensor], dtype: torch.dtype) -> None:
+    # in halves the originals round up to three times where fastnorm does once, and sum their gradients in halves
+    tolerance = {"rtol": 0.03, "atol": 0.06} if dtype.itemsize == 2 else {"rtol": 1e-4, "atol": 2e-5}
+    for ours, right in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, right, **tolerance)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_swapped_and_back(name):
+    make, shape, replacement, kind = NORMS[name]
+    model = Holder(randomised(make()))
+    norm, x = model.layers[0]["norm"], torch.randn(shape)
+    before, kept, keys = type(norm), dict(vars(norm)), list(model.state_dict())
+    parameters, buffers = list(model.parameters()), list(model.buffers())
+    expected = results(model, x)
+    report = fastnorm.convert(model, norms=(kind,))
+    assert [(n.name, n.replacement) for n in report.swapped] == [("layers.0.norm", replacement)], str(report)
+    assert not report.left and model.layers[0]["norm"] is norm and isinstance(norm, before)
+    assert type(norm).__module__.startswith("fastnorm.") and type(norm) is not before
+    assert list(model.state_dict()) == keys
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert all(a is b for a, b in zip(model.buffers(), buffers, strict=True))
+    # a ReLU may go either way where its input is next to zero; at these seeds none does
+    assert_alike(results(model, x), expected, torch.float32)
+    assert fastnorm.revert(model) == ("layers.0.norm",)
+    assert type(norm) is before and vars(norm) == kept
+    assert fastnorm.revert(model) == ()
+
+
+@pytest.mark.parametrize("name", [n for n in FOREIGN if FOREIGN[n][3] == "rms"])
+def test_dtypes_of_a_model_that_is_cast_later(name):
+    """Converted in float32, and right in every mixture with bfloat16, where the kinds of RMS norm differ."""
+    make, shape, *_ = FOREIGN[name]
+    original = randomised(make())
+    converted = copy.deepcopy(original)
+    assert fastnorm.convert(converted).swapped
+    for parameters in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16):
+            for autocast in (False, True):
+                x = torch.randn(shape).to(dtype)
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    pair = [results(module.to(parameters), x) for module in (converted, original)]
+                assert [t.dtype for t in pair[0]] == [t.dtype for t in pair[1]]
+                assert_alike(*pair, torch.bfloat16 if torch.bfloat16 in (parameters, dtype) else dtype)
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "BatchNorm2d", "GroupNorm", "Llama", "timm LayerNorm2d", "T5"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_other_dtypes(name, dtype):
+    make, shape, replacement, _ = NORMS[name]
+    norm, x = randomised(make()).to(dtype), torch.randn(shape).to(dtype)
+    expected = results(norm, x)
+    assert [n.replacement for n in fastnorm.convert(norm).swapped] == [replacement]
+    assert_alike(results(norm, x), expected, dtype)
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_left_alone(name):
+    make, reason = LEFT[name]
+    model = Holder(make())
+    norm = model.layers[0]["norm"]
+    before, kept = type(norm), str(vars(norm))
+    report = fastnorm.convert(model)
+    assert [n.name for n in report.left] == ["layers.0.norm"] and not report.swapped
+    assert reason in report.left[0].reason
+    assert type(norm) is before and str(vars(norm)) == kept
+
+
+def test_other_modules_are_not_reported():
+    model = nn.Sequential(nn.Linear(4, 4), nn.PReLU(4), nn.Embedding(3, 4), foreign.UnweightedLike(), nn.Dropout())
+    assert fastnorm.convert(model).norms == ()
+
+
+def test_a_forward_of_the_object_is_left():
+    norm = nn.LayerNorm(8)
+    norm.forward = lambda x: x
+    (left,) = fastnorm.convert(nn.Sequential(norm)).left
+    assert "replaced" in left.reason
+
+
+def test_without_verify_only_types_count():
+    model = nn.Sequential(nn.LayerNorm(8), foreign.TimmLayerNorm(8), foreign.LlamaLike(8), nn.SyncBatchNorm(8))
+    report = fastnorm.convert(model, verify=False)
+    assert [n.name for n in report.swapped] == ["0", "3"]
+    assert all("verify=False" in n.reason for n in report.left)
+
+
+def test_kinds():
+    model = nn.Sequential(nn.LayerNorm(8), foreign.LlamaLike(8), nn.BatchNorm2d(8), nn.GroupNorm(2, 8))
+    for position, kind in enumerate(("layer", "rms", "batch", "group")):
+        report = fastnorm.convert(model, norms=[kind])
+        assert [n.name for n in report.swapped] == [str(position)] and len(report.left) == 3
+        fastnorm.revert(model)
+
+
+@pytest.mark.parametrize(
+    "arguments, error",
+    [(((lambda x: x),), TypeError), ((None,), TypeError), ((nn.LayerNorm(4), {"norms": "layer"}), TypeError),
+     ((nn.LayerNorm(4), {"norms": ("layer", "instance")}), ValueError)],
+)  # fmt: skip
+def test_bad_input(arguments, error):
+    model, options = arguments[0], arguments[1] if len(arguments) > 1 else {}
+    with pytest.raises(error, match="convert"):
+        fastnorm.convert(model, **options)
+    if not isinstance(model, nn.Module):
+        with pytest.raises(TypeError, match="revert takes a torch.nn.Module"):
+            fastnorm.revert(model)
+
+
+def test_verify_leaves_no_trace():
+    model = nn.Sequential(
+        nn.BatchNorm2d(16), foreign.BatchNormAct2d(16, RELU(), nn.Dropout2d(0.5)), nn.GroupNorm(4, 16).eval(),
+        foreign.LayerNorm2d(16), foreign.Logging(16), foreign.GemmaLike(16),
+    )  # fmt: skip
+    model[0].weight.grad = torch.ones(16)
+    calls = []
+    for module in model.modules():
+        module.register_forward_hook(lambda *_: calls.append("forward"))
+        module.register_full_backward_hook(lambda *_: calls.append("backward"))
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    modes, generator = [m.training for m in model.modules()], torch.get_rng_state()
+    with torch.no_grad(), torch.device("meta"):
+        report = fastnorm.convert(model)
+    assert len(report.swapped) == 5 and model[4].seen == [] and model[4].calls == 0
+    assert torch.equal(torch.get_rng_state(), generator) and calls == []
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert [p.grad is None for p in model.parameters()] == [False] + [True] * (len(list(model.parameters())) - 1)
+
+
+def test_hooks_and_sharing():
+    shared = nn.LayerNorm(8)
+    model = nn.ModuleDict({"first": shared, "second": nn.Sequential(shared, foreign.LlamaLike(8))})
+    seen = []
+    shared.register_forward_pre_hook(lambda module, args: seen.append(type(module)))
+    shared.weight.requires_grad_(False)
+    shared.register_state_dict_post_hook(lambda module, state, prefix, _: state.update({f"{prefix}extra": None}))
+    keys = list(model.state_dict())
+    report = fastnorm.convert(model)
+    assert [(n.name, n.aliases) for n in report.norms] == [("first", ("second.0",)), ("second.1", ())]
+    assert model["first"] is model["second"][0] is shared and not shared.weight.requires_grad
+    model["second"](torch.randn(2, 8))
+    assert seen == [fastnorm.LayerNorm] and list(model.state_dict()) == keys
+    assert "first = second.0" in str(report)
+
+
+def test_hooks_of_an_activation_fire():
+    norm, x = foreign.BatchNormAct2d(4), torch.randn(2, 4, 3, 3)
+    fastnorm.convert(norm)
+    assert norm.activation == "relu"
+    expected, seen = norm(x), []
+    norm.act.register_forward_hook(lambda *_: seen.append(1))
+    assert norm.activation is None
+    torch.testing.assert_close(norm(x), expected)
+    assert seen == [1]
+    norm.act = nn.Identity()
+    torch.testing.assert_close(norm(x).relu(), expected)
+
+
+class Exponential(nn.Module):
+    def forward(self, x):
+        return x.exp()
+
+
+@pytest.mark.parametrize("make", [lambda: nn.LayerNorm(8), lambda: foreign.LlamaLike(8)], ids=["torch", "foreign"])
+def test_parametrizations(make):
+    """Added before or after, taken off before or after: the class below is swapped, torch's class above it stays."""
+    x, model = torch.randn(3, 8), nn.Sequential(make())
+    plain = type(model[0])
+    parametrize.register_parametrization(model[0], "weight", Exponential())
+    parametrized, keys, y = type(model[0]), list(model.state_dict()), model(x)
+    assert fastnorm.convert(model).swapped
+    assert isinstance(model[0], (fastnorm.LayerNorm, fastnorm.RMSNorm)) and isinstance(model[0], plain)
+    assert list(model.state_dict()) == keys and parametrize.is_parametrized(model[0], "weight")
+    torch.testing.assert_close(model(x), y)
+    torch.testing.assert_close(copy.deepcopy(model)(x), y)
+    fastnorm.revert(model)
+    assert type(model[0]) is parametrized
+    fastnorm.convert(model)
+    parametrize.remove_parametrizations(model[0], "weight")
+    torch.testing.assert_close(model(x), y)
+    fastnorm.revert(model)
+    assert type(model[0]) is plain
+    fastnorm.convert(model)
+    parametrize.register_parametrization(model[0], "weight", Exponential())
+    y = model(x)
+    fastnorm.revert(model)
+    assert isinstance(model[0], plain) and not isinstance(model[0], (fastnorm.LayerNorm, fastnorm.RMSNorm))
+    torch.testing.assert_close(model(x), y)
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "Llama", "other names", "T5", "BatchNorm + ReLU", "no weight"])
+def test_copies_and_pickles(name):
+    make, shape, *_ = NORMS[name]
+    model = Holder(randomised(make()))
+    original, x = type(model.layers[0]["norm"]), torch.randn(shape)
+    fastnorm.convert(model)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    fresh = Holder(make())
+    fresh.load_state_dict(model.state_dict())
+    for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False), copy.copy(model)):
+        assert type(other.layers[0]["norm"]) is type(model.layers[0]["norm"])
+        assert_alike(results(other, x), results(fresh, x), torch.float32)
+        if other.layers is not model.layers:
+            assert fastnorm.revert(other) == ("layers.0.norm",)
+            assert type(other.layers[0]["norm"]) is original
+            assert torch.equal(other(x), fresh(x))
+    assert type(model.layers[0]["norm"]) is not original
+
+
+def test_what_was_trained_in_between_stays():
+    norm, x = foreign.GemmaLike(8), torch.randn(4, 8)
+    optimizer = torch.optim.Adam(norm.parameters(), 0.1)
+    fastnorm.convert(norm)
+    norm(x).square().sum().backward()
+    optimizer.step()
+    weight = norm.weight
+    expected = norm(x)
+    assert weight.abs().min() > 0
+    fastnorm.revert(norm)
+    assert norm.weight is weight
+    torch.testing.assert_close(norm(x), expected)
+
+
+def test_a_norm_alone_and_twice():
+    norm = nn.LayerNorm(8)
+    (swapped,) = fastnorm.convert(norm).swapped
+    assert swapped.name == "" and type(norm) is fastnorm.LayerNorm
+    (left,) = fastnorm.convert(norm).left
+    assert "already" in left.reason
+    fastnorm.revert(norm)
+    assert type(norm) is nn.LayerNorm
+
+
+def test_meta_and_inference_mode():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.LayerNorm(8), foreign.LlamaLike(8))
+    with torch.inference_mode():
+        assert len(fastnorm.convert(model).swapped) == 2
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_report():
+    model = nn.Sequential(nn.LayerNorm(8), nn.InstanceNorm2d(8), foreign.LlamaLike(8))
+    with fastnorm.use("reference"):
+        report = fastnorm.convert(model)
+    assert str(report).splitlines() == [
+        "name  from                     to (fastnorm)              backend    reason when left",
+        "----  -----------------------  -------------------------  ---------  ------------------------------",
+        "0     torch.nn.LayerNorm       LayerNorm                  reference",
+        "1     torch.nn.InstanceNorm2d  –                          –          fastnorm has no InstanceNorm2d",
+        "2     foreign_norms.LlamaLike  RMSNorm(rounding='llama')  reference",
+        "2 norms swapped, 1 left",
+    ]
+    document = json.loads(json.dumps(report.to_dict()))
+    assert document["swapped"] == 2 and document["left"] == 1 and document["norms"][2]["backend"] == "reference"
+
+
+def test_a_backend_that_cannot_serve_is_reported():
+    if fastnorm.backend.statuses()["triton"].detail.startswith("runs on cpu"):
+        pytest.skip("Triton's interpreter serves the CPU")
+    with fastnorm.use("triton"):
+        (left,) = fastnorm.convert(nn.Sequential(nn.LayerNorm(8))).left
+    assert "can't serve" in left.reason
+
+
+def block() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(8, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 16), foreign.LlamaLike(16), nn.Linear(16, 4)
+    )
+
+
+@pytest.mark.parametrize("order", ["convert, compile", "compile, convert", "compile, run, convert"])
+def test_compiled(order):
+    x = torch.randn(3, 8)
+    expected = block()(x)
+    model = block()
+    seen = []
+    for step in order.split(", "):
+        if step == "convert":
+            assert len(fastnorm.convert(model).swapped) == 2
+        elif step == "compile":
+            model = torch.compile(model, backend="eager", fullgraph=True)
+        else:
+            model(x)
+    fastnorm.functional  # noqa: B018
+    plain = F.rms_norm
+    try:
+        F.rms_norm = lambda *args, **kwargs: seen.append(1) or plain(*args, **kwargs)
+        torch._dynamo.reset()
+        torch.testing.assert_close(model(x), expected)
+    finally:
+        F.rms_norm = plain
+    fastnorm.revert(model)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_export_and_checkpointing():
+    from torch.utils.checkpoint import checkpoint
+
+    x, model = torch.randn(3, 8), block()
+    expected = model(x)
+    fastnorm.convert(model)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+    leaf = x.clone().requires_grad_()
+    y = checkpoint(model, leaf, use_reentrant=False)
+    direct = model(leaf)
+    for a, b in zip(*(torch.autograd.grad(t.square().sum(), [leaf, *model.parameters()]) for t in (y, direct)),
+                    strict=True):  # fmt: skip
+        torch.testing.assert_close(a, b)
