@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -28,10 +28,11 @@ class patch_torch_clip:
     enabled: whether fastnorm's functions are to serve.
 
     It reaches the names in torch.nn.utils and torch.nn.utils.clip_grad, and those that a module had imported with
-    `from torch.nn.utils import clip_grad_norm_`, at whatever time. It can't reach references elsewhere that were made
-    before it was first called (default arguments, functools.partial, attributes of objects), clipping that
-    torch.compile has traced already, or methods that clip by themselves: FullyShardedDataParallel.clip_grad_norm_
-    (FSDP1), which trainers call for such a model, DeepSpeed's and Megatron's. FSDP2 (fully_shard) is reached.
+    `from torch.nn.utils import clip_grad_norm_`, at whatever time. Of references elsewhere that are older than the
+    patch (default arguments, functools.partial, attributes of objects), clip_grad_norm_ is served in two steps, and
+    the others are torch's. It can't reach clipping that torch.compile has traced already, or methods that clip by
+    themselves: FullyShardedDataParallel.clip_grad_norm_ (FSDP1), which trainers call for such a model, DeepSpeed's and
+    Megatron's. FSDP2 (fully_shard) is reached.
     """
 
     def __init__(self, enabled: bool = True) -> None:
@@ -54,17 +55,12 @@ def _switch(enabled: bool) -> None:
     _enabled = enabled
     before, after = (_STOCK, _REPLACEMENTS) if enabled else (_REPLACEMENTS, _STOCK)
     wanted = {id(before[name]): after[name] for name in _NAMES}
-    for module, key, value in list(_globals()):
-        replacement = wanted.get(id(value))
-        if replacement is not None:
-            setattr(module, key, replacement)
-
-
-def _globals() -> Iterator[tuple[ModuleType, str, Any]]:
     for name, module in list(sys.modules.items()):
-        # vars, because a lazy module would import more when asked for an attribute; our own constants stay
-        if isinstance(module, ModuleType) and name != __name__:
-            yield from ((module, key, value) for key, value in list(vars(module).items()))
+        if not isinstance(module, ModuleType) or name == __name__:  # our own constants stay
+            continue
+        # vars, because a lazy module would import more when asked for an attribute
+        for key in [key for key, value in list(vars(module).items()) if id(value) in wanted]:
+            setattr(module, key, wanted[id(vars(module)[key])])
 
 
 def _replacement(name: str) -> Callable[..., Any]:

@@ -1,0 +1,96 @@
+"""convert before and after DistributedDataParallel and fully_shard, in two real processes with gloo."""
+
+import copy
+import warnings
+
+import foreign_norms as foreign
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+import fastnorm
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
+STEPS = 5
+
+
+class Network(nn.Module):
+    """Two blocks with norms of torch's and of others, and batch norms in front."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.GroupNorm(2, 8))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(norm, nn.Linear(8, 8)) for norm in (foreign.LlamaLike(8), nn.LayerNorm(8))
+        )
+
+    def forward(self, x):
+        x = self.stem(x).mean((2, 3))
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def losses(model: nn.Module, rank: int) -> list[float]:
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    generator = torch.Generator().manual_seed(rank)
+    found = []
+    for _ in range(STEPS):
+        loss = (model(torch.randn(4, 3, 6, 6, generator=generator)) - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+def wrapped(kind: str, model: nn.Module) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if kind == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.blocks:
+        fully_shard(block[0], mesh=mesh)  # the norm by itself: its class is torch's FSDP one
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def check(kind: str, rank: int) -> None:
+    torch.manual_seed(0)
+    original = Network()
+    expected = losses(wrapped(kind, copy.deepcopy(original)), rank)
+    first = copy.deepcopy(original)
+    assert len(fastnorm.convert(first).swapped) == 4
+    torch.testing.assert_close(losses(wrapped(kind, first), rank), expected, rtol=1e-4, atol=1e-5)
+    later = copy.deepcopy(original)
+    model = wrapped(kind, later)
+    classes = [type(module) for module in later.modules()]
+    report = fastnorm.convert(model)
+    assert len(report.swapped) == 4, str(report)
+    assert isinstance(later.blocks[0][0], (fastnorm.RMSNorm, foreign.LlamaLike))
+    torch.testing.assert_close(losses(model, rank), expected, rtol=1e-4, atol=1e-5)
+    fastnorm.revert(model)
+    assert [type(module) for module in later.modules()] == classes
+    if kind == "fsdp":
+        from torch.distributed.fsdp import FSDPModule
+
+        assert all(isinstance(block[0], FSDPModule) for block in later.blocks)
+    losses(model, rank)
+
+
+def process(rank: int, size: int, store: str) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    with fastnorm.use("native" if fastnorm.backend.statuses()["native"].available else "reference"):
+        for kind in ("ddp", "fsdp"):
+            check(kind, rank)
+    dist.destroy_process_group()
+
+
+def test_converted_before_and_after_wrapping(tmp_path):
+    mp.spawn(process, (2, str(tmp_path / "store")), nprocs=2)
