@@ -1,0 +1,115 @@
+"""Real models from transformers and timm in small, random configurations, and what training one step of them is."""
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+STEPS = 20
+TOKENS = 50
+
+
+class Case(NamedTuple):
+    """batch: of a step; loss: of the model on a batch; norms: how many it has, which are all to be swapped."""
+
+    make: Callable[[], nn.Module]
+    batch: Callable[[torch.Generator], dict[str, Tensor]]
+    norms: int
+
+
+def _transformers(name: str, **options) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        transformers = pytest.importorskip("transformers", reason="`make test-models` installs it")
+        architecture = {"Bert": "BertForMaskedLM", "T5": "T5ForConditionalGeneration", "Gemma3": "Gemma3ForCausalLM"}
+        config = {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config")
+        torch.manual_seed(0)
+        model = getattr(transformers, architecture.get(name, f"{name}ForCausalLM"))(
+            getattr(transformers, config)(vocab_size=TOKENS, pad_token_id=0, **options)
+        )
+        # all start as ones or zeros, which would hide a weight that is not applied
+        return _varied(model)
+
+    return make
+
+
+def _timm(name: str, **options) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        timm = pytest.importorskip("timm")
+        torch.manual_seed(0)
+        return _varied(timm.create_model(name, num_classes=10, **options))
+
+    return make
+
+
+def _varied(model: nn.Module) -> nn.Module:
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.train()
+
+
+def _tokens(generator: torch.Generator) -> dict[str, Tensor]:
+    ids = torch.randint(1, TOKENS, (4, 12), generator=generator)
+    return {"input_ids": ids, "labels": ids.flip(1)}
+
+
+def _images(size: int) -> Callable[[torch.Generator], dict[str, Tensor]]:
+    def batch(generator: torch.Generator) -> dict[str, Tensor]:
+        return {
+            "x": torch.randn(8, 3, size, size, generator=generator),
+            "labels": torch.randint(10, (8,), generator=generator),
+        }
+
+    return batch
+
+
+_DECODER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 8, "use_cache": False}  # fmt: skip
+_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0, "use_cache": False,
+       "decoder_start_token_id": 0}  # fmt: skip
+_BERT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip
+TIMM = {
+    "resnet18": Case(_timm("resnet18"), _images(48), 20),
+    "convnext_atto": Case(_timm("convnext_atto"), _images(64), 17),
+    "vit_tiny": Case(_timm("vit_tiny_patch16_224", img_size=32, depth=4), _images(32), 9),
+}
+TRANSFORMERS = {
+    "Llama": Case(_transformers("Llama", **_DECODER), _tokens, 5),
+    "Qwen3": Case(_transformers("Qwen3", **_DECODER), _tokens, 9),
+    "Gemma": Case(_transformers("Gemma", **_DECODER), _tokens, 5),
+    "Gemma3": Case(_transformers("Gemma3", **_DECODER), _tokens, 13),
+    "BERT": Case(_transformers("Bert", **_BERT), _tokens, 6),
+    "T5": Case(_transformers("T5", **_T5), _tokens, 12),
+}
+MODELS = TIMM | TRANSFORMERS
+
+
+def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    if "x" in batch:
+        return F.cross_entropy(model(batch["x"]).float(), batch["labels"])
+    return model(**batch).loss
+
+
+def output_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return model(batch["x"]) if "x" in batch else model(**batch).logits
+
+
+def train(model: nn.Module, case: Case, steps: int = STEPS, autocast: bool = False, rank: int = 0) -> Tensor:
+    """The losses: (steps,)."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+    generator = torch.Generator().manual_seed(1 + rank)
+    batch, losses = case.batch(generator), []
+    for _ in range(steps):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = loss_of(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return torch.tensor(losses)
