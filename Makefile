@@ -43,7 +43,7 @@ examples: $(NATIVE)  ## what vanishes, explodes, diverges or trains: check every
 gpu: $(NATIVE)  ## what only a GPU can tell: all tests on it, compute-sanitizer where it is, the full benchmarks
 	$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu: torch sees no GPU here')"
 	$(PY) -c "import sys, fastnorm._C as c; sys.exit(None if c.build_info()['cuda'] else 'make gpu: the extension was built without CUDA: is nvcc of torch\'s version on the PATH? then: make clean gpu')"
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -m "not models"
 	@if command -v compute-sanitizer >/dev/null; then set -x; \
 	  compute-sanitizer --error-exitcode 1 $(PY) -m pytest -q -p no:cacheprovider tests/test_gpu.py -k "stream or clip"; \
 	else echo "make gpu: compute-sanitizer is not on the PATH: left out"; fi
