@@ -34,6 +34,12 @@ LONG_WIDTHS = (32768, 65536)
 ODD_WIDTHS = (1793, 3585, 14337)  # take most registers, and 16-byte accesses are not to be had
 DIRECTIONS = ("forward", "backward")
 OPERATIONS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
+# (N, C, S): ResNet-50's and a diffusion UNet's
+IMAGES = {
+    "batch_norm": ((32, 256, 3136), (32, 1024, 196), (32, 2048, 49)),  # larger ones are served by the same code
+    "group_norm": ((2, 320, 4096), (2, 1280, 64)),
+}
+GROUPS = 32
 ROWS = 8192
 MULTIPROCESSORS = 132
 ROW_POINTERS = ("x_ptr", "residual_ptr", "y_ptr", "h_ptr", "dy_ptr", "dh_ptr", "dx_ptr", "dresidual_ptr")
@@ -65,7 +71,9 @@ class Problem:
     operation: str
     direction: str
     dtype: str
-    cols: int
+    cols: int | None
+    image: tuple[int, int, int] | None = None  # of batch_norm and group_norm: (N, C, S)
+    channels_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -153,6 +161,8 @@ def _describe(problem: Problem, name: str, compiled, signature: dict[str, str], 
 
 def _call(problem: Problem) -> None:
     """Call the launcher as fastnorm does, for a training step with weight and bias."""
+    if problem.image is not None:
+        return _call_with_image(problem)
     types = DTYPES[problem.dtype]
     adds, centers = problem.operation.startswith("add_"), problem.operation.endswith("layer_norm")
 
@@ -176,6 +186,47 @@ def _call(problem: Problem) -> None:
     getattr(triton_kernels, f"{problem.operation}_{problem.direction}")(*arguments)
 
 
+def _call_with_image(problem: Problem) -> None:
+    """batch_norm and group_norm, plain and with all that is fused into them, and batch_norm's evaluation."""
+    types, (samples, channels, cols), last = DTYPES[problem.dtype], problem.image, problem.channels_last
+    shape = (samples, cols, channels) if last else (samples, channels, cols)
+    if last and problem.operation == "batch_norm":
+        shape = (1, samples * cols, channels)
+
+    def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    stat = torch.promote_types(types.x, torch.float32)
+    x, residual, w = empty(types.x, *shape), empty(types.stream, *shape), empty(types.parameters, channels)
+    grads = types.parameters, types.parameters
+    launchers = [getattr(triton_kernels, f"{problem.operation}_{name}") for name in DIRECTIONS]
+    for is_fused in (False, True):
+        if problem.operation == "group_norm":
+            statistic, options = empty(stat, samples, GROUPS), (last, is_fused)
+            arguments = (x, GROUPS, w, w, 1e-5, *options, types.x), (x, x, GROUPS, w, w, statistic, statistic, *options)
+        else:
+            statistic, mask = empty(stat, channels), empty(torch.uint8, *shape[:-1], triton.cdiv(shape[-1], 8))
+            added, dresidual = (residual, types.stream) if is_fused else (None, None)
+            running = w, w, w, w, None, 0.1, 1e-5
+            arguments = (x, added, *running, last, is_fused, types.x), (
+                x, mask if is_fused else None, x, w, statistic, statistic, True, last, dresidual,
+            )  # fmt: skip
+            triton_kernels.batch_norm_evaluate(x, added, w, w, w, w, 1e-5, last, is_fused, False, types.x)
+        given = arguments[DIRECTIONS.index(problem.direction)]
+        launchers[DIRECTIONS.index(problem.direction)](*given, *(grads if problem.direction == "backward" else ()))
+
+
+def problems_of(targets: tuple, operations: tuple, dtypes: tuple, widths: tuple) -> list[Problem]:
+    """Those of the row norms at all widths, and of the channel norms at all images in both layouts."""
+    rows = itertools.product(targets, [op for op in operations if op in OPERATIONS], DIRECTIONS, dtypes, widths)
+    images = [(op, image) for op in operations for image in IMAGES.get(op, ())]
+    channels = itertools.product(targets, images, DIRECTIONS, dtypes, (False, True))
+    return [Problem(*each) for each in rows] + [
+        Problem(target, op, direction, dtype, None, image, last)
+        for target, (op, image), direction, dtype, last in channels
+    ]
+
+
 def compile_all(problems: Iterable[Problem], jobs: int = 1) -> Iterator[Kernel]:
     """Every distinct kernel of the problems, in their order, compiled by `jobs` processes."""
     seen = set()
@@ -191,8 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if triton_kernels.INTERPRETED:
         sys.exit("python -m bench.codegen compiles the kernels, and TRITON_INTERPRET=1 interprets them: unset it")
-    dimensions = (options.targets, options.operations, DIRECTIONS, options.dtypes, options.widths)
-    problems = list(itertools.starmap(Problem, itertools.product(*dimensions)))
+    problems = problems_of(options.targets, options.operations, options.dtypes, options.widths)
     kernels = list(compile_all(problems, options.jobs))
     for target in options.targets:
         print(f"\n{target}\n{_table(kernel for kernel in kernels if kernel.target == target)}")
@@ -233,7 +283,8 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(flag, type=parse, default=default, metavar="LIST", help=f"{text} (default: {known})")
 
     add("--targets", functools.partial(_names, TARGETS), tuple(TARGETS), "GPU architectures")
-    add("--operations", functools.partial(_names, OPERATIONS), OPERATIONS, "operations, forward and backward")
+    operations = (*OPERATIONS, *IMAGES)
+    add("--operations", functools.partial(_names, operations), operations, "operations, forward and backward")
     add("--dtypes", functools.partial(_names, DTYPES), ("bf16", "fp32", "mixed"), f"of {','.join(DTYPES)}")
     add("--widths", _integers, widths, "columns of a row")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")

@@ -37,7 +37,9 @@ def kernels(tmp_path_factory) -> list[dict]:
     two whose compilers are most wasteful. `python -m bench.codegen` compiles all there is, which takes half an hour."""
     folder = tmp_path_factory.mktemp("codegen")
     plain = ["--operations", "rms_norm,layer_norm", "--dtypes", "bf16", "--widths", WIDTHS]
-    greedy = ["--targets", "sm_100,gfx1100", "--dtypes", "fp32,mixed", "--widths", "1793,3585,4096,7168,16384"]
+    every = "rms_norm,layer_norm,add_rms_norm,add_layer_norm"
+    widths = ["--widths", "1793,3585,4096,7168,16384"]
+    greedy = ["--operations", every, "--targets", "sm_100,gfx1100", "--dtypes", "fp32,mixed", *widths]
     return compiled(folder, *plain) + compiled(folder, *greedy)
 
 
@@ -94,3 +96,38 @@ def test_addresses_of_rows_have_64_bits(kernels):
 
 def is_row_kernel(kernel: dict) -> bool:
     return "column_sum" not in kernel["kernel"]
+
+
+CHANNEL_KERNELS = {f"{layout}_{kind}" for layout in ("planes", "pixels") for kind in (
+    "moments", "normalize", "sums", "gradient")} | {"join_moments", "group_means"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def channel_kernels(tmp_path_factory) -> list[dict]:
+    """batch_norm and group_norm at ResNet-50's and a UNet's images, in both layouts, on every architecture."""
+    options = ["--operations", "batch_norm,group_norm", "--dtypes", "bf16"]
+    return compiled(tmp_path_factory.mktemp("channels"), *options)
+
+
+def test_channel_kernels_do_not_spill(channel_kernels):
+    assert not {name(k): k["spilled"] for k in channel_kernels if k["spilled"]}
+    for target in {k["target"] for k in channel_kernels}:
+        assert {k["kernel"] for k in channel_kernels if k["target"] == target} >= CHANNEL_KERNELS
+    assert len({k["target"] for k in channel_kernels}) == 6
+
+
+def test_channel_kernels_leave_room_for_several_programs(channel_kernels):
+    """Memory is waited for by warps that take turns."""
+    walking = [k for k in channel_kernels if k["kernel"] in CHANNEL_KERNELS and k["target"].startswith("sm_")]
+    assert not {name(k): k["resident_warps"] for k in walking if k["resident_warps"] < 8}
+    assert not {name(k): k["shared"] for k in channel_kernels if k["shared"] > 8192}
+
+
+def test_aligned_images_are_read_and_written_16_bytes_at_a_time(channel_kernels):
+    """Rows of a multiple of 8 elements: each kernel has such a variant, and channels_last has no other one."""
+    streaming = [k for k in channel_kernels if k["kernel"].endswith(("normalize", "sums", "gradient"))]
+    for target in {k["target"] for k in streaming}:
+        here = [k for k in streaming if k["target"] == target]
+        assert {k["access"] for k in here if k["kernel"].startswith("pixels")} == {16}
+        for kernel in ("planes_normalize", "planes_sums", "planes_gradient"):
+            assert 16 in {k["access"] for k in here if k["kernel"] == kernel}

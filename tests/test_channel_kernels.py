@@ -1,0 +1,156 @@
+"""What only the Triton kernels of batch_norm and group_norm promise: launch choices, slices, 64-bit addresses."""
+
+import inspect
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_launch import far_apart
+from torch import Tensor
+
+from fastnorm import backend
+
+launch = pytest.importorskip("fastnorm.triton_kernels.launch", reason="needs Triton")
+kernels = backend._triton
+F32, BF16 = torch.float32, torch.bfloat16
+
+lengths = st.integers(1, 2**40) | st.integers(1, 5000)
+multiprocessor_counts = st.integers(1, 304)
+layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["planes", "pixels"])
+
+
+@given(length=lengths, step=st.sampled_from([1, 64, 1024]), blocks=st.integers(1, 10**6), count=multiprocessor_counts)
+def test_slices_cover_the_length_and_fill_the_card_at_most_once(length, step, blocks, count):
+    slice_length = launch.slice_length(length, step, blocks, count)
+    slices = -(-length // slice_length)
+    assert slice_length % step == 0
+    assert slices == 1 or slices * blocks <= launch.CHANNEL_PROGRAMS * count
+    assert slices < 65536  # of a grid's second dimension
+
+
+def test_64_channels_fill_a_card():
+    tiling = launch.unit_lanes(32 * 3136 // 8, 64, launch.STREAM_DEPTH, 132)
+    slices = -(-(32 * 3136 // 8) // launch.slice_length(32 * 3136 // 8, tiling.step, 64, 132))
+    assert tiling.units == 1 and 64 * slices >= 2 * 132
+
+
+@given(vectors=lengths, units=st.integers(1, 10**6), depth=st.sampled_from([1, 2, 4, 8]), count=multiprocessor_counts)
+def test_units_that_share_a_program_are_walked_in_one_step(vectors, units, depth, count):
+    tiling = launch.unit_lanes(vectors, units, depth, count)
+    assert tiling.units * tiling.lanes == launch.TILE_VECTORS and tiling.depth <= depth
+    assert tiling.units == 1 or tiling.step >= vectors
+    assert tiling.step < 2 * max(vectors, launch.TILE_VECTORS * depth)
+
+
+@given(vectors=st.integers(1, 4096), n_pixels=lengths)
+def test_tiles_of_pixels(vectors, n_pixels):
+    tiling = launch.channel_vectors(vectors, n_pixels, 4)
+    assert tiling.vectors * tiling.pixels == launch.TILE_VECTORS
+    assert tiling.vectors <= 4 or launch.padding(vectors, tiling.vectors) <= launch.MAX_PADDING
+    assert tiling.depth == 1 or tiling.step < 2 * n_pixels
+
+
+@pytest.mark.parametrize("channels", [64, 128, 256, 320, 512, 640, 960, 1024, 1280, 1920, 2048, 2560])
+def test_no_lane_is_idle_at_model_widths(channels):
+    assert launch.padding(channels // 8, launch.channel_vectors(channels // 8, 4096, 4).vectors) == 0
+
+
+def test_width_of_an_access():
+    x = torch.empty(4, 6, 784, dtype=BF16)
+    assert launch.vector_width(784, [x]) == 8
+    assert launch.vector_width(784, [x, x.float()]) == 4  # 16 bytes of the larger one
+    assert launch.vector_width(784, [x, x.double()]) == 2
+    assert launch.vector_width(196, [torch.empty(4, 6, 196, dtype=BF16)]) == 4
+    assert launch.vector_width(49, [torch.empty(4, 6, 49, dtype=BF16)]) == 1
+    wide = torch.empty(4, 6, 800, dtype=BF16)
+    assert launch.vector_width(784, [wide[..., :784]]) == 8
+    assert launch.vector_width(784, [wide[..., 8:792]]) == 8
+    assert launch.vector_width(784, [wide[..., 4:788]]) == 1  # begins between two accesses
+    assert launch.vector_width(784, [torch.empty(4, 6, 786, dtype=BF16)[..., :784]]) == 2
+    assert launch.vector_width(784, [torch.empty(1, 1, 785, dtype=BF16)[..., :784]]) == 8  # a stride that leads nowhere
+
+
+def test_the_tiling_of_a_group_knows_nothing_of_the_batch():
+    for choose in (launch.unit_lanes, launch.channel_vectors, launch.slice_length):
+        assert not {"samples", "batch"} & set(inspect.signature(choose).parameters)
+
+
+def formula(x: Tensor, dy: Tensor, residual: Tensor, w: Tensor, channels_last: bool) -> list[Tensor]:
+    """y, mean, rstd and dx, dw, db of batch_norm with its residual and ReLU, in float64; x: (N, C, S)."""
+    dims = (0, 1) if channels_last else (0, 2)
+    x, dy, residual, w = (t.double() for t in (x, dy, residual, w))
+    wide = (lambda v: v) if channels_last else (lambda v: v[:, None])
+    mean, rstd = x.mean(dims), (x.var(dims, unbiased=False) + 1e-5).rsqrt()
+    x_hat = (x - wide(mean)) * wide(rstd)
+    y = (x_hat * wide(w) + residual).relu()
+    dz = dy * (y > 0)
+    total, product, n = dz.sum(dims), (dz * x_hat).sum(dims), x.numel() // w.numel()
+    return [y, mean, rstd, (dz - wide(total / n) - x_hat * wide(product / n)) * wide(rstd * w), product, total]
+
+
+@pytest.mark.triton
+@layouts
+def test_slices_of_long_channels(channels_last, triton_device):
+    """Two channels, so that each is cut into slices, the last of which is short and ends within a tile."""
+    shape = (1, 9211, 2) if channels_last else (2, 2, 9208)
+    x, dy, residual = (torch.randn(shape, device=triton_device) for _ in range(3))
+    w, b = torch.randn(2, device=triton_device), torch.zeros(2, device=triton_device)
+    running = torch.zeros(2, device=triton_device), torch.ones(2, device=triton_device)
+    x += 100 * torch.arange(1.0, 3.0, device=triton_device).view(-1, *[1] * (not channels_last))
+    y, mask, mean, rstd = kernels.batch_norm_forward(
+        x, residual, w, b, *running, None, 0.5, 1e-5, channels_last, True, F32
+    )
+    dx, dresidual, dw, db = kernels.batch_norm_backward(
+        dy, mask, x, w, mean, rstd, True, channels_last, F32, F32, F32
+    )
+    expected = formula(x, dy, residual, w, channels_last)
+    n, largest = x.numel() // 2, (2e-5, 1e-5, 1e-6, 2e-5, 2e-3, 2e-3)
+    found = y, mean, rstd, dx, dw, db
+    for i, (actual, wanted, error) in enumerate(zip(found, expected, largest, strict=True)):
+        assert (actual.double() - wanted).abs().max() < error, i
+    assert torch.allclose(running[0], 0.5 * mean, rtol=1e-6)
+    assert torch.allclose(running[1], 0.5 + 0.5 * (rstd.double() ** -2 - 1e-5).float() * n / (n - 1), rtol=1e-5)
+    assert torch.equal(dresidual != 0, (y > 0) & (dy != 0))
+
+
+def both_ways(x, dy, residual, channels_last) -> list[Tensor | None]:
+    """All that both operations compute from large tensors."""
+    channels = x.shape[2 if channels_last else 1]
+    w = torch.linspace(-1, 1, channels, device=x.device)
+    y, mask, mean, rstd = kernels.batch_norm_forward(
+        x, residual, w, w, None, None, None, 0.1, 1e-5, channels_last, True, BF16
+    )
+    results = [y, mask, mean, rstd]
+    results += kernels.batch_norm_backward(dy, mask, x, w, mean, rstd, True, channels_last, BF16, F32, F32)
+    y, mean, rstd = kernels.group_norm_forward(x, 1, w, w, 1e-5, channels_last, True, BF16)
+    results += [y, mean, rstd]
+    return results + list(kernels.group_norm_backward(dy, x, 1, w, w, mean, rstd, channels_last, True, F32, F32))
+
+
+@pytest.mark.triton
+@layouts
+@pytest.mark.parametrize("dimension", ["samples", "rows"])
+def test_offsets_beyond_31_bits(dimension, channels_last, triton_device):
+    """The stride has 31 bits, and the last sample, or the last row of one, starts beyond them."""
+    rows, cols = (3, 16) if dimension == "rows" else (3, 4 * 16)
+    inputs = far_apart(3, rows, cols, 2**30 + 16, triton_device)
+    far = [t[None] if dimension == "rows" else t.unflatten(1, (4, 16)) for t in inputs]
+    near = [t.contiguous() for t in far]
+    for a, b in zip(both_ways(*far, channels_last), both_ways(*near, channels_last), strict=True):
+        assert a is b is None or torch.equal(a, b)
+
+
+@pytest.mark.triton
+@layouts
+@pytest.mark.parametrize("origin", [float("inf"), float("nan"), 1e30])
+def test_what_one_element_spoils_stays_in_its_channel(origin, channels_last, triton_device):
+    """x₀, which is taken off all elements, is the worst that one can be."""
+    x = torch.randn((1, 40, 3) if channels_last else (2, 3, 20), device=triton_device)
+    x[0, 0, 0] = origin
+    moments = kernels.batch_norm_statistics(x, channels_last)
+    others = x[..., 1:] if channels_last else x[:, 1:]
+    dims = (0, 1) if channels_last else (0, 2)
+    assert torch.allclose(moments[0, 1:], others.mean(dims), atol=1e-6)
+    assert torch.allclose(moments[1, 1:], 40 * others.var(dims, unbiased=False), rtol=1e-5)
+    assert not (moments[1, 0] < 1e30)
