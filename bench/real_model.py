@@ -114,17 +114,6 @@ def load(device: torch.device) -> tuple[nn.Module, dict[str, Tensor]]:
     return model.to(device).eval(), dict(tokenizer(sentences, padding=True, return_tensors="pt").to(device))
 
 
-def swap_layer_norms(model: nn.Module) -> nn.Module:
-    """Replace every torch.nn.LayerNorm by fastnorm's, in place and with the same Parameter objects."""
-    for module in model.modules():
-        for name, child in module.named_children():
-            if type(child) is nn.LayerNorm:
-                norm = fastnorm.LayerNorm(child.normalized_shape, child.eps, child.elementwise_affine, device="meta")
-                norm.weight, norm.bias = child.weight, child.bias
-                setattr(module, name, norm.train(child.training))
-    return model
-
-
 def embed(model: nn.Module, tokens: dict[str, Tensor]) -> Tensor:
     """Mean-pooled token states of unit length: (sentences, width)."""
     states = model(**tokens).last_hidden_state
@@ -144,7 +133,8 @@ def compare(model: nn.Module, tokens: dict[str, Tensor], dtype: str, budget: Bud
     """Embeddings, gradients and times of the model and of its copy with fastnorm's LayerNorms, in `dtype`."""
     torch_dtype, tolerance = TOLERANCES[dtype]
     original = copy.deepcopy(model).to(torch_dtype)
-    ours = swap_layer_norms(copy.deepcopy(original))
+    ours = copy.deepcopy(original)
+    fastnorm.convert(ours, norms=("layer",))
     with torch.no_grad():
         exact = embed(copy.deepcopy(model).double(), tokens)
         theirs_embedded, ours_embedded = (embed(side, tokens).double() for side in (original, ours))

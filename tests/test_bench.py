@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from bench import ceiling, check, cli, plots, presets, providers, real_model, report, run, timing
+from bench import ceiling, check, cli, plots, presets, providers, report, run, timing
 from bench.operations import FAMILIES, OPERATIONS
 from bench.workload import Workload
 
@@ -367,16 +367,3 @@ def test_losses_are_marked_and_times_have_three_digits():
         "123 µs",
         "5 ns",
     ]
-
-
-def test_swapped_layer_norms_keep_their_parameters():
-    norms = [torch.nn.LayerNorm(8), torch.nn.LayerNorm(8, bias=False), torch.nn.LayerNorm(8, elementwise_affine=False)]
-    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Sequential(*norms)).eval()
-    expected = model(torch.ones(2, 8))
-    before = dict(model.named_parameters())
-    real_model.swap_layer_norms(model)
-    assert all(type(new) is not torch.nn.LayerNorm and isinstance(new, torch.nn.LayerNorm) for new in model[1])
-    assert dict(model.named_parameters()).keys() == before.keys()
-    assert all(parameter is before[name] for name, parameter in model.named_parameters())
-    assert not any(module.training for module in model.modules())
-    torch.testing.assert_close(model(torch.ones(2, 8)), expected)

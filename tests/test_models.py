@@ -106,7 +106,7 @@ def test_compiled_with_its_gradients(name):
 
 
 @slow
-@pytest.mark.parametrize("name", ["Llama", "resnet18"])
+@pytest.mark.parametrize("name", ["Llama", "BERT"])
 def test_inductor(name):
     original, converted, case = pair(name)
     expected = train(original, case, steps=5)
@@ -162,34 +162,33 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return list(lists[0]) if lists else [model.layer1, model.layer2]
 
 
-def _in_two_processes(rank: int, store: str, kind: str) -> None:
+def _in_two_processes(rank: int, store: str, kind: str, name: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    for name in MODELS:
-        losses = []
-        for model in pair(name)[:2]:
-            if kind == "ddp":
-                wrapped = nn.parallel.DistributedDataParallel(model)
-            else:
-                mesh = init_device_mesh("cpu", (2,))
-                for block in _blocks(model):
-                    fully_shard(block, mesh=mesh)
-                wrapped = fully_shard(model, mesh=mesh)
-            losses.append(train(wrapped, MODELS[name], rank=rank))
-        torch.testing.assert_close(losses[1], losses[0], **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
+    losses = []
+    for model in pair(name)[:2]:
+        if kind == "ddp":
+            wrapped = nn.parallel.DistributedDataParallel(model)
+        else:
+            mesh = init_device_mesh("cpu", (2,))
+            for block in _blocks(model):
+                fully_shard(block, mesh=mesh)
+            wrapped = fully_shard(model, mesh=mesh)
+        losses.append(train(wrapped, MODELS[name], rank=rank))
+    torch.testing.assert_close(losses[1], losses[0], **TOLERANCE)
     dist.destroy_process_group()
 
 
 @slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes(kind, tmp_path):
-    for needed in ("timm", "transformers"):
-        pytest.importorskip(needed, reason="`make test-models` installs it")
-    mp.spawn(_in_two_processes, (str(tmp_path / "store"), kind), nprocs=2)
+@all_models
+def test_two_processes(name, kind, tmp_path):
+    pytest.importorskip("timm" if name in TIMM else "transformers", reason="`make test-models` installs it")
+    mp.spawn(_in_two_processes, (str(tmp_path / "store"), kind, name), nprocs=2)
 
 
 @slow

@@ -42,7 +42,7 @@ def convert(model: nn.Module, *, norms: Iterable[str] = KINDS, verify: bool = Tr
     for path, parent in model.named_modules():
         for name, child in parent._modules.items():
             seen.setdefault(id(child), []).append(f"{path}.{name}" if path else name)
-        if is_norm(parent):
+        if is_norm(parent) and "parametrizations" not in path.split("."):
             found[path] = parent
     reports = []
     tried: dict[tuple, tuple[Proposal | None, str]] = {}  # norms that are alike are tried once
