@@ -159,6 +159,10 @@ def test_saved_loaded_and_copied(name):
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
+    """What fully_shard is applied to one by one: the blocks or stages, by the names that these models have for them."""
+    for name in ("blocks", "stages"):  # timm's transformers and ConvNeXts
+        if hasattr(model, name):
+            return list(getattr(model, name))
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
     return list(lists[0]) if lists else [model.layer1, model.layer2]
 
