@@ -72,7 +72,8 @@ def add_tiles(mean, variance, seen, tiles, masks, added, POOLED: tl.constexpr, D
 def term(a, b):
     """a · b, to be summed over lanes. Compilers would fuse a plain product into the sum on one side of an exchange, and
     lanes that should have the same sum would differ in the last bit."""
-    return tl.fma(a, b, tl.zeros_like(a))
+    zero = tl.zeros_like(a)
+    return tl.fma(a, b + zero, zero)
 
 
 @triton.jit
