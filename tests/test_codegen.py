@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,14 +19,20 @@ ADDRESSES = 32
 HOISTED = {("gfx1100", 1280): 208, ("gfx942", 4096): 8}
 
 
-def compiled(folder: Path, *options: str) -> list[dict]:
-    """Compiles in a process of its own: in this one Triton's decorators may have made interpreted functions."""
+def compiled(factory: pytest.TempPathFactory, name: str, *options: str) -> list[dict]:
+    """Compiles in a process of its own: in this one Triton's decorators may have made interpreted functions. Of several
+    workers of one test run, one compiles and the others wait for what it found."""
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    folder = factory.getbasetemp().parent / name if is_worker else factory.mktemp(name)
+    folder.mkdir(exist_ok=True)
     path = folder / "kernels.json"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder)}
     command = [sys.executable, "-m", "bench.codegen", "--jobs", "2", "--json", str(path), *options]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert path.exists(), done.stderr
-    return json.loads(path.read_text())
+    with FileLock(folder / "lock"):
+        if not path.exists():
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+            assert path.exists(), done.stderr
+        return json.loads(path.read_text())
 
 
 WIDTHS = "96,128,768,1024,1280,1536,2048,2560,3072,4096,5120,6144,7168,8192,12288,16384,32768,65536"
@@ -35,12 +42,11 @@ WIDTHS = "96,128,768,1024,1280,1536,2048,2560,3072,4096,5120,6144,7168,8192,1228
 def kernels(tmp_path_factory) -> list[dict]:
     """Every model width on every architecture; what takes most registers, by dtypes, residuals and odd widths, on the
     two whose compilers are most wasteful. `python -m bench.codegen` compiles all there is, which takes half an hour."""
-    folder = tmp_path_factory.mktemp("codegen")
     plain = ["--operations", "rms_norm,layer_norm", "--dtypes", "bf16", "--widths", WIDTHS]
     every = "rms_norm,layer_norm,add_rms_norm,add_layer_norm"
     widths = ["--widths", "1793,3585,4096,7168,16384"]
     greedy = ["--operations", every, "--targets", "sm_100,gfx1100", "--dtypes", "fp32,mixed", *widths]
-    return compiled(folder, *plain) + compiled(folder, *greedy)
+    return compiled(tmp_path_factory, "plain", *plain) + compiled(tmp_path_factory, "greedy", *greedy)
 
 
 def name(kernel: dict) -> str:
@@ -106,7 +112,7 @@ CHANNEL_KERNELS = {f"{layout}_{kind}" for layout in ("planes", "pixels") for kin
 def channel_kernels(tmp_path_factory) -> list[dict]:
     """batch_norm and group_norm at ResNet-50's and a UNet's images, in both layouts, on every architecture."""
     options = ["--operations", "batch_norm,group_norm", "--dtypes", "bf16"]
-    return compiled(tmp_path_factory.mktemp("channels"), *options)
+    return compiled(tmp_path_factory, "channels", *options)
 
 
 def test_channel_kernels_do_not_spill(channel_kernels):
