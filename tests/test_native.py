@@ -59,7 +59,7 @@ def everything(op, rows, cols, dtype):
 
 
 @operations
-@pytest.mark.parametrize("rows, cols", [(8, 4096), (300, 1000), (2000, 64), (1, 70000)])
+@pytest.mark.parametrize("rows, cols", [(8, 4096), (300, 1000), (300, 4096), (2000, 64), (1, 70000)])
 def test_the_number_of_threads_changes_nothing(op, rows, cols, threads):
     threads(1)
     expected = everything(op, rows, cols, torch.float32)
@@ -70,7 +70,7 @@ def test_the_number_of_threads_changes_nothing(op, rows, cols, threads):
 
 @operations
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("cols", [5, 31, 67, 1000])
+@pytest.mark.parametrize("cols", [5, 31, 64, 67, 256, 1000])
 def test_a_row_is_the_same_wherever_it_lies(op, cols, dtype):
     row, residual, weight, bias = (random_rows(1, cols, dtype) for _ in range(4))
     expected, *_ = forward(op, row, residual, weight[0], bias[0])
@@ -82,7 +82,7 @@ def test_a_row_is_the_same_wherever_it_lies(op, cols, dtype):
         assert torch.equal(y[1], expected[0])
 
 
-@pytest.mark.parametrize("cols", [*range(1, 71), 127, 129, 1023, 1025, 1041, 4095, 4097, 8191, 12290])
+@pytest.mark.parametrize("cols", [*range(1, 71), 127, 128, 129, 256, 1023, 1025, 1041, 4095, 4097, 8191, 12290])
 def test_every_vector_tail(cols):
     x, dy, w, b = (random_rows(3, cols) for _ in range(4))
     w, b = w[0], b[0]
@@ -117,7 +117,7 @@ def test_16_bit_values_are_rounded_to_nearest_even(dtype, x_dtype):
     assert torch.equal(h.nan_to_num(1.5), expected.nan_to_num(1.5))
 
 
-@pytest.mark.parametrize("cols", [1, 15, 64, 1000, 70000])
+@pytest.mark.parametrize("cols", [1, 15, 64, 256, 1000, 70000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_squares_that_fit_do_not_overflow_in_their_sum(cols, dtype):
     x = (random_rows(2, cols).sign() * 1.5e19).to(dtype)
@@ -127,7 +127,7 @@ def test_squares_that_fit_do_not_overflow_in_their_sum(cols, dtype):
     torch.testing.assert_close(y.double(), torch.nn.functional.layer_norm(x.double(), (cols,)), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("cols", [40, 1000, 5000])
+@pytest.mark.parametrize("cols", [32, 40, 64, 128, 256, 1000, 5000])
 def test_a_mean_far_from_zero_costs_no_digits(cols):
     x = (random_rows(4, cols) + 1e4).float()
     y, _, _ = native.layer_norm_forward(x, None, None, 1e-5, False, torch.float32)

@@ -11,39 +11,89 @@ INLINE double square_sum(const T* x, int64_t n) {
   return sum.total();
 }
 
-// Sum of x − centre.
-template <typename T>
-INLINE double sum_from(const T* x, int64_t n, ComputeType<T> centre) {
-  using V = VecOf<T>;
-  Sum<V> sum;
-  each_summed<V>(n, [&](int64_t i, int slot, Part part) ALWAYS_INLINE {
-    sum.chain[slot] += keep(load(x + i, part) - centre, part);
-  }, sum);
-  return sum.total();
-}
-
 struct Spread {
   double mean, square_sum;  // of the differences from the mean
 };
 
-// In two passes.
+// Values that are read from memory in every pass; prefetches as many bytes on in the second.
 template <typename T>
-INLINE Spread spread_of_block(const T* x, int64_t n, int64_t ahead) {
+struct ValuesInMemory {
+  using S = ComputeType<T>;
   using V = VecOf<T>;
-  const double share = 1.0 / n;
-  double mean = sum_from<T>(x, n, 0) * share;
-  const auto centre = static_cast<ComputeType<T>>(mean);
-  Sum<V> squares;
-  each_summed<V>(n, [&](int64_t i, int slot, Part part) ALWAYS_INLINE {
-    prefetch(x + i, ahead);
-    const V value = keep(load(x + i, part) - centre, part);
-    squares.chain[slot] += value * value;
-  }, squares);
-  double square_sum = squares.total();
+  const T* x;
+  int64_t n, ahead;
+
+  INLINE double sum_from(S centre) const {
+    Sum<V> sum;
+    each_summed<V>(n, [&](int64_t i, int slot, Part part) ALWAYS_INLINE {
+      sum.chain[slot] += keep(load(x + i, part) - centre, part);
+    }, sum);
+    return sum.total();
+  }
+
+  INLINE double square_sum_from(S centre) const {
+    Sum<V> squares;
+    each_summed<V>(n, [&](int64_t i, int slot, Part part) ALWAYS_INLINE {
+      prefetch(x + i, ahead);
+      const V value = keep(load(x + i, part) - centre, part);
+      squares.chain[slot] += value * value;
+    }, squares);
+    return squares.total();
+  }
+};
+
+// COUNT whole vectors, a power of two, in registers. Sums are of pairs, then in double.
+template <typename V, int COUNT>
+struct ValuesInRegisters {
+  using S = std::remove_cvref_t<decltype(V{}[0])>;
+  static constexpr int64_t n = COUNT * lanes<V>;
+  V of[COUNT];
+
+  template <int SIZE>
+  static INLINE double sum(const V* terms) {
+    if constexpr (SIZE == 1) {
+      return Doubles<lanes<F64>>::sum(in_double(*terms));
+    } else {
+      V pairs[SIZE / 2];
+#pragma GCC unroll 8
+      for (int i = 0; i < SIZE / 2; ++i) {
+        pairs[i] = terms[2 * i] + terms[2 * i + 1];
+      }
+      return sum<SIZE / 2>(pairs);
+    }
+  }
+
+  INLINE double sum_from(S centre) const {
+    V terms[COUNT];
+#pragma GCC unroll 16
+    for (int i = 0; i < COUNT; ++i) {
+      terms[i] = of[i] - centre;
+    }
+    return sum<COUNT>(terms);
+  }
+
+  INLINE double square_sum_from(S centre) const {
+    V terms[COUNT];
+#pragma GCC unroll 16
+    for (int i = 0; i < COUNT; ++i) {
+      terms[i] = (of[i] - centre) * (of[i] - centre);
+    }
+    return sum<COUNT>(terms);
+  }
+};
+
+// In two passes.
+template <typename Values>
+INLINE Spread spread_of(const Values& values) {
+  using S = typename Values::S;
+  const double share = 1.0 / values.n;
+  double mean = values.sum_from(S(0)) * share;
+  const S centre = static_cast<S>(mean);
+  double square_sum = values.square_sum_from(centre);
   if (mean * mean > 64 * square_sum * share) {
     // Far from zero the differences are exact, and a better way to the mean. Nearer to it their errors go one way.
-    const double offset = sum_from<T>(x, n, centre) * share;
-    square_sum -= offset * offset * n;
+    const double offset = values.sum_from(centre) * share;
+    square_sum -= offset * offset * values.n;
     mean = centre + offset;
   }
   return {mean, square_sum};
@@ -54,12 +104,12 @@ template <typename T>
 INLINE Spread spread(const T* x, int64_t n, int64_t ahead) {
   constexpr int64_t block = 4096;
   if (n <= block) {
-    return spread_of_block(x, n, ahead);
+    return spread_of(ValuesInMemory<T>{x, n, ahead});
   }
   Spread all = {0, 0};
   for (int64_t first = 0; first < n; first += block) {
     const int64_t size = n - first < block ? n - first : block;
-    const Spread part = spread_of_block(x + first, size, block * sizeof(T));
+    const Spread part = spread_of(ValuesInMemory<T>{x + first, size, block * static_cast<int64_t>(sizeof(T))});
     const double distance = part.mean - all.mean;
     all.mean += distance * size / (first + size);
     all.square_sum += part.square_sum + distance * distance * first * size / (first + size);
@@ -212,26 +262,71 @@ void rms_norm_backward(const BackwardRow<ComputeType<T>>& row) {
   });
 }
 
+// What makes x_hat of a row's values.
+template <typename S>
+struct Scaling {
+  S mean, rstd;
+  S lost;  // where the mean is far from zero, rounding it costs more than all the rest; what it lost is added back
+
+  template <typename T>
+  static INLINE Scaling of(Spread all, const ForwardRow<S>& row) {
+    if (!std::isfinite(all.square_sum)) {
+      all = spread_in_double(static_cast<const T*>(row.x), row.n, true);
+    }
+    const S mean = static_cast<S>(all.mean), rstd = reciprocal_root<S>(all.square_sum / row.n, row.eps);
+    return {mean, rstd, static_cast<S>((mean - all.mean) * rstd)};
+  }
+
+  template <typename V>
+  INLINE V x_hat(V x) const {
+    return (x - mean) * rstd + lost;
+  }
+};
+
+// A row of COUNT whole vectors: it stays in registers from its one load on.
+template <typename T, int COUNT>
+INLINE Moments<ComputeType<T>> narrow_layer_norm_forward(const ForwardRow<ComputeType<T>>& r) {
+  constexpr int width = lanes<VecOf<T>>;
+  const T* x = static_cast<const T*>(r.x);
+  T* y = static_cast<T*>(r.y);
+  ValuesInRegisters<VecOf<T>, COUNT> values;
+#pragma GCC unroll 16
+  for (int i = 0; i < COUNT; ++i) {
+    values.of[i] = load_vec(x + i * width);
+  }
+  const auto scaling = Scaling<ComputeType<T>>::template of<T>(spread_of(values), r);
+#pragma GCC unroll 16
+  for (int i = 0; i < COUNT; ++i) {
+    const int at = i * width;
+    store_vec(y + at, scaling.x_hat(values.of[i]) * load_vec(r.weight + at) + load_vec(r.bias + at));
+  }
+  return {scaling.mean, scaling.rstd};
+}
+
 // y = (x − mean) · rstd · w + b with rstd = 1/√(mean((x − mean)²) + eps).
 template <typename T>
 Moments<ComputeType<T>> layer_norm_forward(const ForwardRow<ComputeType<T>>& row) {
-  using S = ComputeType<T>;
   const auto r = row;  // as above
+  constexpr int64_t width = lanes<VecOf<T>>;
+  switch (r.n) {
+    case 2 * width:
+      return narrow_layer_norm_forward<T, 2>(r);
+    case 4 * width:
+      return narrow_layer_norm_forward<T, 4>(r);
+    case 8 * width:
+      return narrow_layer_norm_forward<T, 8>(r);
+#if VECTOR_BYTES == 64  // which come with 32 registers
+    case 16 * width:
+      return narrow_layer_norm_forward<T, 16>(r);
+#endif
+  }
   const T* x = static_cast<const T*>(r.x);
   T* y = static_cast<T*>(r.y);
-  Spread all = spread(x, r.n, r.ahead);
-  if (!std::isfinite(all.square_sum)) {
-    all = spread_in_double(x, r.n, true);
-  }
-  const S mean = static_cast<S>(all.mean);
-  const S rstd = reciprocal_root<S>(all.square_sum / r.n, r.eps);
-  // Where the mean is far from zero, rounding it costs more than all the rest; what it lost is added back.
-  const S lost = static_cast<S>((mean - all.mean) * rstd);
+  const auto scaling = Scaling<ComputeType<T>>::template of<T>(spread(x, r.n, r.ahead), r);
   each_vector<VecOf<T>, 2>(0, r.n, [=](int64_t i, int, Part part) ALWAYS_INLINE {
-    const auto x_hat = (load(x + i, part) - mean) * rstd + lost;
-    store(y + i, x_hat * load(r.weight + i, part) + load(r.bias + i, part), part);
+    store(y + i, scaling.x_hat(load(x + i, part)) * load(r.weight + i, part) + load(r.bias + i, part), part);
   });
-  return {mean, rstd};
+  return {scaling.mean, scaling.rstd};
 }
 
 // dx = (w·dy − mean(w·dy) − x̂ · mean(x̂ · w·dy)) · rstd + dh;  dweight += dy · x̂;  dbias += dy.

@@ -66,10 +66,12 @@ ForwardResult forward_in(const ForwardCall& call) {
     row.eps = call.eps;
     row.cast = cast_from<S>(call.cast_dtype);
     const int64_t some_rows = std::max<int64_t>(1, (1 << 18) / cols);
+    int64_t prepared = begin;
     for (int64_t i = begin; i < end; ++i) {
-      if ((i - begin) % some_rows == 0) {
-        y.prepare(i, std::min(i + some_rows, end));
-        h.prepare(i, std::min(i + some_rows, end));
+      if (i == prepared) {
+        prepared = std::min(i + some_rows, end);
+        y.prepare(i, prepared);
+        h.prepare(i, prepared);
       }
       row.ahead = i + 1 < end ? x.ahead() : 0;  // the rows beyond are another thread's
       row.x = x.read(i, scratch.row(0));

@@ -244,6 +244,19 @@ struct Doubles<1> {
   static INLINE double sum(double v) { return v; }
 };
 
+// The sum of a vector's halves where its lanes are float.
+template <typename V>
+INLINE F64 in_double(V v) {
+  if constexpr (sizeof(v[0]) == sizeof(double)) {
+    return v;
+  } else {
+    typedef float HalfOfF32 __attribute__((vector_size(VECTOR_BYTES / 2)));
+    HalfOfF32 halves[2];
+    __builtin_memcpy(halves, &v, sizeof v);
+    return __builtin_convertvector(halves[0], F64) + __builtin_convertvector(halves[1], F64);
+  }
+}
+
 // A sum of many vectors: short chains of additions in S, which flush() adds up in double.
 template <typename V>
 struct Sum {
@@ -252,15 +265,7 @@ struct Sum {
   F64 flushed = {};
 
   INLINE void flush() {
-    const V sum = (chain[0] + chain[1]) + (chain[2] + chain[3]);
-    if constexpr (sizeof(sum[0]) == sizeof(double)) {
-      flushed += sum;
-    } else {
-      typedef float HalfOfF32 __attribute__((vector_size(VECTOR_BYTES / 2)));
-      HalfOfF32 halves[2];
-      __builtin_memcpy(halves, &sum, sizeof sum);
-      flushed += __builtin_convertvector(halves[0], F64) + __builtin_convertvector(halves[1], F64);
-    }
+    flushed += in_double((chain[0] + chain[1]) + (chain[2] + chain[3]));
     for (V& each : chain) {
       each = V{};
     }
