@@ -216,7 +216,8 @@ Moments<ComputeType<T>> rms_norm_forward(const ForwardRow<ComputeType<T>>& row) 
   const S rstd = reciprocal_root<S>(sum / r.n, r.eps);
   const auto finish = [&](auto rounds) ALWAYS_INLINE {
     each_vector<VecOf<T>, 2>(0, r.n, [=](int64_t i, int, Part part) ALWAYS_INLINE {
-      prefetch(x + i, r.ahead);
+      prefetch(x + i, r.x_ahead);
+      prefetch(y + i, r.y_ahead);
       const auto x_hat = load(x + i, part) * rstd;
       store(y + i, (rounds ? round_to(x_hat, r.cast) : x_hat) * load(r.weight + i, part), part);
     });
@@ -251,6 +252,7 @@ void rms_norm_backward(const BackwardRow<ComputeType<T>>& row) {
     const V grad = load(dy + i, part);
     prefetch(x + i, r.x_ahead);
     prefetch(dy + i, r.dy_ahead);
+    prefetch(dx + i, r.dx_ahead);  // the processor reads what it will overwrite
     V result = grad * load(r.weight + i, part) * rstd - x_hat * along;
     if (dh) {
       result += load(dh + i, part);
@@ -322,8 +324,9 @@ Moments<ComputeType<T>> layer_norm_forward(const ForwardRow<ComputeType<T>>& row
   }
   const T* x = static_cast<const T*>(r.x);
   T* y = static_cast<T*>(r.y);
-  const auto scaling = Scaling<ComputeType<T>>::template of<T>(spread(x, r.n, r.ahead), r);
+  const auto scaling = Scaling<ComputeType<T>>::template of<T>(spread(x, r.n, r.x_ahead), r);
   each_vector<VecOf<T>, 2>(0, r.n, [=](int64_t i, int, Part part) ALWAYS_INLINE {
+    prefetch(y + i, r.y_ahead);
     store(y + i, scaling.x_hat(load(x + i, part)) * load(r.weight + i, part) + load(r.bias + i, part), part);
   });
   return {scaling.mean, scaling.rstd};
@@ -353,6 +356,7 @@ void layer_norm_backward(const BackwardRow<ComputeType<T>>& row) {
     const V grad = load(dy + i, part);
     prefetch(x + i, r.x_ahead);
     prefetch(dy + i, r.dy_ahead);
+    prefetch(dx + i, r.dx_ahead);  // the processor reads what it will overwrite
     V result = grad * load(r.weight + i, part) * rstd - (x_hat * along + level);
     if (dh) {
       result += load(dh + i, part);

@@ -73,7 +73,9 @@ ForwardResult forward_in(const ForwardCall& call) {
         y.prepare(i, prepared);
         h.prepare(i, prepared);
       }
-      row.ahead = i + 1 < end ? x.ahead() : 0;  // the rows beyond are another thread's
+      const bool goes_on = i + 1 < end;  // the rows beyond are another thread's
+      row.x_ahead = goes_on ? x.ahead() : 0;
+      row.y_ahead = goes_on ? y.ahead() : 0;
       row.x = x.read(i, scratch.row(0));
       if (adds) {
         void* sum = h.write(i, scratch.row(2));
@@ -208,6 +210,7 @@ BackwardResult backward_in(const BackwardCall& call) {
         const bool goes_on = i + 1 < std::min(end * slice_rows, n_rows);  // as above
         row.x_ahead = goes_on ? tensors.x.ahead() : 0;
         row.dy_ahead = goes_on ? tensors.dy.ahead() : 0;
+        row.dx_ahead = goes_on ? tensors.dx.ahead() : 0;
         row.first = i == first;
         tensors.run(i, row, scratch);
       }

@@ -35,7 +35,7 @@ struct ForwardRow {
   const S* bias;
   void* y;
   int64_t n;
-  int64_t ahead;  // bytes from this row of x to the next
+  int64_t x_ahead, y_ahead;  // bytes from this row to the next
   double eps;
   Dtype cast;  // x_hat is rounded to it before the weight multiplies; dtype_of<S> means not at all
 };
@@ -53,7 +53,7 @@ struct BackwardRow {
   S* dbias;
   bool first;
   int64_t n;
-  int64_t x_ahead, dy_ahead;
+  int64_t x_ahead, dy_ahead, dx_ahead;
   Dtype cast;
 };
 
