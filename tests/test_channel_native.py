@@ -159,7 +159,7 @@ def test_blocks_about_different_means(channels_last):
 def test_silu_over_the_whole_range():
     """One channel with weight 1 and bias z, so that x̂ vanishes: y is silu of every z."""
     z = torch.cat([torch.linspace(-110, 110, 4001), torch.tensor([-1e30, -800.0, 800.0, 1e30])])
-    for dtype, tolerance in ((f32, 3e-7), (f64, 4e-16)):
+    for dtype, tolerance in ((f32, 3e-7), (f64, 6e-16)):  # three roundings; exp has one more where there is no fma
         x = torch.zeros(1, z.numel(), 2, dtype=dtype)
         y, *_ = native.group_norm_forward(x, 1, None, z.to(dtype), 1e-5, False, True, dtype)
         expected = F.silu(z.double())
