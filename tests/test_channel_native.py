@@ -1,14 +1,12 @@
 """What only the compiled channel norms promise: threads, forks, instruction sets, word tails, dtypes of their own."""
 
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from instruction_sets import AVAILABLE, run_with
 from norms import DTYPES
-from test_native import BEST, SETS, threads  # noqa: F401
+from test_native import threads  # noqa: F401
 
 native = pytest.importorskip("fastnorm.native", exc_type=ImportError)
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -169,13 +167,9 @@ def test_silu_over_the_whole_range():
 NUMERIC = "tail or overflow or means or differ or range"
 
 
-@pytest.mark.parametrize("name", SETS[: SETS.index(BEST) + 1 if BEST in SETS else 1])
+@pytest.mark.parametrize("name", AVAILABLE)
 def test_other_instruction_sets(name):
-    """The set is chosen once a process, by the variable that chooses PyTorch's own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", NUMERIC]
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": name, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+    run_with(name, __file__, NUMERIC)
 
 
 class Normalised(torch.utils.data.Dataset):

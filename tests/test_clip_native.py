@@ -2,13 +2,11 @@
 
 import math
 import mmap
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from clipping import parameters_with
+from instruction_sets import AVAILABLE, run_with
 from norms import DTYPES
 
 import fastnorm
@@ -183,17 +181,11 @@ def test_a_unit_that_is_nan_spoils_only_itself():
 
 
 NUMERIC = "every_size or powers_leave or special or by_the_rule"
-SETS = ("default", "avx2", "avx512")
-BEST = torch.backends.cpu.get_cpu_capability().lower()
 
 
-@pytest.mark.parametrize("name", SETS[: SETS.index(BEST) if BEST in SETS else 0])
+@pytest.mark.parametrize("name", AVAILABLE[:-1])
 def test_other_instruction_sets(name):
-    """The set is chosen once a process, by the variable that chooses PyTorch's own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", NUMERIC]
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": name, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+    run_with(name, __file__, NUMERIC)
 
 
 def test_wrong_arguments_raise():

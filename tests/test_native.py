@@ -1,11 +1,9 @@
 """What only the compiled backend has: threads, forks, instruction sets, vector tails, 16-bit rounding, checks."""
 
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from instruction_sets import AVAILABLE, run_with
 from norms import DTYPES, plain_case
 
 import fastnorm
@@ -134,18 +132,12 @@ def test_a_mean_far_from_zero_costs_no_digits(cols):
     torch.testing.assert_close(y.double(), torch.nn.functional.layer_norm(x.double(), (cols,)), rtol=0, atol=3e-6)
 
 
-SETS = ("default", "avx2", "avx512")
-BEST = torch.backends.cpu.get_cpu_capability().lower()
 NUMERIC = "tail or 16_bit or overflow or far_from_zero or lies"
 
 
-@pytest.mark.parametrize("name", SETS[: SETS.index(BEST) + 1 if BEST in SETS else 1])
+@pytest.mark.parametrize("name", AVAILABLE)
 def test_other_instruction_sets(name):
-    """The set is chosen once a process, by the variable that chooses PyTorch's own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", NUMERIC]
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": name, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+    run_with(name, __file__, NUMERIC)
 
 
 class Normalised(torch.utils.data.Dataset):

@@ -58,7 +58,7 @@ def _batch_norm_gradients(ctx: Any, dy: Tensor):
     """(dx, dresidual, dweight, dbias)."""
     x, weight, bias, mean, scale, mask = ctx.saved_tensors
     if reference.graph_wanted():
-        dz = _masked(dy, mask, ctx.layout)
+        dz = under_mask(dy, mask, ctx.layout)
         dx, dweight, dbias = reference.gradients(
             lambda x, w, b: reference.batch_norm(
                 x, None, w, b, None if ctx.training else (mean, scale), ctx.training, 0.0, ctx.eps, False
@@ -81,7 +81,7 @@ def _batch_norm_gradients(ctx: Any, dy: Tensor):
     return from_kernel(dx, x, ctx.layout), dresidual, like_input(dweight, weight), like_input(dbias, bias)
 
 
-def _masked(dy: Tensor, mask: Tensor | None, layout: Any) -> Tensor:
+def under_mask(dy: Tensor, mask: Tensor | None, layout: Any) -> Tensor:
     """dy where the ReLU let z pass, as a function that can be differentiated in turn."""
     if mask is None:
         return dy
@@ -143,11 +143,14 @@ def batch_norm(
     impl = backend.pick("batch_norm_evaluation" if is_plain else "batch_norm", input, residual, *vectors)
     if impl is None or input.numel() == 0:
         return reference.batch_norm(input, residual, weight, bias, running, training, momentum, eps, relu)
-    if residual is not None and residual.dtype == torch.float64 != input.dtype:
-        input = input.double()  # kernels compute in the input's precision, the sum is to have the residual's
     return BatchNormFunction.apply(
-        input, residual, weight, bias, running, impl, training, momentum, float(eps), relu
+        as_precise_as(input, residual), residual, weight, bias, running, impl, training, momentum, float(eps), relu
     )
+
+
+def as_precise_as(x: Tensor, residual: Tensor | None) -> Tensor:
+    """x, in float64 where the residual is: kernels compute in x's precision, the sum is to have the residual's."""
+    return x.double() if residual is not None and residual.dtype == torch.float64 else x
 
 
 def check_batch_norm(x, running_mean, running_var, weight, bias, residual, training: bool) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import backend, reference
 from .arguments import as_vector, like_input
-from .batch_norm import FusedBatchNorm, check_batch_norm
+from .batch_norm import FusedBatchNorm, as_precise_as, check_batch_norm, under_mask
 from .channels import check_activation, check_eps, from_kernel, layout_of, pooled, values_per_channel
 
 
@@ -73,9 +73,9 @@ def _move(running, mean: Tensor, variance: Tensor, count: Tensor, momentum: floa
 def _gradients(ctx: Any, dy: Tensor):
     """(dx, dresidual, dweight, dbias); those of the parameters are this process's own part."""
     x, weight, bias, mean, rstd, count, mask = ctx.saved_tensors
-    kernel_x, kernel_dy = pooled(x, ctx.layout), pooled(dy, ctx.layout)
     if reference.graph_wanted():
-        return _differentiable_gradients(ctx, dy, kernel_dy)
+        return _differentiable_gradients(ctx, dy)
+    kernel_x, kernel_dy = pooled(x, ctx.layout), pooled(dy, ctx.layout)
     sums = mean.new_zeros(2, x.shape[1])
     if x.numel():
         sums = ctx.impl.batch_norm_backward_sums(kernel_dy, mask, kernel_x, mean, rstd, ctx.layout.pixels)
@@ -98,10 +98,10 @@ def _gradients(ctx: Any, dy: Tensor):
     return dx, dresidual, dweight, dbias
 
 
-def _differentiable_gradients(ctx: Any, dy: Tensor, kernel_dy: Tensor):
+def _differentiable_gradients(ctx: Any, dy: Tensor):
     """As `_gradients`, by PyTorch's operations and collectives that are differentiable themselves."""
     x, weight, bias, _, _, count, mask = ctx.saved_tensors
-    dz = dy if mask is None else from_kernel(reference.masked(kernel_dy, mask), dy, ctx.layout)
+    dz = under_mask(dy, mask, ctx.layout)
 
     def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return _formula(x, weight, bias, count, ctx.eps, ctx.group)
@@ -211,10 +211,8 @@ def _sync_batch_norm(module: SyncBatchNorm, input, running, momentum, residual, 
     weight, bias = module.weight, module.bias
     check_batch_norm(input, *running, weight, bias, residual, training=True)
     check_eps("SyncBatchNorm", module.eps, zero_allowed=False)
-    if residual is not None and residual.dtype == torch.float64 != input.dtype:
-        input = input.double()  # as in batch_norm
     impl = backend.pick("sync_batch_norm", input, residual, weight, bias, *running)
     tracked = None if running[0] is None else running
     return SyncBatchNormFunction.apply(
-        input, residual, weight, bias, tracked, impl, momentum, module.eps, relu, group
+        as_precise_as(input, residual), residual, weight, bias, tracked, impl, momentum, module.eps, relu, group
     )
