@@ -106,7 +106,7 @@ def test_options_and_mixed_dtypes(op, changes, channels_last, device):
 def relaid_planes(t: torch.Tensor, layout: str) -> torch.Tensor:
     """The same values in a memory layout that a user may come with; what lies between them is NaN."""
     if layout == "channel slice":
-        return torch.cat([t[:, :1] * float("nan"), t, t[:, :2] * float("nan")], 1)[:, 1:-2]
+        return torch.cat([t[:, :1] * float("nan"), t, t[:, :2] * float("nan")], 1)[:, 1 : 1 + t.shape[1]]
     if layout == "channel slice, channels last":
         return in_format(torch.cat([t[:, :1] * float("nan"), t], 1), True)[:, 1:]
     if layout == "expanded batch":

@@ -28,7 +28,7 @@ class Blocks3d {
   bool converts() const { return converts_; }
 
   // The block itself, or a copy of it in scratch where its dtype is another one.
-  Strip read(const Region& block, S* scratch) const {
+  Strip read(const Block& block, S* scratch) const {
     const Strip here = strip(block);
     if (!converts_) {
       return here;
@@ -40,11 +40,11 @@ class Blocks3d {
   }
 
   // Where to write a block; finish(block, that) must follow.
-  Strip write(const Region& block, S* scratch) const {
+  Strip write(const Block& block, S* scratch) const {
     return converts_ ? scratch_strip(block, scratch) : strip(block);
   }
 
-  void finish(const Region& block, const Strip& written) const {
+  void finish(const Block& block, const Strip& written) const {
     if (!converts_) {
       return;
     }
@@ -60,26 +60,31 @@ class Blocks3d {
     if (!may_be_fresh_) {
       return;
     }
-    const Strip here = strip(piece);
-    const int64_t bytes = piece.n * size_;
-    if (here.stride == bytes) {
-      fault_in(here.data, piece.rows * bytes);
+    char* here = start(piece);
+    const int64_t bytes = piece.n * size_, stride = strides_[piece.axis];
+    if (stride == bytes) {
+      fault_in(here, piece.rows * bytes);
       return;
     }
     for (int64_t row = 0; row < piece.rows; ++row) {
-      fault_in(here.data + row * here.stride, bytes);
+      fault_in(here + row * stride, bytes);
     }
   }
 
  private:
-  Strip strip(const Region& block) const {
+  char* start(const Region& region) const {
+    return data_ + region.first * strides_[0] + region.second * strides_[1] + region.col * size_;
+  }
+
+  Strip strip(const Block& block) const {
     if (data_ == nullptr) {
       return {};
     }
-    return {data_ + block.first * strides_[0] + block.second * strides_[1] + block.col * size_, strides_[block.axis]};
+    char* here = start(block);
+    return {here, strides_[block.axis], start(block.next) - here};
   }
 
-  Strip scratch_strip(const Region& block, S* scratch) const {
+  Strip scratch_strip(const Block& block, S* scratch) const {
     return {reinterpret_cast<char*>(scratch), block.n * static_cast<int64_t>(sizeof(S))};
   }
 
@@ -102,7 +107,7 @@ class MaskBlocks {
     }
   }
 
-  Strip strip(const Region& block) const {
+  Strip strip(const Block& block) const {
     if (data_ == nullptr) {
       return {};
     }

@@ -1,4 +1,4 @@
-// The kernels of blocks. Included by rows.cpp after run_kernels.h, once for each instruction set, like it.
+// The kernels of blocks. Included by instruction_set.h after run_kernels.h.
 template <typename V>
 using IndexOf = std::conditional_t<sizeof(V{}[0]) == sizeof(double), I64, I32>;
 
@@ -125,10 +125,8 @@ template <typename Count>
 INLINE uint64_t read_word(const char* row, int64_t first, Count count) {
   const char* p = row + first / 8;
   uint64_t word = 0;
-  if constexpr (std::is_same_v<Count, FullWord>) {
-    for (int byte = 0; byte < 8; ++byte) {
-      word |= static_cast<uint64_t>(static_cast<uint8_t>(p[byte])) << 8 * byte;
-    }
+  if constexpr (std::is_same_v<Count, FullWord> && std::endian::native == std::endian::little) {
+    __builtin_memcpy(&word, p, sizeof word);
   } else {
     for (int byte = 0; 8 * byte < count; ++byte) {
       word |= static_cast<uint64_t>(static_cast<uint8_t>(p[byte])) << 8 * byte;
@@ -140,10 +138,8 @@ INLINE uint64_t read_word(const char* row, int64_t first, Count count) {
 template <typename Count>
 INLINE void write_word(char* row, int64_t first, Count count, uint64_t word) {
   char* p = row + first / 8;
-  if constexpr (std::is_same_v<Count, FullWord>) {
-    for (int byte = 0; byte < 8; ++byte) {
-      p[byte] = static_cast<char>(word >> 8 * byte);
-    }
+  if constexpr (std::is_same_v<Count, FullWord> && std::endian::native == std::endian::little) {
+    __builtin_memcpy(p, &word, sizeof word);
   } else {
     word &= ~uint64_t{0} >> (word_size - count);
     for (int byte = 0; 8 * byte < count; ++byte) {
@@ -221,8 +217,11 @@ void forward_block(const ForwardBlock<ComputeType<T>>& block) {
         const V mean = means.at(i, part), scale = scales.at(i, part), shift = shifts.at(i, part);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
+          prefetch(x[r] + i, b.x.ahead);
+          prefetch(y[r] + i, b.y.ahead);
           V z = (load(x[r] + i, part) - mean) * scale + shift;
           if (b.residual.data != nullptr) {
+            prefetch(residual[r] + i, b.residual.ahead);
             z += load(residual[r] + i, part);
           }
           if constexpr (ACTIVATION == Activation::relu) {
@@ -263,8 +262,10 @@ INLINE void each_gradient(const BackwardBlock<ComputeType<T>>& b, int64_t row, S
       V dz[R], distance[R] = {};
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
+        prefetch(dy[r] + i, b.dy.ahead);
         dz[r] = load(dy[r] + i, part);
         if (b.x.data != nullptr) {
+          prefetch(x[r] + i, b.x.ahead);
           distance[r] = load(x[r] + i, part) - means.at(i, part);
         }
         if constexpr (ACTIVATION == Activation::relu) {
@@ -297,8 +298,10 @@ void backward_block(const BackwardBlock<ComputeType<T>>& block) {
         if (b.x.data != nullptr) {
           gradient += distance[r] * slopes.at(i, part) + levels.at(i, part);
         }
+        prefetch(dx[r] + i, b.dx.ahead);
         store(dx[r] + i, gradient, part);
         if (b.dresidual.data != nullptr) {
+          prefetch(dresidual[r] + i, b.dresidual.ahead);
           store(dresidual[r] + i, dz[r], part);
         }
       }

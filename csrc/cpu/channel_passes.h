@@ -44,7 +44,7 @@ class SpreadPass {
     b.mean = partials_.at(pool, i, 0);
     b.square_sum = partials_.at(pool, i, 1);
     b.scratch = scratch.sums();
-    plan_.each_block(piece, true, [&](const Region& block) {
+    plan_.each_block(piece, true, [&](const Block& block) {
       b.x = x_.read(block, nullptr);
       b.rows = block.rows;
       b.n = block.n;
@@ -98,7 +98,7 @@ class ForwardPass {
   void apply(const Region& piece, const S* mean, const S* scale, const S* shift) const {
     y_.prepare(piece);
     const BlockScratch<S> scratch(plan_, converts_ ? 3 : 0, 0);
-    plan_.each_block(piece, false, [&](const Region& block) {
+    plan_.each_block(piece, false, [&](const Block& block) {
       const int64_t at = plan_.parameters(block);
       ForwardBlock<S> b{};
       b.x = x_.read(block, scratch.block(0));
@@ -155,7 +155,7 @@ class BackwardPass {
   // Adds Σ dz and Σ dz · (x − mean) of a piece's channels.
   void measure(const Region& piece, double* sum, double* product) const {
     const BlockScratch<S> scratch(plan_, converts_ ? 4 : 0, 2);
-    plan_.each_block(piece, false, [&](const Region& block) {
+    plan_.each_block(piece, false, [&](const Block& block) {
       BackwardBlock<S> b = inputs(block, scratch);
       b.sum = sum;
       b.product = product;
@@ -168,7 +168,7 @@ class BackwardPass {
     dx_.prepare(piece);
     dresidual_.prepare(piece);
     const BlockScratch<S> scratch(plan_, converts_ ? 4 : 0, 0);
-    plan_.each_block(piece, false, [&](const Region& block) {
+    plan_.each_block(piece, false, [&](const Block& block) {
       BackwardBlock<S> b = inputs(block, scratch);
       b.dx = dx_.write(block, scratch.block(2));
       b.dresidual = dresidual_.write(block, scratch.block(3));
@@ -192,7 +192,7 @@ class BackwardPass {
         sums_(channel_kernels<S>(plan, working).sums[static_cast<int>(activation)]),
         backward_(channel_kernels<S>(plan, working).backward[static_cast<int>(activation)]) {}
 
-  BackwardBlock<S> inputs(const Region& block, const BlockScratch<S>& scratch) const {
+  BackwardBlock<S> inputs(const Block& block, const BlockScratch<S>& scratch) const {
     const int64_t at = plan_.parameters(block);
     const auto here = [&](const S* values) { return values == nullptr ? nullptr : values + at; };
     BackwardBlock<S> b{};

@@ -18,6 +18,11 @@ struct Region {
   int64_t col, n;
 };
 
+// A part of a piece that is worked on in one go, and the one after it, or the same where it is the last.
+struct Block : Region {
+  Region next;
+};
+
 // A division of a rectangle into cells of at most row_step × col_step.
 struct Grid {
   int64_t rows, n;
@@ -56,8 +61,9 @@ class Plan {
   template <typename Body>
   void each_block(const Region& piece, bool mixed, const Body& body) const {
     const Grid grid = blocks(piece, mixed);
-    for (int64_t i = 0; i < grid.cells(); ++i) {
-      body(grid.cell(piece, i));
+    const int64_t last = grid.cells() - 1;
+    for (int64_t i = 0; i <= last; ++i) {
+      body(Block{grid.cell(piece, i), grid.cell(piece, std::min(i + 1, last))});
     }
   }
   // No block has more elements.

@@ -12,10 +12,12 @@ enum class Activation { none, relu, silu };
 constexpr int layout_count = 2, activation_count = 3;
 
 // Rows in the kernel's dtype, `stride` bytes apart. Null where the call has no such tensor. Rows of a relu's mask have
-// one bit an element, lowest bits first, set where the gradient passes.
+// one bit an element, lowest bits first, set where the gradient passes. What will be worked on next lies `ahead` bytes
+// on; the processor does not foresee that by itself where rows are short, or end, and not what it will overwrite.
 struct Strip {
   char* data = nullptr;
   int64_t stride = 0;
+  int64_t ahead = 0;
 };
 
 // Adds a block to the running mean and the sum of squared differences from it of `count` elements of each channel.

@@ -1,4 +1,5 @@
-// All kernels of one instruction set, and their table. Included by rows.cpp once for each set, inside its namespace.
+// All kernels of one instruction set, and their table. Included inside each set's namespace, by a file of its own, so
+// that the sets compile side by side.
 #include "vec.h"
 
 #include "run_kernels.h"
@@ -19,6 +20,7 @@ constexpr Rows<S> rows_of(RowKernels<S> f32, RowKernels<S> bf16, RowKernels<S> f
            layout_kernels_of<double, S>()}};
 }
 
+extern const InstructionSet instruction_set;
 const InstructionSet instruction_set = {
     INSTRUCTION_SET_NAME,
     rows_of<float>(kernels_of<float>, kernels_of<Bf16>, kernels_of<Half>, {}),

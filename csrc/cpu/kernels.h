@@ -1,4 +1,4 @@
-// The row kernels of every norm. Included by rows.cpp after vec.h, once for each instruction set, like it.
+// The row kernels of every norm. Included by instruction_set.h after vec.h.
 
 template <typename T>
 INLINE double square_sum(const T* x, int64_t n) {

@@ -1,67 +1,22 @@
-// Compiles the row kernels for each instruction set and chooses one when the library loads.
-#include "rows.h"
-
-#include <algorithm>
-#include <cmath>
+// Chooses an instruction set when the library loads.
 #include <cstdlib>
 #include <cstring>
-#include <limits>
-#include <type_traits>
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define X86_SETS 1
-#include <immintrin.h>
-#endif
+#include "kernel_includes.h"
 
 namespace fastnorm::cpu {
 
-// Sixteen bytes are what every target has: SSE2, NEON.
 namespace plain {
-#define VECTOR_BYTES 16
-#define INSTRUCTION_SET_NAME "default"
-#include "instruction_set.h"
-#undef VECTOR_BYTES
-#undef INSTRUCTION_SET_NAME
-}  // namespace plain
-
+extern const InstructionSet instruction_set;
+}
 #ifdef X86_SETS
-
-// Functions defined from here on may use AVX2; intrinsics apart, the compiler takes it from the vectors' width.
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi2"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,bmi2")
-#endif
 namespace avx2 {
-#define VECTOR_BYTES 32
-#define INSTRUCTION_SET_NAME "avx2"
-#include "instruction_set.h"
-#undef VECTOR_BYTES
-#undef INSTRUCTION_SET_NAME
-}  // namespace avx2
-#ifdef __clang__
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,bmi2"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,bmi2")
-#endif
+extern const InstructionSet instruction_set;
+}
 namespace avx512 {
-#define VECTOR_BYTES 64
-#define INSTRUCTION_SET_NAME "avx512"
-#include "instruction_set.h"
-#undef VECTOR_BYTES
-#undef INSTRUCTION_SET_NAME
-}  // namespace avx512
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
+extern const InstructionSet instruction_set;
+}
 #endif
-
-#endif  // X86_SETS
 
 namespace {
 

@@ -1,4 +1,4 @@
-// The kernels of runs. Included by rows.cpp after vec.h, once for each instruction set, like it.
+// The kernels of runs. Included by instruction_set.h after vec.h.
 typedef uint64_t U64 __attribute__((vector_size(VECTOR_BYTES)));
 
 INLINE F32 magnitude(F32 v) { return reinterpret_cast<F32>(reinterpret_cast<U32>(v) & 0x7fffffffu); }

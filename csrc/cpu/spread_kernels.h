@@ -81,6 +81,7 @@ void spread_of_planes(const SpreadBlock<ComputeType<T>>& block) {
   }
   Sum<V> sum, squares;
   each_of_plane<T>(b, [&](const T* x, int slot, Part part) ALWAYS_INLINE {
+    prefetch(x, b.x.ahead);
     const V distance = keep(load(x, part) - centre, part);
     sum.chain[slot] += distance;
     squares.chain[slot] += distance * distance;
@@ -108,6 +109,7 @@ INLINE void add_pixels(const SpreadBlock<ComputeType<T>>& b, const ComputeType<T
         V distance_sum = {}, square_sum = {};
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
+          prefetch(x[r] + i, b.x.ahead);
           const V distance = load(x[r] + i, part) - middle;
           distance_sum += distance;
           square_sum += distance * distance;
