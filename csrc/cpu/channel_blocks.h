@@ -21,7 +21,7 @@ class Blocks3d {
     strides_[1] = tensor.stride(1) * size_;
     dtype_ = dtype_from(tensor.scalar_type());
     converts_ = dtype_ != working;
-    may_be_fresh_ = may_be_fresh(tensor);
+    is_fresh_ = is_fresh(tensor);
   }
 
   bool defined() const { return data_ != nullptr; }
@@ -57,7 +57,7 @@ class Blocks3d {
 
   // To be called before a piece of an output is written.
   void prepare(const Region& piece) const {
-    if (!may_be_fresh_) {
+    if (!is_fresh_) {
       return;
     }
     char* here = start(piece);
@@ -93,7 +93,7 @@ class Blocks3d {
   int64_t strides_[2] = {};
   Dtype dtype_ = dtype_of<S>;
   bool converts_ = false;
-  bool may_be_fresh_ = false;
+  bool is_fresh_ = false;
 };
 
 // The bits of a relu, of shape (.., ceil(n / 8)).

@@ -309,10 +309,11 @@ void backward_block(const BackwardBlock<ComputeType<T>>& block) {
   });
 }
 
-// Calls add(row, first, last) for parts of rows, and flushes the sums before a chain gets long.
-template <typename V, typename Add, typename... Sums>
+// Calls add(row, first, last) for parts of rows of at most `size` elements, and flushes the sums about as often: the error
+// of a chain of additions grows with its length.
+template <typename V, int64_t size, typename Add, typename... Sums>
 INLINE void each_flushed(int64_t rows, int64_t n, Add add, Sums&... sums) {
-  constexpr int64_t size = 256, longest = size / word_size;  // longer ones are far less exact than products are
+  constexpr int64_t longest = size / word_size;
   int64_t length = 0;  // of the first chain, which takes all that does not fill a word
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t first = 0; first < n; first += size) {
@@ -334,7 +335,8 @@ void sums_of_block(const BackwardBlock<ComputeType<T>>& block) {
   const auto b = block;  // as above
   if constexpr (LAYOUT == Layout::planes) {
     Sum<V> sum, product;
-    each_flushed<V>(b.rows, b.n, [&](int64_t row, int64_t first, int64_t last) ALWAYS_INLINE {
+    constexpr int64_t size = 256;  // where signs differ, longer chains are far less exact than products are
+    each_flushed<V, size>(b.rows, b.n, [&](int64_t row, int64_t first, int64_t last) ALWAYS_INLINE {
       BackwardBlock<S> part = b;
       part.n = last - first;
       part.dy.data += first * sizeof(T);

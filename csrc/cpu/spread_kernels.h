@@ -57,7 +57,7 @@ __attribute__((noinline)) void merge_in_double(const SpreadBlock<ComputeType<T>>
 // Calls step(x, i, slot, part) for all vectors of a block, and flushes the sums every so often.
 template <typename T, typename Step, typename... Sums>
 INLINE void each_of_plane(const SpreadBlock<ComputeType<T>>& b, Step step, Sums&... sums) {
-  each_flushed<VecOf<T>>(b.rows, b.n, [&](int64_t row, int64_t first, int64_t last) ALWAYS_INLINE {
+  each_flushed<VecOf<T>, 1024>(b.rows, b.n, [&](int64_t row, int64_t first, int64_t last) ALWAYS_INLINE {
     const T* x = reinterpret_cast<const T*>(b.x.data + row * b.x.stride);
     each_vector<VecOf<T>, Sum<VecOf<T>>::chains>(first, last, [&](int64_t i, int slot, Part part) ALWAYS_INLINE {
       step(x + i, slot, part);

@@ -12,6 +12,18 @@
 #endif
 
 namespace fastnorm::cpu {
+namespace {
+
+#ifdef __linux__
+size_t page_size() {
+  static const auto size = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  return size;
+}
+
+uintptr_t page_of(uintptr_t address) { return address / page_size() * page_size(); }
+#endif
+
+}  // namespace
 
 Dtype dtype_from(at::ScalarType type) {
   switch (type) {
@@ -42,19 +54,28 @@ at::Tensor empty(at::IntArrayRef sizes, at::ScalarType type) {
   return tensor;
 }
 
-bool may_be_fresh(const at::Tensor& tensor) { return tensor.nbytes() >= size_t{4} << 20; }
+bool is_fresh(const at::Tensor& tensor) {
+#ifdef __linux__
+  constexpr size_t worthwhile = size_t{4} << 20;
+  if (tensor.nbytes() < worthwhile) {
+    return false;
+  }
+  // malloc gives memory back to the system, and extends it, at the end.
+  const uintptr_t last = page_of(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) + tensor.nbytes() - 1);
+  unsigned char is_present = 1;
+  mincore(reinterpret_cast<void*>(last), page_size(), &is_present);
+  return (is_present & 1) == 0;
+#else
+  return false;
+#endif
+}
 
 void fault_in(void* data, size_t bytes) {
 #ifdef __linux__
   constexpr int populate_write = 23;  // MADV_POPULATE_WRITE, which older headers do not name
-  static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   const auto start = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t first = start / page * page, last = (start + bytes - 1) / page * page;
-  // malloc hands memory back from its end, and to ask for one page takes a hundredth of asking for all of them.
-  unsigned char is_present = 0;
-  if (mincore(reinterpret_cast<void*>(last), page, &is_present) == 0 && (is_present & 1) == 0) {
-    madvise(reinterpret_cast<void*>(first), start + bytes - first, populate_write);  // if it fails, all is slower
-  }
+  const uintptr_t first = page_of(start);
+  madvise(reinterpret_cast<void*>(first), start + bytes - first, populate_write);  // without it all works, more slowly
 #endif
 }
 

@@ -19,12 +19,12 @@ Dtype dtype_from(at::ScalarType type);
 // An uninitialised contiguous CPU tensor.
 at::Tensor empty(at::IntArrayRef sizes, at::ScalarType type);
 
-// Whether a new tensor's memory is large enough to have come from the system just now, and for that to matter.
-bool may_be_fresh(const at::Tensor& tensor);
+// Whether a new tensor's memory is large and came from the system just now, so that its pages are still to be made.
+bool is_fresh(const at::Tensor& tensor);
 
-// Makes the pages of memory that will be written to present unless they are, a MiB or so at a time. One fault a page
-// takes 1.6 times as long. Huge pages would be faster still on memory that the machine has, but several times slower
-// where a hypervisor takes free memory back.
+// Makes the pages of fresh memory that will be written to, a MiB or so at a time. One fault a page takes 1.6 times as
+// long. Huge pages would be faster still on memory that the machine has, but several times slower where a hypervisor
+// takes free memory back.
 void fault_in(void* data, size_t bytes);
 
 // Raises unless the tensor has these sizes and one of the four dtypes, on the CPU, without gaps in its rows.
@@ -68,7 +68,7 @@ class Rows2d {
     cols_ = tensor.size(1);
     dtype_ = dtype_from(tensor.scalar_type());
     converts_ = dtype_ != working;
-    may_be_fresh_ = may_be_fresh(tensor);
+    is_fresh_ = is_fresh(tensor);
   }
 
   // The row itself, or a copy of it in scratch where its dtype is another one.
@@ -87,7 +87,7 @@ class Rows2d {
 
   // To be called before rows [begin, end) of an output are written.
   void prepare(int64_t begin, int64_t end) const {
-    if (may_be_fresh_) {
+    if (is_fresh_) {
       fault_in(data_ + begin * stride_, (end - begin) * stride_);
     }
   }
@@ -108,7 +108,7 @@ class Rows2d {
   int64_t cols_ = 0;
   Dtype dtype_ = dtype_of<S>;
   bool converts_ = false;
-  bool may_be_fresh_ = false;
+  bool is_fresh_ = false;
 };
 
 // Weight or bias in S plus an offset, or `absent` in every column; an S tensor without offset is used where it lies.
