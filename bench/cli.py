@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import clip, clip_report, machine, report
+from . import clip, clip_report, machine, report, summary
 from .measurement import OK
 from .operation import LAYOUTS, MODES, Operation, Shape, shape_name
 from .operations import FAMILIES, OPERATIONS, ROWS
@@ -27,6 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["clip"]:
         return _clip(arguments[1:])
+    if arguments[:1] == ["summary"]:
+        return _summary(arguments[1:])
     parser = _parser()
     options = parser.parse_args(arguments)
     device, facts = _start(parser, options)
@@ -65,6 +67,15 @@ def _clip(arguments: list[str]) -> int:
     stem = f"clip-{machine.slug(facts['device'])}" + ("-quick" if options.quick else "")
     print("wrote", *clip_report.write(options.output, stem, facts, bench, results), sep="\n  ")
     return int(any(result.provider.startswith("fastnorm") and result.status != OK for result in results))
+
+
+def _summary(arguments: list[str]) -> int:
+    """`python -m bench summary`: the documents' tables from the files of results."""
+    parser = argparse.ArgumentParser(prog="python -m bench summary", description=summary.__doc__.partition("\n")[0])
+    parser.add_argument("documents", nargs="*", type=Path, default=summary.DOCUMENTS, help="default: docs/results.md")
+    for document in parser.parse_args(arguments).documents:
+        print(document, "changed" if summary.fill(document) else "is up to date", sep=": ")
+    return 0
 
 
 def _start(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple[torch.device, dict[str, str]]:

@@ -8,7 +8,7 @@ constexpr int64_t word = 64;
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The most elements that a block of planes has, and the most rows that one of pixels has.
-constexpr int64_t plane_block = 1 << 12;
+constexpr int64_t plane_block = 1 << 13;
 int64_t pixel_rows(int64_t channels) { return std::clamp<int64_t>((1 << 14) / channels, 32, 64); }
 
 }  // namespace

@@ -1,0 +1,95 @@
+"""The tables of docs/ from the files in bench/results: `python -m bench summary` fills them in.
+
+A document says between which lines a table stands, and which files it is made of:
+
+    <!-- cells NAME.json -->
+    <!-- end -->
+
+cells: every case, with its time; operations: the speed-ups of every operation and shape, side by side; spread: the
+least, median and largest speed-up of every operation, with the cases that lose.
+"""
+
+import json
+import re
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from .report import mode_label
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+DOCUMENTS = (ROOT / "docs" / "results.md",)
+LOSS = 0.98  # what is slower than this is marked
+BLOCK = re.compile(r"(<!-- (cells|operations|spread) ([^>]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+Case = dict[str, Any]  # a result as the JSON has it
+
+
+def fill(document: Path) -> bool:
+    """Make the document's tables anew; whether that changed anything."""
+    before = document.read_text(encoding="utf-8")
+    after = BLOCK.sub(lambda match: f"{match[1]}{_table(match[2], match[3].split())}\n{match[5]}", before)
+    document.write_text(after, encoding="utf-8")
+    return after != before
+
+
+def _table(kind: str, names: Iterable[str]) -> str:
+    documents = [json.loads((RESULTS / name).read_text(encoding="utf-8")) for name in names]
+    ours = [result for document in documents for result in document["results"] if result["provider"] == "fastnorm"]
+    return {"cells": _cells, "operations": _operations, "spread": _spread}[kind](ours)
+
+
+def _cells(results: list[Case]) -> str:
+    headers = ("operation", "mode", "shape", "dtype", "ms", "against stock", "against torch.compile")
+    rows = [
+        (
+            *(f"`{result['operation']}`", mode_label(result["mode"]), _shape(result), result["dtype"]),
+            *(f"{result['median_s'] * 1e3:.3f}", _speedup(result["speedup_vs_torch"])),
+            _speedup(result["speedup_vs_compile"]),
+        )
+        for result in results
+    ]
+    return _github(rows, headers)
+
+
+def _operations(results: list[Case]) -> str:
+    columns = list(dict.fromkeys((result["mode"], result["dtype"]) for result in results))
+    rows: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
+    for result in results:
+        row = rows.setdefault((f"`{result['operation']}`", _shape(result)), {})
+        row[result["mode"], result["dtype"]] = _speedup(result["speedup_vs_torch"])
+    headers = ("operation", "shape", *(f"{mode_label(mode)} {dtype}" for mode, dtype in columns))
+    return _github([(*key, *(row.get(column, "") for column in columns)) for key, row in rows.items()], headers)
+
+
+def _spread(results: list[Case]) -> str:
+    groups: dict[tuple[str, str, str], list[Case]] = {}
+    for result in results:
+        groups.setdefault((result["operation"], result["mode"], result["dtype"]), []).append(result)
+    headers = ("operation", "mode", "dtype", "least", "median", "most", f"below {LOSS}×")
+    return _github([_spread_row(*key, group) for key, group in groups.items()], headers)
+
+
+def _spread_row(operation: str, mode: str, dtype: str, group: list[Case]) -> tuple[str, ...]:
+    speedups = sorted(result["speedup_vs_torch"] for result in group)
+    losing = [f"{_shape(each)}: {each['speedup_vs_torch']:.3f}" for each in group if each["speedup_vs_torch"] < LOSS]
+    losses = f"{len(losing)} of {len(group)}" + (f" ▼ ({', '.join(losing)})" if losing else "")
+    three = (speedups[0], statistics.median(speedups), speedups[-1])
+    return f"`{operation}`", mode_label(mode), dtype, *(f"{value:.2f}×" for value in three), losses
+
+
+def _shape(result: Case) -> str:
+    shape = result["shape"].replace("x", " × ")
+    return f"{shape}, {result['layout']}" if len(result["shape"].split("x")) > 2 else shape
+
+
+def _speedup(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}×" + " ▼" * (value < LOSS)
+
+
+def _github(rows: list[tuple[str, ...]], headers: tuple[str, ...]) -> str:
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
