@@ -154,6 +154,28 @@ def test_blocks_about_different_means(channels_last):
     torch.testing.assert_close(square_sum.double() / x.numel(), exact.var(unbiased=False).view(1), rtol=1e-6, atol=0)
 
 
+@layouts
+@pytest.mark.parametrize("dtype", [f32, bf16])
+def test_outputs_that_are_written_past_the_caches(dtype, channels_last):
+    n, channels, times = 16 * 577, 32, 8 * 4 // dtype.itemsize
+    shape = (2, n, channels) if channels_last else (2, channels, n)
+    small = [random(*shape, dtype=dtype) for _ in range(3)]
+    weight, mean, rstd, means = random(channels), random(channels), random(channels).abs() + 0.1, random(2, channels)
+
+    def results(x, residual, dy):
+        y, mask = native.batch_norm_normalize(x, residual, weight, None, mean, rstd, channels_last, True, dtype)
+        options = (channels_last, dtype)
+        return [y, mask, *native.batch_norm_backward_apply(dy, mask, x, weight, mean, rstd, means, *options)]
+
+    expected = results(*small)
+    large = [t.repeat(times, 1, 1) for t in small]
+    for _ in range(3):  # where the memory is new, the caches have it: the second call gets that of the first
+        found = results(*large)
+        assert found[0].nbytes >= 16 * 2**20
+        assert all(torch.equal(t, each.repeat(times, 1, 1)) for t, each in zip(found, expected, strict=True))
+        del found
+
+
 def test_silu_over_the_whole_range():
     """One channel with weight 1 and bias z, so that x̂ vanishes: y is silu of every z."""
     z = torch.cat([torch.linspace(-110, 110, 4001), torch.tensor([-1e30, -800.0, 800.0, 1e30])])

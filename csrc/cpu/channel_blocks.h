@@ -7,7 +7,9 @@
 
 namespace fastnorm::cpu {
 
-// A 3-D tensor's blocks in the working dtype. An undefined tensor's blocks are null.
+// A 3-D tensor's blocks in the working dtype. An undefined tensor's blocks are null. An output of 16 MiB and more is
+// written past the caches: a sixth of the time is saved by not reading what is overwritten, and whoever reads it next
+// takes as long as before, its beginning having left the caches by then. Fresh pages are in a cache, though.
 template <typename S>
 class Blocks3d {
  public:
@@ -22,6 +24,8 @@ class Blocks3d {
     dtype_ = dtype_from(tensor.scalar_type());
     converts_ = dtype_ != working;
     is_fresh_ = is_fresh(tensor);
+    const bool is_aligned = (reinterpret_cast<uintptr_t>(data_) | strides_[0] | strides_[1]) % 64 == 0;
+    streams_ = tensor.nbytes() >= size_t{16} << 20 && is_aligned && !is_fresh_ && !converts_;
   }
 
   bool defined() const { return data_ != nullptr; }
@@ -81,7 +85,7 @@ class Blocks3d {
       return {};
     }
     char* here = start(block);
-    return {here, strides_[block.axis], start(block.next) - here};
+    return {here, strides_[block.axis], start(block.next) - here, streams_};
   }
 
   Strip scratch_strip(const Block& block, S* scratch) const {
@@ -94,6 +98,7 @@ class Blocks3d {
   Dtype dtype_ = dtype_of<S>;
   bool converts_ = false;
   bool is_fresh_ = false;
+  bool streams_ = false;
 };
 
 // The bits of a relu, of shape (.., ceil(n / 8)).

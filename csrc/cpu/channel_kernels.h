@@ -218,7 +218,6 @@ void forward_block(const ForwardBlock<ComputeType<T>>& block) {
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
           prefetch(x[r] + i, b.x.ahead);
-          prefetch(y[r] + i, b.y.ahead);
           V z = (load(x[r] + i, part) - mean) * scale + shift;
           if (b.residual.data != nullptr) {
             prefetch(residual[r] + i, b.residual.ahead);
@@ -231,7 +230,7 @@ void forward_block(const ForwardBlock<ComputeType<T>>& block) {
           } else if constexpr (ACTIVATION == Activation::silu) {
             z *= sigmoid(z);
           }
-          store(y[r] + i, z, part);
+          store_to(b.y, y[r] + i, z, part);
         }
       });
       if (ACTIVATION == Activation::relu && b.mask.data != nullptr) {
@@ -298,11 +297,9 @@ void backward_block(const BackwardBlock<ComputeType<T>>& block) {
         if (b.x.data != nullptr) {
           gradient += distance[r] * slopes.at(i, part) + levels.at(i, part);
         }
-        prefetch(dx[r] + i, b.dx.ahead);
-        store(dx[r] + i, gradient, part);
+        store_to(b.dx, dx[r] + i, gradient, part);
         if (b.dresidual.data != nullptr) {
-          prefetch(dresidual[r] + i, b.dresidual.ahead);
-          store(dresidual[r] + i, dz[r], part);
+          store_to(b.dresidual, dresidual[r] + i, dz[r], part);
         }
       }
     });

@@ -1,6 +1,7 @@
 // The passes over the tensors of batch_norm and group_norm, piece by piece.
 #pragma once
 
+#include <atomic>
 #include <optional>
 #include <vector>
 
@@ -113,6 +114,7 @@ class ForwardPass {
       forward_(b);
       y_.finish(block, b.y);
     });
+    std::atomic_thread_fence(std::memory_order_seq_cst);  // other threads see what went past the caches
   }
 
  private:
@@ -176,6 +178,7 @@ class BackwardPass {
       dx_.finish(block, b.dx);
       dresidual_.finish(block, b.dresidual);
     });
+    std::atomic_thread_fence(std::memory_order_seq_cst);  // as above
   }
 
  private:

@@ -18,6 +18,7 @@ struct Strip {
   char* data = nullptr;
   int64_t stride = 0;
   int64_t ahead = 0;
+  bool streams = false;  // whether it is written past the caches; its rows then start at whole cache lines
 };
 
 // Adds a block to the running mean and the sum of squared differences from it of `count` elements of each channel.

@@ -169,6 +169,36 @@ INLINE void store(T* p, VecOf<T> v, Part part) {
   part.count == lanes<VecOf<T>> ? store_vec(p, v) : store_first(p, v, part.count);
 }
 
+#if VECTOR_BYTES == 64
+INLINE void stream(void* p, F32 v) { _mm512_stream_ps(static_cast<float*>(p), reinterpret_cast<__m512>(v)); }
+INLINE void stream(void* p, F64 v) { _mm512_stream_pd(static_cast<double*>(p), reinterpret_cast<__m512d>(v)); }
+INLINE void stream(void* p, U16 v) { _mm256_stream_si256(static_cast<__m256i*>(p), reinterpret_cast<__m256i>(v)); }
+#elif VECTOR_BYTES == 32
+INLINE void stream(void* p, F32 v) { _mm256_stream_ps(static_cast<float*>(p), reinterpret_cast<__m256>(v)); }
+INLINE void stream(void* p, F64 v) { _mm256_stream_pd(static_cast<double*>(p), reinterpret_cast<__m256d>(v)); }
+INLINE void stream(void* p, U16 v) { _mm_stream_si128(static_cast<__m128i*>(p), reinterpret_cast<__m128i>(v)); }
+#else
+template <typename V>
+INLINE void stream(void* p, V v) {
+  write(p, v);
+}
+#endif
+INLINE void stream_vec(float* p, F32 v) { stream(p, v); }
+INLINE void stream_vec(double* p, F64 v) { stream(p, v); }
+INLINE void stream_vec(Bf16* p, F32 v) { stream(p, to_bf16(v)); }
+INLINE void stream_vec(Half* p, F32 v) { stream(p, to_half(v)); }
+
+// As store, for an element of a strip. Fetches what will be overwritten next, unless that goes past the caches.
+template <typename T>
+INLINE void store_to(const Strip& strip, T* p, VecOf<T> v, Part part) {
+  if (strip.streams && part.count == lanes<VecOf<T>>) {
+    stream_vec(p, v);
+  } else {
+    prefetch(p, strip.ahead);
+    store(p, v, part);
+  }
+}
+
 // Zeroes the lanes that are not the step's.
 template <typename V>
 INLINE V keep(V v, Part part) {
