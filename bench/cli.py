@@ -3,13 +3,13 @@
 import argparse
 import itertools
 import sys
-from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from . import clip, clip_report, machine, report, summary
+from .arguments import add_output, name, names, positive
 from .measurement import OK
 from .operation import LAYOUTS, MODES, Operation, Shape, shape_name
 from .operations import FAMILIES, OPERATIONS, ROWS
@@ -29,6 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _clip(arguments[1:])
     if arguments[:1] == ["summary"]:
         return _summary(arguments[1:])
+    if arguments[:1] == ["codegen"]:
+        return _codegen(arguments[1:])
     parser = _parser()
     options = parser.parse_args(arguments)
     device, facts = _start(parser, options)
@@ -53,8 +55,8 @@ def _clip(arguments: list[str]) -> int:
         description="Check every way of clipping against float64, then time them interleaved in one process.",
     )
     add, known = parser.add_argument, tuple(clip.LISTS)
-    add("--lists", type=_names(known, "list"), metavar="L", help=f"of: {', '.join(known)} (default: all)")
-    add("--dtypes", type=_names(DTYPES, "dtype"), metavar="D", default=("fp32",), help="default: fp32")
+    add("--lists", type=names(known, "list"), metavar="L", help=f"of: {', '.join(known)} (default: all)")
+    add("--dtypes", type=names(DTYPES, "dtype"), metavar="D", default=("fp32",), help="default: fp32")
     _add_timing(parser, "the smaller lists, short rounds: under a minute on two cores")
     options = parser.parse_args(arguments)
     device, facts = _start(parser, options)
@@ -76,6 +78,17 @@ def _summary(arguments: list[str]) -> int:
     for document in parser.parse_args(arguments).documents:
         print(document, "changed" if summary.fill(document) else "is up to date", sep=": ")
     return 0
+
+
+def _codegen(arguments: list[str]) -> int:
+    """`python -m bench codegen`: what the Triton kernels are compiled to; it needs Triton and no GPU."""
+    try:
+        from . import codegen
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != "triton":
+            raise
+        sys.exit("python -m bench codegen needs Triton, which comes with torch's builds for GPUs: pip install triton")
+    return codegen.main(arguments)
 
 
 def _start(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple[torch.device, dict[str, str]]:
@@ -169,7 +182,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="Check every provider of an operation against float64, then time them interleaved in one process.",
-        epilog="Gradient clipping has a command of its own: python -m bench clip --help",
+        epilog="Commands of their own: python -m bench clip --help (gradient clipping), python -m bench codegen --help "
+        "(what the GPU kernels are compiled to, without a GPU)",
     )
     add = parser.add_argument
     known = tuple(dict.fromkeys((*FAMILIES, *OPERATIONS)))
@@ -177,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "operations",
         nargs="*",
-        type=_name(known, "operation"),
+        type=name(known, "operation"),
         help=f"of: {', '.join(OPERATIONS)}, or all of {families} (default: all that take the shapes)",
     )
     add(
@@ -188,28 +202,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--layouts",
-        type=_names(LAYOUTS, "layout"),
+        type=names(LAYOUTS, "layout"),
         metavar="L",
         default=tuple(LAYOUTS),
         help=f"of: {', '.join(LAYOUTS)} (default: all that the operation has)",
     )
     add(
         "--dtypes",
-        type=_names(DTYPES, "dtype"),
+        type=names(DTYPES, "dtype"),
         metavar="D",
         default=("fp32", "bf16"),
         help=f"of: {', '.join(DTYPES)} (default: fp32,bf16)",
     )
     add(
         "--providers",
-        type=_names(PROVIDERS, "provider"),
+        type=names(PROVIDERS, "provider"),
         metavar="P",
         default=tuple(PROVIDERS),
         help=f"of: {', '.join(PROVIDERS)} (default: all)",
     )
-    add(
-        "--mode", type=_names(MODES, "mode"), metavar="M", default=MODES, help=f"of: {', '.join(MODES)} (default: both)"
-    )
+    add("--mode", type=names(MODES, "mode"), metavar="M", default=MODES, help=f"of: {', '.join(MODES)} (default: both)")
     add("--no-plots", dest="plots", action="store_false", help="write no PNG")
     _add_timing(parser, "few operations and shapes, short rounds: about three minutes on two cores")
     return parser
@@ -219,28 +231,22 @@ def _add_timing(parser: argparse.ArgumentParser, quick: str) -> None:
     """The options that every benchmark has; `quick` says what --quick does."""
     add = parser.add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    add("--threads", type=_positive(int), metavar="N", help="CPU threads (default: PyTorch's choice)")
+    add("--threads", type=positive(int), metavar="N", help="CPU threads (default: PyTorch's choice)")
     add("--quick", action="store_true", help=quick)
-    add("--repeats", type=_positive(int), metavar="N", help=f"fewest rounds (default: {Budget.repeats})")
+    add("--repeats", type=positive(int), metavar="N", help=f"fewest rounds (default: {Budget.repeats})")
     add(
         "--min-time",
-        type=_positive(float),
+        type=positive(float),
         metavar="SECONDS",
         help=f"fewest seconds for each provider and case (default: {Budget.min_time})",
     )
     add(
         "--max-time",
-        type=_positive(float),
+        type=positive(float),
         metavar="SECONDS",
         help=f"end a case after this, once it has three rounds (default: {Budget.max_time})",
     )
-    add(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        default=Path(__file__).parent / "results",
-        help="where CSV, JSON, Markdown and PNG go (default: bench/results)",
-    )
+    add_output(parser)
 
 
 def _device(parser: argparse.ArgumentParser, name: str) -> torch.device:
@@ -255,23 +261,6 @@ def _device(parser: argparse.ArgumentParser, name: str) -> torch.device:
     return device
 
 
-def _name(known: Collection[str], kind: str) -> Callable[[str], str]:
-    """A parser of one name."""
-
-    def parse(text: str) -> str:
-        if text not in known:
-            raise argparse.ArgumentTypeError(f"unknown {kind} {text!r}; known: {', '.join(known)}")
-        return text
-
-    return parse
-
-
-def _names(known: Collection[str], kind: str) -> Callable[[str], tuple[str, ...]]:
-    """A parser of names separated by commas."""
-    one = _name(known, kind)
-    return lambda text: tuple(dict.fromkeys(one(name.strip()) for name in text.split(",")))
-
-
 def _shapes(text: str) -> tuple[Shape, ...]:
     def parse(item: str) -> tuple[Shape, ...]:
         if item in SHAPES:
@@ -283,18 +272,3 @@ def _shapes(text: str) -> tuple[Shape, ...]:
         return (tuple(map(int, lengths)),)
 
     return tuple(dict.fromkeys(itertools.chain.from_iterable(parse(item.strip()) for item in text.split(","))))
-
-
-def _positive(kind: type[int] | type[float]) -> Callable[[str], int | float]:
-    """A parser of numbers above zero."""
-
-    def parse(text: str) -> int | float:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"{text!r} is not above zero")
-        return value
-
-    return parse

@@ -1,307 +1,196 @@
-"""Compile every shipped configuration of the Triton kernels without a GPU; read spills and access widths off the code.
+"""`python -m bench codegen`: what the compilers make of every shipped Triton kernel, with Liger-Kernel's beside them.
 
-    python -m bench.codegen --targets sm_90,gfx942 --widths 4096,8192 --dtypes bf16
-
-The kernels are launched by their own launchers, on tensors without data and on a driver that compiles and then does
-nothing: what is judged here is what would run.
+No GPU is needed. Exit status 1 if a kernel of ours keeps registers in memory.
 """
 
 import argparse
-import functools
-import itertools
+import importlib.metadata
 import json
-import multiprocessing
-import os
-import re
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import triton
 from tabulate import tabulate
-from torch import Tensor
+from tqdm import tqdm
 
+import fastnorm
 from fastnorm import triton_kernels
 
-from .machine_code import TARGETS, access_bytes, resources
+from .arguments import add_output, names, positive
+from .compiled import Failure, Kernel, compile_all
+from .machine_code import TARGETS
+from .problem import (
+    CLIPS,
+    DTYPES,
+    IMAGES,
+    LIGER,
+    LONG_WIDTHS,
+    MODEL_WIDTHS,
+    NARROW_WIDTHS,
+    ODD_WIDTHS,
+    OPERATIONS,
+    OURS,
+    Problem,
+    beside,
+    problems_of,
+)
 
-MODEL_WIDTHS = (768, 1024, 1280, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192, 12288, 16384)
-NARROW_WIDTHS = (64, 80, 96, 128, 256)  # one attention head
-LONG_WIDTHS = (32768, 65536)
-ODD_WIDTHS = (1793, 3585, 14337)  # take most registers, and 16-byte accesses are not to be had
-DIRECTIONS = ("forward", "backward")
-OPERATIONS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
-# (N, C, S): ResNet-50's and a diffusion UNet's
-IMAGES = {
-    "batch_norm": ((32, 256, 3136), (32, 1024, 196), (32, 2048, 49)),  # larger ones are served by the same code
-    "group_norm": ((2, 320, 4096), (2, 1280, 64)),
+PROVIDERS = (OURS, LIGER)
+DEFAULTS = {
+    "targets": tuple(TARGETS),
+    "operations": (*OPERATIONS, *IMAGES, *CLIPS),
+    "dtypes": ("bf16", "fp32", "mixed"),
+    "widths": (*NARROW_WIDTHS, *MODEL_WIDTHS, *LONG_WIDTHS, *ODD_WIDTHS),
+    "providers": PROVIDERS,
 }
-GROUPS = 32
-ROWS = 8192
-MULTIPROCESSORS = 132
-ROW_POINTERS = ("x_ptr", "residual_ptr", "y_ptr", "h_ptr", "dy_ptr", "dh_ptr", "dx_ptr", "dresidual_ptr")
-
-
-@dataclass(frozen=True)
-class Types:
-    """Of x, y and their gradients; of the residual stream; of the parameters and their gradients."""
-
-    x: torch.dtype
-    stream: torch.dtype
-    parameters: torch.dtype
-
-
-DTYPES = {
-    "bf16": Types(torch.bfloat16, torch.bfloat16, torch.bfloat16),
-    "fp16": Types(torch.float16, torch.float16, torch.float16),
-    "fp32": Types(torch.float32, torch.float32, torch.float32),
-    "fp64": Types(torch.float64, torch.float64, torch.float64),
-    "mixed": Types(torch.bfloat16, torch.float32, torch.float32),  # bf16 activations on a float32 residual stream
+QUICK = DEFAULTS | {
+    "targets": ("sm_90", "gfx942"),
+    "operations": ("rms_norm", "layer_norm", "clip_grad_norm_"),
+    "dtypes": ("bf16",),
+    "widths": (4096,),
 }
+LEGEND = (
+    "width: of the rows that the code is for; any where it takes all. registers: of a thread. spilled: bytes of a\n"
+    "thread, kept in memory for want of registers. shared: bytes of a program. resident: warps on a multiprocessor,\n"
+    "by registers and shared memory. access: bytes of the narrowest load or store through a pointer to rows; of the\n"
+    "widest where the code does not tell pointers apart (AMD's, and addresses out of a table).\n"
+    "instr: machine instructions for each element of x, counted in the disassembly: those of one turn of the loops\n"
+    "along the data, a loop inside of them as often as it turns, or of the whole kernel where it has no such loop, on\n"
+    "all threads of a program; divided by the elements of x that they handle. Lanes beyond a row's end are not among\n"
+    "those. Where the code branches, the way of a full tile counts. What a program does once, before and after such\n"
+    "loops, does not. –: work that does not grow with x."
+)
+COLUMNS = {
+    "operation": "operation", "dtype": "dtype", "cols": "width", "provider": "provider",
+    "kernel": "kernel", "warps": "warps", "registers": "registers", "spilled": "spilled", "shared": "shared",
+    "resident_warps": "resident", "access": "access", "instructions": "instr",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One call of a launcher."""
+class Run:
+    """What was compiled, and by what."""
 
-    target: str
-    operation: str
-    direction: str
-    dtype: str
-    cols: int | None
-    image: tuple[int, int, int] | None = None  # of batch_norm and group_norm: (N, C, S)
-    channels_last: bool = False
+    facts: dict[str, str]
+    kernels: list[Kernel]
+    failures: list[Failure]
 
-
-@dataclass(frozen=True)
-class Kernel:
-    """What became of one kernel. Bytes, but for the counts of registers (of a thread) and warps."""
-
-    target: str
-    operation: str
-    kernel: str
-    dtype: str
-    cols: int | None  # None where the compiled code serves rows of any length
-    warps: int
-    registers: int
-    spilled: int
-    shared: int
-    resident_warps: int  # on a multiprocessor
-    access: int  # the narrowest through a pointer to rows; where pointers are not told apart, the widest
-    short_products: int  # 32-bit multiplications, which no address of a row may have
-    hash: str
+    @property
+    def spilling(self) -> list[Kernel]:
+        return [kernel for kernel in self.kernels if kernel.spilled and kernel.provider == OURS]
 
 
-class CompilingDriver:
-    """Stands in for Triton's driver: kernels are specialised and compiled as for the device, and never run."""
-
-    def __init__(self, target: str):
-        self.target, self.name = TARGETS[target][0], target
-        self.utils = SimpleNamespace(
-            get_device_properties=lambda device: {"max_shared_mem": 2**20, "multiprocessor_count": MULTIPROCESSORS},
-            load_binary=lambda name, binary, shared, device: (object(), object(), 0, 0, 1024),
-        )
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self) -> str:
-        return self.name  # Triton keeps its compiled kernels by device
-
-    def get_current_stream(self, device) -> int:
-        return 0
-
-    def launcher_cls(self, source, metadata) -> Callable[..., None]:
-        return lambda *arguments: None
-
-
-def compile_problem(problem: Problem) -> list[Kernel]:
-    """The kernels of one call; without those that this process has compiled before."""
-    kernels: list[Kernel] = []
-
-    def note(*, key, fn, compile, **_) -> None:
-        compiled = fn.jit_function.device_caches[compile["device"]][0][key]
-        constants = dict(zip(fn.jit_function.arg_names, _by_position(compile["constants"], fn), strict=True))
-        kernels.append(_describe(problem, fn.name, compiled, compile["signature"], constants.get("N_COLS")))
-
-    triton.knobs.runtime.jit_post_compile_hook = note
-    triton.runtime.driver.set_active(CompilingDriver(problem.target))
-    _call(problem)
-    return kernels
-
-
-def _by_position(constants: dict[tuple[int], object], fn) -> list[object]:
-    return [constants.get((i,)) for i in range(len(fn.jit_function.arg_names))]
-
-
-def _describe(problem: Problem, name: str, compiled, signature: dict[str, str], cols: int | None) -> Kernel:
-    used, metadata = resources(compiled), compiled.metadata
-    widths = access_bytes(compiled, signature)
-    stores_rows = not signature.keys().isdisjoint(("y_ptr", "dx_ptr"))
-    rows = [widths[name] for name in (*ROW_POINTERS, "load", *["store"] * stores_rows) if name in widths]
-    return Kernel(
-        target=problem.target,
-        operation=problem.operation,
-        kernel=name.strip("_").removesuffix("_kernel"),
-        dtype=problem.dtype,
-        cols=cols,
-        warps=metadata.num_warps,
-        registers=used.registers,
-        spilled=used.spilled,
-        shared=metadata.shared,
-        resident_warps=TARGETS[problem.target][1].resident_warps(metadata.num_warps, used.registers, metadata.shared),
-        access=min(rows or widths.values()),
-        short_products=len(re.findall(r"arith\.muli .*i32", compiled.asm["ttir"])),
-        hash=metadata.hash,
-    )
-
-
-def _call(problem: Problem) -> None:
-    """Call the launcher as fastnorm does, for a training step with weight and bias."""
-    if problem.image is not None:
-        return _call_with_image(problem)
-    types = DTYPES[problem.dtype]
-    adds, centers = problem.operation.startswith("add_"), problem.operation.endswith("layer_norm")
-
-    def rows(dtype: torch.dtype) -> Tensor:
-        return torch.empty(ROWS, problem.cols, dtype=dtype, device="meta")
-
-    parameter = torch.empty(problem.cols, dtype=types.parameters, device="meta")
-    statistic = torch.empty(ROWS, dtype=torch.promote_types(types.x, torch.float32), device="meta")
-    zero_centered, cast, eps = [False], [] if centers else [None], [1e-6]
-    if problem.direction == "forward":
-        stream = [rows(types.stream)] if adds else []
-        affine = [parameter, parameter] if centers else [parameter]
-        dtypes = [types.x, types.stream] if adds else [types.x]
-        arguments = [rows(types.x), *stream, *affine, *eps, *zero_centered, *cast, *dtypes]
-    else:
-        h = [rows(types.stream), rows(types.stream)] if adds else [rows(types.x)]
-        statistics = [statistic, statistic] if centers else [statistic]
-        dtypes = [types.x, types.stream] if adds else []
-        dtypes += [types.parameters, types.parameters] if centers else [types.parameters]
-        arguments = [rows(types.x), *h, parameter, *statistics, *zero_centered, *cast, *dtypes]
-    getattr(triton_kernels, f"{problem.operation}_{problem.direction}")(*arguments)
-
-
-def _call_with_image(problem: Problem) -> None:
-    """batch_norm and group_norm, plain and with all that is fused into them, and batch_norm's evaluation."""
-    types, (samples, channels, cols), last = DTYPES[problem.dtype], problem.image, problem.channels_last
-    shape = (samples, cols, channels) if last else (samples, channels, cols)
-    if last and problem.operation == "batch_norm":
-        shape = (1, samples * cols, channels)
-
-    def empty(dtype: torch.dtype, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    stat = torch.promote_types(types.x, torch.float32)
-    x, residual, w = empty(types.x, *shape), empty(types.stream, *shape), empty(types.parameters, channels)
-    grads = types.parameters, types.parameters
-    launchers = [getattr(triton_kernels, f"{problem.operation}_{name}") for name in DIRECTIONS]
-    for is_fused in (False, True):
-        if problem.operation == "group_norm":
-            statistic, options = empty(stat, samples, GROUPS), (last, is_fused)
-            arguments = (x, GROUPS, w, w, 1e-5, *options, types.x), (x, x, GROUPS, w, w, statistic, statistic, *options)
-        else:
-            statistic, mask = empty(stat, channels), empty(torch.uint8, *shape[:-1], triton.cdiv(shape[-1], 8))
-            added, dresidual = (residual, types.stream) if is_fused else (None, None)
-            running = w, w, w, w, None, 0.1, 1e-5
-            arguments = (x, added, *running, last, is_fused, types.x), (
-                x, mask if is_fused else None, x, w, statistic, statistic, True, last, dresidual,
-            )  # fmt: skip
-            triton_kernels.batch_norm_evaluate(x, added, w, w, w, w, 1e-5, last, is_fused, False, types.x)
-        given = arguments[DIRECTIONS.index(problem.direction)]
-        launchers[DIRECTIONS.index(problem.direction)](*given, *(grads if problem.direction == "backward" else ()))
-
-
-def problems_of(targets: tuple, operations: tuple, dtypes: tuple, widths: tuple) -> list[Problem]:
-    """Those of the row norms at all widths, and of the channel norms at all images in both layouts."""
-    rows = itertools.product(targets, [op for op in operations if op in OPERATIONS], DIRECTIONS, dtypes, widths)
-    images = [(op, image) for op in operations for image in IMAGES.get(op, ())]
-    channels = itertools.product(targets, images, DIRECTIONS, dtypes, (False, True))
-    return [Problem(*each) for each in rows] + [
-        Problem(target, op, direction, dtype, None, image, last)
-        for target, (op, image), direction, dtype, last in channels
-    ]
-
-
-def compile_all(problems: Iterable[Problem], jobs: int = 1) -> Iterator[Kernel]:
-    """Every distinct kernel of the problems, in their order, compiled by `jobs` processes."""
-    seen = set()
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        for kernel in itertools.chain.from_iterable(pool.imap(compile_problem, problems)):
-            if (kernel.target, kernel.hash) not in seen:
-                seen.add((kernel.target, kernel.hash))
-                yield kernel
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Compile and print; 1 if a kernel spills, else 0."""
-    options = _parser().parse_args(arguments)
+def main(arguments: Sequence[str]) -> int:
+    """Compile, print and write; 1 if a kernel of ours spills, else 0."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
     if triton_kernels.INTERPRETED:
-        sys.exit("python -m bench.codegen compiles the kernels, and TRITON_INTERPRET=1 interprets them: unset it")
-    problems = problems_of(options.targets, options.operations, options.dtypes, options.widths)
-    kernels = list(compile_all(problems, options.jobs))
-    for target in options.targets:
-        print(f"\n{target}\n{_table(kernel for kernel in kernels if kernel.target == target)}")
-    if options.json:
-        options.json.write_text(json.dumps([asdict(kernel) for kernel in kernels], indent=1))
-    spilling = [kernel for kernel in kernels if kernel.spilled]
-    print(f"\n{len(kernels)} kernels from {len(problems)} calls, {len(spilling)} of them spill")
-    for kernel in spilling:
-        print(f"  {kernel.target} {kernel.kernel} {kernel.dtype} {kernel.cols or 'any'}: {kernel.spilled} bytes")
-    return int(bool(spilling))
+        parser.error("TRITON_INTERPRET=1 interprets the kernels, and this compiles them: unset it")
+    chosen = {name: getattr(options, name) or (QUICK if options.quick else DEFAULTS)[name] for name in DEFAULTS}
+    found = list(tqdm(compile_all(_problems(**chosen), options.jobs, options.instructions), unit="kernel"))
+    kernels = [each for each in found if isinstance(each, Kernel)]
+    run = Run(_facts(), kernels, [each for each in found if isinstance(each, Failure)])
+    for target in chosen["targets"]:
+        print(f"\n{target}\n{_table((k for k in kernels if k.target == target), 'simple')}")
+    print("", LEGEND, "", _summary(run, "simple"), sep="\n")
+    is_default = all(chosen[name] == DEFAULTS[name] for name in DEFAULTS)
+    suffix = "" if is_default else "-quick" if options.quick else "-custom"
+    print("wrote", *_write(options.output / f"codegen{suffix}", run), sep="\n  ")
+    return int(bool(run.spilling))
 
 
-HEADERS = {
-    "operation": "operation",
-    "kernel": "kernel",
-    "dtype": "dtype",
-    "cols": "width",
-    "warps": "warps",
-    "registers": "registers",
-    "spilled": "spilled",
-    "shared": "shared",
-    "resident_warps": "resident warps",
-    "access": "access",
-}
+def _problems(providers: Collection[str], **selection: Iterable) -> list[Problem]:
+    """Ours, each followed by Liger-Kernel's where both are asked for."""
+    pairs = [(problem, beside(problem)) for problem in problems_of(**selection)]
+    return [problem for pair in pairs for problem in pair if problem and problem.provider in providers]
 
 
-def _table(kernels: Iterable[Kernel]) -> str:
-    lines = [[getattr(kernel, field) for field in HEADERS] for kernel in kernels]
-    return tabulate(lines, HEADERS.values(), missingval="any")
+def _facts() -> dict[str, str]:
+    versions = {"fastnorm": fastnorm.__version__, "triton": triton.__version__, "torch": torch.__version__}
+    ptxas = triton.knobs.nvidia.ptxas
+    try:
+        liger = importlib.metadata.version("liger-kernel")
+    except importlib.metadata.PackageNotFoundError:
+        liger = "not installed: pip install --no-deps liger-kernel"
+    return versions | {"ptxas": ptxas.version, "liger-kernel": liger}
+
+
+def _table(kernels: Iterable[Kernel], style: str) -> str:
+    lines = [[_cell(kernel, field) for field in COLUMNS] for kernel in kernels]
+    align = ["left" if field in ("operation", "dtype", "provider", "kernel") else "right" for field in COLUMNS]
+    return tabulate(lines, COLUMNS.values(), tablefmt=style, colalign=align, disable_numparse=True)
+
+
+def _cell(kernel: Kernel, field: str) -> str:
+    value = getattr(kernel, field)
+    if field == "instructions":
+        return "–" if value is None else f"{value:.1f}"
+    return "any" if value is None else str(value)
+
+
+def _summary(run: Run, style: str) -> str:
+    """How many kernels there are and which spill, and what of Liger-Kernel's there is not."""
+    count = Counter((kernel.provider, kernel.target) for kernel in run.kernels)
+    spills = Counter((kernel.provider, kernel.target) for kernel in run.kernels if kernel.spilled)
+    lines = [(*key, number, spills[key]) for key, number in count.items()]
+    text = [tabulate(sorted(lines), ("provider", "target", "kernels", "of them spill"), tablefmt=style), ""]
+    text += [f"{k.target} {k.kernel} {k.dtype} {k.cols or 'any'}: spills {k.spilled} bytes" for k in run.spilling]
+    reasons = Counter(failure.reason for failure in run.failures)
+    return "\n".join((*text, *(f"{LIGER}, {number} calls: {reason}" for reason, number in reasons.items())))
+
+
+def _write(path: Path, run: Run) -> list[Path]:
+    """Everything as JSON, a kernel a line; as Markdown the summary, and ours beside Liger-Kernel's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    paths = [path.parent / f"{path.name}.{suffix}" for suffix in ("json", "md")]
+    records = [asdict(kernel) for kernel in run.kernels]
+    lines = ",\n".join(json.dumps(list(record.values())) for record in records)
+    head = json.dumps({"facts": run.facts, "failures": [asdict(failure) for failure in run.failures]}, indent=1)
+    fields = json.dumps(list(records[0]) if records else [])
+    paths[0].write_text(f'{head[:-2]},\n "fields": {fields},\n "kernels": [\n{lines}\n]}}\n', encoding="utf-8")
+    rows = [kernel for kernel in run.kernels if kernel.instructions is not None and kernel.dtype == "bf16"]
+    tables = [
+        f"## {target}\n\n{_table((k for k in rows if k.target == target), 'github')}\n"
+        for target in dict.fromkeys(kernel.target for kernel in rows)
+    ]
+    facts = tabulate(run.facts.items(), tablefmt="plain", disable_numparse=True)
+    rest = "All kernels are in the JSON file of the same name; here are those in bf16 whose work grows with x."
+    sections = (f"```\n{facts}\n```", _summary(run, "github"), LEGEND, rest, *tables)
+    paths[1].write_text("\n\n".join(sections), encoding="utf-8")
+    return paths
+
+
+def kernels_of(path: Path) -> list[dict]:
+    """The kernels of a JSON file that this command wrote."""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    return [dict(zip(document["fields"], kernel, strict=True)) for kernel in document["kernels"]]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.codegen", description=__doc__.partition("\n")[0])
-    widths = (*NARROW_WIDTHS, *MODEL_WIDTHS, *LONG_WIDTHS, *ODD_WIDTHS)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench codegen",
+        description="Compile every shipped kernel for every architecture, without a GPU, and read the machine code.",
+    )
 
-    def add(flag: str, parse: Callable, default: tuple, text: str) -> None:
-        known = ",".join(map(str, default))
-        parser.add_argument(flag, type=parse, default=default, metavar="LIST", help=f"{text} (default: {known})")
+    def add(flag: str, parse: Callable[[str], tuple], text: str) -> None:
+        default = ",".join(map(str, DEFAULTS[flag.strip("-")]))
+        parser.add_argument(flag, type=parse, metavar="LIST", help=f"{text} (default: {default})")
 
-    add("--targets", functools.partial(_names, TARGETS), tuple(TARGETS), "GPU architectures")
-    operations = (*OPERATIONS, *IMAGES)
-    add("--operations", functools.partial(_names, operations), operations, "operations, forward and backward")
-    add("--dtypes", functools.partial(_names, DTYPES), ("bf16", "fp32", "mixed"), f"of {','.join(DTYPES)}")
-    add("--widths", _integers, widths, "columns of a row")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
+    add("--targets", names(TARGETS, "target"), "GPU architectures")
+    add("--operations", names(DEFAULTS["operations"], "operation"), "operations, forward and backward")
+    add("--dtypes", names(DTYPES, "dtype"), f"of {','.join(DTYPES)}")
+    add("--widths", _widths, "columns of a row")
+    add("--providers", names(PROVIDERS, "provider"), f"{LIGER} where it is installed")
+    parser.add_argument("--quick", action="store_true", help="two targets, three operations: about half a minute")
+    text = "don't disassemble, which takes as long as to compile"
+    parser.add_argument("--no-instructions", dest="instructions", action="store_false", help=text)
+    parser.add_argument("--jobs", type=positive(int), default=1, metavar="N", help="processes (default: 1)")
+    add_output(parser)
     return parser
 
 
-def _names(known: Iterable[str], text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    if unknown := set(names) - set(known):
-        raise argparse.ArgumentTypeError(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
-    return names
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(item) for item in text.split(","))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _widths(text: str) -> tuple[int, ...]:
+    return tuple(positive(int)(item) for item in text.split(","))

@@ -1,4 +1,5 @@
-"""What compiled code tells without a GPU: registers, spills, access widths, warps that fit on a multiprocessor."""
+"""What compiled code tells without a GPU: registers, spills, access widths, instructions, warps that fit on a
+multiprocessor."""
 
 import re
 import subprocess
@@ -9,6 +10,9 @@ from dataclasses import dataclass
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
+
+from .control_flow import amd_bytes, parse
+from .steps import Step
 
 
 @dataclass(frozen=True)
@@ -59,39 +63,59 @@ def resources(kernel: CompiledKernel) -> Resources:
     return Resources(count["vgpr_count"], scratch + 4 * count["sgpr_spill_count"])
 
 
-def _cuda_resources(cubin: bytes) -> Resources:
+def element_costs(kernel: CompiledKernel, step: Step, threads: int) -> tuple[float, float] | tuple[None, None]:
+    """Instructions and bytes of global memory for each element, by all `threads` of a program together. None where the
+    code does not have the loops that a step is made of."""
+    if "cubin" in kernel.asm:
+        assembly = _ask(triton.knobs.nvidia.nvdisasm.path, kernel.asm["cubin"], "--print-code", "--no-dataflow")
+    else:
+        assembly = kernel.asm["amdgcn"]
+    least_bytes = step.least_bytes and step.least_bytes * step.elements[0] / threads
+    ways = parse(assembly).steps(0 if step.is_whole else len(step.elements), step.turns, least_bytes)
+    if len(ways) != len(step.elements):
+        return None, None
+    each = [(way, threads / elements) for way, elements in zip(ways, step.elements, strict=True)]
+    return sum(way.instructions * share for way, share in each), sum(way.bytes * share for way, share in each)
+
+
+def _ask(tool: str, cubin: bytes, *options: str) -> str:
+    """What one of CUDA's tools prints about a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return subprocess.run([tool, *options, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def _cuda_resources(cubin: bytes) -> Resources:
+    report = _ask(triton.knobs.nvidia.cuobjdump.path, cubin, "-res-usage")
     count = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
     return Resources(count["REG"], count["STACK"] + count["LOCAL"])
 
 
 def access_bytes(kernel: CompiledKernel, signature: dict[str, str]) -> dict[str, int]:
-    """Bytes of the narrowest access through each pointer, by its parameter's name; of AMD's code, which does not
-    tell the pointers apart, of the widest "load" and the widest "store"."""
+    """Bytes of the narrowest access through each pointer, by its parameter's name. Where pointers are not told apart,
+    which are those of AMD's code and those that a table holds, of the widest "load" and the widest "store"."""
     if "ptx" in kernel.asm:
         # a tuple's elements are parameters of their own
         kinds = [(name, k) for name, kind in signature.items() for k in (kind if isinstance(kind, tuple) else (kind,))]
         parameters = [(name, kind) for name, kind in kinds if kind != "constexpr"]
         pointers = {i: name for i, (name, kind) in enumerate(parameters) if kind.startswith("*")}
-        accesses, narrower = _ptx_accesses(kernel.asm["ptx"], pointers), min
+        accesses = _ptx_accesses(kernel.asm["ptx"], pointers)
     else:
-        accesses, narrower = _amd_accesses(kernel.asm["amdgcn"]), max
+        accesses = _amd_accesses(kernel.asm["amdgcn"])
     found: dict[str, int] = {}
     for name, width in accesses:
-        found[name] = narrower(width, found.get(name, width))
+        found[name] = (max if name in ("load", "store") else min)(width, found.get(name, width))
     return found
 
 
 _PARAMETER = re.compile(r"ld\.param\.\w+\s+(%rd\d+), \[\w+_param_(\d+)\]")
-_ACCESS = re.compile(r"\b(?:ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[bufs](\d+)\s[^;]*?\[\s*(%rd\d+)")
+_ACCESS = re.compile(r"\b(ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[bufs](\d+)\s[^;]*?\[\s*(%rd\d+)")
 
 
 def _ptx_accesses(ptx: str, pointers: dict[int, str]) -> Iterator[tuple[str, int]]:
-    """(parameter, bytes) of every access to global memory, its address traced back to the pointer it began as."""
+    """(parameter, bytes) of every access to global memory, its address traced back to the pointer it began as; "load"
+    or "store" for the parameter where the address itself was in memory."""
     origin = {reg: pointers[int(i)] for reg, i in _PARAMETER.findall(ptx) if int(i) in pointers}
     moves = [re.findall(r"%rd\d+", line) for line in ptx.splitlines() if "[" not in line and "%rd" in line]
     known = -1
@@ -101,8 +125,8 @@ def _ptx_accesses(ptx: str, pointers: dict[int, str]) -> Iterator[tuple[str, int
             for source in move[1:]:
                 if source in origin:
                     origin.setdefault(move[0], origin[source])
-    for vector, bits, address in _ACCESS.findall(ptx):
-        yield origin[address], int(vector or 1) * int(bits) // 8
+    for kind, vector, bits, address in _ACCESS.findall(ptx):
+        yield origin.get(address, {"ld": "load", "st": "store"}[kind]), int(vector or 1) * int(bits) // 8
 
 
 _AMD_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(load|store)_(\w+)")
@@ -111,13 +135,4 @@ _AMD_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(load|store)_(\w+)")
 def _amd_accesses(assembly: str) -> Iterator[tuple[str, int]]:
     """("load" or "store", bytes) of every access to global memory."""
     for direction, kind in _AMD_ACCESS.findall(assembly):
-        yield direction, _amd_bytes(kind)
-
-
-def _amd_bytes(kind: str) -> int:
-    """dwordx4 is what newer targets call b128."""
-    if words := re.fullmatch(r"dword(?:x(\d))?", kind):
-        return 4 * int(words[1] or 1)
-    if "short" in kind or "byte" in kind:
-        return 2 if "short" in kind else 1
-    return int(re.search(r"\d+$", kind)[0]) // 8
+        yield direction, amd_bytes(kind)

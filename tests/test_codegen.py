@@ -1,6 +1,6 @@
 """What the compilers make of the Triton kernels, read off the machine code; no GPU is needed."""
 
-import json
+import importlib.util
 import os
 import subprocess
 import sys
@@ -10,6 +10,9 @@ import pytest
 from filelock import FileLock
 
 pytest.importorskip("triton")
+
+from bench import codegen, control_flow
+
 ROOT = Path(__file__).resolve().parents[1]
 # LayerNorm's backward keeps two parameter sums. Of the widest rows they fill half of the registers, and ptxas keeps a
 # few addresses in memory, which are read once for each row. Bytes a thread.
@@ -25,14 +28,20 @@ def compiled(factory: pytest.TempPathFactory, name: str, *options: str) -> list[
     is_worker = "PYTEST_XDIST_WORKER" in os.environ
     folder = factory.getbasetemp().parent / name if is_worker else factory.mktemp(name)
     folder.mkdir(exist_ok=True)
-    path = folder / "kernels.json"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder)}
-    command = [sys.executable, "-m", "bench.codegen", "--jobs", "2", "--json", str(path), *options]
+    path = folder / "codegen-custom.json"
+    command = ["codegen", "--providers", "fastnorm", "--no-instructions", "--jobs", "2", "--output", str(folder)]
     with FileLock(folder / "lock"):
         if not path.exists():
-            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+            done = bench(folder, *command, *options)
             assert path.exists(), done.stderr
-        return json.loads(path.read_text())
+        return codegen.kernels_of(path)
+
+
+def bench(cache: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """`python -m bench`, which compiles into the folder `cache`."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-m", "bench", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 WIDTHS = "96,128,768,1024,1280,1536,2048,2560,3072,4096,5120,6144,7168,8192,12288,16384,32768,65536"
@@ -41,7 +50,7 @@ WIDTHS = "96,128,768,1024,1280,1536,2048,2560,3072,4096,5120,6144,7168,8192,1228
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory) -> list[dict]:
     """Every model width on every architecture; what takes most registers, by dtypes, residuals and odd widths, on the
-    two whose compilers are most wasteful. `python -m bench.codegen` compiles all there is, which takes half an hour."""
+    two whose compilers are most wasteful. `python -m bench codegen` compiles all there is, which takes hours."""
     plain = ["--operations", "rms_norm,layer_norm", "--dtypes", "bf16", "--widths", WIDTHS]
     every = "rms_norm,layer_norm,add_rms_norm,add_layer_norm"
     widths = ["--widths", "1793,3585,4096,7168,16384"]
@@ -75,9 +84,9 @@ def known_spill(kernel: dict) -> int:
 def test_a_kernel_that_spills_is_seen_to(target, tmp_path):
     """A held row with far too few threads: the guards above must be able to fail."""
     source = (
-        "from bench import codegen; from fastnorm.triton_kernels import launch; import dataclasses, json;"
+        "from bench import compiled, problem; from fastnorm.triton_kernels import launch;"
         "launch.row_tiles = lambda cols, *_, **__: launch.RowTiles(256, cols // 256, 1, 1, 1);"
-        f"kernels = codegen.compile_problem(codegen.Problem({target!r}, 'layer_norm', 'forward', 'fp32', 16384));"
+        f"kernels = compiled.compile_problem(problem.Problem({target!r}, 'layer_norm', 'forward', 'fp32', 16384));"
         "print(max(kernel.spilled for kernel in kernels))"
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
@@ -137,3 +146,123 @@ def test_aligned_images_are_read_and_written_16_bytes_at_a_time(channel_kernels)
         assert {k["access"] for k in here if k["kernel"].startswith("pixels")} == {16}
         for kernel in ("planes_normalize", "planes_sums", "planes_gradient"):
             assert 16 in {k["access"] for k in here if k["kernel"] == kernel}
+
+
+@pytest.fixture(scope="module")
+def clip_kernels(tmp_path_factory) -> list[dict]:
+    """The clips' on every architecture; in float32 for every kind of norm."""
+    options = ["--operations", "clip_grad_norm_,clip_grad_value_,adaptive_clip_grad_", "--dtypes", "bf16,fp32"]
+    return compiled(tmp_path_factory, "clips", *options)
+
+
+def test_clip_kernels_do_not_spill(clip_kernels):
+    assert len({k["target"] for k in clip_kernels}) == 6
+    names = {"norm", "fold_tensor", "total", "change", "held_units", "looped_unit"}
+    assert {k["kernel"] for k in clip_kernels} == names
+    assert not {name(k): k["spilled"] for k in clip_kernels if k["spilled"] or k["shared"] > 48 * 1024}
+
+
+def test_clip_kernels_read_and_write_16_bytes_at_a_time(clip_kernels):
+    streaming = [k for k in clip_kernels if k["kernel"] not in ("fold_tensor", "total")]
+    assert not {name(k): k["access"] for k in streaming if k["access"] < 16}
+
+
+NVIDIA = """
+kernel:
+        /*0000*/                   S2R R0, SR_TID.X ;
+        /*0010*/              @!P0 BRA `(.L_x_9) ;
+.L_x_1:
+        /*0020*/                   IADD3 R4, R4, 0x1, RZ ;
+        /*0030*/               @P1 BRA `(.L_x_4) ;
+        /*0040*/                   LDG.E.128 R8, desc[UR4][R2.64] ;
+        /*0050*/                   STG.E.128 desc[UR4][R6.64], R8 ;
+.L_x_3:
+        /*0060*/                   LDG.E.U16 R9, desc[UR4][R2.64+0x20] ;
+        /*0070*/              @!P2 BRA `(.L_x_3) ;
+        /*0080*/              @!P3 BRA `(.L_x_1) ;
+        /*0090*/                   BRA `(.L_x_9) ;
+.L_x_4:
+        /*00a0*/                   IMAD R1, R1, R1, RZ ;
+        /*00b0*/                   LDG.E.64 R8, desc[UR4][R2.64] ;
+        /*00c0*/                   STG.E.64 desc[UR4][R6.64], R8 ;
+        /*00d0*/                   BRA `(.L_x_3) ;
+.L_x_9:
+        /*00e0*/                   EXIT ;
+.L_x_10:
+        /*00f0*/                   BRA `(.L_x_10);
+        /*0100*/                   NOP;
+"""
+AMD = """
+kernel:                                 ; @kernel
+; %bb.0:
+\ts_load_dwordx4 s[0:3], s[0:1], 0x0
+\ts_waitcnt lgkmcnt(0)
+.LBB0_1:                                ; =>This Loop Header: Depth=1
+\t.loc\t1 2 0
+\tglobal_load_dwordx4 v[4:7], v0, s[0:1]
+\ts_cbranch_vccnz .LBB0_3
+; %bb.2:
+\tglobal_store_b64 v0, v[4:5], s[2:3]
+\ts_nop 0
+.LBB0_3:
+\ts_cbranch_scc1 .LBB0_1
+; %bb.4:
+\ts_endpgm
+"""
+
+
+def test_instructions_are_those_of_a_turn_and_of_the_way_that_moves_most():
+    """Of NVIDIA's: 4 in the loop before the inner one, not 5 by the other way, which moves half; 2 in the inner one
+    for each of its turns; and the jump back. Neither what lies around the loop nor the trap behind the end counts."""
+    code = control_flow.parse(NVIDIA)
+    assert code.steps(1, turns=1, least_bytes=None) == [(32 + 2, 4 + 2 + 1)]
+    assert code.steps(1, turns=10, least_bytes=None) == [(32 + 20, 4 + 20 + 1)]
+    assert code.steps(0, turns=1, least_bytes=None) == [(32 + 2, 2 + 7 + 2)]
+    assert control_flow.parse(AMD).steps(1, turns=1, least_bytes=None) == [(16 + 8, 4)]
+    assert control_flow.parse(AMD).steps(1, turns=1, least_bytes=16) == [(16, 3)]
+    assert control_flow.parse(AMD).steps(2, turns=1, least_bytes=None) == [(16 + 8, 4)]
+    with pytest.raises(ValueError, match="no machine code"):
+        control_flow.parse("nothing")
+
+
+# of bf16, through the way that is counted: rows in and out, the weights, and a little for tables and statistics
+MOVED = {
+    "rms_norm_forward": 6, "rms_norm_backward": 6, "layer_norm_forward": 8, "layer_norm_backward": 6, "norm": 2,
+    "change": 4,
+}  # fmt: skip
+
+
+def test_the_command_prints_and_writes_what_it_counted(tmp_path):
+    done = bench(tmp_path, "codegen", "--quick", "--jobs", "2", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    kernels = codegen.kernels_of(tmp_path / "codegen-quick.json")
+    ours = [k for k in kernels if k["provider"] == "fastnorm"]
+    assert {k["target"] for k in ours} == {"sm_90", "gfx942"}
+    assert all(k["resident_warps"] >= 4 and not k["spilled"] for k in ours)
+    for kernel, moved in MOVED.items():
+        for found in (k for k in ours if k["kernel"] == kernel):
+            # twice that much would be two turns of a loop taken for one, or both ways of a branch
+            assert moved <= found["bytes"] <= 1.1 * moved + 0.1, found
+            assert 2 <= found["instructions"] <= 24, found
+            assert f"{found['instructions']:.1f}" in done.stdout
+    assert all(k["instructions"] is None for k in ours if k["kernel"] in ("column_sum", "fold_tensor", "total"))
+    text = (tmp_path / "codegen-quick.md").read_text(encoding="utf-8")
+    assert "## gfx942" in text and "rms_norm_backward" in text and codegen.LEGEND in text
+    if importlib.util.find_spec("liger_kernel"):
+        theirs = {k["kernel"]: k for k in kernels if k["provider"] == "liger" and k["target"] == "sm_90"}
+        assert theirs.keys() == {k["kernel"] for k in ours if k["kernel"].startswith(("rms_norm", "layer_norm"))}
+        assert all(k["cols"] == 4096 and k["bytes"] > 5 and k["instructions"] > 8 for k in theirs.values())
+    else:
+        assert "liger, 8 calls: ModuleNotFoundError" in done.stdout
+
+
+def test_a_kernel_of_ours_that_spills_fails_the_command_and_another_one_does_not(monkeypatch, tmp_path, capsys):
+    example = {"warps": 4, "registers": 255, "shared": 0, "resident_warps": 8, "access": 16, "short_products": 0}
+    example |= {"spilled": 8, "instructions": 9.5, "bytes": 6.0, "hash": ""}
+    shape = {"target": "sm_90", "operation": "rms_norm", "kernel": "rms_norm_forward", "dtype": "bf16", "cols": 64}
+    monkeypatch.setattr(codegen.triton_kernels, "INTERPRETED", False)
+    for provider, status in (("fastnorm", 1), ("liger", 0)):
+        spilling = codegen.Kernel(**shape, **example, provider=provider)
+        monkeypatch.setattr(codegen, "compile_all", lambda *_, spilling=spilling: iter([spilling]))
+        assert codegen.main(["--targets", "sm_90", "--output", str(tmp_path)]) == status
+        assert ("sm_90 rms_norm_forward bf16 64: spills 8 bytes" in capsys.readouterr().out) == bool(status)

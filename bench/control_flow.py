@@ -1,0 +1,191 @@
+"""Instructions that a thread executes in a step of a kernel, counted in its disassembly: no GPU runs anything here.
+
+A step is one turn of the loops that walk over the data, or the whole of a kernel without such loops. Where the code
+branches, the way is counted that moves all of a step's bytes to and from global memory, and of several such the
+shortest: that of a whole tile, not that of a tensor's end, nor a repetition in float64 of what float32 could not hold.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+
+class Way(NamedTuple):
+    """What a thread does on a way through the code."""
+
+    bytes: int  # of global memory
+    instructions: int
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """Of machine code: `target` is the label that it may jump to; one that `ends` never goes on to the next one."""
+
+    bytes: int
+    target: str | None
+    ends: bool
+
+
+@dataclass(frozen=True)
+class Code:
+    """A kernel as a graph: the successors of each instruction, the first one being its entry."""
+
+    instructions: list[Instruction]
+    successors: list[list[int]]
+
+    @cached_property
+    def loops(self) -> dict[int, set[int]]:
+        """The instructions of each loop that can be reached, by its first one."""
+        predecessors: dict[int, list[int]] = {}
+        closing: list[tuple[int, int]] = []
+        for source, goal, closes in _edges(self.successors):
+            predecessors.setdefault(goal, []).append(source)
+            if closes:
+                closing.append((source, goal))
+        found: dict[int, set[int]] = {}
+        for source, first in closing:
+            body, unseen = found.setdefault(first, {first}), [source]
+            while unseen:
+                here = unseen.pop()
+                if here not in body:
+                    body.add(here)
+                    unseen += predecessors[here]
+        return found
+
+    def steps(self, passes: int, turns: int, least_bytes: float | None) -> list[Way]:
+        """One turn of each of the `passes` loops that move most bytes, in the order of the code; loops inside of them
+        count `turns` times. Without passes, the whole kernel. Fewer where the kernel has fewer such loops.
+
+        least_bytes: what a way has to move; where it is known, the shortest such way is taken."""
+        if passes == 0:
+            return [_chosen(self._ways(0, set(range(len(self.instructions))), 1), None)]
+        ways = [
+            (_chosen(self._ways(first, body, turns), least_bytes), first)
+            for first, body in self.loops.items()
+            if not any(first in other for start, other in self.loops.items() if start != first)
+        ]
+        moving = sorted((way for way in ways if way[0].bytes), key=lambda way: (-way[0].bytes, way[0].instructions))
+        return [way for way, _ in sorted(moving[:passes], key=lambda way: way[1])]
+
+    def _ways(self, first: int, region: set[int], turns: int) -> dict[int, int]:
+        """From `first` to a jump back to it, or out of the kernel: the fewest instructions by the bytes moved."""
+        inside = {f: body for f, body in self.loops.items() if f != first and f in region and body < region}
+        outermost = {f: body for f, body in inside.items() if not any(f in b for o, b in inside.items() if o != f)}
+        place = {node: f for f, body in outermost.items() for node in body}
+        goals: dict[int, set[int]] = {}
+        for node in region:
+            here = place.get(node, node)
+            ahead = {place.get(goal, goal) for goal in self.successors[node] if goal in region and goal != first}
+            goals.setdefault(here, set()).update(ahead - {here})
+        if not any(self.instructions[node].bytes for node in goals if node not in outermost):
+            turns = 1  # not a loop in a loop, but one loop that is entered in two places
+        found: dict[int, dict[int, int]] = {}
+        for node in _last_first(place.get(first, first), goals):
+            own = Way(self.instructions[node].bytes, 1)
+            if node in outermost:
+                own = Way(*(turns * n for n in _chosen(self._ways(node, outermost[node], turns), None)))
+            rest = [way for goal in goals[node] for way in found[goal].items()] or [(0, 0)]
+            found[node] = {}
+            for moved, instructions in rest:
+                total, length = moved + own.bytes, instructions + own.instructions
+                found[node][total] = min(length, found[node].get(total, length))
+        return found[place.get(first, first)]
+
+
+def _chosen(ways: dict[int, int], least_bytes: float | None) -> Way:
+    enough = [way for way in ways.items() if least_bytes is not None and way[0] >= least_bytes]
+    return Way(*(min(enough, key=lambda way: way[1]) if enough else max(ways.items())))
+
+
+def _edges(successors: list[list[int]]) -> Iterator[tuple[int, int, bool]]:
+    """Those that can be reached from 0, depth first, and whether they lead back to what they were reached from."""
+    above, seen, stack = {0}, {0}, [(0, iter(successors[0]))]
+    while stack:
+        node, goals = stack[-1]
+        goal = next(goals, None)
+        if goal is None:
+            above.discard(node)
+            stack.pop()
+            continue
+        yield node, goal, goal in above
+        if goal not in seen:
+            seen.add(goal)
+            above.add(goal)
+            stack.append((goal, iter(successors[goal])))
+
+
+def _last_first(first: int, goals: dict[int, set[int]]) -> list[int]:
+    """What can be reached from `first` without turning round, each after all that it leads to."""
+    order: list[int] = []
+    seen, stack = {first}, [(first, iter(goals[first]))]
+    while stack:
+        node, ahead = stack[-1]
+        goal = next(ahead, None)
+        if goal is None:
+            order.append(node)
+            stack.pop()
+        elif goal not in seen:
+            seen.add(goal)
+            stack.append((goal, iter(goals[goal])))
+    return order
+
+
+_NVIDIA = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?P<text>[^;]*?)\s*;")
+_NVIDIA_LABEL = re.compile(r"^(\.L_x_\d+):")
+_NVIDIA_JUMP = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
+_NVIDIA_END = re.compile(r"BRA(\.\w+)* `|(EXIT|RET|BRX|JMP)\b")
+_NVIDIA_ACCESS = re.compile(r"\b(?:LDG|STG|LD|ST)\.E((?:\.\w+)*)")
+_AMD = re.compile(r"^\s+(?P<text>[a-z][^;]*)")
+_AMD_LABEL = re.compile(r"^(\.LBB\d+_\d+):")
+_AMD_JUMP = re.compile(r"s_c?branch\w*\s+(\.LBB\d+_\d+)")
+_AMD_END = re.compile(r"s_branch|s_endpgm|s_setpc")
+_AMD_ACCESS = re.compile(r"(?:global|buffer|flat)_(?:load|store)_(\w+)")
+_IDLE = re.compile(r"(?:@!?U?P\w+ )?NOP|s_nop|s_code_end")
+
+
+def parse(assembly: str) -> Code:
+    """nvdisasm's text, or LLVM's for AMD. Raises ValueError where no instruction is in it."""
+    is_nvidia = "/*0000*/" in assembly
+    line_of, label_of = (_NVIDIA, _NVIDIA_LABEL) if is_nvidia else (_AMD, _AMD_LABEL)
+    labels: dict[str, int] = {}
+    instructions: list[Instruction] = []
+    for line in assembly.splitlines():
+        if label := label_of.match(line):
+            labels[label[1]] = len(instructions)
+        elif (found := line_of.search(line)) and not _IDLE.match(found["text"]):
+            instructions.append((_nvidia if is_nvidia else _amd)(found["text"]))
+    if not instructions:
+        raise ValueError("no machine code in this text")
+    successors = []
+    for i, instruction in enumerate(instructions):
+        goals = [] if instruction.ends or i + 1 == len(instructions) else [i + 1]
+        jump = labels.get(instruction.target, len(instructions))
+        successors.append(goals + [jump] * (jump < len(instructions) and jump not in goals))
+    return Code(instructions, successors)
+
+
+def _nvidia(text: str) -> Instruction:
+    jump, access = _NVIDIA_JUMP.search(text), _NVIDIA_ACCESS.search(text)
+    size = 0
+    if access:
+        kinds = access[1].split(".")
+        sizes = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "16": 2, "U8": 1, "S8": 1, "8": 1}
+        size = next((sizes[kind] for kind in kinds if kind in sizes), 4)
+    return Instruction(size, jump and jump[1], bool(_NVIDIA_END.match(text)))
+
+
+def _amd(text: str) -> Instruction:
+    jump, access = _AMD_JUMP.match(text), _AMD_ACCESS.match(text)
+    size = amd_bytes(access[1]) if access else 0
+    return Instruction(size, jump and jump[1], bool(_AMD_END.match(text)))
+
+
+def amd_bytes(kind: str) -> int:
+    """Of an access: dwordx4 is what newer targets call b128."""
+    if words := re.fullmatch(r"dword(?:x(\d))?", kind):
+        return 4 * int(words[1] or 1)
+    if "short" in kind or "byte" in kind:
+        return 2 if "short" in kind else 1
+    return int(re.findall(r"\d+", kind)[0]) // 8

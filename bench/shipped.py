@@ -1,0 +1,98 @@
+"""The calls that compile every shipped configuration of the Triton kernels, on tensors without data."""
+
+import itertools
+
+import torch
+import triton
+from torch import Tensor
+
+from fastnorm import triton_kernels
+from fastnorm.triton_kernels import agc, multi_tensor, tables
+
+from .problem import CLIPS, DIRECTIONS, DTYPES, GROUPS, OTHER_NORMS, ROWS, UNITS, Problem
+
+HOST = torch.device("cpu")  # of the tables, which are never read
+
+
+def call(problem: Problem) -> None:
+    """Call the launchers as fastnorm does, for a training step with weight and bias."""
+    if problem.operation in CLIPS:
+        _call_with_gradients(problem)
+    elif problem.image is not None:
+        _call_with_image(problem)
+    else:
+        _call_with_rows(problem)
+
+
+def _call_with_rows(problem: Problem) -> None:
+    types = DTYPES[problem.dtype]
+    adds, centers = problem.operation.startswith("add_"), problem.operation.endswith("layer_norm")
+
+    def rows(dtype: torch.dtype) -> Tensor:
+        return torch.empty(ROWS, problem.cols, dtype=dtype, device="meta")
+
+    parameter = torch.empty(problem.cols, dtype=types.parameters, device="meta")
+    statistic = torch.empty(ROWS, dtype=torch.promote_types(types.x, torch.float32), device="meta")
+    zero_centered, cast, eps = [False], [] if centers else [None], [1e-6]
+    if problem.direction == "forward":
+        stream = [rows(types.stream)] if adds else []
+        affine = [parameter, parameter] if centers else [parameter]
+        dtypes = [types.x, types.stream] if adds else [types.x]
+        arguments = [rows(types.x), *stream, *affine, *eps, *zero_centered, *cast, *dtypes]
+    else:
+        h = [rows(types.stream), rows(types.stream)] if adds else [rows(types.x)]
+        statistics = [statistic, statistic] if centers else [statistic]
+        dtypes = [types.x, types.stream] if adds else []
+        dtypes += [types.parameters, types.parameters] if centers else [types.parameters]
+        arguments = [rows(types.x), *h, parameter, *statistics, *zero_centered, *cast, *dtypes]
+    getattr(triton_kernels, f"{problem.operation}_{problem.direction}")(*arguments)
+
+
+def _call_with_image(problem: Problem) -> None:
+    """batch_norm and group_norm, plain and with all that is fused into them, and batch_norm's evaluation."""
+    types, (samples, channels, cols), last = DTYPES[problem.dtype], problem.image, problem.channels_last
+    shape = (samples, cols, channels) if last else (samples, channels, cols)
+    if last and problem.operation == "batch_norm":
+        shape = (1, samples * cols, channels)
+
+    def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    stat = torch.promote_types(types.x, torch.float32)
+    x, residual, w = empty(types.x, *shape), empty(types.stream, *shape), empty(types.parameters, channels)
+    grads = types.parameters, types.parameters
+    launchers = [getattr(triton_kernels, f"{problem.operation}_{name}") for name in DIRECTIONS]
+    for is_fused in (False, True):
+        if problem.operation == "group_norm":
+            statistic, options = empty(stat, samples, GROUPS), (last, is_fused)
+            arguments = (x, GROUPS, w, w, 1e-5, *options, types.x), (x, x, GROUPS, w, w, statistic, statistic, *options)
+        else:
+            statistic, mask = empty(stat, channels), empty(torch.uint8, *shape[:-1], triton.cdiv(shape[-1], 8))
+            added, dresidual = (residual, types.stream) if is_fused else (None, None)
+            running = w, w, w, w, None, 0.1, 1e-5
+            arguments = (x, added, *running, last, is_fused, types.x), (
+                x, mask if is_fused else None, x, w, statistic, statistic, True, last, dresidual,
+            )  # fmt: skip
+            triton_kernels.batch_norm_evaluate(x, added, w, w, w, w, 1e-5, last, is_fused, False, types.x)
+        given = arguments[DIRECTIONS.index(problem.direction)]
+        launchers[DIRECTIONS.index(problem.direction)](*given, *(grads if problem.direction == "backward" else ()))
+
+
+def _call_with_gradients(problem: Problem) -> None:
+    """The clips of a long list of tensors; of their kernels, one variant for each dtype, norm and length of a unit."""
+    types = DTYPES[problem.dtype]
+    gradients = tables.Table([tables.Entry(1 << 20, 1 << 20, types.x)], HOST)
+    norm_types = (2.0, *OTHER_NORMS) if problem.dtype == "fp32" else (2.0,)
+    if problem.operation == "clip_grad_value_":
+        multi_tensor.change(gradients, None, 1.0)
+    elif problem.operation == "clip_grad_norm_":
+        for norm_type in norm_types:
+            norms, sums = multi_tensor.norms_of(gradients, norm_type, torch.promote_types(types.x, torch.float32))
+            total, *_ = multi_tensor.clip_results(norms, sums, norm_type, 1.0)
+            multi_tensor.change(gradients, total)
+    else:
+        for norm_type, length in itertools.product(norm_types, UNITS):
+            entries = tables.Entry(1 << 20, 64 * length, types.x), tables.Entry(1 << 30, 64 * length, types.parameters)
+            for group in agc.parts((agc.Pair(*entries, 64),), HOST)[0][0]:
+                agc.launch_group(group, 0.01, 1e-3, norm_type)
+        multi_tensor.change(gradients, torch.empty(1, dtype=torch.float64), per_tensor=True)  # of units beyond those
