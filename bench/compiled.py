@@ -109,7 +109,7 @@ def _describe(
     used, metadata = machine_code.resources(compiled), compiled.metadata
     target, multiprocessor = machine_code.TARGETS[problem.target]
     name = name.strip("_").removesuffix("_kernel")
-    step = step_of(problem, name, constants) if counts else None
+    step = step_of(problem, name, constants, signature) if counts else None
     costs = machine_code.element_costs(compiled, step, metadata.num_warps * target.warp_size) if step else (None, None)
     return Kernel(
         provider=problem.provider,

@@ -15,8 +15,8 @@ from typing import NamedTuple
 class Way(NamedTuple):
     """What a thread does on a way through the code."""
 
-    bytes: int  # of global memory
-    instructions: int
+    bytes: float  # of global memory
+    instructions: float
 
 
 @dataclass(frozen=True)
@@ -54,22 +54,23 @@ class Code:
                     unseen += predecessors[here]
         return found
 
-    def steps(self, passes: int, turns: int, least_bytes: float | None) -> list[Way]:
-        """One turn of each of the `passes` loops that move most bytes, in the order of the code; loops inside of them
-        count `turns` times. Without passes, the whole kernel. Fewer where the kernel has fewer such loops.
+    def steps(self, passes: int, inner_bytes: float | None = None, least_bytes: float | None = None) -> list[Way]:
+        """One turn of each of the `passes` loops that move most bytes, in the order of the code. Without passes, the
+        whole kernel. Fewer where the kernel has fewer such loops.
 
+        inner_bytes: what loops inside of these move in all their turns, of which there is one where it is not known;
         least_bytes: what a way has to move; where it is known, the shortest such way is taken."""
         if passes == 0:
-            return [_chosen(self._ways(0, set(range(len(self.instructions))), 1), None)]
+            return [_chosen(self._ways(0, set(range(len(self.instructions))), None), None)]
         ways = [
-            (_chosen(self._ways(first, body, turns), least_bytes), first)
+            (_chosen(self._ways(first, body, inner_bytes), least_bytes), first)
             for first, body in self.loops.items()
             if not any(first in other for start, other in self.loops.items() if start != first)
         ]
         moving = sorted((way for way in ways if way[0].bytes), key=lambda way: (-way[0].bytes, way[0].instructions))
         return [way for way, _ in sorted(moving[:passes], key=lambda way: way[1])]
 
-    def _ways(self, first: int, region: set[int], turns: int) -> dict[int, int]:
+    def _ways(self, first: int, region: set[int], inner_bytes: float | None) -> dict[float, float]:
         """From `first` to a jump back to it, or out of the kernel: the fewest instructions by the bytes moved."""
         inside = {f: body for f, body in self.loops.items() if f != first and f in region and body < region}
         outermost = {f: body for f, body in inside.items() if not any(f in b for o, b in inside.items() if o != f)}
@@ -80,12 +81,14 @@ class Code:
             ahead = {place.get(goal, goal) for goal in self.successors[node] if goal in region and goal != first}
             goals.setdefault(here, set()).update(ahead - {here})
         if not any(self.instructions[node].bytes for node in goals if node not in outermost):
-            turns = 1  # not a loop in a loop, but one loop that is entered in two places
-        found: dict[int, dict[int, int]] = {}
+            inner_bytes = None  # not a loop in a loop, but one loop that is entered in two places
+        found: dict[int, dict[float, float]] = {}
         for node in _last_first(place.get(first, first), goals):
             own = Way(self.instructions[node].bytes, 1)
             if node in outermost:
-                own = Way(*(turns * n for n in _chosen(self._ways(node, outermost[node], turns), None)))
+                own = _chosen(self._ways(node, outermost[node], inner_bytes), None)
+                if inner_bytes is not None and own.bytes:
+                    own = Way(inner_bytes, own.instructions * inner_bytes / own.bytes)
             rest = [way for goal in goals[node] for way in found[goal].items()] or [(0, 0)]
             found[node] = {}
             for moved, instructions in rest:
@@ -94,7 +97,7 @@ class Code:
         return found[place.get(first, first)]
 
 
-def _chosen(ways: dict[int, int], least_bytes: float | None) -> Way:
+def _chosen(ways: dict[float, float], least_bytes: float | None) -> Way:
     enough = [way for way in ways.items() if least_bytes is not None and way[0] >= least_bytes]
     return Way(*(min(enough, key=lambda way: way[1]) if enough else max(ways.items())))
 

@@ -70,12 +70,18 @@ def element_costs(kernel: CompiledKernel, step: Step, threads: int) -> tuple[flo
         assembly = _ask(triton.knobs.nvidia.nvdisasm.path, kernel.asm["cubin"], "--print-code", "--no-dataflow")
     else:
         assembly = kernel.asm["amdgcn"]
-    least_bytes = step.least_bytes and step.least_bytes * step.elements[0] / threads
-    ways = parse(assembly).steps(0 if step.is_whole else len(step.elements), step.turns, least_bytes)
+    inner_bytes = step.inner_bytes and step.inner_bytes / threads
+    least_bytes = step.bytes[0] / threads if step.is_exact else None
+    ways = parse(assembly).steps(0 if step.is_whole else len(step.elements), inner_bytes, least_bytes)
     if len(ways) != len(step.elements):
         return None, None
-    each = [(way, threads / elements) for way, elements in zip(ways, step.elements, strict=True)]
-    return sum(way.instructions * share for way, share in each), sum(way.bytes * share for way, share in each)
+    instructions = moved = 0.0
+    for i, way in enumerate(ways):
+        # a loop that the compiler has unrolled moves a multiple of what it should
+        turns = max(1, round(way.bytes * threads / step.bytes[i])) if step.bytes else 1
+        share = threads / (turns * step.elements[i])
+        instructions, moved = instructions + way.instructions * share, moved + way.bytes * share
+    return instructions, moved
 
 
 def _ask(tool: str, cubin: bytes, *options: str) -> str:

@@ -1,32 +1,43 @@
-"""How much of a tensor a step of each kernel handles, told by the constants that it was compiled with."""
+"""What a step of each kernel handles, told by the constants and the types of the arguments it was compiled with."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import triton
-
 from .problem import GROUPS, LIGER, Problem
+
+_SIZES = {"*fp64": 8, "*fp32": 4, "*bf16": 2, "*fp16": 2}
 
 
 class Step(NamedTuple):
-    """What a program does at once: for each loop along the data, the elements of one turn. `is_whole`: no such loops,
-    but one program handles them. `turns`: those of the loops inside of these. `least_bytes`: what a turn moves for each
-    element at least, where some ways through it do less, or the same twice."""
+    """What a program does at once, in one turn of each loop along the data.
+
+    elements: that a turn handles, lanes beyond the end of a row not among them.
+    bytes: that a turn moves with all lanes, where it matters: where the compiler may unroll the loop.
+    is_exact: and where a turn can move less than it should, or the same twice.
+    is_whole: there are no such loops, but one program handles the elements.
+    inner_bytes: that loops inside of a turn move in all their turns.
+    """
 
     elements: tuple[int, ...]
+    bytes: tuple[int, ...] = ()
+    is_exact: bool = False
     is_whole: bool = False
-    turns: int = 1
-    least_bytes: int | None = None
+    inner_bytes: int | None = None
 
 
-def step_of(problem: Problem, kernel: str, constants: Mapping[str, Any]) -> Step | None:
-    """None of the kernels that finish what others began: their work does not grow with the tensor."""
+def step_of(problem: Problem, kernel: str, constants: Mapping[str, Any], signature: Mapping[str, Any]) -> Step | None:
+    """None of the kernels that finish what others began, whose work does not grow with the tensor; and of Liger's
+    group norm backward, whose loops the compiler takes apart."""
+
+    def size(*pointers: str) -> int:
+        return sum(_SIZES.get(signature.get(f"{pointer}_ptr"), 0) for pointer in pointers)
+
     if problem.provider == LIGER:
         return _liger_step(problem, constants)
     if "N_COLS" in constants:
-        return _row_step(kernel, constants)
+        return _row_step(kernel, constants, size)
     if "TILE" in constants:  # rows of any length
-        return Step((constants["TILE"],) * (2 if "forward" in kernel else 1))
+        return _long_step(kernel, constants["TILE"], size)
     if "DEPTH" in constants:
         lanes = constants["UNITS"] * constants["LANES"] if "LANES" in constants else None
         lanes = lanes or constants["VECTORS"] * constants["PIXELS"]
@@ -34,11 +45,24 @@ def step_of(problem: Problem, kernel: str, constants: Mapping[str, Any]) -> Step
     return _gradient_step(kernel, constants)
 
 
-def _row_step(kernel: str, constants: Mapping[str, Any]) -> Step:
+def _row_step(kernel: str, constants: Mapping[str, Any], size: Any) -> Step:
     elements = constants["N_COLS"] * constants["ROWS"]
     if "backward" not in kernel:
         return Step((elements,), is_whole=True)
-    return Step((elements,), turns=triton.cdiv(constants["N_COLS"], constants["TILE"]))
+    if constants["HOLD"]:
+        return Step((elements,))
+    lanes, each = constants["ROWS"] * constants["TILE"] * constants["N_TILES"], size("h", "dy", "weight")
+    moved = lanes * (2 * each + size("dh", "dx", "dresidual"))
+    return Step((elements,), (moved,), is_exact=True, inner_bytes=lanes * each)
+
+
+def _long_step(kernel: str, tile: int, size: Any) -> Step:
+    if "forward" in kernel:
+        first = size("x", "residual", "h")
+        second = size("h") or size("x")
+        return Step((tile, tile), (tile * first, tile * (second + size("weight", "bias", "y"))))
+    others = () if "rows" in kernel else ("dh", "dx", "dresidual")
+    return Step((tile,), (tile * size("h", "dy", "weight", *others),))
 
 
 def _gradient_step(kernel: str, constants: Mapping[str, Any]) -> Step | None:
@@ -46,20 +70,19 @@ def _gradient_step(kernel: str, constants: Mapping[str, Any]) -> Step | None:
         return Step((constants["ROWS"] * constants["COLS"],), is_whole=True)
     if kernel == "looped_unit":  # the gradient's norm, the parameter's, and the change
         gradient, parameter = (constants["ROWS"] * constants[name] for name in ("G_COLS", "W_COLS"))
-        size = constants["GRADIENT"].primitive_bitwidth // 8
-        return Step((gradient, parameter, gradient), least_bytes=size) if gradient == parameter else None
+        size = constants["GRADIENT"].primitive_bitwidth // 8 * gradient
+        return Step((gradient,) * 3, (size, size, 2 * size), is_exact=True) if gradient == parameter else None
     if kernel in ("norm", "change"):
-        size, passes = constants["DTYPE"].primitive_bitwidth // 8, 1 if kernel == "norm" else 2
-        return Step((constants["ROWS"] * constants["COLS"],), least_bytes=passes * size)
+        elements, size = constants["ROWS"] * constants["COLS"], constants["DTYPE"].primitive_bitwidth // 8
+        return Step((elements,), (elements * size * (1 if kernel == "norm" else 2),), is_exact=True)
     return None
 
 
-def _liger_step(problem: Problem, constants: Mapping[str, Any]) -> Step:
-    block = constants["BLOCK_SIZE"]
+def _liger_step(problem: Problem, constants: Mapping[str, Any]) -> Step | None:
     if problem.image is None:
         elements = problem.cols * (constants.get("BLOCK_ROW") or 1)
         return Step((elements,), is_whole=problem.direction == "forward")
+    if problem.direction == "backward":
+        return None
     _, channels, positions = problem.image
-    if problem.direction == "forward":
-        return Step((min(block, channels // GROUPS * positions),) * 2)
-    return Step((positions,) * 2, turns=triton.cdiv(positions, block))
+    return Step((min(constants["BLOCK_SIZE"], channels // GROUPS * positions),) * 2)
