@@ -5,17 +5,20 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.target_info import is_hip
 
 from . import launch
 from .tiles import (
+    add_row_products,
+    apart,
     column_sums,
     empty_partials,
     load_stream,
     load_tile,
     load_weight,
     load_weight_tile,
-    loop_mask,
     reciprocal_sqrt,
+    settled,
     store_partials,
     store_stream_gradient,
     store_tile,
@@ -126,25 +129,6 @@ def _layer_norm_long_forward_kernel(
         store_tile(y_ptr + row * n_cols + cols, y, mask)
 
 
-@triton.jit
-def _add_row_products(
-    product, total, h_ptr, dy_ptr, weight_ptr, mean, rstd, lanes, row_mask, n_cols,
-    ZERO_CENTERED: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """product + (h − mean) · g and total + g of each lane, g = w·dy · rstd, along the whole row. A loop at run time,
-    because compilers put off what an unrolled one has to do later, and hold all its tiles till then."""
-    for start in range(0, n_cols, TILE):
-        mask = loop_mask(start, lanes, row_mask, n_cols, MASKED)
-        c = load_tile(h_ptr + start, mask, rstd.dtype) - mean
-        g = load_tile(dy_ptr + start, mask, rstd.dtype) * rstd
-        if weight_ptr is not None:
-            weight_mask = loop_mask(start, lanes, None, n_cols, MASKED)
-            g *= load_weight(weight_ptr + lanes + start, weight_mask, rstd.dtype, ZERO_CENTERED)
-        product += c * g
-        total += g
-    return product, total
-
-
 @triton.jit(do_not_specialize=["n_rows", "n_blocks"])  # one code for every batch, to the last bit
 def _layer_norm_backward_kernel(
     dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr,
@@ -183,8 +167,8 @@ def _layer_norm_backward_kernel(
                 c = load_tile(h_row + t * TILE, mask, stat) - mean
                 dy = load_tile(dy_row + t * TILE, mask, stat)
                 g = dy * rstd  # scaled before anything else: x̂ itself is then never needed
-                weight_sums = weight_sums + (dweight[t] + g * c if dweight_ptr is not None else dweight[t],)
-                bias_sums = bias_sums + (dbias[t] + dy if dbias_ptr is not None else dbias[t],)
+                weight_sums = weight_sums + (settled(dweight[t] + g * c) if dweight_ptr is not None else dweight[t],)
+                bias_sums = bias_sums + (settled(dbias[t] + dy) if dbias_ptr is not None else dbias[t],)
                 if weight_ptr is not None:
                     g *= weight[t]
                 product += c * g
@@ -193,7 +177,7 @@ def _layer_norm_backward_kernel(
                 weighted = weighted + (g,)
         else:
             n_cols = N_COLS + (n_blocks >> 31 << 4)  # N_COLS, which compilers can't know: or they unroll the whole row
-            product, total = _add_row_products(
+            product, total = add_row_products(
                 product, total, h_row, dy_row, weight_ptr, mean, rstd,
                 lanes + here + tl.zeros((ROWS, 1), tl.int32), row_mask, n_cols, ZERO_CENTERED, N_COLS % TILE > 0, TILE,
             )  # fmt: skip
@@ -201,20 +185,24 @@ def _layer_norm_backward_kernel(
         slope = product_sum * (-1.0 / N_COLS) * rstd * rstd  # negated once a row, not once an element
         offset = total_sum * (1.0 / N_COLS)
         lane = lanes + again
-        weight_row = weight_ptr + lane - lanes if weight_ptr is not None else None  # the weight, as opaque
         for t in tl.static_range(N_TILES):
             mask = tile_mask(t, lanes, row_mask, N_COLS, TILE)
             if HOLD:
+                if t == 0 and (ROWS >= 8 or is_hip()):  # elsewhere a row's warps meet, which has the same effect
+                    apart(n_rows)
                 c = centered[t]
                 g = weighted[t]
             else:  # this wide, registers go to the parameter sums, and the row is still in the cache
+                if t > 0:
+                    apart(n_rows)
                 c = load_tile(h_ptr + (rows * h_stride + lane) + t * TILE, mask, stat) - mean
                 dy = load_tile(dy_ptr + (rows * dy_stride + lane) + t * TILE, mask, stat)
                 g = dy * rstd
-                weight_sums = weight_sums + (dweight[t] + g * c if dweight_ptr is not None else dweight[t],)
-                bias_sums = bias_sums + (dbias[t] + dy if dbias_ptr is not None else dbias[t],)
+                weight_sums = weight_sums + (settled(dweight[t] + g * c) if dweight_ptr is not None else dweight[t],)
+                bias_sums = bias_sums + (settled(dbias[t] + dy) if dbias_ptr is not None else dbias[t],)
                 if weight_ptr is not None:
-                    g *= load_weight_tile(weight_row, lanes, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
+                    col_mask = tile_mask(t, lane, None, N_COLS, TILE)
+                    g *= load_weight(weight_ptr + lane + t * TILE, col_mask, stat, ZERO_CENTERED)
             dx = g - offset + c * slope
             store_stream_gradient(
                 dx, dx_ptr, dresidual_ptr, dh_ptr,
@@ -239,7 +227,7 @@ def _layer_norm_long_backward_rows_kernel(
     mean = tl.load(mean_ptr + row)
     rstd = tl.load(rstd_ptr + row)
     lanes = tl.arange(0, TILE)
-    product, total = _add_row_products(
+    product, total = add_row_products(
         tl.zeros((TILE,), stat), tl.zeros((TILE,), stat), h_ptr + (row * h_stride + lanes),
         dy_ptr + (row * dy_stride + lanes), weight_ptr, mean, rstd, lanes, None, n_cols, ZERO_CENTERED, True, TILE,
     )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.target_info import is_hip
 
 from . import launch
 
@@ -98,6 +99,26 @@ def store_stream_gradient(dx, dx_ptr, dresidual_ptr, dh_ptr, dx_at, dh_at, mask)
 
 
 @triton.jit
+def settled(x):
+    """x, computed where it is written: compilers put off sums that only the next row needs, and hold all that they are
+    made of till then, for which there are no registers. The assembly is empty."""
+    if _INTERPRETED or x.dtype != tl.float32:
+        return x
+    elif is_hip():
+        return tl.inline_asm_elementwise("", "=v,0", [x], dtype=tl.float32, is_pure=False, pack=1)
+    else:
+        return tl.inline_asm_elementwise("", "=f,0", [x], dtype=tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
+def apart(n_rows):
+    """A loop that never turns: the scheduler moves nothing over it, and so mixes no two tiles, or passes, for whose
+    values together there are no registers."""
+    for _ in range(n_rows, 0):
+        tl.debug_barrier()
+
+
+@triton.jit
 def _add_pairs(a, b, c, d):
     return a + c, b + d
 
@@ -110,6 +131,25 @@ def sum_pair(a, b):
     else:
         a, b = tl.reduce((a, b), 1, _add_pairs)
         return a[:, None], b[:, None]
+
+
+@triton.jit
+def add_row_products(
+    product, total, h_ptr, dy_ptr, weight_ptr, mean, rstd, lanes, row_mask, n_cols,
+    ZERO_CENTERED: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """product + (h − mean) · g and total + g of each lane, g = w·dy · rstd, along the whole row. A loop at run time,
+    because compilers put off what an unrolled one has to do later, and hold all its tiles till then."""
+    for start in range(0, n_cols, TILE):
+        mask = loop_mask(start, lanes, row_mask, n_cols, MASKED)
+        c = load_tile(h_ptr + start, mask, rstd.dtype) - mean
+        g = load_tile(dy_ptr + start, mask, rstd.dtype) * rstd
+        if weight_ptr is not None:
+            col_mask = loop_mask(start, lanes, None, n_cols, MASKED)
+            g *= load_weight(weight_ptr + lanes + start, col_mask, rstd.dtype, ZERO_CENTERED)
+        product += c * g
+        total += g
+    return product, total
 
 
 @triton.jit
