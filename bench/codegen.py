@@ -163,12 +163,6 @@ def _write(path: Path, run: Run) -> list[Path]:
     return paths
 
 
-def kernels_of(path: Path) -> list[dict]:
-    """The kernels of a JSON file that this command wrote."""
-    document = json.loads(path.read_text(encoding="utf-8"))
-    return [dict(zip(document["fields"], kernel, strict=True)) for kernel in document["kernels"]]
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench codegen",

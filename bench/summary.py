@@ -6,7 +6,8 @@ A document says between which lines a table stands, and which files it is made o
     <!-- end -->
 
 cells: every case, with its time; operations: the speed-ups of every operation and shape, side by side; spread: the
-least, median and largest speed-up of every operation, with the cases that lose.
+least, median and largest speed-up of every operation, with the cases that lose; instructions: those that the kernels
+take for each element on every architecture, Liger-Kernel's behind ours.
 """
 
 import json
@@ -22,9 +23,9 @@ from .report import mode_label
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-DOCUMENTS = (ROOT / "docs" / "results.md",)
+DOCUMENTS = (ROOT / "docs" / "results.md", ROOT / "docs" / "machine_code.md")
 LOSS = 0.98  # what is slower than this is marked
-BLOCK = re.compile(r"(<!-- (cells|operations|spread) ([^>]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (cells|operations|spread|instructions) ([^>]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 Case = dict[str, Any]  # a result as the JSON has it
 
@@ -38,6 +39,8 @@ def fill(document: Path) -> bool:
 
 
 def _table(kind: str, names: Iterable[str]) -> str:
+    if kind == "instructions":
+        return _instructions([kernel for name in names for kernel in kernels_of(RESULTS / name)])
     documents = [json.loads((RESULTS / name).read_text(encoding="utf-8")) for name in names]
     ours = [result for document in documents for result in document["results"] if result["provider"] == "fastnorm"]
     return {"cells": _cells, "operations": _operations, "spread": _spread}[kind](ours)
@@ -80,6 +83,30 @@ def _spread_row(operation: str, mode: str, dtype: str, group: list[Case]) -> tup
     losses = f"{len(losing)} of {len(group)}" + (f" ▼ ({', '.join(losing)})" if losing else "")
     three = (speedups[0], statistics.median(speedups), speedups[-1])
     return f"`{operation}`", mode_label(mode), dtype, *(f"{value:.2f}×" for value in three), losses
+
+
+def kernels_of(path: Path) -> list[Case]:
+    """The kernels of a JSON file of `python -m bench codegen`."""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    return [dict(zip(document["fields"], kernel, strict=True)) for kernel in document["kernels"]]
+
+
+def _instructions(kernels: list[Case]) -> str:
+    """A row for each kernel, dtype and width: ours / Liger-Kernel's, with what it spills, in bytes of a thread."""
+    targets = list(dict.fromkeys(kernel["target"] for kernel in kernels))
+    cells: dict[tuple[str, str, str, str], dict[str, dict[str, str]]] = {}
+    for kernel in kernels:
+        if kernel["instructions"] is not None:
+            direction = next((d for d in ("forward", "backward") if d in kernel["kernel"]), kernel["kernel"])
+            key = f"`{kernel['operation']}`", direction, kernel["dtype"], str(kernel["cols"] or "any")
+            spilled = f" (spills {kernel['spilled']})" if kernel["spilled"] else ""
+            cell = cells.setdefault(key, {}).setdefault(kernel["target"], {})
+            cell.setdefault(kernel["provider"], f"{kernel['instructions']:.1f}{spilled}")
+    rows = [
+        (*key, *(" / ".join(row.get(target, {}).get(who, "–") for who in ("fastnorm", "liger")) for target in targets))
+        for key, row in cells.items()
+    ]
+    return _github(rows, ("operation", "kernel", "dtype", "width", *targets))
 
 
 def _shape(result: Case) -> str:

@@ -11,7 +11,7 @@ from filelock import FileLock
 
 pytest.importorskip("triton")
 
-from bench import codegen, control_flow
+from bench import codegen, control_flow, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,7 +28,7 @@ def compiled(factory: pytest.TempPathFactory, name: str, *options: str) -> list[
         if not path.exists():
             done = bench(folder, *command, *options)
             assert path.exists(), done.stderr
-        return codegen.kernels_of(path)
+        return summary.kernels_of(path)
 
 
 def bench(cache: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -222,7 +222,7 @@ MOVED = {
 def test_the_command_prints_and_writes_what_it_counted(tmp_path):
     done = bench(tmp_path, "codegen", "--quick", "--jobs", "2", "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    kernels = codegen.kernels_of(tmp_path / "codegen-quick.json")
+    kernels = summary.kernels_of(tmp_path / "codegen-quick.json")
     ours = [k for k in kernels if k["provider"] == "fastnorm"]
     assert {k["target"] for k in ours} == {"sm_90", "gfx942"}
     assert all(k["resident_warps"] >= 4 and not k["spilled"] for k in ours)
