@@ -9,6 +9,7 @@ from ..ops.batch_norm import BatchNorm2d
 from ..ops.group_norm import GroupNorm
 from ..ops.layer_norm import LayerNorm
 from ..ops.rms_norm import RMSNorm, rms_norm
+from ..ops.symbolic import has_hooks, module_node
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -32,6 +33,8 @@ class WeightTypedRMSNorm(RMSNorm):
     """T5's: the result has the weight's dtype, if that is a half, else the promoted one; x̂ is rounded with it."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor) and (node := module_node(self, WeightTypedRMSNorm.forward, x)) is not None:
+            return node  # a dtype decides what is done, and a trace has none
         weight = self.weight
         is_half = weight.dtype in _HALVES
         return rms_norm(
@@ -68,6 +71,8 @@ class _Activated:
         return self._FUSED[0]
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor) and (node := module_node(self, _Activated.forward, input)) is not None:
+            return node
         y = super().forward(input)
         return self.act(self.drop(y)) if self.activation is None else y
 
@@ -102,5 +107,4 @@ class RMSNormAct2d(_Activated, RMSNorm2d):
 
 def _is_plain(module: nn.Module, cls: type) -> bool:
     """Of this very class, without hooks, not compiled or patched by itself."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is cls and not any(hooks) and "forward" not in module.__dict__
+    return type(module) is cls and not has_hooks(module) and "forward" not in module.__dict__

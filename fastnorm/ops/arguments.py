@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backend import DTYPES
+from .symbolic import refuse_overridden
 
 # where stock autocast runs the operation in float32, as the dispatcher's Autocast keys of torch 2.14 have it
 _AUTOCAST_FLOAT32 = {
@@ -26,7 +27,7 @@ def check(
     *parameters: Tensor | None,
     residual: Tensor | None = None,
 ) -> tuple[int, ...]:
-    """Returns normalized_shape as a tuple; raises what torch raises for the same mistake.
+    """Returns normalized_shape as a tuple; raises what torch raises for the same mistake, or Overridden.
 
     parameters: weight and bias, in this order.
     """
@@ -42,14 +43,17 @@ def check(
             and all(p is None or _fits(p, shape, x) for p in parameters)
             and (residual is None or _fits(residual, x.shape, x))
         )
-    except (TypeError, AttributeError):
+    except (TypeError, AttributeError, ValueError):  # the last is torch.fx's, whose proxies have no truth value
         right = False
     if not right:
+        refuse_overridden(x, residual, *parameters)
         raise _mistake(op, x, normalized_shape, eps, parameters, residual)
     return shape
 
 
 def _fits(tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> bool:
+    if not isinstance(tensor, Tensor):  # asking more of it would leave its traces in a graph
+        return False
     return tensor.shape == shape and tensor.device == x.device and (tensor.dtype in DTYPES or x.is_complex())
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
 from .. import backend, reference
 from .arguments import as_vector, like_input, options_repr
@@ -20,6 +21,7 @@ from .channels import (
     pooled,
     values_per_channel,
 )
+from .symbolic import Overridden, module_node, refuse_overridden
 
 
 class BatchNormFunction(torch.autograd.Function):
@@ -129,7 +131,13 @@ def batch_norm(
     Source: torch.nn.functional.batch_norm; Ioffe & Szegedy, "Batch Normalization", 2015.
     """
     relu = check_activation("batch_norm", activation, "relu")
-    check_batch_norm(input, running_mean, running_var, weight, bias, residual, training)
+    try:
+        check_batch_norm(input, running_mean, running_var, weight, bias, residual, training)
+    except Overridden:
+        tensors = input, running_mean, running_var, weight, bias, residual
+        return handle_torch_function(
+            batch_norm, tensors, *tensors[:-1], training, momentum, eps, residual=residual, activation=activation
+        )
     check_eps("batch_norm", eps, zero_allowed=not training)
     if training:
         check_several_values(input, values_per_channel(input))
@@ -169,6 +177,7 @@ def check_batch_norm(x, running_mean, running_var, weight, bias, residual, train
     if residual is None:
         return
     if not isinstance(residual, Tensor):
+        refuse_overridden(residual)
         raise TypeError(f"batch_norm(): argument 'residual' must be Tensor, not {type(residual).__name__}")
     if residual.shape != x.shape or residual.device != x.device or not residual.is_floating_point():
         raise RuntimeError(
@@ -205,6 +214,10 @@ class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         self.activation = activation
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if not isinstance(input, Tensor) or not isinstance(residual, (Tensor, type(None))):
+            node = module_node(self, FusedBatchNorm.forward, input, residual)
+            if node is not None:
+                return node
         self._check_input_dim(input)
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:

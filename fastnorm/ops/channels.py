@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..backend import DTYPES
 from .arguments import laid_out
+from .symbolic import refuse_overridden
 
 _CHANNELS_LAST = {4: (1, 3, 2, 0), 5: (1, 4, 3, 2, 0)}  # dimensions, from the one whose elements are adjacent
 
@@ -67,8 +68,9 @@ def from_kernel(y: Tensor | None, x: Tensor, layout: Layout) -> Tensor | None:
 
 
 def check_input(op: str, x: Tensor) -> None:
-    """Raises what torch raises for an input that is no batch of channels."""
+    """Raises what torch raises for an input that is no batch of channels, or Overridden."""
     if not isinstance(x, Tensor):
+        refuse_overridden(x)
         raise TypeError(f"{op}(): argument 'input' must be Tensor, not {type(x).__name__}")
     if x.dim() < 2:
         raise RuntimeError(f"{op}(): input must have at least 2 dimensions, (N, C, *), but got {list(x.shape)}")
@@ -90,6 +92,7 @@ def check_vector(op: str, name: str, vector: Tensor | None, x: Tensor) -> None:
         return
     channels = x.shape[1]
     if not isinstance(vector, Tensor):
+        refuse_overridden(vector)
         raise TypeError(f"{op}(): argument '{name}' must be Tensor, not {type(vector).__name__}")
     if vector.numel() != channels:
         raise RuntimeError(f"{op}(): {name} should contain {channels} elements not {vector.numel()}")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
 from .. import backend, reference
 from .arguments import as_vector, like_input, options_repr, result_dtype
@@ -20,6 +21,7 @@ from .channels import (
     to_kernel,
     values_per_channel,
 )
+from .symbolic import Overridden
 
 
 class GroupNormFunction(torch.autograd.Function):
@@ -78,7 +80,11 @@ def group_norm(
     Source: torch.nn.functional.group_norm; Wu & He, "Group Normalization", 2018.
     """
     silu = check_activation("group_norm", activation, "silu")
-    check_group_norm(input, num_groups, weight, bias)
+    try:
+        check_group_norm(input, num_groups, weight, bias)
+    except Overridden:
+        tensors = input, weight, bias
+        return handle_torch_function(group_norm, tensors, input, num_groups, weight, bias, eps, activation=activation)
     check_eps("group_norm", eps)
     check_several_values(input, values_per_channel(input) * input.shape[1] // num_groups)
     out_dtype = result_dtype("group_norm", input, None)

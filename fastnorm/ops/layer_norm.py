@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
 from .. import backend, reference
 from .arguments import as_rows, as_vector, check, check_dtype, like_input, options_repr, result_dtype
+from .symbolic import Overridden
 
 
 class LayerNormFunction(torch.autograd.Function):
@@ -111,7 +113,13 @@ def layer_norm(
         y = backend.call_directly("layer_norm", input, normalized_shape, weight, bias, eps)
         if y is not NotImplemented:
             return y
-    shape = check("layer_norm", input, normalized_shape, eps, weight, bias)
+    try:
+        shape = check("layer_norm", input, normalized_shape, eps, weight, bias)
+    except Overridden:
+        return handle_torch_function(
+            layer_norm, (input, weight, bias), input, normalized_shape, weight, bias, eps,
+            zero_centered=zero_centered, out_dtype=out_dtype,
+        )  # fmt: skip
     check_dtype("layer_norm", "out_dtype", out_dtype)
     out_dtype = result_dtype("layer_norm", input, out_dtype)
     return _layer_norm(input, shape, weight, bias, float(eps), zero_centered, out_dtype)
@@ -148,7 +156,13 @@ def add_layer_norm(
         outputs = backend.call_directly("add_layer_norm", x, residual, normalized_shape, weight, bias, eps)
         if outputs is not NotImplemented:
             return outputs
-    shape = check("add_layer_norm", x, normalized_shape, eps, weight, bias, residual=residual)
+    try:
+        shape = check("add_layer_norm", x, normalized_shape, eps, weight, bias, residual=residual)
+    except Overridden:
+        return handle_torch_function(
+            add_layer_norm, (x, residual, weight, bias), x, residual, normalized_shape, weight, bias, eps,
+            zero_centered=zero_centered, out_dtype=out_dtype, residual_dtype=residual_dtype,
+        )  # fmt: skip
     check_dtype("add_layer_norm", "out_dtype", out_dtype)
     check_dtype("add_layer_norm", "residual_dtype", residual_dtype)
     eps, out_dtype = float(eps), result_dtype("layer_norm", x, out_dtype)

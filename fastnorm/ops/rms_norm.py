@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
 from .. import backend, reference
 from .arguments import as_rows, as_vector, check, check_dtype, like_input, options_repr, result_dtype
+from .symbolic import Overridden
 
 ROUNDINGS = ("torch", "llama")
 
@@ -114,7 +116,13 @@ def rms_norm(
         y = backend.call_directly("rms_norm", input, normalized_shape, weight, eps)
         if y is not NotImplemented:
             return y
-    shape = check("rms_norm", input, normalized_shape, 0.0 if eps is None else eps, weight)
+    try:
+        shape = check("rms_norm", input, normalized_shape, 0.0 if eps is None else eps, weight)
+    except Overridden:
+        return handle_torch_function(
+            rms_norm, (input, weight), input, normalized_shape, weight, eps,
+            zero_centered=zero_centered, out_dtype=out_dtype, rounding=rounding,
+        )  # fmt: skip
     cast_dtype, out_dtype = _dtypes("rms_norm", input, weight, rounding, out_dtype)
     return _rms_norm(input, shape, weight, eps, zero_centered, cast_dtype, out_dtype)
 
@@ -166,7 +174,13 @@ def add_rms_norm(
         outputs = backend.call_directly("add_rms_norm", x, residual, normalized_shape, weight, eps)
         if outputs is not NotImplemented:
             return outputs
-    shape = check("add_rms_norm", x, normalized_shape, 0.0 if eps is None else eps, weight, residual=residual)
+    try:
+        shape = check("add_rms_norm", x, normalized_shape, 0.0 if eps is None else eps, weight, residual=residual)
+    except Overridden:
+        return handle_torch_function(
+            add_rms_norm, (x, residual, weight), x, residual, normalized_shape, weight, eps,
+            zero_centered=zero_centered, out_dtype=out_dtype, residual_dtype=residual_dtype, rounding=rounding,
+        )  # fmt: skip
     cast_dtype, out_dtype = _dtypes("add_rms_norm", x, weight, rounding, out_dtype)
     check_dtype("add_rms_norm", "residual_dtype", residual_dtype)
     if residual is None:
