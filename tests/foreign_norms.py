@@ -251,15 +251,34 @@ class PerHead(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape) * self.weight + self.bias
 
 
-class NoEpsNorm(nn.Module):
-    """OLMo's: eps is written into the forward."""
+class OlmoLayerNorm(nn.Module):
+    """OLMo's first: no parameters, and eps is written into the forward."""
+
+    EPS = 1e-5
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.normalized_shape = (width,)
 
     def forward(self, x):
-        return F.layer_norm(x.float(), self.normalized_shape, None, None, 1e-5).to(x.dtype)
+        return F.layer_norm(x.float(), self.normalized_shape, None, None, self.EPS).to(x.dtype)
+
+
+class UnusualEpsNorm(OlmoLayerNorm):
+    """As above, and nobody can guess it."""
+
+    EPS = 2e-5
+
+
+class WrittenEpsNorm(nn.Module):
+    """With a weight."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return F.rms_norm(x, self.gain.shape, self.gain, 1e-6)
 
 
 class PairNorm(LlamaLike):
@@ -282,3 +301,11 @@ class WithState(nn.LayerNorm):
     def __init__(self, width: int) -> None:
         super().__init__(width)
         self.scale = nn.Parameter(torch.ones(()))
+
+
+class TwoEps(LlamaLike):
+    """Which of them is it?"""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.eps_beside = 1e-3

@@ -1,4 +1,4 @@
-"""Real models from transformers and timm in small, random configurations, and what training one step of them is."""
+"""Real models from transformers and timm in small, random configurations, and how they are trained."""
 
 import os
 from collections.abc import Callable
@@ -12,14 +12,16 @@ from torch.nn import functional as F
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 STEPS = 20
 TOKENS = 50
+AGC_FACTOR = 0.01
 
 
 class Case(NamedTuple):
-    """batch: of a step; loss: of the model on a batch; norms: how many it has, which are all to be swapped."""
+    """batch: of a step; norms: how many it has, which are all to be swapped; clipped: trained with AGC."""
 
     make: Callable[[], nn.Module]
     batch: Callable[[torch.Generator], dict[str, Tensor]]
     norms: int
+    clipped: bool = False
 
 
 def _transformers(name: str, **options) -> Callable[[], nn.Module]:
@@ -75,9 +77,11 @@ _T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "d
 _BERT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
          "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip
 TIMM = {
-    "resnet18": Case(_timm("resnet18"), _images(48), 20),
-    "convnext_atto": Case(_timm("convnext_atto"), _images(64), 17),
+    "resnet18": Case(_timm("resnet18", channels=(64, 64, 96, 96)), _images(48), 20),
+    "convnext_atto": Case(_timm("convnext_atto", depths=(1, 1, 2, 1)), _images(32), 10),
     "vit_tiny": Case(_timm("vit_tiny_patch16_224", img_size=32, depth=4), _images(32), 9),
+    # it has no norm at all, and AGC in their place
+    "nfnet_l0": Case(_timm("nfnet_l0", depths=(1, 1, 1, 1), channels=(256,) * 4), _images(32), 0, True),
 }
 TRANSFORMERS = {
     "Llama": Case(_transformers("Llama", **_DECODER), _tokens, 5),
@@ -100,8 +104,10 @@ def output_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return model(batch["x"]) if "x" in batch else model(**batch).logits
 
 
-def train(model: nn.Module, case: Case, steps: int = STEPS, autocast: bool = False, rank: int = 0) -> Tensor:
-    """The losses: (steps,)."""
+def train(
+    model: nn.Module, case: Case, clip: Callable, steps: int = STEPS, autocast: bool = False, rank: int = 0
+) -> Tensor:
+    """The losses: (steps,). clip: adaptive_clip_grad_ or timm's, for the cases that are clipped."""
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
     generator = torch.Generator().manual_seed(1 + rank)
     batch, losses = case.batch(generator), []
@@ -110,6 +116,8 @@ def train(model: nn.Module, case: Case, steps: int = STEPS, autocast: bool = Fal
             loss = loss_of(model, batch)
         optimizer.zero_grad()
         loss.backward()
+        if case.clipped:  # all but the classifier, as timm does
+            clip([p for name, p in model.named_parameters() if "head.fc." not in name], AGC_FACTOR)
         optimizer.step()
         losses.append(loss.item())
     return torch.tensor(losses)

@@ -1,25 +1,35 @@
 """convert on real models: outputs and trainings agree with the original's, whatever torch does with the model.
 
-The transformers, and what takes long, are for `make test-models`; the timm models in float32 are in `make test`.
+Every model goes through every condition in `make test-models`; `make test` has timm's models in float32, bfloat16 and
+activation checkpointing. nfnet_l0 has no norms: its trainings compare fastnorm's adaptive clipping with timm's.
 """
 
 import copy
+import functools
+import importlib
 import io
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from model_zoo import MODELS, STEPS, TIMM, TRANSFORMERS, Case, loss_of, output_of, train
+from model_zoo import MODELS, TIMM, TRANSFORMERS, Case, output_of, train
 from torch import nn
 
 import fastnorm
 
 all_models = pytest.mark.parametrize("name", MODELS)
+# timm is among the extras that `make test` installs; transformers is not
+some_are_slow = pytest.mark.parametrize(
+    "name", [*TIMM, *(pytest.param(name, marks=pytest.mark.models) for name in TRANSFORMERS)]
+)
 slow = pytest.mark.models
 COMPILED = "native" if fastnorm.backend.statuses()["native"].available else "reference"
 TOLERANCE = {"rtol": 2e-3, "atol": 1e-4}  # of losses: 20 steps let the rounding of the first one grow
+# of losses and outputs in bfloat16: two roundings of the same network part by a few per cent
+COARSE = {"rtol": 5e-2, "atol": 3e-2}
 
 
 @pytest.fixture(autouse=True)
@@ -29,163 +39,265 @@ def compiled_kernels():
         yield
 
 
+def timm_clip(*args) -> None:
+    from timm.utils.agc import adaptive_clip_grad
+
+    adaptive_clip_grad(*args)
+
+
+CLIPS = timm_clip, fastnorm.adaptive_clip_grad_
+
+
 def pair(name: str) -> tuple[nn.Module, nn.Module, Case]:
     """The original, its converted copy, and the case."""
     case = MODELS[name]
     original = case.make()
-    converted = copy.deepcopy(original)
-    report = fastnorm.convert(converted)
+    return original, converted(original, case), case
+
+
+def converted(original: nn.Module, case: Case) -> nn.Module:
+    model = copy.deepcopy(original)
+    report = fastnorm.convert(model)
     assert len(report.swapped) == case.norms and not report.left, str(report)
-    return original, converted, case
+    return model
 
 
 def batch_of(case: Case) -> dict[str, torch.Tensor]:
     return case.batch(torch.Generator().manual_seed(7))
 
 
-def gradients(model: nn.Module, case: Case) -> list[torch.Tensor]:
-    loss = loss_of(model, batch_of(case))
-    return [loss, *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)]
+def outputs_of(model: nn.Module, case: Case) -> torch.Tensor:
+    """In evaluation, without a graph."""
+    with torch.no_grad():
+        return output_of(model.eval(), batch_of(case))
 
 
-def assert_same_gradients(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    scale = max(g.abs().max() for g in expected[1:] if g is not None)
-    for ours, right in zip(actual, expected, strict=True):
-        if right is not None:
-            torch.testing.assert_close(ours, right, rtol=1e-3, atol=1e-4 * scale.item())
+def unchanged(model: nn.Module) -> nn.Module:
+    return model
 
 
-def check_training(name: str, autocast: bool) -> None:
-    original, converted, case = pair(name)
-    expected = train(original, case, autocast=autocast)
-    assert expected[-1] < 0.9 * expected[0], "it learns"
-    # in bfloat16, the losses of two roundings of the same network part by a few per cent
-    tolerance = {"rtol": 5e-2, "atol": 2e-2} if autocast else TOLERANCE
-    torch.testing.assert_close(train(converted, case, autocast=autocast), expected, **tolerance)
-    outputs = [output_of(model.eval(), batch_of(case)) for model in (converted, original)]
-    if not autocast:
-        torch.testing.assert_close(*outputs, rtol=2e-2, atol=2e-2)
-    assert fastnorm.revert(converted)
-    torch.testing.assert_close(output_of(converted, batch_of(case)), outputs[0], rtol=1e-3, atol=1e-3)
+def checkpointed(model: nn.Module) -> nn.Module:
+    if hasattr(model, "set_grad_checkpointing"):  # timm's
+        model.set_grad_checkpointing()
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
 
 
-@pytest.mark.parametrize("name", TIMM)
-def test_timm_models_train_alike(name):
-    check_training(name, autocast=False)
+@functools.cache
+def trained(
+    name: str, changed: Callable[[nn.Module], nn.Module] = unchanged, autocast: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The original's losses, and its outputs afterwards."""
+    case = MODELS[name]
+    model = changed(case.make())
+    losses = train(model, case, CLIPS[0], autocast=autocast)
+    assert losses[-1] < 0.9 * losses[0], "it learns"
+    return losses, outputs_of(model, case)
 
 
-@slow
-@pytest.mark.parametrize("name", TRANSFORMERS)
-def test_transformers_train_alike(name):
-    check_training(name, autocast=False)
+def check_training(name: str, changed: Callable[[nn.Module], nn.Module] = unchanged, autocast: bool = False) -> None:
+    """The converted model, with something done to it, trains as the original does, and ends where that does."""
+    # checkpointing computes each forward twice, which moves running statistics twice, stock's too
+    losses, outputs = trained(name, changed if changed is checkpointed else unchanged, autocast)
+    _, model, case = pair(name)
+    model = changed(model)
+    tolerance = COARSE if autocast else TOLERANCE
+    torch.testing.assert_close(train(model, case, CLIPS[1], autocast=autocast), losses, **tolerance)
+    if not autocast:  # there, what 20 steps have made of the parameters differs too much between two roundings
+        torch.testing.assert_close(outputs_of(model, case), outputs, rtol=2e-2, atol=2e-2)
 
 
-@slow
-@all_models
-def test_under_autocast(name):
+@some_are_slow
+def test_float32(name):
+    check_training(name)
+
+
+@some_are_slow
+def test_bfloat16_autocast(name):
+    original, model, case = pair(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(outputs_of(model, case), outputs_of(original, case), **COARSE)
     check_training(name, autocast=True)
 
 
-@slow
-@pytest.mark.parametrize("name", TRANSFORMERS)
-def test_cast_to_bfloat16_after_the_conversion(name):
-    """Dtypes between the layers are the original's: a mixture would raise in the next Linear."""
-    original, converted, case = pair(name)
-    outputs = [output_of(model.to(torch.bfloat16).eval(), batch_of(case)) for model in (converted, original)]
-    assert outputs[0].dtype == outputs[1].dtype
-    torch.testing.assert_close(*outputs, rtol=5e-2, atol=5e-2)
+@some_are_slow
+def test_activation_checkpointing(name):
+    check_training(name, checkpointed)
 
 
 @slow
 @all_models
-def test_compiled_with_its_gradients(name):
-    original, converted, case = pair(name)
-    with fastnorm.use(None):
-        compiled = torch.compile(converted, backend="aot_eager")
-        assert_same_gradients(gradients(compiled, case), gradients(original, case))
-    torch._dynamo.reset()
-
-
-@slow
-@pytest.mark.parametrize("name", ["Llama", "BERT"])
-def test_inductor(name):
-    original, converted, case = pair(name)
-    expected = train(original, case, steps=5)
-    with fastnorm.use(None):
-        torch.testing.assert_close(train(torch.compile(converted), case, steps=5), expected, **TOLERANCE)
+def test_compiled(name):
+    with fastnorm.use(None):  # as users have it: what is traced goes to Inductor
+        check_training(name, torch.compile)
     torch._dynamo.reset()
 
 
 @slow
 @all_models
 def test_exported(name):
-    original, converted, case = pair(name)
+    """In evaluation, and in training mode: the exported program is trained."""
+    original, model, case = pair(name)
     batch = batch_of(case)
-    if "x" in batch:
-        batch.pop("labels")
-    expected = output_of(original.eval(), batch)
-    with fastnorm.use(None), torch.no_grad():
-        program = torch.export.export(converted.eval(), (), batch, strict=False)
-    torch.testing.assert_close(output_of(program.module(), batch) if "x" not in batch else program.module()(**batch),
-                               expected, rtol=1e-3, atol=1e-4)  # fmt: skip
+    with fastnorm.use(None):
+        program = export(model.eval(), batch)
+        outputs = output_of(program, batch)
+        torch.testing.assert_close(outputs, output_of(original.eval(), batch), rtol=1e-3, atol=1e-4)
+        losses = train(export(model.train(), batch), case, CLIPS[1])
+    torch.testing.assert_close(losses, trained(name)[0], **TOLERANCE)
+
+
+def export(model: nn.Module, batch: dict[str, torch.Tensor]) -> nn.Module:
+    inputs = ((batch["x"],), {}) if "x" in batch else ((), batch)
+    return torch.export.export(model, *inputs, strict=False).module()
 
 
 @slow
+@pytest.mark.parametrize("way", ["deepcopy", "save", "state_dict"])
 @all_models
-def test_activation_checkpointing(name):
-    original, converted, case = pair(name)
-    if hasattr(converted, "gradient_checkpointing_enable"):
-        converted.gradient_checkpointing_enable({"use_reentrant": False})
-    else:
-        converted.set_grad_checkpointing()
-    assert_same_gradients(gradients(converted, case), gradients(original, case))
+def test_copied_saved_and_loaded(name, way):
+    """What comes out is equal bit by bit, trains as the original, and can be given its own classes back."""
+    original, model, case = pair(name)
+    expected = outputs_of(model, case)
+    ways = {"deepcopy": copy.deepcopy, "save": reloaded, "state_dict": lambda m: with_state(original, case, m)}
+    other = ways[way](model)
+    assert torch.equal(outputs_of(other, case), expected)
+    check_training(name, lambda _: other.train())
+    fastnorm.revert(other)
+    assert [type(m) for m in other.modules()] == [type(m) for m in original.modules()]
 
 
-@slow
-@all_models
-def test_saved_loaded_and_copied(name):
-    original, converted, case = pair(name)
-    expected = output_of(converted.eval(), batch_of(case))
+def reloaded(model: nn.Module) -> nn.Module:
     buffer = io.BytesIO()
-    torch.save(converted, buffer)
+    torch.save(model, buffer)
     buffer.seek(0)
-    fresh = case.make().eval()
-    fresh.load_state_dict(converted.state_dict())
-    for model in (copy.deepcopy(converted), torch.load(buffer, weights_only=False)):
-        assert torch.equal(output_of(model, batch_of(case)), expected)
-        assert len(fastnorm.revert(model)) == case.norms
-        torch.testing.assert_close(output_of(model, batch_of(case)), output_of(fresh, batch_of(case)))
-        assert [type(m) for m in model.modules()] == [type(m) for m in original.modules()]
+    return torch.load(buffer, weights_only=False)
+
+
+def with_state(original: nn.Module, case: Case, model: nn.Module) -> nn.Module:
+    """The state of a converted model in an original, and from there in one that is converted anew."""
+    plain = copy.deepcopy(original)
+    plain.load_state_dict(model.state_dict())
+    new = converted(original, case)
+    for parameter in new.parameters():
+        nn.init.zeros_(parameter)
+    new.load_state_dict(plain.state_dict())
+    return new
+
+
+@slow
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_cast_to_bfloat16_after_the_conversion(name):
+    """Dtypes between the layers are the original's: a mixture would raise in the next Linear."""
+    original, model, case = pair(name)
+    outputs = [outputs_of(m.to(torch.bfloat16), case) for m in (model, original)]
+    assert outputs[0].dtype == outputs[1].dtype
+    torch.testing.assert_close(*outputs, rtol=5e-2, atol=5e-2)
+
+
+@some_are_slow
+def test_reverted_after_training(name):
+    original, model, case = pair(name)
+    train(model, case, CLIPS[1], steps=2)
+    expected = outputs_of(model, case)
+    assert len(fastnorm.revert(model)) == case.norms
+    assert [type(m) for m in model.modules()] == [type(m) for m in original.modules()]
+    torch.testing.assert_close(outputs_of(model, case), expected, rtol=1e-3, atol=1e-3)
+
+
+LLAMA, ONE_PLUS, ONCE = "RMSNorm(rounding='llama')", "RMSNorm(zero_centered=True)", "RMSNorm"
+NORMS_OF_TRANSFORMERS = {
+    "llama.LlamaRMSNorm": LLAMA,
+    "llama4.Llama4TextRMSNorm": LLAMA,
+    "llama4.Llama4TextL2Norm": "UnweightedRMSNorm",
+    "mistral.MistralRMSNorm": LLAMA,
+    "mixtral.MixtralRMSNorm": LLAMA,
+    "qwen2.Qwen2RMSNorm": LLAMA,
+    "qwen3.Qwen3RMSNorm": LLAMA,
+    "qwen3_moe.Qwen3MoeRMSNorm": LLAMA,
+    "qwen3_next.Qwen3NextRMSNorm": ONE_PLUS,
+    "gemma.GemmaRMSNorm": ONE_PLUS,
+    "gemma2.Gemma2RMSNorm": ONE_PLUS,
+    "gemma3.Gemma3RMSNorm": ONE_PLUS,
+    "gemma3n.Gemma3nRMSNorm": ONCE,
+    "t5.T5LayerNorm": "WeightTypedRMSNorm",
+    "phi3.Phi3RMSNorm": LLAMA,  # Phi 1 to 2 have torch.nn.LayerNorm
+    "phi4_multimodal.Phi4MultimodalRMSNorm": LLAMA,
+    "deepseek_v2.DeepseekV2RMSNorm": LLAMA,
+    "deepseek_v3.DeepseekV3RMSNorm": LLAMA,
+    "olmo.OlmoLayerNorm": "LayerNorm",
+    "olmo2.Olmo2RMSNorm": ONCE,
+    "olmo3.Olmo3RMSNorm": ONCE,
+    "olmoe.OlmoeRMSNorm": LLAMA,
+    "gpt_oss.GptOssRMSNorm": ONCE,
+    "granite.GraniteRMSNorm": LLAMA,
+    "cohere.CohereLayerNorm": "LayerNorm",
+    "nemotron.NemotronLayerNorm1P": "LayerNorm(zero_centered=True)",
+    "glm4.Glm4RMSNorm": LLAMA,
+    "mamba2.Mamba2RMSNorm": LLAMA,
+    "convnext.ConvNextLayerNorm": "LayerNorm",
+}
+
+
+@slow
+@pytest.mark.parametrize("path", NORMS_OF_TRANSFORMERS)
+def test_norms_of_transformers(path):
+    """Each by what it computes: rounding twice or once, 1 + w, no weight, a weight that decides the dtype."""
+    pytest.importorskip("transformers", reason="`make test-models` installs it")
+    package, _, name = path.partition(".")
+    cls = getattr(importlib.import_module(f"transformers.models.{package}.modeling_{package}"), name)
+    norm, x = (cls() if "L2" in name else cls(32)), torch.randn(3, 5, 32)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    expected = norm(x)
+    (swapped,) = fastnorm.convert(norm).swapped
+    assert swapped.replacement == NORMS_OF_TRANSFORMERS[path]
+    torch.testing.assert_close(norm(x), expected)
+
+
+@pytest.mark.parametrize("name, node", [("resnet18", "layer1.0.bn1"), ("vit_tiny", "blocks.1.norm2")])
+def test_feature_extraction(name, node):
+    """torch.fx's tracing, which timm and torchvision take features out with, in training and in evaluation."""
+    feature_extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    original, model, case = pair(name)
+    x = batch_of(case)["x"]
+    extractors = [feature_extraction.create_feature_extractor(m, {node: "y"}) for m in (model, original)]
+    for training in (True, False):
+        torch.testing.assert_close(*(e.train(training)(x)["y"] for e in extractors), rtol=1e-3, atol=1e-4)
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
     """What fully_shard is applied to one by one: the blocks or stages, by the names that these models have for them."""
-    for name in ("blocks", "stages"):  # timm's transformers and ConvNeXts
+    for name in ("blocks", "stages"):  # timm's transformers, ConvNeXts and NFNets
         if hasattr(model, name):
             return list(getattr(model, name))
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
     return list(lists[0]) if lists else [model.layer1, model.layer2]
 
 
-def _in_two_processes(rank: int, store: str, kind: str, name: str) -> None:
+def _wrapped(kind: str, model: nn.Module) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    if kind == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    mesh = init_device_mesh("cpu", (2,))
+    for block in _blocks(model):
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def _in_two_processes(rank: int, store: str, kind: str, name: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     fastnorm.use(COMPILED)  # the process is a new one, and ends here
-    losses = []
-    for model in pair(name)[:2]:
-        if kind == "ddp":
-            wrapped = nn.parallel.DistributedDataParallel(model)
-        else:
-            mesh = init_device_mesh("cpu", (2,))
-            for block in _blocks(model):
-                fully_shard(block, mesh=mesh)
-            wrapped = fully_shard(model, mesh=mesh)
-        losses.append(train(wrapped, MODELS[name], rank=rank))
-    torch.testing.assert_close(losses[1], losses[0], **TOLERANCE)
+    original, model, case = pair(name)
+    # timm's clip knows no DTensors; DDP trains by the same rule
+    expected = train(_wrapped("ddp" if case.clipped else kind, original), case, CLIPS[0], rank=rank)
+    assert expected[-1] < expected[0]
+    torch.testing.assert_close(train(_wrapped(kind, model), case, CLIPS[1], rank=rank), expected, **TOLERANCE)
     dist.destroy_process_group()
 
 
@@ -197,31 +309,15 @@ def test_two_processes(name, kind, tmp_path):
     mp.spawn(_in_two_processes, (str(tmp_path / "store"), kind, name), nprocs=2)
 
 
-@slow
-def test_nfnet_with_adaptive_clipping():
-    """timm's own training of it: AGC without the classifier; there is no norm to swap."""
-    timm = pytest.importorskip("timm")
-    from timm.utils.agc import adaptive_clip_grad
+def test_adaptive_clipping_has_something_to_clip():
+    """Else the trainings of nfnet_l0 would agree whatever the clip does."""
+    case = MODELS["nfnet_l0"]
+    ratios = []
 
-    case = TIMM["vit_tiny"]  # its small images
-    torch.manual_seed(0)
-    model = timm.create_model("nfnet_l0", num_classes=10)
-    assert fastnorm.convert(model).norms == ()
-    losses, clipped = [], []
-    for clip in (adaptive_clip_grad, fastnorm.adaptive_clip_grad_):
-        trained = copy.deepcopy(model)
-        without_head = [p for name, p in trained.named_parameters() if not name.startswith("head.")]
-        optimizer = torch.optim.SGD(trained.parameters(), 0.02)
-        found = []
-        for _ in range(STEPS):
-            loss = loss_of(trained, batch_of(case))
-            optimizer.zero_grad()
-            loss.backward()
-            before = sum(p.grad.square().sum() for p in without_head)
-            clip(without_head, 0.01)
-            clipped.append(bool(sum(p.grad.square().sum() for p in without_head) < 0.99 * before))
-            optimizer.step()
-            found.append(loss.item())
-        losses.append(torch.tensor(found))
-    assert any(clipped)
-    torch.testing.assert_close(losses[1], losses[0], **TOLERANCE)
+    def clip(parameters: list[nn.Parameter], factor: float) -> None:
+        before = sum(p.grad.square().sum() for p in parameters)
+        fastnorm.adaptive_clip_grad_(parameters, factor)
+        ratios.append(sum(p.grad.square().sum() for p in parameters) / before)
+
+    train(case.make(), case, clip, steps=3)
+    assert max(ratios) < 0.9

@@ -29,6 +29,7 @@ _OTHER_NORMS = (nn.modules.batchnorm._NormBase, nn.LocalResponseNorm, nn.CrossMa
 _BATCH_NORMS = {nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d, nn.BatchNorm3d: BatchNorm3d,
                 nn.SyncBatchNorm: SyncBatchNorm}  # fmt: skip
 _META = torch.device("meta")
+_USUAL_EPS = (1e-5, 1e-6, 1e-8, 1e-12)
 MODULE_STATE = frozenset(vars(nn.Module()))  # what every module has among its attributes
 
 
@@ -247,16 +248,22 @@ def _group(module: nn.GroupNorm, core: type) -> Iterator[Proposal]:
 
 
 def _by_structure(module: nn.Module) -> Iterator[Proposal]:
-    """For classes that are not torch's: at most a weight and a bias of one dimension, and one eps."""
+    """For classes that are not torch's: at most a weight and a bias of one dimension, and one eps, kept or not."""
     parameters = {name: p for name, p in own_parameters(module).items() if p is not None}
     _refuse_more_state(module, set(parameters))
-    eps = _eps_of(module)
+    for eps in _possible_eps(module):
+        yield from _with_eps(module, parameters, eps)
+
+
+def _with_eps(module: nn.Module, parameters: Mapping[str, Tensor], eps: float) -> Iterator[Proposal]:
     shapes = {tuple(p.shape) for p in parameters.values()}
     if len(parameters) > 2 or len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
         raise _Unfit("its parameters are not a weight, or a weight and a bias, of one dimension")
     if not parameters:
         shapes = [(2, 3, 24), (5, 40), (1, 6, 2, 6)]
         yield _proposal("rms", adapted.UnweightedRMSNorm(eps), shapes)
+        if type(shape := getattr(module, "normalized_shape", None)) is tuple:
+            yield from _placed("layer", LayerNorm(shape, eps, False, device=_META), module, (), {})
         return
     width = shapes.pop()
     orders = [tuple(parameters)] if len(parameters) == 1 else [tuple(parameters), tuple(reversed(parameters))]
@@ -269,12 +276,12 @@ def _by_structure(module: nn.Module) -> Iterator[Proposal]:
         yield from _layers(module, width, eps, True, len(order) == 2, names)
 
 
-def _eps_of(module: nn.Module) -> float:
-    """Of any of its usual names, all of which have eps in them."""
+def _possible_eps(module: nn.Module) -> tuple[float, ...]:
+    """Of any of its usual names, all of which have eps in them; the usual values for one written into the forward."""
     found = {value for key, value in vars(module).items() if "eps" in key.lower() and type(value) is float}
-    if len(found) != 1:
-        raise _Unfit("it has no eps among its attributes" if not found else "it has several attributes named eps")
-    return found.pop()
+    if len(found) > 1:
+        raise _Unfit("it has several attributes named eps")
+    return tuple(found) or _USUAL_EPS
 
 
 def _is_structured_as_norm(module: nn.Module) -> bool:
