@@ -1,8 +1,10 @@
 """convert and revert: what is swapped, what is left, and that nothing but the class of a norm changes."""
 
 import copy
+import inspect
 import io
 import json
+import pickle
 from unittest import mock
 
 import foreign_norms as foreign
@@ -308,6 +310,23 @@ def test_attributes_that_both_classes_have():
     assert fastnorm.convert(norm).swapped and (norm.rounding, norm.eps) == ("llama", 1e-6)
     fastnorm.revert(norm)
     assert vars(norm) == kept
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_calls_by_keyword_and_a_later_eps(name):
+    """The input has the original's name, and eps counts under the original's, also in a copy."""
+    make, shape, *_ = FOREIGN[name]
+    original = randomised(make())
+    model = copy.deepcopy(original)
+    assert fastnorm.convert(model).swapped
+    model = pickle.loads(pickle.dumps(model))
+    argument = list(inspect.signature(type(original).forward).parameters)[1]
+    assert list(inspect.signature(model.forward).parameters) == [argument]
+    for key in [key for key in vars(original) if "eps" in key]:
+        setattr(original, key, 0.5)
+        setattr(model, key, 0.5)
+    x = torch.randn(shape)
+    torch.testing.assert_close(model(**{argument: x}), original(x))
 
 
 def test_a_norm_alone_and_twice():

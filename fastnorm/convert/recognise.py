@@ -251,37 +251,36 @@ def _by_structure(module: nn.Module) -> Iterator[Proposal]:
     """For classes that are not torch's: at most a weight and a bias of one dimension, and one eps, kept or not."""
     parameters = {name: p for name, p in own_parameters(module).items() if p is not None}
     _refuse_more_state(module, set(parameters))
-    for eps in _possible_eps(module):
-        yield from _with_eps(module, parameters, eps)
+    kept = {key: value for key, value in vars(module).items() if "eps" in key.lower() and type(value) is float}
+    if len(kept) > 1:
+        raise _Unfit("it has several attributes named eps")
+    if kept:
+        yield from _with_eps(module, parameters, *kept.values(), tuple(("eps", key) for key in kept if key != "eps"))
+    else:  # it may be written into the forward, which running it tells
+        for eps in _USUAL_EPS:
+            yield from _with_eps(module, parameters, eps, ())
 
 
-def _with_eps(module: nn.Module, parameters: Mapping[str, Tensor], eps: float) -> Iterator[Proposal]:
+def _with_eps(module: nn.Module, parameters: Mapping[str, Tensor], eps: float, beside: Names) -> Iterator[Proposal]:
+    """beside: eps's other name, if it has one: what the module's user sets there later is still to count."""
     shapes = {tuple(p.shape) for p in parameters.values()}
     if len(parameters) > 2 or len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
         raise _Unfit("its parameters are not a weight, or a weight and a bias, of one dimension")
     if not parameters:
         shapes = [(2, 3, 24), (5, 40), (1, 6, 2, 6)]
-        yield _proposal("rms", adapted.UnweightedRMSNorm(eps), shapes)
+        yield _proposal("rms", adapted.UnweightedRMSNorm(eps), shapes, names=beside)
         if type(shape := getattr(module, "normalized_shape", None)) is tuple:
-            yield from _placed("layer", LayerNorm(shape, eps, False, device=_META), module, (), {})
+            yield from _placed("layer", LayerNorm(shape, eps, False, device=_META), module, beside, {})
         return
     width = shapes.pop()
     orders = [tuple(parameters)] if len(parameters) == 1 else [tuple(parameters), tuple(reversed(parameters))]
     for order in orders:
-        names = tuple((o, n) for o, n in zip(("weight", "bias"), order, strict=False) if o != n)
+        names = (*beside, *((o, n) for o, n in zip(("weight", "bias"), order, strict=False) if o != n))
         if set(dict(names)) & set(parameters):
             continue  # what is called weight is no bias
         if len(order) == 1:
             yield from _rmses(module, width, eps, True, names)
         yield from _layers(module, width, eps, True, len(order) == 2, names)
-
-
-def _possible_eps(module: nn.Module) -> tuple[float, ...]:
-    """Of any of its usual names, all of which have eps in them; the usual values for one written into the forward."""
-    found = {value for key, value in vars(module).items() if "eps" in key.lower() and type(value) is float}
-    if len(found) > 1:
-        raise _Unfit("it has several attributes named eps")
-    return tuple(found) or _USUAL_EPS
 
 
 def _is_structured_as_norm(module: nn.Module) -> bool:

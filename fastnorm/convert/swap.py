@@ -7,9 +7,11 @@ else it derives from both, so that isinstance and the original's attributes and 
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
+from types import FunctionType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -44,12 +46,13 @@ def core_of(cls: type) -> type:
 def swap(module: torch.nn.Module, target: type, attributes: Mapping[str, Any], names: Names = ()) -> None:
     """Makes the module an instance of `target` too, with these attributes beside its own.
 
-    names: (target's name, module's name) of parameters that the module calls otherwise.
+    names: (target's name, module's name) of parameters and eps where the module calls them otherwise.
     Raises TypeError where Python can't change the class of such an object.
     """
     core = core_of(type(module))
     present = module.__dict__
-    changed = {key: value for key, value in attributes.items() if key not in present or present[key] != value}
+    own = {key: value for key, value in attributes.items() if key not in dict(names)}
+    changed = {key: value for key, value in own.items() if key not in present or present[key] != value}
     original = _Original(
         core,
         tuple(key for key in changed if key not in present),
@@ -75,6 +78,8 @@ def combined(target: type, core: type, names: Names = ()) -> type:
     if issubclass(target, core):
         return target
     namespace: dict[str, Any] = {name: _alias(other) for name, other in names}
+    if (argument := argument_of(core.forward)) not in target.forward.__code__.co_varnames:
+        namespace["forward"] = _with_argument(target.forward, argument)
 
     def reduce(self: torch.nn.Module, protocol: Any) -> tuple:
         return _blank, (target, core, names), object.__reduce_ex__(self, 2)[2]
@@ -95,6 +100,23 @@ def _blank(target: type, core: type, names: Names) -> torch.nn.Module:
 
 def _alias(name: str) -> property:
     return property(lambda self: getattr(self, name), lambda self, value: setattr(self, name, value))
+
+
+def argument_of(forward: Callable) -> str:
+    """What the input is called in calls by keyword."""
+    return list(inspect.signature(forward).parameters)[1]
+
+
+def _with_argument(forward: FunctionType, name: str) -> FunctionType:
+    """The function with its input called otherwise. A wrapper would cost every call what this costs none."""
+    code = forward.__code__
+    own, _, *others = code.co_varnames
+    renamed = FunctionType(
+        code.replace(co_varnames=(own, name, *others)), forward.__globals__, forward.__name__, forward.__defaults__,
+        forward.__closure__,
+    )  # fmt: skip
+    renamed.renamed_from = forward
+    return renamed
 
 
 def _rebuilt(cls: type, old: type, new: type) -> type:

@@ -30,7 +30,9 @@ def module_node(module: nn.Module, forward: Any, *inputs: Any) -> Proxy | None:
     forward: the function that asks. One of a subclass that calls it has more to do, and is traced through.
     """
     tracer = next((x.tracer for x in inputs if isinstance(x, Proxy)), None)
-    if not isinstance(tracer, Tracer) or type(module).forward is not forward or "forward" in vars(module):
+    own = type(module).forward
+    is_own = getattr(own, "renamed_from", own) is forward and "forward" not in vars(module)
+    if not is_own or not isinstance(tracer, Tracer):
         return None
     path = tracer.path_of_module(module)
     if not path:  # it is the root itself, which has no name to be called by
