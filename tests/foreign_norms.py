@@ -146,6 +146,21 @@ class RmsNorm2d(nn.Module):
         return x * self.weight.reshape(1, -1, 1, 1)
 
 
+class SamLayerNorm2d(nn.Module):
+    """Segment Anything's, over the channels as they lie."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.eps = eps
+
+    def forward(self, x):
+        wide = x.float()
+        wide = wide - wide.mean(1, keepdim=True)
+        wide = wide / (wide.square().mean(1, keepdim=True) + self.eps).sqrt()
+        return (self.weight.float()[:, None, None] * wide + self.bias.float()[:, None, None]).to(x.dtype)
+
+
 class BatchNormAct2d(nn.BatchNorm2d):
     """timm's: dropout and activation are children."""
 
@@ -224,6 +239,13 @@ class EpsOutside(LlamaLike):
 
     def forward(self, x):
         return self.weight * x / (x.square().mean(-1, keepdim=True).sqrt() + self.variance_epsilon)
+
+
+class Clamped(LlamaLike):
+    """Seen only where the input is large."""
+
+    def forward(self, x):
+        return super().forward(x.clamp(-50, 50))
 
 
 class FirstOfFour(nn.LayerNorm):

@@ -47,7 +47,8 @@ FOREIGN = {
     "channels first": (lambda: foreign.EitherLayerNorm(16, "channels_first"), MAPS, "LayerNorm2d", "layer"),
     "channels last": (lambda: foreign.EitherLayerNorm(16, "channels_last"), ROWS, "LayerNorm", "layer"),
     "SqueezeBERT": (lambda: foreign.SequenceLayerNorm(16), (2, 16, 5), "LayerNorm2d", "layer"),
-    "timm RmsNorm2d": (lambda: foreign.RmsNorm2d(16), MAPS, "RMSNorm2d(rounding='llama')", "rms"),
+    "timm RmsNorm2d": (lambda: foreign.RmsNorm2d(16), MAPS, "RMSNorm2d(rounding='llama', keeps_layout=True)", "rms"),
+    "SAM": (lambda: foreign.SamLayerNorm2d(16), MAPS, "LayerNorm2d(keeps_layout=True)", "layer"),
     "BatchNorm + ReLU": (lambda: foreign.BatchNormAct2d(16, RELU()), MAPS, "BatchNormAct2d", "batch"),
     "BatchNorm + SiLU": (lambda: foreign.BatchNormAct2d(16, SILU()), MAPS, "BatchNormAct2d", "batch"),
     "BatchNorm + PReLU": (lambda: foreign.BatchNormAct2d(16, nn.PReLU()), MAPS, "BatchNormAct2d", "batch"),
@@ -63,6 +64,7 @@ LEFT = {
     "unbiased deviation": (lambda: foreign.StdNorm(16), "differs by"),
     "eps outside the root": (lambda: foreign.EpsOutside(16), "differs by"),
     "other dimension of maps": (lambda: foreign.FirstOfFour(16), "differs by"),
+    "clamps its input": (lambda: foreign.Clamped(16), "differs by"),
     "a gate": (lambda: foreign.Gated(16), "forward takes (x, gate=None)"),
     "a weight per head": (lambda: foreign.PerHead(2, 16), "its weight has the shape [2, 16], not [16]"),
     "an eps that is nowhere": (lambda: foreign.UnusualEpsNorm(16), "differs by"),
@@ -175,6 +177,19 @@ def test_left_alone(name):
     assert [n.name for n in report.left] == ["layers.0.norm"] and not report.swapped
     assert reason in report.left[0].reason
     assert type(norm) is before and str(vars(norm)) == kept
+
+
+@pytest.mark.parametrize("name", [name for name in NORMS if NORMS[name][1] == MAPS])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_layouts_of_maps(name, memory_format):
+    """As the original's, for whoever takes a view of the result."""
+    make, shape, *_ = NORMS[name]
+    original = randomised(make())
+    converted = copy.deepcopy(original)
+    assert fastnorm.convert(converted).swapped
+    x = torch.randn(shape).contiguous(memory_format=memory_format)
+    assert converted(x).stride() == original(x).stride()
+    assert_alike(results(converted, x), results(original, x), torch.float32)
 
 
 def test_other_modules_are_not_reported():

@@ -26,7 +26,7 @@ MODULES = {
     "converted Llama": (lambda: converted(foreign.LlamaLike(8)), (2, 8), "call_function"),
     "converted T5": (lambda: converted(foreign.T5Like(8)), (2, 8), "call_module"),
     "converted, other names": (lambda: converted(foreign.OtherNames(8)), (2, 8), "call_function"),
-    "converted LayerNorm2d": (lambda: converted(foreign.LayerNorm2d(8)), (2, 8, 3, 3), "call_function"),
+    "converted LayerNorm2d": (lambda: converted(foreign.LayerNorm2d(8)), (2, 8, 3, 3), "call_module"),
     "converted BatchNormAct2d": (lambda: converted(foreign.BatchNormAct2d(8)), (2, 8, 3, 3), "call_module"),
     "converted GroupNormAct": (lambda: converted(foreign.GroupNormAct(8, 2, nn.SiLU())), (2, 8, 3), "call_module"),
 }

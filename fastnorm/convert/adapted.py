@@ -15,10 +15,20 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 class _OverChannels:
-    """The norm over dimension 1, as feature maps (N, C, *) have their channels; the result has the input's layout."""
+    """The norm over dimension 1, as feature maps (N, C, *) have their channels.
+
+    keeps_layout: the result has the input's strides, as if it were computed in place, else adjacent channels.
+    """
+
+    keeps_layout = False
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
+        if not isinstance(input, Tensor) and (node := module_node(self, _OverChannels.forward, input)) is not None:
+            return node
+        y = super().forward(input.movedim(1, -1)).movedim(-1, 1)
+        if not self.keeps_layout or y.stride() == input.stride():
+            return y
+        return torch.empty_like(input, dtype=y.dtype).copy_(y)
 
 
 class LayerNorm2d(_OverChannels, LayerNorm):

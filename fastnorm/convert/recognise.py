@@ -204,8 +204,10 @@ def _placed(
     over_rows, over_channels = _PLACES[kind, "act" in module._modules]
     yield _proposal(kind, template, _row_shapes(shape), over_rows, names, options)
     if len(shape) == 1:
-        for map_shapes in ([(2, *shape, 3, 2), *_ambiguous(shape, 3)], [(2, *shape, 3), *_ambiguous(shape, 4)]):
-            yield _proposal(kind, template, map_shapes, over_channels, names, options)
+        for layout in ({}, {"keeps_layout": True}):
+            vars(template).update(layout)
+            for map_shapes in ([(2, *shape, 3, 2), *_ambiguous(shape, 3)], [(2, *shape, 3), *_ambiguous(shape, 4)]):
+                yield _proposal(kind, template, map_shapes, over_channels, names, options | layout)
 
 
 def _row_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:

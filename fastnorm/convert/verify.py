@@ -21,6 +21,7 @@ from .swap import combined, core_of
 # of the largest value of each result; half dtypes: where the original rounds more often, or reduces in them
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _HALVES = (torch.float16, torch.bfloat16)
+_HUGE = 1e4  # to see a clamp, or an overflow that is caught
 _CONTAINERS = (list, dict, set)
 _VALUES = (bool, int, float, str, torch.dtype, type(None))
 
@@ -154,6 +155,7 @@ def _probes(module: nn.Module, proposal: Proposal, is_certain: bool) -> Iterator
     single = replace(probe, input=torch.float32, parameters=torch.float32)
     yield single
     yield replace(single, scale=tiny)
+    yield replace(single, scale=_HUGE)
     # the dtypes of a model that is cast, or under autocast: they tell the kinds of rounding apart
     half = replace(probe, input=torch.bfloat16, parameters=torch.bfloat16, is_optional=True)
     yield from (half, replace(half, input=torch.float32), replace(half, parameters=torch.float32))
@@ -276,12 +278,19 @@ def _largest_error(
                 f"{name} is {_short(ours.dtype)} {list(ours.shape)}, the original's "
                 f"{_short(right.dtype)} {list(right.shape)}, for {probe}"
             )
-        right, ours = right.double(), ours.double()
-        error = ((ours - right).abs().max() / right.abs().max().clamp(min=1e-30)).item() if right.numel() else 0.0
+        largest_value = right.double().abs().max().clamp(min=1e-30) if right.numel() else 1.0
+        error = ((ours.double() - right.double()).abs().max() / largest_value).item() if right.numel() else 0.0
         if not error <= tolerance:
             raise _Disagreement(f"{name} differs by {error:.1e} of its largest value for {probe}", error)
+        if name == "the output" and not is_certain and _strides(ours) != _strides(right):
+            raise _Disagreement(f"{name} has the strides {ours.stride()}, the original's {right.stride()}, for {probe}")
         largest = max(largest, error)
     return largest
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """Those that matter: a dimension of one element may have any."""
+    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
 
 
 def _short(dtype: torch.dtype) -> str:
