@@ -292,20 +292,24 @@ def _in_two_processes(rank: int, store: str, kind: str, name: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    fastnorm.use(COMPILED)  # the process is a new one, and ends here
     original, model, case = pair(name)
     # timm's clip knows no DTensors; DDP trains by the same rule
-    expected = train(_wrapped("ddp" if case.clipped else kind, original), case, CLIPS[0], rank=rank)
+    stock = _wrapped("ddp" if case.clipped else kind, original)
+    expected = train(stock, case, CLIPS[0], rank=rank)
     assert expected[-1] < expected[0]
-    torch.testing.assert_close(train(_wrapped(kind, model), case, CLIPS[1], rank=rank), expected, **TOLERANCE)
+    wrapped = _wrapped(kind, model)
+    torch.testing.assert_close(train(wrapped, case, CLIPS[1], rank=rank), expected, **TOLERANCE)
+    torch.testing.assert_close(outputs_of(wrapped, case), outputs_of(stock, case), rtol=2e-2, atol=2e-2)
     dist.destroy_process_group()
 
 
 @slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 @all_models
-def test_two_processes(name, kind, tmp_path):
+def test_two_processes(name, kind, tmp_path, monkeypatch):
     pytest.importorskip("timm" if name in TIMM else "transformers", reason="`make test-models` installs it")
+    # with nothing named, as users have it: an AGC of shards takes kernels and, where ranks share a unit, the formula
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     mp.spawn(_in_two_processes, (str(tmp_path / "store"), kind, name), nprocs=2)
 
 
