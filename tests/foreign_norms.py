@@ -1,5 +1,7 @@
 """Norms as other libraries write them, each with its own habits of dtypes, names and layouts."""
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -315,6 +317,15 @@ class InPlace(LlamaLike):
 
     def forward(self, x):
         return x.mul_(torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)).mul_(self.weight)
+
+
+class Loud(LlamaLike):
+    """Warns of what it is given."""
+
+    def forward(self, x):
+        if x.dtype != torch.float32:
+            warnings.warn("halves are slow here", stacklevel=1)
+        return super().forward(x)
 
 
 class WithState(nn.LayerNorm):

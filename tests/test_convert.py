@@ -5,6 +5,7 @@ import inspect
 import io
 import json
 import pickle
+import warnings
 from unittest import mock
 
 import foreign_norms as foreign
@@ -252,6 +253,14 @@ def test_verify_leaves_no_trace():
     assert [m.training for m in model.modules()] == modes
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert [p.grad is None for p in model.parameters()] == [False] + [True] * (len(list(model.parameters())) - 1)
+
+
+def test_verify_is_silent():
+    """What the trials warn of, such as a dtype that the model may never see, is not the user's affair."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert fastnorm.convert(foreign.Loud(16)).swapped
+    assert not [str(w.message) for w in seen if "halves" in str(w.message)]
 
 
 def test_hooks_and_sharing():

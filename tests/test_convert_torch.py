@@ -7,7 +7,7 @@ import foreign_norms as foreign
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 import fastnorm
 
@@ -49,6 +49,27 @@ def test_parametrizations(make):
     fastnorm.revert(model)
     assert isinstance(model[0], plain) and not isinstance(model[0], (fastnorm.LayerNorm, fastnorm.RMSNorm))
     torch.testing.assert_close(model(x), y)
+
+
+OLD_KINDS = {
+    "weight_norm": lambda norm: nn.utils.weight_norm(norm, dim=None),
+    "spectral_norm": lambda norm: nn.utils.spectral_norm(norm),
+    "pruning": lambda norm: prune.random_unstructured(norm, "weight", 0.5),
+    "an observer": lambda norm: norm.add_module("activation_post_process", nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("name", OLD_KINDS)
+@pytest.mark.parametrize("make", [nn.LayerNorm, foreign.LlamaLike], ids=["torch", "foreign"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_state_that_others_add_is_left(make, name):
+    """Weights made by hooks from parameters of other names, and observers: the norm is left, and works."""
+    norm, x = make(8), torch.randn(3, 8)
+    OLD_KINDS[name](norm)
+    kind, expected = type(norm), norm.eval()(x)
+    report = fastnorm.convert(nn.Sequential(norm))
+    assert not report.swapped and type(norm) is kind
+    torch.testing.assert_close(norm(x), expected)
 
 
 def block() -> nn.Module:

@@ -10,6 +10,7 @@ import importlib
 import io
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -238,6 +239,60 @@ NORMS_OF_TRANSFORMERS = {
     "mamba2.Mamba2RMSNorm": LLAMA,
     "convnext.ConvNextLayerNorm": "LayerNorm",
 }
+
+
+NORMS_OF_TIMM = {
+    "LayerNorm": "LayerNorm",
+    "LayerNorm2d": "LayerNorm2d",
+    "RmsNorm": "RMSNorm",
+    "RmsNorm2d": "RMSNorm2d(rounding='llama', keeps_layout=True)",
+    "GroupNorm1": "GroupNorm",
+    "GroupNorm1Act": "GroupNormAct",
+    "LayerNormAct": "LayerNormAct",
+    "LayerNormAct2d": "LayerNormAct2d",
+    "RmsNormAct2d": "RMSNormAct2d(rounding='llama', keeps_layout=True)",
+    "BatchNormAct2d": "BatchNormAct2d",
+    "FrozenBatchNormAct2d": None,
+    "SimpleNorm2d": None,  # no root mean square: the variance
+}
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    "name, act", [(n, act) for n in NORMS_OF_TIMM for act in (None, "relu", "silu", "prelu")[: 4 if "Act" in n else 1]]
+)
+def test_norms_of_timm(name, act, memory_format):
+    """With every kind of activation and a dropout, in both modes; values, buffers and strides."""
+    layers = pytest.importorskip("timm.layers")
+    options = {"act_layer": act, "apply_act": act is not None} if "Act" in name else {}
+    if name == "BatchNormAct2d":
+        options["drop_layer"] = functools.partial(nn.Dropout2d, 0.3)
+    original = getattr(layers, name)(16, **options)
+    for parameter in original.parameters():
+        nn.init.normal_(parameter, 1.0)
+    model = copy.deepcopy(original)
+    (norm,) = fastnorm.convert(model).norms
+    assert norm.replacement == NORMS_OF_TIMM[name], norm.reason
+    x = torch.randn(3, 16, 6, 5).contiguous(memory_format=memory_format)
+    x = x if "2d" in name or "Group" in name else x.movedim(1, -1)
+    for training in (True, False):
+        outputs = []
+        for m in (model, original):
+            torch.manual_seed(1)
+            outputs.append(m.train(training)(x.clone(memory_format=torch.preserve_format)))
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+        assert outputs[0].stride() == outputs[1].stride()
+        torch.testing.assert_close(list(model.buffers()), list(original.buffers()))
+
+
+def test_the_documentation_names_what_is_tested():
+    text = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("| t")]
+    found = {model.split()[1]: norms for model, norms in rows}
+    assert set(found) == set(MODELS)
+    assert all(str(case.norms or "none") in found[name] for name, case in MODELS.items())
+    for path in (*(path.partition(".")[2] for path in NORMS_OF_TRANSFORMERS), *NORMS_OF_TIMM):
+        assert path in text
 
 
 @slow

@@ -8,6 +8,7 @@ zeros, as at the start of a training, can't hide what the module does with them.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -58,9 +59,14 @@ class _Disagreement(Exception):
         return self.agreed, -self.error
 
 
-@torch.inference_mode(False)
 def verified(module: nn.Module, proposals: Proposals) -> tuple[Proposal | None, str]:
     """The proposal that does what the module does and rounds most alike; without one, None and the reason."""
+    with warnings.catch_warnings(), torch.inference_mode(False):
+        warnings.simplefilter("ignore")  # about dtypes that are tried here, and that the model may never see
+        return _verified(module, proposals)
+
+
+def _verified(module: nn.Module, proposals: Proposals) -> tuple[Proposal | None, str]:
     best: tuple[float, Proposal] | None = None
     closest: tuple[tuple[int, float], str] | None = None
     known: dict[_Probe, dict[str, Tensor] | str] = {}
