@@ -72,6 +72,20 @@ def test_state_that_others_add_is_left(make, name):
     torch.testing.assert_close(norm(x), expected)
 
 
+@pytest.mark.parametrize("make", [lambda: nn.LayerNorm(8), lambda: foreign.LlamaLike(8)], ids=["torch", "foreign"])
+def test_a_forward_that_is_wrapped_later(make):
+    """As accelerate's hooks do: the module keeps its old forward, which is to be the original's when reverted."""
+    norm, x = make(), torch.randn(3, 8)
+    expected, calls = norm(x), []
+    fastnorm.convert(norm)
+    norm._old_forward = norm.forward
+    norm.forward = lambda *args: calls.append(type(norm)) or norm._old_forward(*args)
+    torch.testing.assert_close(norm(x), expected)
+    fastnorm.revert(norm)
+    assert torch.equal(norm(x), expected) and len(calls) == 2
+    assert norm._old_forward.__func__ is type(norm).forward
+
+
 def block() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(

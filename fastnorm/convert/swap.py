@@ -11,7 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -65,8 +65,12 @@ def swap(module: torch.nn.Module, target: type, attributes: Mapping[str, Any], n
 
 def restore(module: torch.nn.Module) -> None:
     """Takes `swap` back."""
-    original = module.__dict__.pop(_RECORD)
-    module.__class__ = _rebuilt(type(module), core_of(type(module)), original.core)
+    original, swapped = module.__dict__.pop(_RECORD), type(module)
+    module.__class__ = _rebuilt(swapped, core_of(swapped), original.core)
+    for key, value in module.__dict__.items():
+        # what wraps a module's forward, such as accelerate's hooks, keeps the method of before among its attributes
+        if isinstance(value, MethodType) and value.__func__ is getattr(swapped, value.__name__, None):
+            module.__dict__[key] = getattr(type(module), value.__name__).__get__(module)
     for key in original.added:
         module.__dict__.pop(key, None)  # the module's user may have deleted it
     module.__dict__.update(original.replaced)
