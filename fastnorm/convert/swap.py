@@ -69,8 +69,8 @@ def restore(module: torch.nn.Module) -> None:
     module.__class__ = _rebuilt(swapped, core_of(swapped), original.core)
     for key, value in module.__dict__.items():
         # what wraps a module's forward, such as accelerate's hooks, keeps the method of before among its attributes
-        if isinstance(value, MethodType) and value.__func__ is getattr(swapped, value.__name__, None):
-            module.__dict__[key] = getattr(type(module), value.__name__).__get__(module)
+        if isinstance(value, MethodType) and value.__func__ is swapped.forward:
+            module.__dict__[key] = MethodType(type(module).forward, module)
     for key in original.added:
         module.__dict__.pop(key, None)  # the module's user may have deleted it
     module.__dict__.update(original.replaced)
