@@ -55,7 +55,7 @@ sanitize: $(NATIVE)  ## the native kernels' tests under AddressSanitizer and Und
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	cp -r csrc fastnorm triton_kernels tests setup.py pyproject.toml README.md build/sanitize
 	cd build/sanitize && rm -f fastnorm/_C*.so && FASTNORM_BUILD_CUDA=0 FASTNORM_BUILD_NATIVE=1 \
-	  CFLAGS="-g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" \
+	  CFLAGS="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" \
 	  LDFLAGS="-fsanitize=address,undefined" $(abspath $(PY)) setup.py build_ext --inplace
 	cd build/sanitize && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \

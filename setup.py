@@ -100,7 +100,8 @@ def native() -> dict:
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count()))  # ninja would start two more, at about 1 GB each
     # Without OpenMP at::parallel_for has one thread; but on macOS a second libomp beside torch's own aborts.
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    flags = ["-O3", "-fno-math-errno", *openmp]
+    optimise = [] if "-O" in os.environ.get("CFLAGS", "") else ["-O3"]  # a user's own choice stands
+    flags = [*optimise, "-fno-math-errno", *openmp]
     extension = (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(
         "fastnorm._C",
         ["csrc/ops.cpp", *sorted(glob("csrc/cpu/*.cpp") + glob("csrc/cuda/*.c*[pu]") * cuda)],

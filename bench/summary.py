@@ -6,8 +6,9 @@ A document says between which lines a table stands, and which files it is made o
     <!-- end -->
 
 cells: every case, with its time; operations: the speed-ups of every operation and shape, side by side; spread: the
-least, median and largest speed-up of every operation, with the cases that lose; instructions: those that the kernels
-take for each element on every architecture, Liger-Kernel's behind ours.
+least, median and largest speed-up of every operation, with the cases that lose; clip: every list of gradients, of
+the file that `python -m bench clip` writes; instructions: those that the kernels take for each element on every
+architecture, Liger-Kernel's behind ours.
 """
 
 import json
@@ -25,7 +26,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 DOCUMENTS = (ROOT / "docs" / "results.md", ROOT / "docs" / "machine_code.md")
 LOSS = 0.98  # what is slower than this is marked
-BLOCK = re.compile(r"(<!-- (cells|operations|spread|instructions) ([^>]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+CLIPS = ("fastnorm", "fastnorm-deferred", "fastnorm-reference")  # fastnorm-native is what fastnorm takes on a CPU
+BLOCK = re.compile(r"(<!-- (cells|operations|spread|clip|instructions) ([^>]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 Case = dict[str, Any]  # a result as the JSON has it
 
@@ -42,7 +44,10 @@ def _table(kind: str, names: Iterable[str]) -> str:
     if kind == "instructions":
         return _instructions([kernel for name in names for kernel in kernels_of(RESULTS / name)])
     documents = [json.loads((RESULTS / name).read_text(encoding="utf-8")) for name in names]
-    ours = [result for document in documents for result in document["results"] if result["provider"] == "fastnorm"]
+    results = [result for document in documents for result in document["results"]]
+    if kind == "clip":
+        return _clip([result for result in results if result["provider"] in CLIPS])
+    ours = [result for result in results if result["provider"] == "fastnorm"]
     return {"cells": _cells, "operations": _operations, "spread": _spread}[kind](ours)
 
 
@@ -107,6 +112,23 @@ def _instructions(kernels: list[Case]) -> str:
         for key, row in cells.items()
     ]
     return _github(rows, ("operation", "kernel", "dtype", "width", *targets))
+
+
+def _clip(results: list[Case]) -> str:
+    headers = ("operation", "gradients", "case", "provider", "ms", "against", "speed-up")
+    rows = [
+        (
+            *(f"`{result['operation']}`", f"{result['list']}: {result['tensors']:,} tensors, {_millions(result)}"),
+            *(f"{result['case']}, {result['dtype']}", result["provider"], f"{result['median_s'] * 1e3:.3g}"),
+            *(result["baseline"], _speedup(result["speedup"])),
+        )
+        for result in results
+    ]
+    return _github(rows, headers)
+
+
+def _millions(result: Case) -> str:
+    return f"{result['elements'] / 1e6:.3g} M"
 
 
 def _shape(result: Case) -> str:
