@@ -188,7 +188,8 @@ def _layer_norm_backward_kernel(
         for t in tl.static_range(N_TILES):
             mask = tile_mask(t, lanes, row_mask, N_COLS, TILE)
             if HOLD:
-                if t == 0 and (ROWS >= 8 or is_hip()):  # elsewhere a row's warps meet, which has the same effect
+                # elsewhere a row's warps meet, which has the same effect, and there is nothing to load early
+                if t == 0 and (ROWS >= 8 or dh_ptr is not None or is_hip()):
                     apart(n_rows)
                 c = centered[t]
                 g = weighted[t]
