@@ -56,7 +56,7 @@ def _cells(results: list[Case]) -> str:
     rows = [
         (
             *(f"`{result['operation']}`", mode_label(result["mode"]), _shape(result), result["dtype"]),
-            *(f"{result['median_s'] * 1e3:.3f}", _speedup(result["speedup_vs_torch"])),
+            *(f"{result['median_s'] * 1e3:.3g}", _speedup(result["speedup_vs_torch"])),
             _speedup(result["speedup_vs_compile"]),
         )
         for result in results
