@@ -111,6 +111,15 @@ def settled(x):
 
 
 @triton.jit
+def held_sum(x, ROWS: tl.constexpr):
+    """As settled, where the row is held beside the sums: where its warps meet after each row, nothing is put off."""
+    if ROWS >= 8 or is_hip():
+        return settled(x)
+    else:
+        return x
+
+
+@triton.jit
 def apart(n_rows):
     """A loop that never turns: the scheduler moves nothing over it, and so mixes no two tiles, or passes, for whose
     values together there are no registers."""
