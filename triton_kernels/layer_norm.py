@@ -13,7 +13,7 @@ from .tiles import (
     apart,
     column_sums,
     empty_partials,
-    held_sum,
+    held,
     load_stream,
     load_tile,
     load_weight,
@@ -168,8 +168,8 @@ def _layer_norm_backward_kernel(
                 c = load_tile(h_row + t * TILE, mask, stat) - mean
                 dy = load_tile(dy_row + t * TILE, mask, stat)
                 g = dy * rstd  # scaled before anything else: x̂ itself is then never needed
-                weight_sums = weight_sums + (held_sum(dweight[t] + g * c, ROWS) if dweight_ptr is not None else dweight[t],)
-                bias_sums = bias_sums + (held_sum(dbias[t] + dy, ROWS) if dbias_ptr is not None else dbias[t],)
+                weight_sums = weight_sums + (held(dweight[t] + g * c, ROWS) if dweight_ptr is not None else dweight[t],)
+                bias_sums = bias_sums + (held(dbias[t] + dy, ROWS) if dbias_ptr is not None else dbias[t],)
                 if weight_ptr is not None:
                     g *= weight[t]
                 product += c * g

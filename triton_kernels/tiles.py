@@ -111,7 +111,7 @@ def settled(x):
 
 
 @triton.jit
-def held_sum(x, ROWS: tl.constexpr):
+def held(x, ROWS: tl.constexpr):
     """As settled, where the row is held beside the sums: where its warps meet after each row, nothing is put off."""
     if ROWS >= 8 or is_hip():
         return settled(x)
