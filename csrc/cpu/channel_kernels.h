@@ -306,8 +306,8 @@ void backward_block(const BackwardBlock<ComputeType<T>>& block) {
   });
 }
 
-// Calls add(row, first, last) for parts of rows of at most `size` elements, and flushes the sums about as often: the error
-// of a chain of additions grows with its length.
+// Calls add(row, first, last) for parts of rows of at most `size` elements, and flushes the sums about as often: the
+// error of a chain of additions grows with its length.
 template <typename V, int64_t size, typename Add, typename... Sums>
 INLINE void each_flushed(int64_t rows, int64_t n, Add add, Sums&... sums) {
   constexpr int64_t longest = size / word_size;

@@ -1,5 +1,5 @@
-// One vector register of float or double: loads, stores, roundings. Included once for each instruction set,
-// inside that set's namespace, so it has no include guard and includes nothing.
+// One vector register of float or double: loads, stores, roundings. Included once for each instruction set, inside that
+// set's namespace, so it has no include guard and includes nothing.
 #define INLINE inline __attribute__((always_inline))
 #define ALWAYS_INLINE __attribute__((always_inline))
 
