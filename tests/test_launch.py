@@ -13,6 +13,7 @@ from fastnorm.backend import ROW_NORMS
 
 launch = pytest.importorskip("fastnorm.triton_kernels.launch", reason="needs Triton")
 
+HEAD_WIDTHS = (64, 80, 96, 128, 256)
 MODEL_WIDTHS = (768, 1024, 1280, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192, 12288, 16384)
 CHOICES = {
     "forward": launch.row_tiles,
@@ -68,7 +69,7 @@ def test_padding_of_other_widths(choose, itemsize, cols):
 
 @choices
 @itemsizes
-@pytest.mark.parametrize("cols", MODEL_WIDTHS)
+@pytest.mark.parametrize("cols", HEAD_WIDTHS + MODEL_WIDTHS)
 def test_a_thread_has_whole_16_byte_accesses(choose, itemsize, cols):
     tiles = choose(cols, itemsize)
     assert tiles.tile * tiles.rows * itemsize % (16 * 32 * tiles.warps) == 0

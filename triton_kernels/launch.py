@@ -20,7 +20,7 @@ HELD_REGISTERS = {4: 200, 8: 200, 16: 80}  # of a thread's 255, or 128 with 16 w
 SUM_REGISTERS = 16  # of a thread, for each parameter sum, to begin with; all of them may take SUMS_REGISTERS
 SUMS_REGISTERS = 112
 BACKWARD_RESIDENT_COLS = 16384  # of wider rows, the parameter sums no longer fit into one program's registers
-NARROW_REGISTERS = 32  # of a thread, for rows shorter than a warp's access
+NARROW_REGISTERS = 32  # of a thread, for rows shorter than a warp's access; half for each parameter sum beside them
 PARTIAL_SHARE = 0.03  # of the backward's traffic that partial sums may add, from PARTIAL_ROWS rows on
 PARTIAL_ROWS = 4096
 INTERPRETER_PROGRAMS = 5  # Triton's interpreter has no device to ask; odd, so that rows divide unevenly
@@ -46,18 +46,21 @@ def padding(cols: int, tile: int) -> float:
     return (triton.cdiv(cols, tile) * tile - cols) / cols
 
 
-def row_tiles(cols: int, itemsize: int, max_registers: int = 80, max_warps: int = 16, min_warps: int = 2) -> RowTiles:
-    """The tiling of a row; it depends on nothing but the row, so that results do not depend on the batch.
+def row_tiles(cols: int, itemsize: int, sums: int = 0) -> RowTiles:
+    """The tiling of a row, beside so many parameter sums in the backward; it depends on nothing but the row, so that
+    results do not depend on the batch.
 
     A row gets more warps once it would take more than `max_registers` of a thread; a program gets more rows until it
-    has `min_warps` warps: with one, the limit on programs would leave half of a multiprocessor's warp slots empty.
+    has `min_warps` warps: with one, the limit on programs would leave half of a multiprocessor's warp slots empty. The
+    backward has more: its sums allow few programs on a multiprocessor.
     """
+    max_registers, min_warps = (32, 8) if sums else (80, 2)
     vector = ACCESS_BYTES // itemsize
     width = max(1, itemsize // 4)
     if cols <= WARP * vector:
-        return _narrow_tiles(cols, vector, width)
+        return _narrow_tiles(cols, vector, width, NARROW_REGISTERS >> sums)
     warps = 1
-    while warps < max_warps and cols * width > WARP * warps * max_registers:
+    while warps < 16 and cols * width > WARP * warps * max_registers:
         warps *= 2
     # once only: a row that takes four times the registers costs more than idle lanes
     if warps > 1 and padding(cols, WARP * warps * vector) > MAX_PADDING:
@@ -67,20 +70,21 @@ def row_tiles(cols: int, itemsize: int, max_registers: int = 80, max_warps: int 
     return RowTiles(tile, triton.cdiv(cols, tile), rows, warps * rows, width)
 
 
-def _narrow_tiles(cols: int, vector: int, width: int) -> RowTiles:
+def _narrow_tiles(cols: int, vector: int, width: int, registers: int) -> RowTiles:
     """Rows shorter than one access of a warp: several rows a warp, four warps a program."""
     tile = triton.next_power_of_2(cols)
     while tile > 4 * vector and padding(cols, tile) > MAX_PADDING:
         tile //= 2
     count = triton.cdiv(cols, tile)
-    rows = 4 * WARP * NARROW_REGISTERS // (tile * triton.next_power_of_2(count) * width)
+    rows = 4 * WARP * registers // (tile * triton.next_power_of_2(count) * width)
+    rows = max(rows, 4 * WARP * vector // tile)  # a thread has whole accesses
     return RowTiles(tile, count, rows, 4, width)
 
 
 def backward_row_tiles(cols: int, itemsize: int, sums: int) -> tuple[RowTiles, bool]:
-    """As row_tiles, with more warps a program: the partial sums allow few programs on a multiprocessor. Also whether a
-    thread can hold x̂, w·dy and w beside `sums` parameter sums; if not, they are read again, from the cache."""
-    tiles = row_tiles(cols, itemsize, max_registers=32, min_warps=8)
+    """The tiling of the backward. Also whether a thread can hold x̂, w·dy and w beside `sums` parameter sums; if not,
+    they are read again, from the cache."""
+    tiles = row_tiles(cols, itemsize, sums)
     if tiles.registers * (3 + sums) <= HELD_REGISTERS[tiles.warps]:
         return tiles, True
     return _summing_tiles(cols, itemsize, sums), False
