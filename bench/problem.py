@@ -19,7 +19,8 @@ IMAGES = {
 }
 CLIPS = ("clip_grad_norm_", "clip_grad_value_", "adaptive_clip_grad_")
 OTHER_NORMS = (1.0, float("inf"), 3.0)  # one for each way of adding up that is not the Euclidean one's
-UNITS = (64, 4096, 20000)  # lengths: several units a program, one, and one that does not fit on chip
+# lengths: several units a program, one, the longest on chip, and one that is not
+UNITS = (64, 4096, 16384, 20000)
 GROUPS = 32
 ROWS = 8192
 OURS, LIGER = "fastnorm", "liger"

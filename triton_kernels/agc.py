@@ -162,12 +162,15 @@ def multi_tensor_agc_(
 
 def launch_group(group: Group, clip_factor: float, eps: float, norm_type: float) -> None:
     """All units of a group."""
-    norm = {"KIND": kind_of(norm_type), "P": float(norm_type)}
+    kind = kind_of(norm_type)
+    norm = {"KIND": kind, "P": float(norm_type)}
     tiles, types = group.tiles, [triton_dtype(dtype) for dtype in group.dtypes]
     arguments = (group.addresses, group.tensors, group.program_tensor, bits_of(clip_factor), bits_of(eps), *types)
     with launch.on_device(group.addresses):
         if tiles.looped:
             rows, _, warps = launch.piece_tile(1)
+            if kind == "powers":
+                rows //= launch.POWERS_SPREAD
             cols = [launch.ACCESS_BYTES // dtype.itemsize for dtype in group.dtypes]
             # grid: one program for each unit
             _looped_unit_kernel[(group.programs,)](
@@ -178,7 +181,7 @@ def launch_group(group: Group, clip_factor: float, eps: float, norm_type: float)
             # grid: one program for each block of units
             _held_units_kernel[(group.programs,)](
                 *arguments, **norm, ROWS=tiles.rows, COLS=tiles.cols, PACK=pack, IS_ALIGNED=group.is_aligned,
-                num_warps=tiles.warps,
+                **launch.options(launch.POWERS_SPREAD * tiles.warps if kind == "powers" else tiles.warps),
             )  # fmt: skip
 
 
