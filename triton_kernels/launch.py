@@ -62,8 +62,10 @@ def row_tiles(cols: int, itemsize: int, sums: int = 0) -> RowTiles:
     warps = 1
     while warps < 16 and cols * width > WARP * warps * max_registers:
         warps *= 2
-    # once only: a row that takes four times the registers costs more than idle lanes
-    if warps > 1 and padding(cols, WARP * warps * vector) > MAX_PADDING:
+    # once only: a row that takes four times the registers costs more than idle lanes, as does one that takes twice as
+    # many where the forward can't read it 16 bytes at a time, which takes registers too
+    can_halve = warps > 1 and (sums or cols * itemsize % ACCESS_BYTES == 0)
+    if can_halve and padding(cols, WARP * warps * vector) > MAX_PADDING:
         warps //= 2
     tile = WARP * warps * vector
     rows = max(1, min_warps // warps)
@@ -113,7 +115,8 @@ def is_long(cols: int, itemsize: int) -> bool:
 def backward_is_long(cols: int, itemsize: int) -> bool:
     """Whether a row's parameter sums are too long for one program. A row that can't be read 16 bytes at a time takes
     more registers for the reading, and leaves fewer to the sums."""
-    limit = BACKWARD_RESIDENT_COLS if cols * itemsize % ACCESS_BYTES == 0 else BACKWARD_RESIDENT_COLS // 2
+    width = max(1, itemsize // 4)
+    limit = BACKWARD_RESIDENT_COLS if cols * itemsize % ACCESS_BYTES == 0 else BACKWARD_RESIDENT_COLS // (2 * width)
     return is_long(cols, itemsize) or cols > limit
 
 
@@ -191,6 +194,8 @@ def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
 PIECES = 4096  # that a list of tensors is cut into at most, besides one for each tensor
 MIN_PIECE_BYTES = 1 << 14
 HELD_UNIT_BYTES = 1 << 15  # of a unit's gradient or parameter, whichever is larger, that a program keeps on chip
+POWERS_SPREAD = 4  # as few elements a thread: a logarithm in float64 takes many registers
+UNIT_REGISTERS = 32  # of a thread, for a unit's gradient; and as many for its parameter
 LONG_UNIT_BYTES = 1 << 18  # longer units are shared by many programs
 
 
@@ -222,8 +227,9 @@ def unit_tiles(length: int, itemsize: int) -> UnitTiles:
     cols = max(16, triton.next_power_of_2(length))
     if cols * itemsize > HELD_UNIT_BYTES:
         return UnitTiles(HELD_UNIT_BYTES // (2 * itemsize), 1, 8, True)
-    size, block = cols * itemsize, HELD_UNIT_BYTES // 4  # four warps, each thread of which has four accesses
-    return UnitTiles(cols, max(1, block // size), 4 if size <= 2 * block else 8, False)
+    rows = max(1, HELD_UNIT_BYTES // 4 // (cols * itemsize))  # each thread of four warps has four accesses
+    warps = max(4, cols * max(1, itemsize // 4) // (WARP * UNIT_REGISTERS))
+    return UnitTiles(cols, rows, warps, False)
 
 
 VECTOR_WARPS = 4  # of a program that walks along channels

@@ -5,15 +5,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.target_info import is_hip
 
 from . import launch
 from .tiles import (
     add_row_products,
-    apart,
     column_sums,
     empty_partials,
-    held,
     load_stream,
     load_tile,
     load_weight,
@@ -142,10 +139,15 @@ def _layer_norm_backward_kernel(
     lanes = tl.arange(0, TILE)[None, :]
     dweight, dbias, weight = (), (), ()
     for t in tl.static_range(N_TILES):
-        dweight = dweight + (tl.zeros((ROWS, TILE), stat),)
-        dbias = dbias + (tl.zeros((ROWS, TILE), stat),)
+        if dweight_ptr is not None:
+            dweight = dweight + (tl.zeros((ROWS, TILE), stat),)
+        if dbias_ptr is not None:
+            dbias = dbias + (tl.zeros((ROWS, TILE), stat),)
         if HOLD and weight_ptr is not None:
             weight = weight + (load_weight_tile(weight_ptr, lanes, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS),)
+    if ROWS > 1:
+        # else the addresses where rows' sums meet are worked out twice, here for a program without rows, and kept
+        tl.assume(tl.program_id(0) < n_blocks)
     for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
         row_ids = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
         rows = row_ids[:, None]
@@ -153,12 +155,7 @@ def _layer_norm_backward_kernel(
         row_mask = id_mask[:, None] if ROWS > 1 else None
         mean = load_tile(mean_ptr + row_ids, id_mask, stat)[:, None]
         rstd = load_tile(rstd_ptr + row_ids, id_mask, stat)[:, None]
-        here, again = 0, 0
-        if not HOLD:
-            # zeros that compilers can't know: or they keep addresses from row to row, and the tiles for the second pass
-            here = (rstd < 0.0).to(tl.int32) << 4
-            again = (rstd < -1.0).to(tl.int32) << 4
-        h_row, dy_row = h_ptr + (rows * h_stride + (lanes + here)), dy_ptr + (rows * dy_stride + (lanes + here))
+        h_row, dy_row = h_ptr + (rows * h_stride + lanes), dy_ptr + (rows * dy_stride + lanes)
         product = tl.zeros((ROWS, TILE), stat)
         total = tl.zeros((ROWS, TILE), stat)
         weight_sums, bias_sums, centered, weighted = (), (), (), ()
@@ -168,40 +165,44 @@ def _layer_norm_backward_kernel(
                 c = load_tile(h_row + t * TILE, mask, stat) - mean
                 dy = load_tile(dy_row + t * TILE, mask, stat)
                 g = dy * rstd  # scaled before anything else: x̂ itself is then never needed
-                weight_sums = weight_sums + (held(dweight[t] + g * c, ROWS) if dweight_ptr is not None else dweight[t],)
-                bias_sums = bias_sums + (held(dbias[t] + dy, ROWS) if dbias_ptr is not None else dbias[t],)
+                if dweight_ptr is not None:
+                    weight_sums = weight_sums + (dweight[t] + g * c,)
+                if dbias_ptr is not None:
+                    bias_sums = bias_sums + (dbias[t] + dy,)
                 if weight_ptr is not None:
                     g *= weight[t]
                 product += c * g
                 total += g
                 centered = centered + (c,)
                 weighted = weighted + (g,)
+            weight_sums, bias_sums = settled(weight_sums, bias_sums, block, n_rows)
         else:
-            n_cols = N_COLS + (n_blocks >> 31 << 4)  # N_COLS, which compilers can't know: or they unroll the whole row
+            n_cols = N_COLS + (n_rows >> 31 << 4)  # N_COLS, which compilers can't know: or they unroll the whole row
             product, total = add_row_products(
                 product, total, h_row, dy_row, weight_ptr, mean, rstd,
-                lanes + here + tl.zeros((ROWS, 1), tl.int32), row_mask, n_cols, ZERO_CENTERED, N_COLS % TILE > 0, TILE,
+                lanes + tl.zeros((ROWS, 1), tl.int32), row_mask, n_cols, ZERO_CENTERED, N_COLS % TILE > 0, TILE,
             )  # fmt: skip
         product_sum, total_sum = sum_pair(product, total)
         slope = product_sum * (-1.0 / N_COLS) * rstd * rstd  # negated once a row, not once an element
         offset = total_sum * (1.0 / N_COLS)
-        lane = lanes + again
+        lane = lanes
+        if not HOLD:
+            lane += (rstd < 0.0).to(tl.int32) << 4  # zero, which compilers can't know: or they keep the tiles
         for t in tl.static_range(N_TILES):
             mask = tile_mask(t, lanes, row_mask, N_COLS, TILE)
             if HOLD:
-                # elsewhere a row's warps meet, which has the same effect, and there is nothing to load early
-                if t == 0 and (ROWS >= 8 or dh_ptr is not None or is_hip()):
-                    apart(n_rows)
                 c = centered[t]
                 g = weighted[t]
             else:  # this wide, registers go to the parameter sums, and the row is still in the cache
-                if t > 0:
-                    apart(n_rows)
                 c = load_tile(h_ptr + (rows * h_stride + lane) + t * TILE, mask, stat) - mean
                 dy = load_tile(dy_ptr + (rows * dy_stride + lane) + t * TILE, mask, stat)
                 g = dy * rstd
-                weight_sums = weight_sums + (settled(dweight[t] + g * c) if dweight_ptr is not None else dweight[t],)
-                bias_sums = bias_sums + (settled(dbias[t] + dy) if dbias_ptr is not None else dbias[t],)
+                if dweight_ptr is not None:
+                    weight_sums = weight_sums + (dweight[t] + g * c,)
+                if dbias_ptr is not None:
+                    bias_sums = bias_sums + (dbias[t] + dy,)
+                if t + 1 < N_TILES:
+                    weight_sums, bias_sums = settled(weight_sums, bias_sums, block - t, n_rows)
                 if weight_ptr is not None:
                     col_mask = tile_mask(t, lane, None, N_COLS, TILE)
                     g *= load_weight(weight_ptr + lane + t * TILE, col_mask, stat, ZERO_CENTERED)

@@ -103,14 +103,6 @@ def _normalized(h, rstd, CAST: tl.constexpr):
 
 
 @triton.jit
-def _with_row(dweight, dweight_ptr, dy, h, rstd, CAST: tl.constexpr):
-    """A tile of dweight with one more row in it, where dweight is wanted."""
-    if dweight_ptr is not None:
-        dweight += dy * _normalized(h, rstd, CAST)
-    return dweight
-
-
-@triton.jit
 def _add_row_product(
     product, h_ptr, dy_ptr, weight_ptr, rstd, lanes, row_mask, n_cols,
     ZERO_CENTERED: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr,
@@ -141,7 +133,8 @@ def _rms_norm_backward_kernel(
     dweight = ()
     weight = ()
     for t in tl.static_range(N_TILES):
-        dweight = dweight + (tl.zeros((ROWS, TILE), stat),)
+        if dweight_ptr is not None:
+            dweight = dweight + (tl.zeros((ROWS, TILE), stat),)
         if HOLD and weight_ptr is not None:
             weight = weight + (load_weight_tile(weight_ptr, lanes, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS),)
     for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
@@ -150,12 +143,7 @@ def _rms_norm_backward_kernel(
         id_mask = row_ids < n_rows if ROWS > 1 else None
         row_mask = id_mask[:, None] if ROWS > 1 else None
         rstd = load_tile(rstd_ptr + row_ids, id_mask, stat)[:, None]
-        here, again = 0, 0
-        if not HOLD:
-            # zeros that compilers can't know: or they keep addresses from row to row, and the tiles for the second pass
-            here = (rstd < 0.0).to(tl.int32) << 4
-            again = (rstd < -1.0).to(tl.int32) << 4
-        h_row, dy_row = h_ptr + (rows * h_stride + (lanes + here)), dy_ptr + (rows * dy_stride + (lanes + here))
+        h_row, dy_row = h_ptr + (rows * h_stride + lanes), dy_ptr + (rows * dy_stride + lanes)
         product = tl.zeros((ROWS, TILE), stat)
         sums, x_hats, weighted = (), (), ()
         if HOLD:
@@ -163,7 +151,8 @@ def _rms_norm_backward_kernel(
                 mask = tile_mask(t, lanes, row_mask, N_COLS, TILE)
                 h = load_tile(h_row + t * TILE, mask, stat)
                 dy = load_tile(dy_row + t * TILE, mask, stat)
-                sums = sums + (_with_row(dweight[t], dweight_ptr, dy, h, rstd, CAST),)
+                if dweight_ptr is not None:
+                    sums = sums + (dweight[t] + dy * _normalized(h, rstd, CAST),)
                 x_hat = h * rstd
                 if weight_ptr is not None:
                     dy *= weight[t]
@@ -174,12 +163,13 @@ def _rms_norm_backward_kernel(
             n_cols = N_COLS + (n_blocks >> 31 << 4)  # N_COLS, which compilers can't know: or they unroll the whole row
             product = _add_row_product(
                 product, h_row, dy_row, weight_ptr, rstd,
-                lanes + here + tl.zeros((ROWS, 1), tl.int32), row_mask, n_cols, ZERO_CENTERED, N_COLS % TILE > 0, TILE,
+                lanes + tl.zeros((ROWS, 1), tl.int32), row_mask, n_cols, ZERO_CENTERED, N_COLS % TILE > 0, TILE,
             )  # fmt: skip
         # negated once a row, not once an element
         mean_product = tl.sum(product, axis=1, keep_dims=True) * (-1.0 / N_COLS)
-        lane = lanes + again
-        weight_row = weight_ptr + lane - lanes if weight_ptr is not None else None  # the weight, as opaque
+        lane = lanes
+        if not HOLD:
+            lane += (rstd < 0.0).to(tl.int32) << 4  # zero, which compilers can't know: or they keep the tiles
         for t in tl.static_range(N_TILES):
             mask = tile_mask(t, lanes, row_mask, N_COLS, TILE)
             if HOLD:
@@ -188,10 +178,12 @@ def _rms_norm_backward_kernel(
             else:  # this wide, registers go to dweight, and the row is still in the cache
                 h = load_tile(h_ptr + (rows * h_stride + lane) + t * TILE, mask, stat)
                 dy = load_tile(dy_ptr + (rows * dy_stride + lane) + t * TILE, mask, stat)
-                sums = sums + (_with_row(dweight[t], dweight_ptr, dy, h, rstd, CAST),)
+                if dweight_ptr is not None:
+                    sums = sums + (dweight[t] + dy * _normalized(h, rstd, CAST),)
                 x_hat = h * rstd
                 if weight_ptr is not None:
-                    dy *= load_weight_tile(weight_row, lanes, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
+                    col_mask = tile_mask(t, lane, None, N_COLS, TILE)
+                    dy *= load_weight(weight_ptr + lane + t * TILE, col_mask, stat, ZERO_CENTERED)
             dx = (dy + x_hat * mean_product) * rstd
             store_stream_gradient(
                 dx, dx_ptr, dresidual_ptr, dh_ptr,

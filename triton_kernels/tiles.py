@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.target_info import is_hip
 
 from . import launch
 
@@ -99,32 +98,23 @@ def store_stream_gradient(dx, dx_ptr, dresidual_ptr, dh_ptr, dx_at, dh_at, mask)
 
 
 @triton.jit
-def settled(x):
-    """x, computed where it is written: compilers put off sums that only the next row needs, and hold all that they are
-    made of till then, for which there are no registers. The assembly is empty."""
-    if _INTERPRETED or x.dtype != tl.float32:
-        return x
-    elif is_hip():
-        return tl.inline_asm_elementwise("", "=v,0", [x], dtype=tl.float32, is_pure=False, pack=1)
-    else:
-        return tl.inline_asm_elementwise("", "=f,0", [x], dtype=tl.float32, is_pure=False, pack=1)
+def _raised(tiles):
+    """Other numbers."""
+    raised = ()
+    for t in tl.static_range(len(tiles)):
+        raised = raised + (tiles[t] + 1.0,)
+    return raised
 
 
 @triton.jit
-def held(x, ROWS: tl.constexpr):
-    """As settled, where the row is held beside the sums: where its warps meet after each row, nothing is put off."""
-    if ROWS >= 8 or is_hip():
-        return settled(x)
-    else:
-        return x
-
-
-@triton.jit
-def apart(n_rows):
-    """A loop that never turns: the scheduler moves nothing over it, and so mixes no two tiles, or passes, for whose
-    values together there are no registers."""
-    for _ in range(n_rows, 0):
-        tl.debug_barrier()
+def settled(tiles, others, never, n_rows):
+    """Tiles of sums as they are, computed where this is written: compilers put off sums that only the next row needs,
+    and hold all that they are made of till then, for which there are no registers. A loop that would change them never
+    turns, as never < n_rows; where that is the same for two calls, compilers decide once, and leave out the loops."""
+    for _ in range(n_rows, never):
+        tiles = _raised(tiles)
+        others = _raised(others)
+    return tiles, others
 
 
 @triton.jit
