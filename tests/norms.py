@@ -172,8 +172,16 @@ def stock_dtype(case: Case, h: Tensor, y: Tensor) -> torch.dtype:
 
 
 def check_stream(case: Case, tensors: dict[str, Tensor], h: Tensor) -> None:
-    """h is the sum, rounded once from the type that is computed in; exactly."""
+    """h is the sum, rounded once from the type that is computed in; exactly. From float64 to 16 bits, torch rounds twice,
+    to float32 first, which a tie between two numbers may not survive; there either neighbour of the sum will do."""
     x, residual = tensors["x"], tensors["residual"]
     stat = torch.float64 if torch.float64 in (x.dtype, residual.dtype, h.dtype) else torch.float32
     assert h.dtype == (case.options.get("residual_dtype") or torch.promote_types(x.dtype, residual.dtype))
-    assert torch.equal(h, (x.to(stat) + residual.to(stat)).to(h.dtype))
+    total = x.to(stat) + residual.to(stat)
+    if stat == torch.float64 and h.element_size() == 2:
+        info = torch.finfo(h.dtype)
+        exponent = torch.frexp(total.abs().clamp(min=info.smallest_normal)).exponent
+        half_unit = torch.ldexp(torch.full_like(total, info.eps / 4), exponent)
+        assert ((h == total.to(h.dtype)) | ((h.double() - total).abs() <= half_unit * (1 + 1e-7))).all()
+    else:
+        assert torch.equal(h, total.to(h.dtype))
