@@ -38,17 +38,17 @@ def bench(cache: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-WIDTHS = "96,128,768,1024,1280,1536,2048,2560,3072,4096,5120,6144,7168,8192,12288,16384,32768,65536"
+WIDTHS = "96,128,1024,1280,1536,2560,4096,5120,6144,7168,8192,12288,16384,32768,65536"
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory) -> list[dict]:
-    """Every model width on every architecture; what takes most registers, by dtypes, residuals and odd widths, on the
-    two whose compilers are most wasteful. `python -m bench codegen` compiles all there is, which takes hours."""
-    plain = ["--operations", "rms_norm,layer_norm", "--dtypes", "bf16", "--widths", WIDTHS]
-    every = "rms_norm,layer_norm,add_rms_norm,add_layer_norm"
-    widths = ["--widths", "1793,3585,4096,7168,16384"]
-    greedy = ["--operations", every, "--targets", "sm_100,gfx1100", "--dtypes", "fp32,mixed", *widths]
+    """The least and the most that a row norm does, at every number of tiles and rows of a program, on every
+    architecture; what takes most registers in other dtypes and at an odd width, on three. `python -m bench codegen`
+    compiles all there is, which takes an hour and more."""
+    plain = ["--operations", "rms_norm,add_layer_norm", "--dtypes", "bf16", "--widths", WIDTHS]
+    greedy = ["--operations", "layer_norm,add_layer_norm", "--targets", "sm_80,sm_120,gfx1100"]
+    greedy += ["--dtypes", "fp32,mixed", "--widths", "64,1793,4096,7168,16384"]
     return compiled(tmp_path_factory, "plain", *plain) + compiled(tmp_path_factory, "greedy", *greedy)
 
 
@@ -64,10 +64,7 @@ def test_every_architecture_and_kernel_is_there(kernels):
 
 
 def test_row_kernels_do_not_spill(kernels):
-    """But for a number or two that sm_80's ptxas keeps for the end of layer_norm's backward, read once a program."""
-    allowed = {("sm_80", "layer_norm_backward", 7168): 8}
-    spilling = [k for k in kernels if k["spilled"] > allowed.get((k["target"], k["kernel"], k["cols"]), 0)]
-    assert not {name(k): k["spilled"] for k in spilling}
+    assert not {name(k): k["spilled"] for k in kernels if k["spilled"]}
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx1100"])
@@ -149,14 +146,8 @@ def test_clip_kernels_do_not_spill(clip_kernels):
     assert len({k["target"] for k in clip_kernels}) == 6
     names = {"norm", "fold_tensor", "total", "change", "held_units", "looped_unit"}
     assert {k["kernel"] for k in clip_kernels} == names
-    assert not {name(k): k["spilled"] for k in clip_kernels if k["spilled"] > known_spill(k)}
+    assert not {name(k): k["spilled"] for k in clip_kernels if k["spilled"]}
     assert not {name(k): k["shared"] for k in clip_kernels if k["shared"] > 48 * 1024}
-
-
-def known_spill(kernel: dict) -> int:
-    """A unit's p-norm with p = 3 is a sum of powers in float64, for which there are too few registers."""
-    is_powers = kernel["operation"] == "adaptive_clip_grad_" and kernel["dtype"] == "fp32"
-    return {"sm_120": 8, "gfx942": 28, "gfx1100": 272}.get(kernel["target"], 0) if is_powers else 0
 
 
 def test_clip_kernels_read_and_write_16_bytes_at_a_time(clip_kernels):

@@ -174,7 +174,7 @@ def launch_group(group: Group, clip_factor: float, eps: float, norm_type: float)
             cols = [launch.ACCESS_BYTES // dtype.itemsize for dtype in group.dtypes]
             # grid: one program for each unit
             _looped_unit_kernel[(group.programs,)](
-                *arguments, **norm, ROWS=rows, G_COLS=cols[0], W_COLS=cols[1], num_warps=warps
+                *arguments, **norm, ROWS=rows, G_COLS=cols[0], W_COLS=cols[1], **launch.options(warps)
             )
         else:
             pack = launch.ACCESS_BYTES // min(dtype.itemsize for dtype in group.dtypes)
