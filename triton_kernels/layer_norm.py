@@ -150,19 +150,21 @@ def _layer_norm_backward_kernel(
         tl.assume(tl.program_id(0) < n_blocks)
     for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
         row_ids = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
+        row_mask = None
+        if ROWS > 1:
+            # the last row stands in for those beyond the end: with dy masked, h need not be, which zeroes registers
+            row_mask = (row_ids < n_rows)[:, None]
+            row_ids = tl.minimum(row_ids, n_rows - 1)
         rows = row_ids[:, None]
-        id_mask = row_ids < n_rows if ROWS > 1 else None
-        row_mask = id_mask[:, None] if ROWS > 1 else None
-        mean = load_tile(mean_ptr + row_ids, id_mask, stat)[:, None]
-        rstd = load_tile(rstd_ptr + row_ids, id_mask, stat)[:, None]
+        mean = tl.load(mean_ptr + row_ids)[:, None]
+        rstd = tl.load(rstd_ptr + row_ids)[:, None]
         h_row, dy_row = h_ptr + (rows * h_stride + lanes), dy_ptr + (rows * dy_stride + lanes)
-        product = tl.zeros((ROWS, TILE), stat)
-        total = tl.zeros((ROWS, TILE), stat)
+        product, total = 0.0, 0.0
         weight_sums, bias_sums, centered, weighted = (), (), (), ()
         if HOLD:
             for t in tl.static_range(N_TILES):
                 mask = tile_mask(t, lanes, row_mask, N_COLS, TILE)
-                c = load_tile(h_row + t * TILE, mask, stat) - mean
+                c = load_tile(h_row + t * TILE, tile_mask(t, lanes, None, N_COLS, TILE), stat) - mean
                 dy = load_tile(dy_row + t * TILE, mask, stat)
                 g = dy * rstd  # scaled before anything else: x̂ itself is then never needed
                 if dweight_ptr is not None:
@@ -171,15 +173,15 @@ def _layer_norm_backward_kernel(
                     bias_sums = bias_sums + (dbias[t] + dy,)
                 if weight_ptr is not None:
                     g *= weight[t]
-                product += c * g
-                total += g
+                product = c * g if t == 0 else product + c * g
+                total = g if t == 0 else total + g
                 centered = centered + (c,)
                 weighted = weighted + (g,)
             weight_sums, bias_sums = settled(weight_sums, bias_sums, block, n_rows)
         else:
             n_cols = N_COLS + (n_rows >> 31 << 4)  # N_COLS, which compilers can't know: or they unroll the whole row
             product, total = add_row_products(
-                product, total, h_row, dy_row, weight_ptr, mean, rstd,
+                tl.zeros((ROWS, TILE), stat), tl.zeros((ROWS, TILE), stat), h_row, dy_row, weight_ptr, mean, rstd,
                 lanes + tl.zeros((ROWS, 1), tl.int32), row_mask, n_cols, ZERO_CENTERED, N_COLS % TILE > 0, TILE,
             )  # fmt: skip
         product_sum, total_sum = sum_pair(product, total)
