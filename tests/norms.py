@@ -172,8 +172,8 @@ def stock_dtype(case: Case, h: Tensor, y: Tensor) -> torch.dtype:
 
 
 def check_stream(case: Case, tensors: dict[str, Tensor], h: Tensor) -> None:
-    """h is the sum, rounded once from the type that is computed in; exactly. From float64 to 16 bits, torch rounds twice,
-    to float32 first, which a tie between two numbers may not survive; there either neighbour of the sum will do."""
+    """h is the sum, rounded once from the type that is computed in; exactly. torch takes float64 to 16 bits in two
+    steps, by way of float32, which a tie may not survive. There either neighbour of the sum will do."""
     x, residual = tensors["x"], tensors["residual"]
     stat = torch.float64 if torch.float64 in (x.dtype, residual.dtype, h.dtype) else torch.float32
     assert h.dtype == (case.options.get("residual_dtype") or torch.promote_types(x.dtype, residual.dtype))
