@@ -8,13 +8,15 @@ A document says between which lines a table stands, and which files it is made o
 cells: every case, with its time; operations: the speed-ups of every operation and shape, side by side; spread: the
 least, median and largest speed-up of every operation, with the cases that lose; clip: every list of gradients, of
 the file that `python -m bench clip` writes; instructions: those that the kernels take for each element on every
-architecture, Liger-Kernel's behind ours.
+architecture, Liger-Kernel's behind ours, of the operations, dtypes and widths that the line goes on to name:
+
+    <!-- instructions NAME.json rms_norm,clip_grad_norm_ bf16 4096,any -->
 """
 
 import json
 import re
 import statistics
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +42,12 @@ def fill(document: Path) -> bool:
     return after != before
 
 
-def _table(kind: str, names: Iterable[str]) -> str:
+def _table(kind: str, names: Sequence[str]) -> str:
     if kind == "instructions":
-        return _instructions([kernel for name in names for kernel in kernels_of(RESULTS / name)])
+        name, *chosen = names
+        operations, dtypes, widths = (part.split(",") for part in chosen)
+        kernels = [k for k in kernels_of(RESULTS / name) if k["operation"] in operations and k["dtype"] in dtypes]
+        return _instructions([kernel for kernel in kernels if _width(kernel) in widths])
     documents = [json.loads((RESULTS / name).read_text(encoding="utf-8")) for name in names]
     results = [result for document in documents for result in document["results"]]
     if kind == "clip":
@@ -96,6 +101,10 @@ def kernels_of(path: Path) -> list[Case]:
     return [dict(zip(document["fields"], kernel, strict=True)) for kernel in document["kernels"]]
 
 
+def _width(kernel: Case) -> str:
+    return str(kernel["cols"] or "any")
+
+
 def _instructions(kernels: list[Case]) -> str:
     """A row for each kernel, dtype and width: ours / Liger-Kernel's, with what it spills, in bytes of a thread."""
     targets = list(dict.fromkeys(kernel["target"] for kernel in kernels))
@@ -103,7 +112,7 @@ def _instructions(kernels: list[Case]) -> str:
     for kernel in kernels:
         if kernel["instructions"] is not None:
             direction = next((d for d in ("forward", "backward") if d in kernel["kernel"]), kernel["kernel"])
-            key = f"`{kernel['operation']}`", direction, kernel["dtype"], str(kernel["cols"] or "any")
+            key = f"`{kernel['operation']}`", direction, kernel["dtype"], _width(kernel)
             spilled = f" (spills {kernel['spilled']})" if kernel["spilled"] else ""
             cell = cells.setdefault(key, {}).setdefault(kernel["target"], {})
             cell.setdefault(kernel["provider"], f"{kernel['instructions']:.1f}{spilled}")

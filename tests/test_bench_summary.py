@@ -29,10 +29,10 @@ def results(tmp_path, monkeypatch):
     return tmp_path
 
 
-def filled(results, kind: str) -> list[list[str]]:
+def filled(results, kind: str, more: str = "") -> list[list[str]]:
     """The cells of a table's rows, in a document that had another one."""
     document = results / "document.md"
-    document.write_text(f"above\n<!-- {kind} some.json -->\n| old |\n<!-- end -->\nbelow\n")
+    document.write_text(f"above\n<!-- {kind} some.json{more} -->\n| old |\n<!-- end -->\nbelow\n")
     assert main(["summary", str(document)]) == 0
     first, marker, *table, end, last = document.read_text().splitlines()
     assert (first, end, last) == ("above", "<!-- end -->", "below") and kind in marker
@@ -63,3 +63,22 @@ def test_documents_are_up_to_date(document, tmp_path):
     copy = shutil.copy(document, tmp_path)
     assert summary.BLOCK.search(document.read_text(encoding="utf-8")), "no table is filled in"
     assert not summary.fill(tmp_path / document.name), f"python -m bench summary changes {document.name}: {copy}"
+
+
+def test_instructions(results):
+    """Of what the line names, and of kernels whose work grows with x."""
+    fields = ("provider", "target", "operation", "kernel", "dtype", "cols", "spilled", "instructions")
+    kernels = [
+        ("fastnorm", "sm_90", "rms_norm", "rms_norm_forward", "bf16", 4096, 0, 8.06),
+        ("liger", "sm_90", "rms_norm", "rms_norm_forward", "bf16", 4096, 16, 13.9),
+        ("fastnorm", "gfx942", "rms_norm", "rms_norm_forward", "bf16", 4096, 0, 12.0),
+        ("fastnorm", "sm_90", "rms_norm", "rms_norm_forward", "bf16", 1024, 0, 7.0),
+        ("fastnorm", "sm_90", "rms_norm", "rms_norm_forward", "fp32", 4096, 0, 7.0),
+        ("fastnorm", "sm_90", "layer_norm", "layer_norm_forward", "bf16", 4096, 0, 7.0),
+        ("fastnorm", "sm_90", "clip_grad_norm_", "norm", "bf16", None, 0, 4.2),
+        ("fastnorm", "sm_90", "clip_grad_norm_", "total", "bf16", None, 0, None),
+    ]
+    (results / "some.json").write_text(json.dumps({"fields": fields, "kernels": kernels}))
+    first, second = filled(results, "instructions", " rms_norm,clip_grad_norm_ bf16 4096,any")
+    assert first == ["`rms_norm`", "forward", "bf16", "4096", "8.1 / 13.9 (spills 16)", "12.0 / –"]
+    assert second == ["`clip_grad_norm_`", "norm", "bf16", "any", "4.2 / –", "– / –"]
