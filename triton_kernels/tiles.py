@@ -13,12 +13,18 @@ _INTERPRETED = tl.constexpr(launch.INTERPRETED)
 
 
 @triton.jit
+def all_lanes(lanes):
+    """The mask that leaves nothing out. Compilers drop it; and before Triton 3.7 no function can return None."""
+    return tl.full(lanes.shape, True, tl.int1)
+
+
+@triton.jit
 def tile_mask(t: tl.constexpr, lanes, row_mask, N_COLS: tl.constexpr, TILE: tl.constexpr):
-    """None where every lane of tile t is in the row: an unmasked load spares the zeroing of its registers."""
+    """Leaves nothing out where every lane of tile t is in the row: an unmasked load spares the zeroing of registers."""
+    if row_mask is None:
+        row_mask = all_lanes(lanes)
     if (t + 1) * TILE <= N_COLS:
         return row_mask
-    elif row_mask is None:
-        return lanes < N_COLS - t * TILE
     else:
         return (lanes < N_COLS - t * TILE) & row_mask
 
@@ -26,10 +32,10 @@ def tile_mask(t: tl.constexpr, lanes, row_mask, N_COLS: tl.constexpr, TILE: tl.c
 @triton.jit
 def loop_mask(start, lanes, row_mask, n_cols, MASKED: tl.constexpr):
     """As tile_mask, in a loop along the row, whose steps may pass its end where MASKED."""
+    if row_mask is None:
+        row_mask = all_lanes(lanes)
     if not MASKED:
         return row_mask
-    elif row_mask is None:
-        return lanes < n_cols - start
     else:
         return (lanes < n_cols - start) & row_mask
 
