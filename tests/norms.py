@@ -1,5 +1,6 @@
 """The four row norms as the tests see them: inputs, the float64 oracle, and the error that is allowed."""
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -106,7 +107,9 @@ def scales(case: Case, h: Tensor, tensors: dict[str, Tensor], dy: Tensor) -> dic
     centered = h - h.mean(dims, keepdim=True) if case.centers else h
     weight = tensors["weight"].double() + case.options.get("zero_centered", False) if "weight" in tensors else 1.0
     rstd = (centered.square().mean(dims, keepdim=True) + case.eps).rsqrt()
-    found = {"dx": dy * weight * rstd, "dweight": dy * centered * rstd, "dbias": dy, "y": h.new_zeros(1)}
+    # of one or two columns dx is what rstd and its third power differ by: the last unit of rstd counts twice
+    powers = 2 if math.prod(h.shape[-case.normalized :]) <= 2 else 1
+    found = {"dx": powers * dy * weight * rstd, "dweight": dy * centered * rstd, "dbias": dy, "y": h.new_zeros(1)}
     if torch.float64 in (case.dtype, case.residual, case.weight):
         # here the oracle's own rounding shows: h and the mean that is taken off it are rounded alike
         found |= {"y": h * rstd * weight, "dweight": dy * h * rstd, "dx": dy * weight * rstd * (1 + (h * rstd).abs())}
@@ -116,11 +119,15 @@ def scales(case: Case, h: Tensor, tensors: dict[str, Tensor], dy: Tensor) -> dic
     return {name: term.abs().max() for name, term in found.items()}
 
 
-def assert_as_good_as_stock(name: str, actual: Tensor, stock: Tensor, oracle: Tensor, unit: float, scale: Tensor):
-    """The error is at most 1.25 times stock's, and one unit in the last place of the largest value."""
-    unit = unit * torch.maximum(oracle.abs().max(), scale)
-    allowed = 1.25 * (stock.to(actual.dtype).double() - oracle).abs().max() + unit
-    error = (actual.double() - oracle).abs().max()
+def assert_as_good_as_stock(
+    name: str, actual: Tensor, stock: Tensor, oracle: Tensor, unit: float, scale: Tensor, walk: float = 0.0
+) -> None:
+    """The error is at most 1.25 times stock's, and one unit in the last place of the largest value; of a sum, what the
+    errors of its terms make, `walk` times the scale. What overflows in stock is not judged."""
+    unit = unit * torch.maximum(oracle.abs().max(), scale) + walk * scale
+    stock = stock.to(actual.dtype).double()
+    allowed = 1.25 * torch.where(stock.isfinite(), stock - oracle, 0.0).abs().max() + unit
+    error = torch.where(stock.isfinite(), actual.double() - oracle, 0.0).abs().max()
     stock_error = (allowed - unit) / 1.25
     assert error <= allowed, f"{name}: error {error:.3g}, but stock's is {stock_error:.3g} and a unit {unit:.3g}"
 
@@ -159,7 +166,12 @@ def check(case: Case, tensors: dict[str, Tensor], dy: Tensor | None = None, dh: 
     is_reference = fastnorm.explain(h, case.op).backend == "reference"
     for name, value in actual.items():
         unit = unit_of(name, value, h, computed, is_reference)
-        assert_as_good_as_stock(f"{case} {name}", value, stock[name], oracle[name], unit, largest[name])
+        if case.options.get("rounding") == "llama" and name in ("y", "dweight"):
+            unit = max(unit, torch.finfo(case.dtype).eps)  # a float32 unit decides to which side x̂ is rounded
+        # each row's term is off by a unit, to either side, and their sum by the root of their number
+        is_sum, rows = name in ("dweight", "dbias"), h.numel() // math.prod(h.shape[-case.normalized :])
+        walk = math.sqrt(rows) * torch.finfo(torch.promote_types(computed, torch.float32)).eps if is_sum else 0.0
+        assert_as_good_as_stock(f"{case} {name}", value, stock[name], oracle[name], unit, largest[name], walk)
 
 
 def stock_dtype(case: Case, h: Tensor, y: Tensor) -> torch.dtype:
