@@ -143,6 +143,9 @@ def scales(case: Case, tensors: dict[str, Tensor], dy: Tensor) -> dict[str, Tens
     terms["dx"] = [(g.abs() + level.abs() + (x_hat * along).abs()) * rstd]
     if not case.training:  # statistics and affine are folded into one multiply-add, here and in stock
         terms["y"] += [x * rstd * weight, mean * rstd * weight]
+    elements = x[0].numel() // case.groups if case.op == "group_norm" else x.numel() // x.shape[1]
+    if elements <= 2:  # y is ±1 but for the rounding of their mean, which may be far larger than what they differ by
+        terms["y"] += [mean * rstd * weight]
     if case.activation == "silu":  # z is computed again, with the mean as it was rounded
         terms["dbias"] += [(dy * mean * rstd * weight).square().sum(sums).sqrt()]
         terms["dweight"] = [2 * term for term in terms["dweight"]]  # its sigmoid and dz are rounded, too
