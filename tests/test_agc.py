@@ -93,6 +93,16 @@ def test_other_dtypes_round_once(device, dtype):
     assert_clipped(params, before, timm_formula, 1e-12 if dtype == torch.float64 else 0.501 * torch.finfo(dtype).eps)
 
 
+def test_powers_of_long_16_bit_units(device):
+    """Too long to be held by the threads of a program that takes logarithms in float64."""
+    params = parameters([(3, 12000), (2, 6000)], device=device, dtype=torch.bfloat16)
+    before = [p.grad.clone() for p in params]
+    fastnorm.adaptive_clip_grad_(params, norm_type=3.0)
+    tolerance = 0.501 * torch.finfo(torch.bfloat16).eps
+    assert_clipped(params, before, lambda p, g: timm_formula(p, g, norm_type=3.0), tolerance)
+    assert all(not torch.equal(p.grad, g) for p, g in zip(params, before, strict=True))
+
+
 def test_gradients_of_another_dtype_than_the_parameters(device):
     params = parameters(device=device, dtype=torch.bfloat16)
     for p in params:

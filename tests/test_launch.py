@@ -166,3 +166,12 @@ def test_offsets_beyond_31_bits(op, cols, triton_device):
 
     for far, near in zip(both_directions(*inputs), both_directions(*inputs.contiguous()), strict=True):
         assert far is near is None or torch.equal(far, near)
+
+
+@itemsizes
+@given(length=st.integers(1, 1 << 15))
+def test_units_take_no_more_warps_than_a_card_has(itemsize, length):
+    tiles = launch.unit_tiles(length, itemsize)
+    assert tiles.warps <= 16
+    # one unit a program, as the kernel that doesn't hold it takes them
+    assert launch.holds_powers(tiles) or tiles.rows == 1

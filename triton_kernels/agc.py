@@ -167,7 +167,7 @@ def launch_group(group: Group, clip_factor: float, eps: float, norm_type: float)
     tiles, types = group.tiles, [triton_dtype(dtype) for dtype in group.dtypes]
     arguments = (group.addresses, group.tensors, group.program_tensor, bits_of(clip_factor), bits_of(eps), *types)
     with launch.on_device(group.addresses):
-        if tiles.looped:
+        if tiles.looped or (kind == "powers" and not launch.holds_powers(tiles)):
             rows, _, warps = launch.piece_tile(1)
             if kind == "powers":
                 rows //= launch.POWERS_SPREAD

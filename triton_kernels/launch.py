@@ -232,6 +232,11 @@ def unit_tiles(length: int, itemsize: int) -> UnitTiles:
     return UnitTiles(cols, rows, warps, False)
 
 
+def holds_powers(tiles: UnitTiles) -> bool:
+    """Whether a program can hold a unit whose powers it adds up; no card has more than 32 warps a program."""
+    return not tiles.looped and POWERS_SPREAD * tiles.warps <= 32
+
+
 VECTOR_WARPS = 4  # of a program that walks along channels
 # vectors of a tile: one a thread; Triton's interpreter takes time for operations, not for elements
 TILE_VECTORS = 1024 if INTERPRETED else WARP * VECTOR_WARPS
