@@ -111,6 +111,8 @@ def _describe(
     name = name.strip("_").removesuffix("_kernel")
     step = step_of(problem, name, constants, signature) if counts else None
     costs = machine_code.element_costs(compiled, step, metadata.num_warps * target.warp_size) if step else (None, None)
+    kind = constants.get("KIND", "squares")  # of norm
+    name = name if kind == "squares" else f"{name}_{kind}"
     return Kernel(
         provider=problem.provider,
         target=problem.target,

@@ -82,7 +82,7 @@ def _call_with_gradients(problem: Problem) -> None:
     """The clips of a long list of tensors; of their kernels, one variant for each dtype, norm and length of a unit."""
     types = DTYPES[problem.dtype]
     gradients = tables.Table([tables.Entry(1 << 20, 1 << 20, types.x)], HOST)
-    norm_types = (2.0, *OTHER_NORMS) if problem.dtype == "fp32" else (2.0,)
+    norm_types = (2.0, *OTHER_NORMS)
     if problem.operation == "clip_grad_value_":
         multi_tensor.change(gradients, None, 1.0)
     elif problem.operation == "clip_grad_norm_":

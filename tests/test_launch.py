@@ -17,8 +17,8 @@ HEAD_WIDTHS = (64, 80, 96, 128, 256)
 MODEL_WIDTHS = (768, 1024, 1280, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192, 12288, 16384)
 CHOICES = {
     "forward": launch.row_tiles,
-    "backward, one sum": lambda cols, itemsize: launch.backward_row_tiles(cols, itemsize, sums=1)[0],
-    "backward, two sums": lambda cols, itemsize: launch.backward_row_tiles(cols, itemsize, sums=2)[0],
+    "backward, one sum": lambda cols, itemsize: launch.backward_row_tiles(cols, itemsize, 1, itemsize)[0],
+    "backward, two sums": lambda cols, itemsize: launch.backward_row_tiles(cols, itemsize, 2, itemsize)[0],
 }
 choices = pytest.mark.parametrize("choose", CHOICES.values(), ids=CHOICES)
 itemsizes = pytest.mark.parametrize("itemsize", [2, 4, 8])
@@ -83,7 +83,7 @@ def test_the_tiling_knows_nothing_of_the_batch():
 @itemsizes
 @given(cols=columns, rows=rows_of_a_batch, multiprocessors=st.integers(1, 304), partials=st.integers(0, 2))
 def test_backward_programs(itemsize, cols, rows, multiprocessors, partials):
-    tiles, _ = launch.backward_row_tiles(cols, itemsize, sums=max(1, partials))
+    tiles, *_ = launch.backward_row_tiles(cols, itemsize, max(1, partials), itemsize)
     programs = launch.backward_programs(rows, tiles, multiprocessors, itemsize, partials)
     assert 1 <= programs <= -(-rows // tiles.rows)
     assert programs * tiles.warps <= max(16, tiles.warps) * multiprocessors
@@ -107,7 +107,7 @@ def partial_share(rows: int, programs: int, partials: int, itemsize: int) -> flo
 
 
 def test_a_card_is_filled_by_a_training_batch():
-    tiles, _ = launch.backward_row_tiles(4096, 2, sums=1)
+    tiles, *_ = launch.backward_row_tiles(4096, 2, sums=1, widest=2)
     assert launch.backward_programs(8192, tiles, 132, 2, 1) >= 132
 
 
@@ -115,16 +115,24 @@ def test_a_card_is_filled_by_a_training_batch():
 def test_rows_of_64_kib_are_held_and_longer_ones_are_not(itemsize):
     cols = 65536 // itemsize
     assert not launch.is_long(cols, itemsize)
-    assert launch.is_long(cols + 1, itemsize) and launch.backward_is_long(cols + 1, itemsize)
-    assert launch.backward_is_long(cols, itemsize) == (cols > 16384)
+    assert launch.is_long(cols + 1, itemsize)
+    for sums in (1, 2):
+        assert launch.backward_is_long(cols + 1, itemsize, sums)
+        assert launch.backward_is_long(cols, itemsize, sums) == (cols * sums > 32768)
 
 
 @itemsizes
-@given(cols=st.integers(1, 16384), sums=st.sampled_from([1, 2]))
-def test_what_a_thread_holds_fits_its_registers(itemsize, cols, sums):
+@given(cols=st.integers(1, 16384), sums=st.sampled_from([1, 2]), weight=st.sampled_from([2, 4, 8]))
+def test_what_a_thread_holds_fits_its_registers(itemsize, cols, sums, weight):
     """Of 65536 registers, a program's threads get equal parts, and at most 255 each."""
-    tiles, holds = launch.backward_row_tiles(cols, itemsize, sums)
-    assert not holds or (3 + sums) * tiles.registers < min(255, 65536 // (32 * tiles.warps))
+    tiles, holds, holds_weight = launch.backward_row_tiles(cols, itemsize, sums, max(itemsize, weight))
+    assert holds or not holds_weight
+    assert not holds or (2 + holds_weight + sums) * tiles.registers < min(255, 65536 // (32 * tiles.warps))
+
+
+@pytest.mark.parametrize(("sums", "read_again"), [(1, []), (2, [7168, 16384])], ids=["rms_norm", "layer_norm"])
+def test_16_bit_rows_of_models_are_read_once(sums, read_again):
+    assert [cols for cols in MODEL_WIDTHS if not launch.backward_row_tiles(cols, 2, sums, widest=2)[1]] == read_again
 
 
 def test_access_bytes_is_the_largest_element():

@@ -16,10 +16,14 @@ WARP = 32
 ACCESS_BYTES = 16  # the widest load of a thread
 MAX_PADDING = 1 / 8  # idle lanes that a tiling may cost, as a part of the row
 RESIDENT_BYTES = 65536  # longer rows go through the looped kernels
-HELD_REGISTERS = {4: 200, 8: 200, 16: 80}  # of a thread's 255, or 128 with 16 warps, that a row may take
+# registers of a thread's 255, or 128 with 16 warps, that a row may take with its weight and parameter sums; and without
+# the weight: when all is of 16 bits, it comes in half of the registers and is unpacked in steps
+HELD_REGISTERS = {4: 200, 8: 200, 16: 80}
+HELD_ROW_REGISTERS = {4: 160, 8: 160, 16: 80}
+HELD_16_BIT_ROW_REGISTERS = {4: 168, 8: 168, 16: 96}
 SUM_REGISTERS = 16  # of a thread, for each parameter sum, to begin with; all of them may take SUMS_REGISTERS
 SUMS_REGISTERS = 112
-BACKWARD_RESIDENT_COLS = 16384  # of wider rows, the parameter sums no longer fit into one program's registers
+RESIDENT_SUMS = 32768  # of a row; more no longer fit into one program's registers
 NARROW_REGISTERS = 32  # of a thread, for rows shorter than a warp's access; half for each parameter sum beside them
 PARTIAL_SHARE = 0.03  # of the backward's traffic that partial sums may add, from PARTIAL_ROWS rows on
 PARTIAL_ROWS = 4096
@@ -83,13 +87,17 @@ def _narrow_tiles(cols: int, vector: int, width: int, registers: int) -> RowTile
     return RowTiles(tile, count, rows, 4, width)
 
 
-def backward_row_tiles(cols: int, itemsize: int, sums: int) -> tuple[RowTiles, bool]:
-    """The tiling of the backward. Also whether a thread can hold x̂, w·dy and w beside `sums` parameter sums; if not,
-    they are read again, from the cache."""
+def backward_row_tiles(cols: int, itemsize: int, sums: int, widest: int) -> tuple[RowTiles, bool, bool]:
+    """The tiling of the backward; `widest` bytes has the largest element, the weight's among them. Also whether a
+    thread can hold x̂ and w·dy beside `sums` parameter sums, and whether w as well: what it can't hold is read again
+    for each row, from the cache."""
     tiles = row_tiles(cols, itemsize, sums)
     if tiles.registers * (3 + sums) <= HELD_REGISTERS[tiles.warps]:
-        return tiles, True
-    return _summing_tiles(cols, itemsize, sums), False
+        return tiles, True, True
+    limits = HELD_16_BIT_ROW_REGISTERS if widest == 2 else HELD_ROW_REGISTERS
+    if tiles.registers * (2 + sums) <= limits[tiles.warps] and cols * itemsize % ACCESS_BYTES == 0:
+        return tiles, True, False
+    return _summing_tiles(cols, itemsize, sums), False, False
 
 
 def _summing_tiles(cols: int, itemsize: int, sums: int) -> RowTiles:
@@ -112,11 +120,11 @@ def is_long(cols: int, itemsize: int) -> bool:
     return cols * itemsize > RESIDENT_BYTES
 
 
-def backward_is_long(cols: int, itemsize: int) -> bool:
+def backward_is_long(cols: int, itemsize: int, sums: int) -> bool:
     """Whether a row's parameter sums are too long for one program. A row that can't be read 16 bytes at a time takes
     more registers for the reading, and leaves fewer to the sums."""
     width = max(1, itemsize // 4)
-    limit = BACKWARD_RESIDENT_COLS if cols * itemsize % ACCESS_BYTES == 0 else BACKWARD_RESIDENT_COLS // (2 * width)
+    limit = RESIDENT_SUMS // sums if cols * itemsize % ACCESS_BYTES == 0 else RESIDENT_SUMS // (2 * sums * width)
     return is_long(cols, itemsize) or cols > limit
 
 

@@ -11,10 +11,15 @@ from .tiles import (
     add_row_products,
     column_sums,
     empty_partials,
+    empty_sums,
+    lane_means,
+    load_pair,
+    load_pairs,
     load_stream,
     load_tile,
     load_weight,
     load_weight_tile,
+    load_weight_tiles,
     reciprocal_sqrt,
     settled,
     store_partials,
@@ -48,8 +53,7 @@ def _layer_norm_forward_kernel(
         total += h
         tiles = tiles + (h,)
     mean = tl.sum(total, axis=1, keep_dims=True) * (1.0 / N_COLS)
-    remainder = tl.zeros((ROWS, TILE), stat)
-    square_sum = tl.zeros((ROWS, TILE), stat)
+    remainder, square_sum = tl.zeros((ROWS, TILE), stat), tl.zeros((ROWS, TILE), stat)
     centered = ()
     for t in tl.static_range(N_TILES):
         c = tiles[t] - mean
@@ -62,11 +66,11 @@ def _layer_norm_forward_kernel(
         centered = centered + (c,)
     # scaled before the lanes are added: n squares of 1e18 have a mean that fits, and a sum that does not
     if REFINE:
-        shift, variance = sum_pair(remainder * (1.0 / N_COLS), square_sum * (1.0 / N_COLS))
+        shift, variance = sum_pair(lane_means(remainder, N_COLS), lane_means(square_sum, N_COLS))
         variance = tl.maximum(variance - shift * shift, 0.0, tl.PropagateNan.ALL)
         mean += shift
     else:
-        variance = tl.sum(square_sum * (1.0 / N_COLS), axis=1, keep_dims=True)
+        variance = tl.sum(lane_means(square_sum, N_COLS), axis=1, keep_dims=True)
     rstd = reciprocal_sqrt(variance + EPS)
     store_tile(mean_ptr + rows, mean, row_mask)
     store_tile(rstd_ptr + rows, rstd, row_mask)
@@ -127,57 +131,68 @@ def _layer_norm_long_forward_kernel(
         store_tile(y_ptr + row * n_cols + cols, y, mask)
 
 
+@triton.jit
+def _add_tile(h, dy, statistics, t: tl.constexpr, dweight, dbias, weight_sums, bias_sums):
+    """c = h − mean and g = dy · rstd of tile t, and the parameter sums with it, as far as they are wanted."""
+    c = h.to(statistics[0].dtype) - statistics[0]
+    dy = dy.to(c.dtype)
+    g = dy * statistics[1]  # scaled before anything else: x̂ itself is then never needed
+    if len(dweight) > 0:
+        weight_sums = weight_sums + (dweight[t] + g * c,)
+    if len(dbias) > 0:
+        bias_sums = bias_sums + (dbias[t] + dy,)
+    return c, g, weight_sums, bias_sums
+
+
 @triton.jit(do_not_specialize=["n_rows", "n_blocks"])  # one code for every batch, to the last bit
 def _layer_norm_backward_kernel(
     dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr,
     n_rows, n_blocks, dy_stride, dh_stride, h_stride,
-    ZERO_CENTERED: tl.constexpr, HOLD: tl.constexpr,
+    ZERO_CENTERED: tl.constexpr, HOLD: tl.constexpr, HOLD_WEIGHT: tl.constexpr,
     N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """dx = (w·dy − mean(w·dy) − x̂ · mean(x̂ · w·dy)) · rstd + dh; dweight = Σ dy · x̂, dbias = Σ dy."""
     stat = rstd_ptr.dtype.element_ty
     lanes = tl.arange(0, TILE)[None, :]
-    dweight, dbias, weight = (), (), ()
-    for t in tl.static_range(N_TILES):
-        if dweight_ptr is not None:
-            dweight = dweight + (tl.zeros((ROWS, TILE), stat),)
-        if dbias_ptr is not None:
-            dbias = dbias + (tl.zeros((ROWS, TILE), stat),)
-        if HOLD and weight_ptr is not None:
-            weight = weight + (load_weight_tile(weight_ptr, lanes, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS),)
-    if ROWS > 1:
-        # else the addresses where rows' sums meet are worked out twice, here for a program without rows, and kept
-        tl.assume(tl.program_id(0) < n_blocks)
+    dweight, dbias = empty_sums(dweight_ptr, ROWS, TILE, N_TILES), empty_sums(dbias_ptr, ROWS, TILE, N_TILES)
+    if HOLD_WEIGHT:
+        weight = load_weight_tiles(weight_ptr, lanes, stat, ZERO_CENTERED, N_COLS, TILE, N_TILES, ROWS)
+    # else the addresses where sums meet are worked out twice, here for a program without rows, and kept
+    tl.assume(tl.program_id(0) < n_blocks)
     for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
         row_ids = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
         row_mask = None
         if ROWS > 1:
-            # the last row stands in for those beyond the end: with dy masked, h need not be, which zeroes registers
+            # the last row stands in for those beyond the end
             row_mask = (row_ids < n_rows)[:, None]
             row_ids = tl.minimum(row_ids, n_rows - 1)
         rows = row_ids[:, None]
         mean = tl.load(mean_ptr + row_ids)[:, None]
         rstd = tl.load(rstd_ptr + row_ids)[:, None]
         h_row, dy_row = h_ptr + (rows * h_stride + lanes), dy_ptr + (rows * dy_stride + lanes)
-        product, total = 0.0, 0.0
-        weight_sums, bias_sums, centered, weighted = (), (), (), ()
+        weight_sums, bias_sums, centered, weighted, statistics = (), (), (), (), (mean, rstd)
         if HOLD:
+            h_tiles, dy_tiles = load_pairs(h_row, dy_row, lanes, row_mask, N_COLS, TILE, N_TILES)
             for t in tl.static_range(N_TILES):
-                mask = tile_mask(t, lanes, row_mask, N_COLS, TILE)
-                c = load_tile(h_row + t * TILE, tile_mask(t, lanes, None, N_COLS, TILE), stat) - mean
-                dy = load_tile(dy_row + t * TILE, mask, stat)
-                g = dy * rstd  # scaled before anything else: x̂ itself is then never needed
-                if dweight_ptr is not None:
-                    weight_sums = weight_sums + (dweight[t] + g * c,)
-                if dbias_ptr is not None:
-                    bias_sums = bias_sums + (dbias[t] + dy,)
+                c, g, weight_sums, bias_sums = _add_tile(
+                    h_tiles[t], dy_tiles[t], statistics, t, dweight, dbias, weight_sums, bias_sums
+                )
+                if not HOLD_WEIGHT and t + 1 < N_TILES:
+                    never = block - t - 1
+                    weight_sums, bias_sums, statistics = settled(weight_sums, bias_sums, statistics, never, n_rows)
                 if weight_ptr is not None:
-                    g *= weight[t]
-                product = c * g if t == 0 else product + c * g
-                total = g if t == 0 else total + g
-                centered = centered + (c,)
-                weighted = weighted + (g,)
-            weight_sums, bias_sums = settled(weight_sums, bias_sums, block, n_rows)
+                    if HOLD_WEIGHT:
+                        g *= weight[t]
+                    else:
+                        g *= load_weight_tile(weight_ptr, lanes, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
+                centered, weighted = centered + (c,), weighted + (g,)
+            weight_sums, bias_sums, _ = settled(weight_sums, bias_sums, (), block, n_rows)
+            zeros = tl.zeros((ROWS, TILE), stat)  # else products are rounded, or not, where lanes are added: see `term`
+            product = tl.fma(centered[0], weighted[0], zeros)
+            total = weighted[0] + zeros if N_TILES == 1 else weighted[0]
+            for t in tl.static_range(1, N_TILES):
+                product += centered[t] * weighted[t]
+                total += weighted[t]
         else:
             n_cols = N_COLS + (n_rows >> 31 << 4)  # N_COLS, which compilers can't know: or they unroll the whole row
             product, total = add_row_products(
@@ -190,21 +205,19 @@ def _layer_norm_backward_kernel(
         lane = lanes
         if not HOLD:
             lane += (rstd < 0.0).to(tl.int32) << 4  # zero, which compilers can't know: or they keep the tiles
+            h_row, dy_row = h_ptr + (rows * h_stride + lane), dy_ptr + (rows * dy_stride + lane)
+            h_tile, dy_tile = load_pair(h_row, dy_row, 0, lanes, row_mask, N_COLS, TILE)
         for t in tl.static_range(N_TILES):
             mask = tile_mask(t, lanes, row_mask, N_COLS, TILE)
             if HOLD:
-                c = centered[t]
-                g = weighted[t]
+                c, g = centered[t], weighted[t]
             else:  # this wide, registers go to the parameter sums, and the row is still in the cache
-                c = load_tile(h_ptr + (rows * h_stride + lane) + t * TILE, mask, stat) - mean
-                dy = load_tile(dy_ptr + (rows * dy_stride + lane) + t * TILE, mask, stat)
-                g = dy * rstd
-                if dweight_ptr is not None:
-                    weight_sums = weight_sums + (dweight[t] + g * c,)
-                if dbias_ptr is not None:
-                    bias_sums = bias_sums + (dbias[t] + dy,)
+                c, g, weight_sums, bias_sums = _add_tile(
+                    h_tile, dy_tile, statistics, t, dweight, dbias, weight_sums, bias_sums
+                )
                 if t + 1 < N_TILES:
-                    weight_sums, bias_sums = settled(weight_sums, bias_sums, block - t, n_rows)
+                    weight_sums, bias_sums, statistics = settled(weight_sums, bias_sums, statistics, block - t, n_rows)
+                    h_tile, dy_tile = load_pair(h_row, dy_row, t + 1, lanes, row_mask, N_COLS, TILE)
                 if weight_ptr is not None:
                     col_mask = tile_mask(t, lane, None, N_COLS, TILE)
                     g *= load_weight(weight_ptr + lane + t * TILE, col_mask, stat, ZERO_CENTERED)
@@ -213,12 +226,9 @@ def _layer_norm_backward_kernel(
                 dx, dx_ptr, dresidual_ptr, dh_ptr,
                 rows * N_COLS + lane + t * TILE, rows * dh_stride + lane + t * TILE, mask,
             )  # fmt: skip
-        dweight = weight_sums
-        dbias = bias_sums
-    if dweight_ptr is not None:
-        store_partials(dweight_ptr, dweight, N_COLS, TILE, N_TILES)
-    if dbias_ptr is not None:
-        store_partials(dbias_ptr, dbias, N_COLS, TILE, N_TILES)
+        dweight, dbias = weight_sums, bias_sums
+    store_partials(dweight_ptr, dweight, N_COLS, TILE, N_TILES)
+    store_partials(dbias_ptr, dbias, N_COLS, TILE, N_TILES)
 
 
 @triton.jit
@@ -322,9 +332,7 @@ def add_layer_norm_backward(
     dy, dh, h, weight, mean, rstd, zero_centered, x_dtype, residual_dtype, dweight_dtype, dbias_dtype
 ):
     """dy, dh, h: (rows, cols). Returns dx, dresidual (None where dx serves as both), dweight, dbias."""
-    return _backward(
-        dy, dh, h, weight, mean, rstd, zero_centered, x_dtype, residual_dtype, dweight_dtype, dbias_dtype
-    )
+    return _backward(dy, dh, h, weight, mean, rstd, zero_centered, x_dtype, residual_dtype, dweight_dtype, dbias_dtype)
 
 
 def _refines(h):
@@ -343,7 +351,7 @@ def _backward(dy, dh, h, weight, mean, rstd, zero_centered, x_dtype, residual_dt
     itemsize = launch.access_bytes((dy, dh, h, dx, dresidual))
     arguments = (dy, dh, h, weight, mean, rstd, dx, dresidual)
     with launch.on_device(h):
-        run = _backward_long if launch.backward_is_long(cols, itemsize) else _backward_resident
+        run = _backward_long if launch.backward_is_long(cols, itemsize, sums=2) else _backward_resident
         partials = run(arguments, itemsize, dtypes, zero_centered)
         dweight, dbias = column_sums(partials, dtypes)
     return dx, dresidual, dweight, dbias
@@ -351,9 +359,10 @@ def _backward(dy, dh, h, weight, mean, rstd, zero_centered, x_dtype, residual_dt
 
 def _backward_resident(arguments, itemsize, dtypes, zero_centered):
     """Fills dx and dresidual; returns the (programs, cols) partials of dweight and dbias, None where not wanted."""
-    dy, dh, h, *_, rstd, _, _ = arguments
+    dy, dh, h, weight, _, rstd, dx, _ = arguments
     rows, cols = h.shape
-    tiles, holds = launch.backward_row_tiles(cols, itemsize, sums=2)
+    widest = launch.access_bytes((dy, h, dx, weight))
+    tiles, holds, holds_weight = launch.backward_row_tiles(cols, itemsize, sums=2, widest=widest)
     sums = sum(d is not None for d in dtypes)
     programs = launch.backward_programs(rows, tiles, launch.multiprocessors(), itemsize, sums)
     partials = empty_partials(h, programs, dtypes, rstd.dtype)
@@ -361,7 +370,7 @@ def _backward_resident(arguments, itemsize, dtypes, zero_centered):
     _layer_norm_backward_kernel[(programs,)](
         *arguments, *partials,
         rows, triton.cdiv(rows, tiles.rows), dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0),
-        ZERO_CENTERED=zero_centered, HOLD=holds,
+        ZERO_CENTERED=zero_centered, HOLD=holds, HOLD_WEIGHT=holds_weight,
         N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows, **launch.options(tiles.warps),
     )  # fmt: skip
     return partials

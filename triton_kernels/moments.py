@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .tiles import load_tile, reciprocal_sqrt, store_tile
+from .tiles import load_tile, reciprocal_sqrt, store_tile, term
 
 ITEMS, UNITS = 32, 32  # partials of a step, and units of a program
 
@@ -66,14 +66,6 @@ def add_tiles(mean, variance, seen, tiles, masks, added, POOLED: tl.constexpr, D
     # from the left: where one factor is zero, the square of the other may be infinite
     variance += share * (squares - variance + (1.0 - share) * delta * delta)
     return mean + share * delta, variance, seen
-
-
-@triton.jit
-def term(a, b):
-    """a · b, to be summed over lanes. Compilers would fuse a plain product into the sum on one side of an exchange, and
-    lanes that should have the same sum would differ in the last bit."""
-    zero = tl.zeros_like(a)
-    return tl.fma(a, b + zero, zero)
 
 
 @triton.jit

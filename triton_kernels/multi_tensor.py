@@ -210,11 +210,13 @@ def norms_of(table: tables.Table, norm_type: float, dtype: torch.dtype) -> tuple
     with launch.on_device(partials):
         for group in layout.groups:
             rows, cols, warps = launch.piece_tile(group.dtype.itemsize)
+            if norm["KIND"] == "powers":
+                rows //= launch.POWERS_SPREAD
             # grid: one program for each piece
             _norm_kernel[(group.count,)](
                 table.addresses, layout.tensors, layout.piece_tensor, partials, group.first,
                 DTYPE=triton_dtype(group.dtype), **norm, PIECE=layout.piece_bytes // group.dtype.itemsize,
-                ROWS=rows, COLS=cols, num_warps=warps,
+                ROWS=rows, COLS=cols, **launch.options(warps),
             )  # fmt: skip
         # grid: one program for each tensor
         _fold_tensor_kernel[(count,)](layout.tensors, partials, sums, norms, **norm, BLOCK=FOLD, num_warps=4)

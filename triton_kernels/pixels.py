@@ -13,8 +13,8 @@ import triton.language as tl
 
 from . import launch
 from .activations import activated, affine, input_gradient, normalized, relu_gradient, silu_gradient, statistics
-from .moments import Partials, add_tiles, join_lanes, load_centered, moment_numbers, term
-from .tiles import load_tile, store_tile
+from .moments import Partials, add_tiles, join_lanes, load_centered, moment_numbers
+from .tiles import load_tile, store_tile, term
 from .types import stat_dtype
 
 

@@ -10,12 +10,18 @@ from . import launch
 from .tiles import (
     column_sums,
     empty_partials,
+    empty_sums,
+    lane_means,
+    load_pair,
+    load_pairs,
     load_stream,
     load_tile,
     load_weight,
     load_weight_tile,
+    load_weight_tiles,
     loop_mask,
     reciprocal_sqrt,
+    settled,
     store_partials,
     store_stream_gradient,
     store_tile,
@@ -46,7 +52,7 @@ def _rms_norm_forward_kernel(
         square_sum += h * h
         tiles = tiles + (h,)
     # scaled before the lanes are added: n values of 1e18 have a mean square that fits, and a sum that does not
-    rstd = reciprocal_sqrt(tl.sum(square_sum * (1.0 / N_COLS), axis=1, keep_dims=True) + EPS)
+    rstd = reciprocal_sqrt(tl.sum(lane_means(square_sum, N_COLS), axis=1, keep_dims=True) + EPS)
     store_tile(rstd_ptr + rows, rstd, row_mask)
     for t in tl.static_range(N_TILES):
         y = tiles[t] * rstd
@@ -124,43 +130,48 @@ def _add_row_product(
 def _rms_norm_backward_kernel(
     dy_ptr, dh_ptr, h_ptr, weight_ptr, rstd_ptr, dx_ptr, dresidual_ptr, dweight_ptr,
     n_rows, n_blocks, dy_stride, dh_stride, h_stride,
-    ZERO_CENTERED: tl.constexpr, CAST: tl.constexpr, HOLD: tl.constexpr,
+    ZERO_CENTERED: tl.constexpr, CAST: tl.constexpr, HOLD: tl.constexpr, HOLD_WEIGHT: tl.constexpr,
     N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """dx = (w·dy − x̂ · mean(x̂ · w·dy)) · rstd + dh; dweight = Σ dy · x̂ over this program's rows."""
     stat = rstd_ptr.dtype.element_ty
     lanes = tl.arange(0, TILE)[None, :]
-    dweight = ()
-    weight = ()
-    for t in tl.static_range(N_TILES):
-        if dweight_ptr is not None:
-            dweight = dweight + (tl.zeros((ROWS, TILE), stat),)
-        if HOLD and weight_ptr is not None:
-            weight = weight + (load_weight_tile(weight_ptr, lanes, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS),)
+    dweight = empty_sums(dweight_ptr, ROWS, TILE, N_TILES)
+    if HOLD_WEIGHT:
+        weight = load_weight_tiles(weight_ptr, lanes, stat, ZERO_CENTERED, N_COLS, TILE, N_TILES, ROWS)
+    # else the addresses where sums meet are worked out twice, here for a program without rows, and kept
+    tl.assume(tl.program_id(0) < n_blocks)
     for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
         row_ids = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
+        row_mask = None
+        if ROWS > 1:
+            # the last row stands in for those beyond the end
+            row_mask = (row_ids < n_rows)[:, None]
+            row_ids = tl.minimum(row_ids, n_rows - 1)
         rows = row_ids[:, None]
-        id_mask = row_ids < n_rows if ROWS > 1 else None
-        row_mask = id_mask[:, None] if ROWS > 1 else None
-        rstd = load_tile(rstd_ptr + row_ids, id_mask, stat)[:, None]
+        rstd = tl.load(rstd_ptr + row_ids)[:, None]
         h_row, dy_row = h_ptr + (rows * h_stride + lanes), dy_ptr + (rows * dy_stride + lanes)
         product = tl.zeros((ROWS, TILE), stat)
-        sums, x_hats, weighted = (), (), ()
+        sums, x_hats, weighted, scale = (), (), (), (rstd,)
         if HOLD:
+            h_tiles, dy_tiles = load_pairs(h_row, dy_row, lanes, row_mask, N_COLS, TILE, N_TILES)
             for t in tl.static_range(N_TILES):
-                mask = tile_mask(t, lanes, row_mask, N_COLS, TILE)
-                h = load_tile(h_row + t * TILE, mask, stat)
-                dy = load_tile(dy_row + t * TILE, mask, stat)
+                h = h_tiles[t].to(stat)
+                dy = dy_tiles[t].to(stat)
                 if dweight_ptr is not None:
-                    sums = sums + (dweight[t] + dy * _normalized(h, rstd, CAST),)
-                x_hat = h * rstd
+                    sums = sums + (dweight[t] + dy * _normalized(h, scale[0], CAST),)
+                x_hat = h * scale[0]
+                if not HOLD_WEIGHT:
+                    sums, _, scale = settled(sums, (), scale, block - t, n_rows)
                 if weight_ptr is not None:
-                    dy *= weight[t]
+                    if HOLD_WEIGHT:
+                        dy *= weight[t]
+                    else:
+                        dy *= load_weight_tile(weight_ptr, lanes, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
                 product += x_hat * dy
-                x_hats = x_hats + (x_hat,)
-                weighted = weighted + (dy,)
+                x_hats, weighted = x_hats + (x_hat,), weighted + (dy,)
         else:
-            n_cols = N_COLS + (n_blocks >> 31 << 4)  # N_COLS, which compilers can't know: or they unroll the whole row
+            n_cols = N_COLS + (n_rows >> 31 << 4)  # N_COLS, which compilers can't know: or they unroll the whole row
             product = _add_row_product(
                 product, h_row, dy_row, weight_ptr, rstd,
                 lanes + tl.zeros((ROWS, 1), tl.int32), row_mask, n_cols, ZERO_CENTERED, N_COLS % TILE > 0, TILE,
@@ -170,17 +181,21 @@ def _rms_norm_backward_kernel(
         lane = lanes
         if not HOLD:
             lane += (rstd < 0.0).to(tl.int32) << 4  # zero, which compilers can't know: or they keep the tiles
+            h_row, dy_row = h_ptr + (rows * h_stride + lane), dy_ptr + (rows * dy_stride + lane)
+            h_tile, dy_tile = load_pair(h_row, dy_row, 0, lanes, row_mask, N_COLS, TILE)
         for t in tl.static_range(N_TILES):
             mask = tile_mask(t, lanes, row_mask, N_COLS, TILE)
             if HOLD:
-                x_hat = x_hats[t]
-                dy = weighted[t]
+                x_hat, dy = x_hats[t], weighted[t]
             else:  # this wide, registers go to dweight, and the row is still in the cache
-                h = load_tile(h_ptr + (rows * h_stride + lane) + t * TILE, mask, stat)
-                dy = load_tile(dy_ptr + (rows * dy_stride + lane) + t * TILE, mask, stat)
+                h = h_tile.to(stat)
+                dy = dy_tile.to(stat)
                 if dweight_ptr is not None:
-                    sums = sums + (dweight[t] + dy * _normalized(h, rstd, CAST),)
-                x_hat = h * rstd
+                    sums = sums + (dweight[t] + dy * _normalized(h, scale[0], CAST),)
+                x_hat = h * scale[0]
+                if t + 1 < N_TILES:
+                    sums, _, scale = settled(sums, (), scale, block - t, n_rows)
+                    h_tile, dy_tile = load_pair(h_row, dy_row, t + 1, lanes, row_mask, N_COLS, TILE)
                 if weight_ptr is not None:
                     col_mask = tile_mask(t, lane, None, N_COLS, TILE)
                     dy *= load_weight(weight_ptr + lane + t * TILE, col_mask, stat, ZERO_CENTERED)
@@ -190,8 +205,7 @@ def _rms_norm_backward_kernel(
                 rows * N_COLS + lane + t * TILE, rows * dh_stride + lane + t * TILE, mask,
             )  # fmt: skip
         dweight = sums
-    if dweight_ptr is not None:
-        store_partials(dweight_ptr, dweight, N_COLS, TILE, N_TILES)
+    store_partials(dweight_ptr, dweight, N_COLS, TILE, N_TILES)
 
 
 @triton.jit
@@ -282,9 +296,7 @@ def rms_norm_backward(dy, x, weight, rstd, zero_centered, cast_dtype, dweight_dt
     return dx, dweight
 
 
-def add_rms_norm_backward(
-    dy, dh, h, weight, rstd, zero_centered, cast_dtype, x_dtype, residual_dtype, dweight_dtype
-):
+def add_rms_norm_backward(dy, dh, h, weight, rstd, zero_centered, cast_dtype, x_dtype, residual_dtype, dweight_dtype):
     """dy, dh, h: (rows, cols). Returns dx, dresidual (None where dx serves as both), dweight."""
     return _backward(dy, dh, h, weight, rstd, zero_centered, cast_dtype, x_dtype, residual_dtype, dweight_dtype)
 
@@ -298,7 +310,7 @@ def _backward(dy, dh, h, weight, rstd, zero_centered, cast_dtype, x_dtype, resid
     itemsize = launch.access_bytes((dy, dh, h, dx, dresidual))
     arguments = (dy, dh, h, weight, rstd, dx, dresidual)
     with launch.on_device(h):
-        run = _backward_long if launch.backward_is_long(cols, itemsize) else _backward_resident
+        run = _backward_long if launch.backward_is_long(cols, itemsize, sums=1) else _backward_resident
         partial = run(arguments, itemsize, dweight_dtype, zero_centered, triton_dtype(cast_dtype))
         (dweight,) = column_sums([partial], [dweight_dtype])
     return dx, dresidual, dweight
@@ -308,7 +320,8 @@ def _backward_resident(arguments, itemsize, dweight_dtype, zero_centered, cast):
     """Fills dx and dresidual; returns the (programs, cols) partials of dweight, or None."""
     dy, dh, h, weight, rstd, dx, dresidual = arguments
     rows, cols = h.shape
-    tiles, holds = launch.backward_row_tiles(cols, itemsize, sums=1)
+    widest = launch.access_bytes((dy, h, dx, weight))
+    tiles, holds, holds_weight = launch.backward_row_tiles(cols, itemsize, sums=1, widest=widest)
     partials = int(dweight_dtype is not None)
     programs = launch.backward_programs(rows, tiles, launch.multiprocessors(), itemsize, partials)
     (partial,) = empty_partials(h, programs, [dweight_dtype], rstd.dtype)
@@ -316,7 +329,7 @@ def _backward_resident(arguments, itemsize, dweight_dtype, zero_centered, cast):
     _rms_norm_backward_kernel[(programs,)](
         dy, dh, h, weight, rstd, dx, dresidual, partial,
         rows, triton.cdiv(rows, tiles.rows), dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0),
-        ZERO_CENTERED=zero_centered, CAST=cast, HOLD=holds,
+        ZERO_CENTERED=zero_centered, CAST=cast, HOLD=holds, HOLD_WEIGHT=holds_weight,
         N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows, **launch.options(tiles.warps),
     )  # fmt: skip
     return partial

@@ -76,6 +76,19 @@ def load_weight_tile(
 
 
 @triton.jit
+def load_weight_tiles(
+    weight_ptr, lanes, dtype: tl.constexpr, ZERO_CENTERED: tl.constexpr,
+    N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """All of them, or none without a weight."""
+    tiles = ()
+    if weight_ptr is not None:
+        for t in tl.static_range(N_TILES):
+            tiles = tiles + (load_weight_tile(weight_ptr, lanes, t, dtype, ZERO_CENTERED, N_COLS, TILE, ROWS),)
+    return tiles
+
+
+@triton.jit
 def store_tile(ptr, value, mask):
     """One rounding, to the type of the memory."""
     tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask)
@@ -104,6 +117,36 @@ def store_stream_gradient(dx, dx_ptr, dresidual_ptr, dh_ptr, dx_at, dh_at, mask)
 
 
 @triton.jit
+def empty_sums(ptr, ROWS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr):
+    """A row's tiles of zeros in the type of the memory; none, where there is no memory for their sums."""
+    tiles = ()
+    if ptr is not None:
+        for _ in tl.static_range(N_TILES):
+            tiles = tiles + (tl.zeros((ROWS, TILE), ptr.dtype.element_ty),)
+    return tiles
+
+
+@triton.jit
+def load_pair(h_row, dy_row, t: tl.constexpr, lanes, row_mask, N_COLS: tl.constexpr, TILE: tl.constexpr):
+    """Tile t of h and dy in the types of the memory. Rows that row_mask leaves out must exist all the same: with dy
+    masked, h need not be, which spares the zeroing of registers."""
+    h = tl.load(h_row + t * TILE, mask=tile_mask(t, lanes, None, N_COLS, TILE), other=0.0)
+    dy = tl.load(dy_row + t * TILE, mask=tile_mask(t, lanes, row_mask, N_COLS, TILE), other=0.0)
+    return h, dy
+
+
+@triton.jit
+def load_pairs(h_row, dy_row, lanes, row_mask, N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr):
+    """All of them: compilers don't move a load across the loops of `settled`, and one would wait for the other."""
+    h_tiles, dy_tiles = (), ()
+    for t in tl.static_range(N_TILES):
+        h, dy = load_pair(h_row, dy_row, t, lanes, row_mask, N_COLS, TILE)
+        h_tiles = h_tiles + (h,)
+        dy_tiles = dy_tiles + (dy,)
+    return h_tiles, dy_tiles
+
+
+@triton.jit
 def _raised(tiles):
     """Other numbers."""
     raised = ()
@@ -113,28 +156,42 @@ def _raised(tiles):
 
 
 @triton.jit
-def settled(tiles, others, never, n_rows):
-    """Tiles of sums as they are, computed where this is written: compilers put off sums that only the next row needs,
-    and hold all that they are made of till then, for which there are no registers. A loop that would change them never
-    turns, as never < n_rows; where that is the same for two calls, compilers decide once, and leave out the loops."""
+def settled(tiles, others, statistics, never, n_rows):
+    """Tiles of sums as they are, computed where this is written, and before what is made of the statistics: compilers
+    put off sums that only the next row needs, and hold all that they are made of till then, for which there are no
+    registers. A loop that would change all of them never turns, as never < n_rows; where that is the same for two
+    calls, compilers decide once, and leave out the loops."""
     for _ in range(n_rows, never):
         tiles = _raised(tiles)
         others = _raised(others)
-    return tiles, others
+        statistics = _raised(statistics)
+    return tiles, others, statistics
 
 
 @triton.jit
-def _add_pairs(a, b, c, d):
-    return a + c, b + d
+def term(a, b):
+    """a · b, to be summed over lanes. Compilers would fuse a plain product into the sum on one side of an exchange, and
+    lanes that should have the same sum would differ in the last bit."""
+    zero = tl.zeros_like(a)
+    return tl.fma(a, b + zero, zero)
+
+
+@triton.jit
+def lane_means(sums, N_COLS: tl.constexpr):
+    """What lanes add to a row's mean. Where rows share a program, a thread may have one lane: see `term`."""
+    if sums.shape[0] > 1:
+        return term(sums, 1.0 / N_COLS)
+    else:
+        return sums * (1.0 / N_COLS)
 
 
 @triton.jit
 def sum_pair(a, b):
     """The sums of a and b along each row, as (rows, 1): one exchange between the warps for both."""
-    if _INTERPRETED:  # there, pairs are added one by one, by Python
+    if _INTERPRETED:  # there, joined numbers are added one after the other, with more rounding than in a tree
         return tl.sum(a, axis=1, keep_dims=True), tl.sum(b, axis=1, keep_dims=True)
     else:
-        a, b = tl.reduce((a, b), 1, _add_pairs)
+        a, b = tl.split(tl.sum(tl.join(a, b), axis=1))
         return a[:, None], b[:, None]
 
 
@@ -158,13 +215,36 @@ def add_row_products(
 
 
 @triton.jit
+def sum_of_rows(tile):
+    """(1, cols) from (rows, cols). Few rows are spread over the warps: brought together in a thread, which takes one
+    exchange where tl.sum makes three of it, they are added in pairs."""
+    if tile.shape[0] == 1:
+        return tile
+    elif tile.shape[0] <= 8:
+        return tl.reshape(_sum_of_halves(tl.trans(tile)), (1, tile.shape[1]))
+    else:
+        return tl.sum(tile, axis=0, keep_dims=True)
+
+
+@triton.jit
+def _sum_of_halves(tile):
+    """Sums along the last axis of (cols, rows), whose length is a power of two."""
+    even, odd = tl.split(tl.reshape(tile, (tile.shape[0], tile.shape[1] // 2, 2)))
+    if tile.shape[1] == 2:
+        return even + odd
+    else:
+        return _sum_of_halves(even + odd)
+
+
+@triton.jit
 def store_partials(ptr, sums, N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr):
-    """This program's row of a (programs, cols) tensor, from its tiles of sums."""
-    lanes = tl.arange(0, TILE)[None, :]
-    at = tl.program_id(0).to(tl.int64) * N_COLS + lanes
-    for t in tl.static_range(N_TILES):
-        total = tl.sum(sums[t], axis=0, keep_dims=True)
-        store_tile(ptr + at + t * TILE, total, tile_mask(t, lanes, None, N_COLS, TILE))
+    """This program's row of a (programs, cols) tensor, if there is one, from its tiles of sums."""
+    if ptr is not None:
+        lanes = tl.arange(0, TILE)[None, :]
+        at = tl.program_id(0).to(tl.int64) * N_COLS + lanes
+        for t in tl.static_range(N_TILES):
+            total = sum_of_rows(sums[t])
+            store_tile(ptr + at + t * TILE, total, tile_mask(t, lanes, None, N_COLS, TILE))
 
 
 @triton.jit
