@@ -146,7 +146,7 @@ def scales(case: Case, tensors: dict[str, Tensor], dy: Tensor) -> dict[str, Tens
     elements = x[0].numel() // case.groups if case.op == "group_norm" else x.numel() // x.shape[1]
     if elements <= 2:  # y is ±1 but for the rounding of their mean, which may be far larger than what they differ by
         terms["y"] += [mean * rstd * weight]
-    if elements <= 16:  # a small error of stock's is luck there: mean, rstd and product may be off by a unit together
+    if elements <= 16:  # stock may be lucky there; mean, rstd, product and bias are rounded, by two units together
         terms["y"] += [2 * x_hat * weight]
     if case.activation == "silu":  # z is computed again, with the mean as it was rounded
         terms["dbias"] += [(dy * mean * rstd * weight).square().sum(sums).sqrt()]

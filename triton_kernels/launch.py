@@ -88,7 +88,7 @@ def _narrow_tiles(cols: int, vector: int, width: int, registers: int) -> RowTile
 
 
 def backward_row_tiles(cols: int, itemsize: int, sums: int, widest: int) -> tuple[RowTiles, bool, bool]:
-    """The tiling of the backward; `widest` bytes has the largest element, the weight's among them. Also whether a
+    """The tiling of the backward; `widest` is as `itemsize`, with the weight's elements among them. Also whether a
     thread can hold x̂ and w·dy beside `sums` parameter sums, and whether w as well: what it can't hold is read again
     for each row, from the cache."""
     tiles = row_tiles(cols, itemsize, sums)

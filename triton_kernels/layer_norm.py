@@ -359,9 +359,9 @@ def _backward(dy, dh, h, weight, mean, rstd, zero_centered, x_dtype, residual_dt
 
 def _backward_resident(arguments, itemsize, dtypes, zero_centered):
     """Fills dx and dresidual; returns the (programs, cols) partials of dweight and dbias, None where not wanted."""
-    dy, dh, h, weight, _, rstd, dx, _ = arguments
+    dy, dh, h, weight, _, rstd, dx, dresidual = arguments
     rows, cols = h.shape
-    widest = launch.access_bytes((dy, h, dx, weight))
+    widest = launch.access_bytes((dy, dh, h, weight, dx, dresidual))
     tiles, holds, holds_weight = launch.backward_row_tiles(cols, itemsize, sums=2, widest=widest)
     sums = sum(d is not None for d in dtypes)
     programs = launch.backward_programs(rows, tiles, launch.multiprocessors(), itemsize, sums)

@@ -320,7 +320,7 @@ def _backward_resident(arguments, itemsize, dweight_dtype, zero_centered, cast):
     """Fills dx and dresidual; returns the (programs, cols) partials of dweight, or None."""
     dy, dh, h, weight, rstd, dx, dresidual = arguments
     rows, cols = h.shape
-    widest = launch.access_bytes((dy, h, dx, weight))
+    widest = launch.access_bytes((dy, dh, h, weight, dx, dresidual))
     tiles, holds, holds_weight = launch.backward_row_tiles(cols, itemsize, sums=1, widest=widest)
     partials = int(dweight_dtype is not None)
     programs = launch.backward_programs(rows, tiles, launch.multiprocessors(), itemsize, partials)
