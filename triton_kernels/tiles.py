@@ -160,8 +160,9 @@ def settled(tiles, others, statistics, never, n_rows):
     """Tiles of sums as they are, computed where this is written, and before what is made of the statistics: compilers
     put off sums that only the next row needs, and hold all that they are made of till then, for which there are no
     registers. A loop that would change all of them never turns, as never < n_rows; where that is the same for two
-    calls, compilers decide once, and leave out the loops."""
-    for _ in range(n_rows, never):
+    calls, compilers decide once, and leave out the loops. They can't tell how often one with an unknown step turns, and
+    so don't unroll it."""
+    for _ in range(n_rows, never, n_rows):
         tiles = _raised(tiles)
         others = _raised(others)
         statistics = _raised(statistics)
