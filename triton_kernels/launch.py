@@ -21,8 +21,7 @@ RESIDENT_BYTES = 65536  # longer rows go through the looped kernels
 HELD_REGISTERS = {4: 200, 8: 200, 16: 80}
 HELD_ROW_REGISTERS = {4: 160, 8: 160, 16: 80}
 HELD_16_BIT_ROW_REGISTERS = {4: 168, 8: 168, 16: 96}
-SUM_REGISTERS = 16  # of a thread, for each parameter sum, to begin with; all of them may take SUMS_REGISTERS
-SUMS_REGISTERS = 112
+SUMS_REGISTERS = 112  # of a thread, for the parameter sums, where that leaves fewer idle lanes than most threads do
 RESIDENT_SUMS = 32768  # of a row; more no longer fit into one program's registers
 NARROW_REGISTERS = 32  # of a thread, for rows shorter than a warp's access; half for each parameter sum beside them
 PARTIAL_SHARE = 0.03  # of the backward's traffic that partial sums may add, from PARTIAL_ROWS rows on
@@ -106,18 +105,13 @@ def backward_row_tiles(cols: int, itemsize: int, sums: int, widest: int) -> tupl
 
 
 def _summing_tiles(cols: int, itemsize: int, sums: int) -> RowTiles:
-    """For rows of which a thread holds nothing but the parameter sums: as many warps as keep most lanes busy."""
+    """For rows, longer than any that is held, of which a thread holds nothing but the parameter sums: as many warps as
+    there can be, or half of them where fewer lanes idle then."""
     vector, width = ACCESS_BYTES // itemsize, max(1, itemsize // 4)
-    widest = min(16, triton.next_power_of_2(triton.cdiv(cols * width, WARP * SUM_REGISTERS)))
-    choices = [
-        warps
-        for warps in (widest, widest // 2, widest // 4)
-        if warps and sums * triton.cdiv(cols, WARP * warps * vector) * vector * width <= SUMS_REGISTERS
-    ]
-    fitting = (warps for warps in choices if padding(cols, WARP * warps * vector) <= MAX_PADDING)
-    chosen = next(fitting, min(choices, key=lambda warps: padding(cols, WARP * warps * vector), default=widest))
-    tile, rows = WARP * chosen * vector, max(1, 8 // chosen)
-    return RowTiles(tile, triton.cdiv(cols, tile), rows, chosen * rows, width)
+    most, half = (RowTiles(n * WARP * vector, triton.cdiv(cols, n * WARP * vector), 1, n, width) for n in (16, 8))
+    if padding(cols, most.tile) > MAX_PADDING and sums * half.registers <= SUMS_REGISTERS:
+        return half
+    return most
 
 
 def is_long(cols: int, itemsize: int) -> bool:

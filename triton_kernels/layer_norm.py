@@ -197,7 +197,7 @@ def _layer_norm_backward_kernel(
             n_cols = N_COLS + (n_rows >> 31 << 4)  # N_COLS, which compilers can't know: or they unroll the whole row
             product, total = add_row_products(
                 tl.zeros((ROWS, TILE), stat), tl.zeros((ROWS, TILE), stat), h_row, dy_row, weight_ptr, mean, rstd,
-                lanes + tl.zeros((ROWS, 1), tl.int32), row_mask, n_cols, ZERO_CENTERED, N_COLS % TILE > 0, TILE,
+                lanes, n_cols, ZERO_CENTERED, N_COLS % TILE > 0, TILE,
             )  # fmt: skip
         product_sum, total_sum = sum_pair(product, total)
         slope = product_sum * (-1.0 / N_COLS) * rstd * rstd  # negated once a row, not once an element
@@ -206,18 +206,18 @@ def _layer_norm_backward_kernel(
         if not HOLD:
             lane += (rstd < 0.0).to(tl.int32) << 4  # zero, which compilers can't know: or they keep the tiles
             h_row, dy_row = h_ptr + (rows * h_stride + lane), dy_ptr + (rows * dy_stride + lane)
-            h_tile, dy_tile = load_pair(h_row, dy_row, 0, lanes, row_mask, N_COLS, TILE)
+            h_tile, dy_tile = load_pair(h_row, dy_row, 0, lanes, None, N_COLS, TILE)
         for t in tl.static_range(N_TILES):
             mask = tile_mask(t, lanes, row_mask, N_COLS, TILE)
             if HOLD:
                 c, g = centered[t], weighted[t]
-            else:  # this wide, registers go to the parameter sums, and the row is still in the cache
+            else:  # this wide, one row a program, registers go to the sums, and the row is still in the cache
                 c, g, weight_sums, bias_sums = _add_tile(
                     h_tile, dy_tile, statistics, t, dweight, dbias, weight_sums, bias_sums
                 )
                 if t + 1 < N_TILES:
                     weight_sums, bias_sums, statistics = settled(weight_sums, bias_sums, statistics, block - t, n_rows)
-                    h_tile, dy_tile = load_pair(h_row, dy_row, t + 1, lanes, row_mask, N_COLS, TILE)
+                    h_tile, dy_tile = load_pair(h_row, dy_row, t + 1, lanes, None, N_COLS, TILE)
                 if weight_ptr is not None:
                     col_mask = tile_mask(t, lane, None, N_COLS, TILE)
                     g *= load_weight(weight_ptr + lane + t * TILE, col_mask, stat, ZERO_CENTERED)
@@ -244,7 +244,7 @@ def _layer_norm_long_backward_rows_kernel(
     lanes = tl.arange(0, TILE)
     product, total = add_row_products(
         tl.zeros((TILE,), stat), tl.zeros((TILE,), stat), h_ptr + (row * h_stride + lanes),
-        dy_ptr + (row * dy_stride + lanes), weight_ptr, mean, rstd, lanes, None, n_cols, ZERO_CENTERED, True, TILE,
+        dy_ptr + (row * dy_stride + lanes), weight_ptr, mean, rstd, lanes, n_cols, ZERO_CENTERED, True, TILE,
     )  # fmt: skip
     tl.store(mean_product_ptr + row, tl.sum(product) / tl.cast(n_cols, stat))
     tl.store(mean_g_ptr + row, tl.sum(total) / tl.cast(n_cols, stat))

@@ -110,18 +110,17 @@ def _normalized(h, rstd, CAST: tl.constexpr):
 
 @triton.jit
 def _add_row_product(
-    product, h_ptr, dy_ptr, weight_ptr, rstd, lanes, row_mask, n_cols,
+    product, h_ptr, dy_ptr, weight_ptr, rstd, lanes, n_cols,
     ZERO_CENTERED: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """product + x̂ · w·dy of each lane, along the whole row. A loop at run time, because compilers put off what an
     unrolled one has to do later, and hold all its tiles till then."""
     for start in range(0, n_cols, TILE):
-        mask = loop_mask(start, lanes, row_mask, n_cols, MASKED)
+        mask = loop_mask(start, lanes, n_cols, MASKED)
         x_hat = load_tile(h_ptr + start, mask, rstd.dtype) * rstd
         dy = load_tile(dy_ptr + start, mask, rstd.dtype)
         if weight_ptr is not None:
-            weight_mask = loop_mask(start, lanes, None, n_cols, MASKED)
-            dy *= load_weight(weight_ptr + lanes + start, weight_mask, rstd.dtype, ZERO_CENTERED)
+            dy *= load_weight(weight_ptr + lanes + start, mask, rstd.dtype, ZERO_CENTERED)
         product += x_hat * dy
     return product
 
@@ -173,8 +172,7 @@ def _rms_norm_backward_kernel(
         else:
             n_cols = N_COLS + (n_rows >> 31 << 4)  # N_COLS, which compilers can't know: or they unroll the whole row
             product = _add_row_product(
-                product, h_row, dy_row, weight_ptr, rstd,
-                lanes + tl.zeros((ROWS, 1), tl.int32), row_mask, n_cols, ZERO_CENTERED, N_COLS % TILE > 0, TILE,
+                product, h_row, dy_row, weight_ptr, rstd, lanes, n_cols, ZERO_CENTERED, N_COLS % TILE > 0, TILE
             )  # fmt: skip
         # negated once a row, not once an element
         mean_product = tl.sum(product, axis=1, keep_dims=True) * (-1.0 / N_COLS)
@@ -182,12 +180,12 @@ def _rms_norm_backward_kernel(
         if not HOLD:
             lane += (rstd < 0.0).to(tl.int32) << 4  # zero, which compilers can't know: or they keep the tiles
             h_row, dy_row = h_ptr + (rows * h_stride + lane), dy_ptr + (rows * dy_stride + lane)
-            h_tile, dy_tile = load_pair(h_row, dy_row, 0, lanes, row_mask, N_COLS, TILE)
+            h_tile, dy_tile = load_pair(h_row, dy_row, 0, lanes, None, N_COLS, TILE)
         for t in tl.static_range(N_TILES):
             mask = tile_mask(t, lanes, row_mask, N_COLS, TILE)
             if HOLD:
                 x_hat, dy = x_hats[t], weighted[t]
-            else:  # this wide, registers go to dweight, and the row is still in the cache
+            else:  # this wide, one row a program, registers go to dweight, and the row is still in the cache
                 h = h_tile.to(stat)
                 dy = dy_tile.to(stat)
                 if dweight_ptr is not None:
@@ -195,7 +193,7 @@ def _rms_norm_backward_kernel(
                 x_hat = h * scale[0]
                 if t + 1 < N_TILES:
                     sums, _, scale = settled(sums, (), scale, block - t, n_rows)
-                    h_tile, dy_tile = load_pair(h_row, dy_row, t + 1, lanes, row_mask, N_COLS, TILE)
+                    h_tile, dy_tile = load_pair(h_row, dy_row, t + 1, lanes, None, N_COLS, TILE)
                 if weight_ptr is not None:
                     col_mask = tile_mask(t, lane, None, N_COLS, TILE)
                     dy *= load_weight(weight_ptr + lane + t * TILE, col_mask, stat, ZERO_CENTERED)
@@ -220,7 +218,7 @@ def _rms_norm_long_backward_rows_kernel(
     lanes = tl.arange(0, TILE)
     product = _add_row_product(
         tl.zeros((TILE,), stat), h_ptr + (row * h_stride + lanes), dy_ptr + (row * dy_stride + lanes), weight_ptr,
-        rstd, lanes, None, n_cols, ZERO_CENTERED, True, TILE,
+        rstd, lanes, n_cols, ZERO_CENTERED, True, TILE,
     )  # fmt: skip
     tl.store(mean_product_ptr + row, tl.sum(product) / tl.cast(n_cols, stat))
 

@@ -30,14 +30,12 @@ def tile_mask(t: tl.constexpr, lanes, row_mask, N_COLS: tl.constexpr, TILE: tl.c
 
 
 @triton.jit
-def loop_mask(start, lanes, row_mask, n_cols, MASKED: tl.constexpr):
-    """As tile_mask, in a loop along the row, whose steps may pass its end where MASKED."""
-    if row_mask is None:
-        row_mask = all_lanes(lanes)
+def loop_mask(start, lanes, n_cols, MASKED: tl.constexpr):
+    """As tile_mask, in a loop along one row, whose steps may pass its end where MASKED."""
     if not MASKED:
-        return row_mask
+        return all_lanes(lanes)
     else:
-        return (lanes < n_cols - start) & row_mask
+        return lanes < n_cols - start
 
 
 @triton.jit
@@ -198,18 +196,17 @@ def sum_pair(a, b):
 
 @triton.jit
 def add_row_products(
-    product, total, h_ptr, dy_ptr, weight_ptr, mean, rstd, lanes, row_mask, n_cols,
+    product, total, h_ptr, dy_ptr, weight_ptr, mean, rstd, lanes, n_cols,
     ZERO_CENTERED: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """product + (h − mean) · g and total + g of each lane, g = w·dy · rstd, along the whole row. A loop at run time,
     because compilers put off what an unrolled one has to do later, and hold all its tiles till then."""
     for start in range(0, n_cols, TILE):
-        mask = loop_mask(start, lanes, row_mask, n_cols, MASKED)
+        mask = loop_mask(start, lanes, n_cols, MASKED)
         c = load_tile(h_ptr + start, mask, rstd.dtype) - mean
         g = load_tile(dy_ptr + start, mask, rstd.dtype) * rstd
         if weight_ptr is not None:
-            col_mask = loop_mask(start, lanes, None, n_cols, MASKED)
-            g *= load_weight(weight_ptr + lanes + start, col_mask, rstd.dtype, ZERO_CENTERED)
+            g *= load_weight(weight_ptr + lanes + start, mask, rstd.dtype, ZERO_CENTERED)
         product += c * g
         total += g
     return product, total
