@@ -128,7 +128,7 @@ def test_rows_of_64_kib_are_held_and_longer_ones_are_not(itemsize):
 def test_what_a_thread_holds_fits_its_registers(itemsize, cols, sums, weight):
     """Of 65536 registers, a program's threads get equal parts, and at most 255 each."""
     tiles, holds, holds_weight = launch.backward_row_tiles(cols, itemsize, sums, max(itemsize, weight))
-    assert holds or not holds_weight and tiles.rows == 1
+    assert holds or (not holds_weight and tiles.rows == 1)
     assert not holds or (2 + holds_weight + sums) * tiles.registers < min(255, 65536 // (32 * tiles.warps))
 
 
