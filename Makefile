@@ -4,16 +4,18 @@ VENV ?= .venv
 BENCH_ARGS ?= --quick
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(os.cpu_count() or 1, 8))")
 PYTEST_ARGS ?= -q -n $(WORKERS) --dist worksteal
+TRITON ?= 3.5.1
 
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 NATIVE := $(VENV)/.native
 MODELS := $(VENV)/.models
+OTHER_TRITON := $(abspath build/triton-$(TRITON))
 STABILITY := $(filter-out %/common.py,$(wildcard examples/stability/*.py))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test test-models lint bench real-model examples gpu sanitize wheel clean distclean
+.PHONY: help install test test-models test-triton lint bench real-model examples gpu sanitize wheel clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +29,13 @@ test: lint  ## lint, then all tests
 
 test-models: $(MODELS)  ## convert and clipping on real models and trainers: transformers, timm, Lightning, Accelerate
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m models $(PYTEST_ARGS) tests/test_models.py tests/test_trainers.py
+
+# Before 3.7 its interpreter takes arrays of one element for numbers, which numpy has ended with 2.4.
+test-triton: $(NATIVE)  ## the Triton kernels with another Triton (TRITON=3.5.1): interpreted, and compiled for two GPUs
+	$(PY) -m pip install -q --upgrade --no-deps --target $(OTHER_TRITON) triton==$(TRITON) 'numpy<2.4'
+	PYTHONPATH=$(OTHER_TRITON) OMP_NUM_THREADS=1 $(PY) -m pytest -m triton $(PYTEST_ARGS)
+	PYTHONPATH=$(OTHER_TRITON) $(PY) -m bench codegen --providers fastnorm --no-instructions --targets sm_90,gfx942 \
+	  --dtypes bf16 --widths 128,1793,4096,7168,16384,32768 --output $(OTHER_TRITON)
 
 lint: $(NATIVE)  ## ruff
 	$(PY) -m ruff check .

@@ -54,7 +54,7 @@ QUICK = DEFAULTS | {
 }
 LEGEND = (
     "width: of the rows that the code is for; any where it takes all. registers: of a thread. spilled: bytes of a\n"
-    "thread, kept in memory for want of registers. shared: bytes of a program. resident: warps on a multiprocessor,\n"
+    "thread, kept elsewhere for want of registers. shared: bytes of a program. resident: warps on a multiprocessor,\n"
     "by registers and shared memory. access: bytes of the narrowest load or store through a pointer to rows; of the\n"
     "widest where the code does not tell pointers apart (AMD's, and addresses out of a table).\n"
     "instr: machine instructions for each element of x, counted in the disassembly: those of one turn of the loops\n"
