@@ -10,17 +10,19 @@ from typing import NamedTuple
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
 
 INTERPRETED = triton.knobs.runtime.interpret  # read once, as the kernels' decorators do
 WARP = 32
 ACCESS_BYTES = 16  # the widest load of a thread
 MAX_PADDING = 1 / 8  # idle lanes that a tiling may cost, as a part of the row
 RESIDENT_BYTES = 65536  # longer rows go through the looped kernels
-# registers of a thread's 255, or 128 with 16 warps, that a row may take with its weight and parameter sums; and without
-# the weight: when all is of 16 bits, it comes in half of the registers and is unpacked in steps
-HELD_REGISTERS = {4: 200, 8: 200, 16: 80}
-HELD_ROW_REGISTERS = {4: 160, 8: 160, 16: 80}
-HELD_16_BIT_ROW_REGISTERS = {4: 168, 8: 168, 16: 96}
+# registers of a thread that a row may take with its weight and parameter sums, by the number of warps; and without the
+# weight: when all is of 16 bits, it comes in half of the registers and is unpacked in steps. A thread has 255, with 16
+# warps NVIDIA's 128.
+HELD_REGISTERS = {"cuda": {4: 200, 8: 200, 16: 80}, "hip": {4: 200, 8: 200, 16: 160}}
+HELD_ROW_REGISTERS = {"cuda": {4: 160, 8: 160, 16: 80}, "hip": {4: 160, 8: 160, 16: 160}}
+HELD_16_BIT_ROW_REGISTERS = {"cuda": {4: 168, 8: 168, 16: 96}, "hip": {4: 168, 8: 168, 16: 168}}
 SUMS_REGISTERS = 112  # of a thread, for the parameter sums, where that leaves fewer idle lanes than most threads do
 RESIDENT_SUMS = 32768  # of a row; more no longer fit into one program's registers
 NARROW_REGISTERS = 32  # of a thread, for rows shorter than a warp's access; half for each parameter sum beside them
@@ -86,7 +88,9 @@ def _narrow_tiles(cols: int, vector: int, width: int, registers: int) -> RowTile
     return RowTiles(tile, count, rows, 4, width)
 
 
-def backward_row_tiles(cols: int, itemsize: int, sums: int, widest: int) -> tuple[RowTiles, bool, bool]:
+def backward_row_tiles(
+    cols: int, itemsize: int, sums: int, widest: int, backend: str = "cuda"
+) -> tuple[RowTiles, bool, bool]:
     """The tiling of the backward; `widest` is as `itemsize`, with the weight's elements among them. Also whether a
     thread can hold x̂ and w·dy beside `sums` parameter sums, and whether w as well: what it can't hold is read again
     for each row, from the cache.
@@ -94,12 +98,13 @@ def backward_row_tiles(cols: int, itemsize: int, sums: int, widest: int) -> tupl
     With half of the rows a thread holds half as much, and reads 8 bytes at a time, which still are whole cache lines
     of a warp: LayerNorm's backward of 7168 columns in 16 bits takes that, and not a second reading."""
     tiles = row_tiles(cols, itemsize, sums)
-    limits = HELD_16_BIT_ROW_REGISTERS if widest == 2 else HELD_ROW_REGISTERS
+    with_weight = HELD_REGISTERS[backend][tiles.warps]
+    without = (HELD_16_BIT_ROW_REGISTERS if widest == 2 else HELD_ROW_REGISTERS)[backend][tiles.warps]
     for rows in (tiles.rows, tiles.rows // 2):
         held = tiles._replace(rows=rows)
-        if rows and held.registers * (3 + sums) <= HELD_REGISTERS[tiles.warps]:
+        if rows and held.registers * (3 + sums) <= with_weight:
             return held, True, True
-        if rows and held.registers * (2 + sums) <= limits[tiles.warps] and cols * itemsize % ACCESS_BYTES == 0:
+        if rows and held.registers * (2 + sums) <= without and cols * itemsize % ACCESS_BYTES == 0:
             return held, True, False
     return _summing_tiles(cols, itemsize, sums), False, False
 
@@ -161,12 +166,19 @@ def access_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
     return max(t.element_size() for t in tensors if t is not None)
 
 
-@functools.lru_cache(maxsize=64)
-def _options(driver: object, device: object, warps: int) -> dict[str, int]:
-    target = driver.get_current_target()
-    if target.backend != "cuda":
-        return {"num_warps": max(1, WARP * warps // target.warp_size)}
-    return {"num_warps": warps, "maxnreg": min(255, 65536 // (WARP * warps))}
+@functools.lru_cache(maxsize=16)
+def _target(driver: object, device: object) -> GPUTarget:
+    return driver.get_current_target()
+
+
+def _current_target() -> GPUTarget:
+    driver = triton.runtime.driver.active
+    return _target(driver, driver.get_current_device())
+
+
+def backend() -> str:
+    """"hip" on AMD's cards, else "cuda", on which a thread is known to have the fewest registers."""
+    return "hip" if not INTERPRETED and _current_target().backend == "hip" else "cuda"
 
 
 def options(warps: int) -> dict[str, int]:
@@ -174,8 +186,10 @@ def options(warps: int) -> dict[str, int]:
     that one program can have: left to itself the assembler spills some to let one more program in."""
     if INTERPRETED:
         return {"num_warps": warps}
-    driver = triton.runtime.driver.active
-    return _options(driver, driver.get_current_device(), warps)
+    target = _current_target()
+    if target.backend != "cuda":
+        return {"num_warps": max(1, WARP * warps // target.warp_size)}
+    return {"num_warps": warps, "maxnreg": min(255, 65536 // (WARP * warps))}
 
 
 @functools.lru_cache(maxsize=16)

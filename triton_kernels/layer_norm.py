@@ -362,7 +362,7 @@ def _backward_resident(arguments, itemsize, dtypes, zero_centered):
     dy, dh, h, weight, _, rstd, dx, dresidual = arguments
     rows, cols = h.shape
     widest = launch.access_bytes((dy, dh, h, weight, dx, dresidual))
-    tiles, holds, holds_weight = launch.backward_row_tiles(cols, itemsize, sums=2, widest=widest)
+    tiles, holds, holds_weight = launch.backward_row_tiles(cols, itemsize, 2, widest, launch.backend())
     sums = sum(d is not None for d in dtypes)
     programs = launch.backward_programs(rows, tiles, launch.multiprocessors(), itemsize, sums)
     partials = empty_partials(h, programs, dtypes, rstd.dtype)

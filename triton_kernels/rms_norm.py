@@ -319,7 +319,7 @@ def _backward_resident(arguments, itemsize, dweight_dtype, zero_centered, cast):
     dy, dh, h, weight, rstd, dx, dresidual = arguments
     rows, cols = h.shape
     widest = launch.access_bytes((dy, dh, h, weight, dx, dresidual))
-    tiles, holds, holds_weight = launch.backward_row_tiles(cols, itemsize, sums=1, widest=widest)
+    tiles, holds, holds_weight = launch.backward_row_tiles(cols, itemsize, 1, widest, launch.backend())
     partials = int(dweight_dtype is not None)
     programs = launch.backward_programs(rows, tiles, launch.multiprocessors(), itemsize, partials)
     (partial,) = empty_partials(h, programs, [dweight_dtype], rstd.dtype)
