@@ -46,7 +46,7 @@ def kernels(tmp_path_factory) -> list[dict]:
     """The least and the most that a row norm does, at every number of tiles and rows of a program, on every
     architecture; what takes most registers in other dtypes and at an odd width, on three; and what takes most scalar
     registers, on gfx942: the masks of elements that are read one by one. `python -m bench codegen` compiles all there
-    is, which takes an hour and more."""
+    is, which takes over half an hour."""
     plain = ["--operations", "rms_norm,add_layer_norm", "--dtypes", "bf16", "--widths", WIDTHS]
     greedy = ["--operations", "layer_norm,add_layer_norm", "--targets", "sm_80,sm_120,gfx1100"]
     greedy += ["--dtypes", "fp32,mixed", "--widths", "64,1793,4096,7168,12288,16384"]
