@@ -40,8 +40,9 @@ test-triton: $(NATIVE)  ## the Triton kernels with another Triton (TRITON=3.5.1)
 lint: $(NATIVE)  ## ruff
 	$(PY) -m ruff check .
 
-bench: $(NATIVE)  ## check, then time (BENCH_ARGS= for the full run)
-	$(PY) -m bench $(BENCH_ARGS)
+# Not into bench/results, of which the documents' tables are made, as `make test` checks: python -m bench does that.
+bench: $(NATIVE)  ## check, then time (BENCH_ARGS= for the full run), into build/bench
+	$(PY) -m bench --output build/bench $(BENCH_ARGS)
 
 real-model: $(MODELS)  ## swap the norms of a real pretrained model; compare results and time
 	$(PY) -m bench.real_model
