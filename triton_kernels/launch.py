@@ -110,8 +110,8 @@ def backward_row_tiles(
 
 
 def _summing_tiles(cols: int, itemsize: int, sums: int) -> RowTiles:
-    """For rows, longer than any that is held, of which a thread holds nothing but the parameter sums: as many warps as
-    there can be, or half of them where fewer lanes idle then."""
+    """For long rows, of which a thread holds nothing but the parameter sums: as many warps as there can be, or half of
+    them where fewer lanes idle then."""
     vector, width = ACCESS_BYTES // itemsize, max(1, itemsize // 4)
     most, half = (RowTiles(n * WARP * vector, triton.cdiv(cols, n * WARP * vector), 1, n, width) for n in (16, 8))
     if padding(cols, most.tile) > MAX_PADDING and sums * half.registers <= SUMS_REGISTERS:
