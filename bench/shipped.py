@@ -4,10 +4,10 @@ import itertools
 
 import torch
 import triton
-from fastnorm.triton_kernels import agc, multi_tensor, tables
 from torch import Tensor
 
 from fastnorm import triton_kernels
+from fastnorm.triton_kernels import agc, multi_tensor, tables
 
 from .problem import CLIPS, DIRECTIONS, DTYPES, GROUPS, OTHER_NORMS, ROWS, UNITS, Problem
 

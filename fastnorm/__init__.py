@@ -1,5 +1,11 @@
 """Fused normalisation for PyTorch: the same modules and numbers as torch.nn, at the speed of memory."""
 
+from pathlib import Path
+
+_root = Path(__file__).resolve().parents[1]
+if (_root / "pyproject.toml").exists() and (_root / "triton_kernels").is_dir():
+    __path__.append(str(_root))  # in the source folder fastnorm.triton_kernels lies beside this package, not in it
+
 from . import functional
 from .backend import explain, use
 from .clip import (

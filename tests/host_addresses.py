@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import ptxsim.kernel
-from fastnorm.triton_kernels import tables
 from ptxsim.memory import _LEAD, GlobalMemory, _layout
 from torch import Tensor
+
+from fastnorm.triton_kernels import tables
 
 _noted: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 

@@ -20,8 +20,9 @@ kernels = backend._triton
 if kernels is None or kernels.INTERPRETED:
     pytest.skip("counts compiled code, and this run interprets the kernels or has no Triton", allow_module_level=True)
 
-from fastnorm.triton_kernels import launch  # noqa: E402
 from triton.runtime import driver  # noqa: E402
+
+from fastnorm.triton_kernels import launch  # noqa: E402
 
 pytestmark = pytest.mark.triton
 
