@@ -4,18 +4,20 @@ VENV ?= .venv
 BENCH_ARGS ?= --quick
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(os.cpu_count() or 1, 8))")
 PYTEST_ARGS ?= -q -n $(WORKERS) --dist worksteal
+TORCH ?= 2.9.1
 TRITON ?= 3.5.1
 
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 NATIVE := $(VENV)/.native
 MODELS := $(VENV)/.models
+OTHER_TORCH := $(abspath build/torch-$(TORCH))
 OTHER_TRITON := $(abspath build/triton-$(TRITON))
 STABILITY := $(filter-out %/common.py,$(wildcard examples/stability/*.py))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test test-models test-triton lint bench real-model examples gpu sanitize wheel clean distclean
+.PHONY: help install test test-models test-torch test-triton lint bench real-model examples gpu sanitize wheel clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +31,15 @@ test: lint  ## lint, then all tests
 
 test-models: $(MODELS)  ## convert and clipping on real models and trainers: transformers, timm, Lightning, Accelerate
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m models $(PYTEST_ARGS) tests/test_models.py tests/test_trainers.py
+
+# In a copy of the sources: the extension for another torch must not stay behind in this tree.
+test-torch:  ## the whole of `make test` with another torch (TORCH=2.9.1), in an environment of its own under build/
+	test -x $(OTHER_TORCH)/bin/python || $(PYTHON) -m venv $(OTHER_TORCH)
+	$(OTHER_TORCH)/bin/python -m pip install -q torch==$(TORCH)
+	rm -rf $(OTHER_TORCH)/source && mkdir $(OTHER_TORCH)/source
+	tar -cf - --exclude=./build --exclude=./.git --exclude='./.venv*' --exclude='_C*.so' --exclude=_build.json . \
+	  | tar -xf - -C $(OTHER_TORCH)/source
+	$(MAKE) -C $(OTHER_TORCH)/source VENV=$(OTHER_TORCH) test
 
 # Before 3.7 its interpreter takes arrays of one element for numbers, which numpy has ended with 2.4.
 test-triton: $(NATIVE)  ## the Triton kernels with another Triton (TRITON=3.5.1): interpreted, and compiled for two GPUs
@@ -77,7 +88,7 @@ wheel: $(NATIVE)  ## build a wheel for this machine's torch into dist/
 	FASTNORM_BUILD_NATIVE=$(WANT_NATIVE) $(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
 
 clean:  ## remove what was built; the virtual environment stays
-	rm -rf build dist *.egg-info fastnorm/_C*.so $(NATIVE) .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info fastnorm/_C*.so fastnorm/_build.json $(NATIVE) .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean  ## remove the virtual environment too

@@ -138,6 +138,9 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastnorm's compiled kernels (reached through torch.ops.fastnorm) and how they were built.";
   m.def("build_info", &build_info, "What this module was compiled with.");
+#ifdef FASTNORM_CUDA
+  m.def("cuda_covers", &fastnorm::cuda_covers, "Whether the CUDA kernels run on the device of this index.");
+#endif
   if (fastnorm::cpu::add_calls(m.ptr()) != 0) {
     throw pybind11::error_already_set();
   }

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+__version__ = "0.1.0"
 _root = Path(__file__).resolve().parents[1]
 if (_root / "pyproject.toml").exists() and (_root / "triton_kernels").is_dir():
     __path__.append(str(_root))  # in the source folder fastnorm.triton_kernels lies beside this package, not in it
@@ -27,7 +28,6 @@ from .ops.layer_norm import AddLayerNorm, LayerNorm
 from .ops.rms_norm import AddRMSNorm, RMSNorm
 from .ops.sync_batch_norm import SyncBatchNorm
 
-__version__ = "0.1.0"
 __all__ = [
     "AddLayerNorm",
     "AddRMSNorm",

@@ -1,11 +1,17 @@
-"""`python -m fastnorm`: what is installed and built here, which backend serves what, and how to get the rest."""
+"""`python -m fastnorm`: what is installed and built here, which backend serves what, and how to get the rest.
 
+`python -m fastnorm build` compiles the C++ extension for the torch at hand.
+"""
+
+import argparse
 import platform
+import sys
+import time
 from collections.abc import Iterator
 
 import torch
 
-from . import __version__, backend
+from . import __version__, backend, build, extension
 
 
 def _triton_version() -> str:
@@ -17,7 +23,8 @@ def _triton_version() -> str:
 
 
 def _versions() -> Iterator[tuple[str, str]]:
-    yield "fastnorm", __version__
+    is_source = build.sources_folder().parent != build.PACKAGE
+    yield "fastnorm", f"{__version__}, {'the source folder' if is_source else 'installed'} {build.PACKAGE.parent}"
     yield "python", f"{platform.python_version()}, {platform.platform()}"
     yield "torch", torch.__version__
     yield "triton", _triton_version()
@@ -44,16 +51,21 @@ def _extension(available: bool) -> Iterator[tuple[str, str]]:
         return
     from . import native
 
+    yield "file", native._C.__file__
     for key, value in native.build_info().items():
         yield key, (", ".join(value) or "none") if isinstance(value, list) else str(value)
 
 
 def _operations() -> Iterator[tuple[str, str]]:
+    absent = [s.detail for s in backend.statuses().values() if not s.available]
     for device in dict.fromkeys(name.split(":")[0] for name, _ in _devices()):
         x = torch.empty(1, 64, device=device)
         for operation in backend.OPERATIONS:
             choice = backend.explain(x, op=operation)
-            yield f"{operation} on {device}", f"{choice.backend}: {choice.reason}"
+            reason = choice.reason
+            for detail in absent:
+                reason = reason.replace(detail, "not available")
+            yield f"{operation} on {device}", f"{choice.backend}: {reason}"
 
 
 def _section(title: str, rows: Iterator[tuple[str, str]]) -> None:
@@ -65,8 +77,8 @@ def _section(title: str, rows: Iterator[tuple[str, str]]) -> None:
     print()
 
 
-def main() -> None:
-    """Prints the report; the exit status is 0 whatever is missing, because plain PyTorch always serves."""
+def report() -> None:
+    """Prints what there is, and how to get the rest."""
     statuses = backend.statuses()
     _section("versions", _versions())
     _section("devices", _devices())
@@ -76,6 +88,41 @@ def main() -> None:
     missing = [(s.name, s.remedy) for s in statuses.values() if not s.available and s.remedy]
     if missing:
         _section("to get what is missing", iter(missing))
+
+
+def build_extension(force: bool, only_check: bool) -> None:
+    """Builds the extension into the user's cache, or says what would be built; raises BuildError."""
+    target = build.target_folder()
+    built = build.in_folder(target)
+    _section("the C++ extension for this torch", iter({
+        "sources": str(build.sources_folder()), "torch": torch.__version__, **extension.options(),
+        "file": str(built or target), "built": "yes" if built else "no",
+    }.items()))  # fmt: skip
+    inside = build.in_folder(build.PACKAGE)
+    if only_check or (built and not force):
+        return
+    start = time.monotonic()
+    path = build.build(force)
+    print(f"built in {time.monotonic() - start:.0f} seconds: {path}")
+    if inside is not None:
+        print(f"the one in the package is loaded before it, where it fits this torch: {inside}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The report's exit status is 0 whatever is missing, because plain PyTorch always serves."""
+    parser = argparse.ArgumentParser(prog="python -m fastnorm", description=__doc__)
+    commands = parser.add_subparsers(dest="command", title="commands (none prints the report)")
+    building = commands.add_parser("build", help="compile the C++ extension for this torch into the user's cache")
+    building.add_argument("--check", action="store_true", help="only say what would be built; fails if it can't be")
+    building.add_argument("--force", action="store_true", help="build again what is built already")
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        report()
+        return
+    try:
+        build_extension(options.force, options.check)
+    except (build.BuildError, extension.CannotBuild) as error:
+        sys.exit(f"fastnorm: {error}")
 
 
 if __name__ == "__main__":

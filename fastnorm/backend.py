@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _KERNEL_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 _REMEDIES = {
     "triton": "pip install triton  (Linux; comes with torch's CUDA and ROCm wheels)",
-    "native": "pip install --no-build-isolation .  (in fastnorm's source folder; needs a C++ compiler and ninja)",
+    "native": "python -m fastnorm build  (needs a C++20 compiler: gcc 10, clang 13 or newer)",
 }
 
 
@@ -197,6 +197,9 @@ def _refusal(op: str, name: str, x: torch.Tensor) -> str | None:
         if op == "batch_norm_evaluation" and x.device.type == "cpu" and _forced is None:
             return "evaluation without activation and residual is a copy's work in PyTorch's own CPU kernel"
         devices = _native_clip_devices if op in CLIPS else _native_devices
+        if x.device.type == "cuda" and "cuda" in devices and not _native.covers(x.device.index):
+            archs = ", ".join(_native.build_info()["cuda_archs"])
+            return f"built for {archs}, which {x.device} is not; build for it: python -m fastnorm build --force"
         return None if x.device.type in devices else f"not built for {x.device.type}"
     return None if _triton.serves(x.device.type) else f"Triton doesn't run on {x.device.type} here"
 
@@ -210,6 +213,8 @@ def statuses() -> dict[str, Status]:
         result["triton"] = Status("triton", device is not None, detail, "" if device else "run on a machine with a GPU")
     if _native is not None:
         built = f"built for {', '.join(_native_devices) or 'no device'}"
+        if "cuda" in _native_clip_devices:
+            built += f"; the clips also for CUDA ({', '.join(_native.build_info()['cuda_archs'])})"
         result["native"] = Status("native", bool(_native_devices), built)
     result["reference"] = Status("reference", True, "PyTorch's own operations, on every device")
     return {name: result[name] for name in BACKENDS}

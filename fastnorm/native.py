@@ -5,21 +5,16 @@ reason, where the extension isn't built. y, h and dx of a row do not depend on t
 the number of threads; between instruction sets results may differ in their last bits.
 """
 
-import importlib
+from functools import cache
 
 import torch
 
-from . import operators
+from . import build, operators
 
-try:
-    _C = importlib.import_module("._C", __package__)  # `from . import _C` can't tell missing from broken
-except ModuleNotFoundError as error:
-    raise ImportError("fastnorm's C++ extension is not built") from error
-except ImportError as error:
-    raise ImportError(f"fastnorm's C++ extension does not fit this torch {torch.__version__}: {error}") from error
+_C = build.load()
 
 if missing := [name for name in operators.names() if not hasattr(torch.ops.fastnorm, name)]:
-    raise ImportError(f"fastnorm's C++ extension is an older build, without {missing[0]}: build it again")
+    raise ImportError(f"fastnorm's C++ extension is an older build, without {missing[0]}: {build.COMMAND}")
 operators.register_fakes("fastnorm")
 
 # Overloads, because a call through the packet would look the overload up each time.
@@ -61,3 +56,9 @@ def serves(device_type: str, function: str = "rms_norm_forward") -> bool:
     """Whether a kernel of this function was built for the device type, such as "cpu"."""
     key = device_type.upper()
     return key in ("CPU", "CUDA") and torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnorm::{function}", key)
+
+
+@cache
+def covers(cuda_device: int) -> bool:
+    """Whether the CUDA kernels were built for the card with this index: its machine code, or PTX of an older one."""
+    return _C.cuda_covers(cuda_device)

@@ -1,5 +1,6 @@
 """What every test gets: a device for Triton, the backends, and memory that shows when it was never written."""
 
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,16 @@ if not SIMULATED and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's decorators read it when they are first imported
 
 import fastnorm  # noqa: E402
-from fastnorm import backend  # noqa: E402
+from fastnorm import backend, build  # noqa: E402
+
+
+def pytest_configure() -> None:
+    """Refuses to run where a backend is missing by mistake: its tests would be skipped, and all would look well."""
+    broken = build.in_folder(build.PACKAGE)
+    if broken and (backend._native is None or backend._native._C.__file__ != str(broken)):
+        raise pytest.UsageError(f"{broken} is there, but not in use: {backend._absent.get('native', 'another is')}")
+    if backend._triton is None and importlib.util.find_spec("triton") is not None:
+        raise pytest.UsageError(f"Triton is there, but fastnorm's kernels are not: {backend._absent['triton']}")
 
 
 def _round_bfloat16_in_the_interpreter() -> None:

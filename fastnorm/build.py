@@ -1,0 +1,181 @@
+"""The compiled extension: where it lies, whether it fits this Python and torch, and `python -m fastnorm build`.
+
+It may lie in the package, where `pip install --no-build-isolation` and `make install` put it, or in the user's cache,
+where `python -m fastnorm build` does. The cache has a folder for each combination of fastnorm's C++ sources, torch and
+Python, and in it one for each set of compiler options; the newest of these is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from . import __version__, extension
+
+PACKAGE = Path(__file__).resolve().parent
+COMMAND = "python -m fastnorm build"
+
+
+class BuildError(Exception):
+    """Why `build` could not do it, and what to do."""
+
+
+def load() -> ModuleType:
+    """fastnorm._C. Raises ImportError, which says what to do, where no build fits this Python and torch."""
+    reasons = []
+    for path in filter(None, (in_folder(PACKAGE), cached())):
+        built_for = extension.recorded(path.parent).get("torch", torch.__version__)
+        if _public(built_for) != _public(torch.__version__):  # asked before it is loaded: then it may crash
+            reasons.append(f"{path} was built for torch {built_for}, and this is torch {torch.__version__}")
+            continue
+        try:
+            module = _import(path)
+        except ImportError as error:
+            reasons.append(f"{path} does not fit this torch {torch.__version__}: {error}")
+            continue
+        if (built_for := module.build_info()["torch"]) != _public(torch.__version__):
+            raise ImportError(f"{path} was built for torch {built_for}, and this is torch {torch.__version__}")
+        return module
+    raise ImportError("; ".join(reasons) or f"the C++ extension is not built: {_absence()}")
+
+
+def _import(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{__package__}._C", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[spec.name] = module
+    return module
+
+
+def _public(version: str) -> str:
+    """A version without its local part, such as +cu130."""
+    return version.partition("+")[0]
+
+
+def _absence() -> str:
+    """Why there is no build at all."""
+    others = [path.parent.parent.name for path in cache_folder().glob(f"{__version__}-*/*/{extension.RECORD}")]
+    if others:
+        return f"the builds in {cache_folder()} are for another torch, Python or version of the sources"
+    return extension.recorded(PACKAGE).get("reason", "nobody has built it here")
+
+
+def in_folder(folder: Path) -> Path | None:
+    """The extension for this Python in a folder, if there is one."""
+    return next((path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_C{suffix}").exists()), None)
+
+
+def cached() -> Path | None:
+    """The newest build in the cache for these sources, this torch and Python, if there is one."""
+    found = filter(None, map(in_folder, builds_folder().glob("*")))
+    return max(found, key=lambda path: path.parent.stat().st_mtime, default=None)
+
+
+def cache_folder() -> Path:
+    """$FASTNORM_CACHE_DIR, or fastnorm's folder in the user's cache."""
+    if folder := os.environ.get("FASTNORM_CACHE_DIR"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastnorm"
+
+
+def sources_folder() -> Path:
+    """csrc: inside an installed package, beside the package in the source folder."""
+    installed = PACKAGE / "csrc"
+    return installed if installed.is_dir() else PACKAGE.parent / "csrc"
+
+
+def builds_folder() -> Path:
+    """Where the cache has the builds for these sources, this torch and Python."""
+    digest = hashlib.sha256()
+    for path in sorted(sources_folder().rglob("*.[ch]*")):
+        digest.update(path.read_bytes())
+    python = sysconfig.get_config_var("SOABI")
+    return cache_folder() / f"{__version__}-{digest.hexdigest()[:12]}-torch-{torch.__version__}-{python}"
+
+
+def target_folder() -> Path:
+    """Where a build with the options of this environment belongs."""
+    options = json.dumps(extension.options(), sort_keys=True)
+    return builds_folder() / hashlib.sha256(options.encode()).hexdigest()[:12]
+
+
+def build(force: bool = False) -> Path:
+    """Compiles the extension for this torch into the user's cache, and shows how far it is; returns its path.
+
+    What was built before with the same options is taken, unless `force`. Processes that build at once wait for each
+    other. A build that fails or is interrupted leaves the cache as it was.
+
+    Raises BuildError, which says what to do.
+    """
+    try:
+        target = target_folder()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _one_at_a_time(), tempfile.TemporaryDirectory(dir=cache_folder(), prefix="building-") as scratch:
+            if force or in_folder(target) is None:
+                result = _compile(Path(scratch))
+                shutil.rmtree(target, ignore_errors=True)
+                result.rename(target)
+            os.utime(target)  # the newest is loaded
+    except extension.CannotBuild as error:
+        raise BuildError(str(error)) from error
+    except OSError as error:
+        raise BuildError(f"{error}. FASTNORM_CACHE_DIR names another folder to build in.") from error
+    return in_folder(target)
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    from filelock import FileLock, Timeout  # comes with torch
+
+    lock = FileLock(cache_folder() / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"another process is building in {cache_folder()}: waiting for it", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _compile(scratch: Path) -> Path:
+    """Builds into a scratch folder; returns the folder with the extension and its record."""
+    arguments = [sources_folder(), scratch / "lib", scratch / "objects"]
+    code = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"  # its folder stays off sys.path
+    command = [sys.executable, "-c", code, extension.__file__, *map(str, arguments)]
+    log = cache_folder() / "build.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=scratch, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
+        for name in _compiled(process.stdout, file):
+            print(f"  {name}", flush=True)
+    result = scratch / "lib" / "fastnorm"
+    if process.wait() or in_folder(result) is None:
+        errors = [line for line in log.read_text().splitlines() if re.search(r"\berror\b", line, re.IGNORECASE)]
+        raise BuildError("\n".join(["The compiler failed:", *errors[:10], f"All that it said is in {log}."]))
+    return result
+
+
+def _compiled(lines: Iterator[str], log) -> Iterator[str]:
+    """The sources whose compilation the build reports, counted where ninja counts; all output goes to the log."""
+    for line in lines:
+        log.write(line)
+        if match := re.search(r"^(\[\d+/\d+\] )?.* -c (?:-c )?\S*/(csrc/\S+\.(?:cpp|cu))\b", line):
+            yield (match[1] or "") + match[2]
