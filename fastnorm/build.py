@@ -160,14 +160,12 @@ def _compile(scratch: Path) -> Path:
     code = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"  # its folder stays off sys.path
     command = [sys.executable, "-c", code, extension.__file__, *map(str, arguments)]
     log = cache_folder() / "build.log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command, cwd=scratch, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-        )
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    with log.open("w") as file, subprocess.Popen(command, cwd=scratch, **pipe) as process:
         for name in _compiled(process.stdout, file):
             print(f"  {name}", flush=True)
     result = scratch / "lib" / "fastnorm"
-    if process.wait() or in_folder(result) is None:
+    if process.returncode or in_folder(result) is None:
         errors = [line for line in log.read_text().splitlines() if re.search(r"\berror\b", line, re.IGNORECASE)]
         raise BuildError("\n".join(["The compiler failed:", *errors[:10], f"All that it said is in {log}."]))
     return result
