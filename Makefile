@@ -32,10 +32,12 @@ test: lint  ## lint, then all tests
 test-models: $(MODELS)  ## convert and clipping on real models and trainers: transformers, timm, Lightning, Accelerate
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m models $(PYTEST_ARGS) tests/test_models.py tests/test_trainers.py
 
-# In a copy of the sources: the extension for another torch must not stay behind in this tree.
+# In a copy of the sources: the extension for another torch must not stay behind in this tree. The constraint holds for
+# all that pip installs, or torchvision, which timm asks for, would bring its own torch.
+test-torch: export PIP_CONSTRAINT = $(OTHER_TORCH)/constraints.txt
 test-torch:  ## the whole of `make test` with another torch (TORCH=2.9.1), in an environment of its own under build/
 	test -x $(OTHER_TORCH)/bin/python || $(PYTHON) -m venv $(OTHER_TORCH)
-	$(OTHER_TORCH)/bin/python -m pip install -q torch==$(TORCH)
+	echo torch==$(TORCH) >$(PIP_CONSTRAINT)
 	rm -rf $(OTHER_TORCH)/source && mkdir $(OTHER_TORCH)/source
 	tar -cf - --exclude=./build --exclude=./.git --exclude='./.venv*' --exclude='_C*.so' --exclude=_build.json . \
 	  | tar -xf - -C $(OTHER_TORCH)/source

@@ -103,6 +103,8 @@ def group_norm(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool, out_dtype: torch.dtype
 ) -> Tensor:
     """y = silu((x − mean) · rstd · w + b) over each sample's groups of channels."""
+    if weight is None and bias is not None:
+        weight = torch.ones_like(bias)  # without one, stock's backward on the CPU raises before torch 2.13
     if out_dtype == x.dtype and _stock_mixes(x, weight, bias):
         z = F.group_norm(x, groups, weight, bias, eps)
     else:

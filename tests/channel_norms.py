@@ -90,6 +90,8 @@ def formula(case: Case, tensors: dict[str, Tensor]) -> Tensor:
         running = tensors.get("running_mean"), tensors.get("running_var")
         z = F.batch_norm(tensors["x"], *running, *affine, case.training, MOMENTUM, case.eps)
         return z if "residual" not in tensors else z + tensors["residual"]
+    if affine[0] is None and affine[1] is not None:
+        affine = torch.ones_like(affine[1]), affine[1]  # without one, stock's backward raises before torch 2.13
     z = F.group_norm(tensors["x"], case.groups, *affine, case.eps)
     return F.silu(z) if case.activation == "silu" else z
 
