@@ -33,8 +33,11 @@ def give_up(reason: str) -> None:
     """Says that the extension is left out and why; ends the build where the extension was asked for."""
     if NATIVE == "1":
         sys.exit(f"\nfastnorm: {reason} FASTNORM_BUILD_NATIVE=1 asks for the C++ extension: the build stops here.\n")
-    text = f"fastnorm: {reason} The C++ extension fastnorm._C is left out: the package works without it, but slower on "
-    print("\n" + textwrap.fill(f"{text}CPUs.", 100) + "\n", file=sys.stderr, flush=True)
+    text = (
+        f"fastnorm: {reason} The C++ extension is left out. The package works without it, but slower on CPUs; to build "
+        "it after the installation: python -m fastnorm build"
+    )
+    print("\n" + textwrap.fill(text, 100) + "\n", file=sys.stderr, flush=True)
 
 
 def build_python(reason: str) -> type:

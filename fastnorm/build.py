@@ -51,7 +51,7 @@ def load() -> ModuleType:
         if (built_for := module.build_info()["torch"]) != _public(torch.__version__):
             raise ImportError(f"{path} was built for torch {built_for}, and this is torch {torch.__version__}")
         return module
-    raise ImportError("; ".join(reasons) or f"the C++ extension is not built: {_absence()}")
+    raise ImportError(f"{'; '.join(reasons) or f'the C++ extension is not built: {_absence()}'}; run: {COMMAND}")
 
 
 def _import(path: Path) -> ModuleType:

@@ -39,10 +39,7 @@ def check_compiler() -> None:
     """Raises CannotBuild unless there are torch and a compiler that can build against it."""
     cxx = compiler()
     if find_spec("torch") is None:
-        raise CannotBuild(
-            "torch can't be seen from here: pip builds in an environment of its own. Build the extension after the "
-            "installation with: python -m fastnorm build"
-        )
+        raise CannotBuild("torch can't be seen here: pip builds in an environment of its own.")
     if shutil.which(cxx[0]) is None:
         raise CannotBuild(
             f"No C++ compiler: '{cxx[0]}' was not found (install g++ or clang++, or name a compiler in CXX)."
