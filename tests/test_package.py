@@ -142,6 +142,21 @@ runpy.run_module("fastnorm", run_name="__main__")
 """
 
 
+HEAVY = ("torch._dynamo", "torch._inductor", "torch.onnx", "torch.distributed.tensor", "torch.distributed.fsdp",
+         "torch.fx.experimental.symbolic_shapes", "torch.testing", "sympy", "mpmath", "onnx", "matplotlib", "pandas",
+         "scipy", "transformers", "timm")  # fmt: skip
+
+
+def test_the_import_loads_nothing_heavy(tmp_path):
+    """Beyond what torch has loaded: the compiler alone takes two seconds, and who needs it has it loaded by its use."""
+    code = "import sys, torch; old = {*sys.modules}; import fastnorm; print(*{*sys.modules} - old)"
+    done = run("-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    loaded = done.stdout.split()
+    assert "fastnorm.ops.sync_batch_norm" in loaded
+    assert not [name for name in loaded if f"{name}.".startswith(tuple(f"{heavy}." for heavy in HEAVY))]
+
+
 def test_everything_but_triton_works_without_triton(tmp_path):
     done = run("-c", WITHOUT_TRITON, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,6 @@
 """SyncBatchNorm in real process groups, with gloo, against BatchNorm over the batches put together."""
 
+import copy
 import itertools
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 
 import fastnorm
 from fastnorm import backend
-from fastnorm.ops.sync_batch_norm import _sync_batch_norm
+from fastnorm.ops.sync_batch_norm import sync_batch_norm
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 
@@ -149,12 +150,35 @@ def count_collectives(rank, sizes):
     dist.all_gather, dist.all_reduce = stock
 
 
+def check_compiled(rank, sizes):
+    """As it is without a compiler, the collectives outside the graphs, which end where they are."""
+    graphs, parts = [], batches(sizes)
+
+    def keep(graph, inputs):
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    plain = nn.Sequential(nn.Conv2d(6, 4, 3), fastnorm.SyncBatchNorm(4), nn.ReLU(), fastnorm.SyncBatchNorm(4))
+    compiled = copy.deepcopy(plain)
+    run = torch.compile(compiled, backend=keep)
+    for _ in range(2):
+        for forward in (plain, run):
+            forward(parts[rank]).square().sum().backward()
+    assert graphs and not any("gather" in graph or "reduce" in graph for graph in graphs)
+    for actual, expected in zip(compiled.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(actual, expected)
+    for actual, expected in zip(compiled.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad)
+
+
 def process(rank, folder, names):
     """One of four. Starting them takes longer than all they do, so they do it for every backend, and in pairs."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
     pairs = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
     pair = dict(rank=rank % 2, group=pairs[rank // 2])
+    torch.manual_seed(0)
+    check_compiled(rank, (2, 3, 1, 4))  # the first call of all, with which the compiler's part is imported
     for name in names:
         with fastnorm.use(name):
             for sizes in SIZES_OF_FOUR:
@@ -197,7 +221,7 @@ def test_steps_in_a_group_of_one(channels_last, alone):
     expected, grads = stock_results(stock, parts, residuals, "relu")
     given = [t[0].clone(memory_format=torch.preserve_format).requires_grad_() for t in (parts, residuals)]
     running = ours.running_mean, ours.running_var
-    y = _sync_batch_norm(ours, given[0], running, ours.momentum, given[1], dist.group.WORLD)
+    y = sync_batch_norm(ours, given[0], running, ours.momentum, given[1], dist.group.WORLD)
     y.pow(3).sum().backward()
     for actual, wanted in zip([y.detach(), *(t.grad for t in given)], expected[0], strict=True):
         close(actual, wanted)

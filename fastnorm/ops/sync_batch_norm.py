@@ -174,7 +174,9 @@ class SyncBatchNorm(FusedBatchNorm, torch.nn.SyncBatchNorm):
         group = self.process_group or (dist.group.WORLD if is_split else None)
         if not is_split or dist.get_world_size(group) < 2:
             return super()._normalize(input, running, training, momentum, residual)
-        return _sync_batch_norm(self, input, running, momentum, residual, group)
+        from . import uncompiled
+
+        return uncompiled.sync_batch_norm(self, input, running, momentum, residual, group)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: Any = None) -> torch.nn.Module:
@@ -204,9 +206,8 @@ def _synchronised(cls: type, module: torch.nn.Module, process_group: Any) -> tor
     return new
 
 
-# Collectives stay out of compiled graphs: a graph that is broken here is cut at the same place in every process.
-@torch.compiler.disable
-def _sync_batch_norm(module: SyncBatchNorm, input, running, momentum, residual, group) -> Tensor:
+def sync_batch_norm(module: SyncBatchNorm, input, running, momentum, residual, group) -> Tensor:
+    """One step of training over a group. SyncBatchNorm calls it outside compiled graphs, by `uncompiled`."""
     relu = check_activation("SyncBatchNorm", module.activation, "relu")
     weight, bias = module.weight, module.bias
     check_batch_norm(input, *running, weight, bias, residual, training=True)
