@@ -55,6 +55,23 @@ def assert_same(ours: nn.Module, stock: nn.Module, x: torch.Tensor) -> None:
         torch.testing.assert_close(actual, expected, **tolerance)
 
 
+@pytest.mark.parametrize("name", fastnorm.__all__)
+def test_signatures_hide_nothing(name):
+    public = getattr(fastnorm, name)
+    for function in vars(public).values() if inspect.ismodule(public) else [public]:
+        if callable(function):
+            kinds = {parameter.kind for parameter in inspect.signature(function).parameters.values()}
+            assert not kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}, function
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
+def test_signatures_that_add_are_the_norms(name):
+    parameters = dict(inspect.signature(getattr(fastnorm, f"Add{name}")).parameters)
+    residual_dtype = parameters.pop("residual_dtype")
+    assert (residual_dtype.kind, residual_dtype.default) == (inspect.Parameter.KEYWORD_ONLY, None)
+    assert list(parameters.values()) == list(inspect.signature(getattr(fastnorm, name)).parameters.values())
+
+
 @pytest.mark.parametrize("name, args, kwargs", CONSTRUCTIONS, ids=str)
 def test_construction(name, args, kwargs):
     ours, stock = getattr(fastnorm, name)(*args, **kwargs), STOCK[name](*args, **kwargs)

@@ -224,10 +224,23 @@ class AddLayerNorm(LayerNorm):
     The constructor and the state_dict are those of LayerNorm; residual_dtype is h's dtype, None the promoted one.
     """
 
-    def __init__(self, *args: Any, residual_dtype: torch.dtype | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        zero_centered: bool = False,
+        out_dtype: torch.dtype | None = None,
+        residual_dtype: torch.dtype | None = None,
+    ) -> None:
         check_dtype("AddLayerNorm", "residual_dtype", residual_dtype)
         self.residual_dtype = residual_dtype
-        super().__init__(*args, **kwargs)
+        options = {"zero_centered": zero_centered, "out_dtype": out_dtype}
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype, **options)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return add_layer_norm(
