@@ -1,4 +1,5 @@
-"""convert before and after DistributedDataParallel and fully_shard, in two real processes with gloo."""
+"""convert before and after DistributedDataParallel, fully_shard and FullyShardedDataParallel, in two real processes
+with gloo."""
 
 import copy
 import warnings
@@ -59,6 +60,28 @@ def wrapped(kind: str, model: nn.Module) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
+def check_flattened(use_orig_params: bool, rank: int) -> None:
+    """What a process keeps of a parameter tells no shape: convert leaves it, in every process, and the model trains."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    def flattened(model: nn.Module) -> nn.Module:
+        model.blocks[0][0] = FullyShardedDataParallel(model.blocks[0][0], **options)  # the norm by itself, in halves
+        return FullyShardedDataParallel(model, **options)
+
+    options = {"use_orig_params": use_orig_params, "device_id": torch.device("cpu")}
+    torch.manual_seed(0)
+    original = Network()
+    expected = losses(flattened(copy.deepcopy(original)), rank)
+    first = copy.deepcopy(original)
+    assert len(fastnorm.convert(first).swapped) == 4
+    torch.testing.assert_close(losses(flattened(first), rank), expected, rtol=1e-4, atol=1e-5)
+    later = flattened(copy.deepcopy(original))
+    report = fastnorm.convert(later)
+    assert not report.swapped and len(report.left) == 4, str(report)
+    assert all("convert the model before it is wrapped" in norm.reason for norm in report.left)
+    assert losses(later, rank) == expected
+
+
 def check(kind: str, rank: int) -> None:
     torch.manual_seed(0)
     original = Network()
@@ -89,6 +112,8 @@ def process(rank: int, size: int, store: str) -> None:
     with fastnorm.use("native" if fastnorm.backend.statuses()["native"].available else "reference"):
         for kind in ("ddp", "fsdp"):
             check(kind, rank)
+        for use_orig_params in (False, True):
+            check_flattened(use_orig_params, rank)
     dist.destroy_process_group()
 
 

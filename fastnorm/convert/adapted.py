@@ -1,14 +1,16 @@
-"""Norms that other libraries have and torch.nn hasn't, on fastnorm's operations; `convert` alone makes them."""
+"""Norms that other libraries have and torch.nn hasn't, on fastnorm's operations; `convert` makes them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from ..ops.arguments import options_repr
 from ..ops.batch_norm import BatchNorm2d
 from ..ops.group_norm import GroupNorm
 from ..ops.layer_norm import LayerNorm
 from ..ops.rms_norm import RMSNorm, rms_norm
+from ..ops.sync_batch_norm import SyncBatchNorm
 from ..ops.symbolic import has_hooks, module_node
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -29,6 +31,9 @@ class _OverChannels:
         if not self.keeps_layout or y.stride() == input.stride():
             return y
         return torch.empty_like(input, dtype=y.dtype).copy_(y)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + options_repr(self, keeps_layout=False)
 
 
 class LayerNorm2d(_OverChannels, LayerNorm):
@@ -89,6 +94,12 @@ class _Activated:
 
 class BatchNormAct2d(_Activated, BatchNorm2d):
     """timm's BatchNormAct2d."""
+
+    _FUSED = ("relu", nn.ReLU)
+
+
+class SyncBatchNormAct(_Activated, SyncBatchNorm):
+    """What `SyncBatchNorm.convert_sync_batchnorm` makes of timm's BatchNormAct2d."""
 
     _FUSED = ("relu", nn.ReLU)
 

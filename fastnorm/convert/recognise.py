@@ -93,6 +93,7 @@ def proposals(module: nn.Module, kinds: tuple[str, ...]) -> Proposals:
         _refuse_changed_calls(module, core)
         if any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False)):
             raise _Unfit("it is lazy: run the model once before")
+        _refuse_shards(module)
         kind = next((kind for kind, base in _BASES.items() if issubclass(core, base)), None)
         is_certain = core in (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, *_BATCH_NORMS)
         if not is_certain:
@@ -123,6 +124,19 @@ def _refuse_more_arguments(core: type) -> None:
         raise _Unfit(f"its forward takes ({', '.join(map(str, arguments))}), a norm's takes the input alone")
 
 
+def _refuse_shards(module: nn.Module) -> None:
+    """DeepSpeed's ZeRO-3 and FullyShardedDataParallel keep a part of each parameter, which doesn't tell its shape."""
+    found = own_parameters(module) | {key: value for key, value in vars(module).items() if isinstance(value, Tensor)}
+    for name, tensor in found.items():
+        if is_shard(tensor) or name in vars(module):
+            raise _Unfit(f"its {name} is sharded, or no parameter: convert the model before it is wrapped")
+
+
+def is_shard(parameter: Tensor | None) -> bool:
+    """Whether it is what a process keeps of a parameter, by a framework that gathers the whole for the forward."""
+    return parameter is not None and (parameter.numel() == 0 or getattr(parameter, "_fsdp_flattened", False))
+
+
 def _refuse_more_state(module: nn.Module, parameters: set[str], buffers: set[str] = frozenset()) -> None:
     """A subclass may have more than its base, which the base's formula can't use."""
     names = {name for name, p in own_parameters(module).items() if p is not None} - parameters
@@ -147,18 +161,21 @@ def _proposal(
     """template: made by the constructor, on the meta device: its attributes are those that the target needs."""
     target = target or type(template)
     own = {key: value for key, value in vars(template).items() if key not in MODULE_STATE}
-    attributes = {key: value for key, value in own.items() if not isinstance(getattr(target, key, None), property)}
+    attributes = {key: value for key, value in own.items() if not _is_derived(target, key)}
     # a norm without a bias reads its bias as well
     attributes |= {name: None for name, p in template._parameters.items() if p is None}
     return Proposal(kind, target, attributes, tuple(shapes), options or {}, names)
+
+
+def _is_derived(cls: type, name: str) -> bool:
+    attribute = getattr(cls, name, None)
+    return isinstance(attribute, property) and attribute.fset is None
 
 
 def _layer(module: nn.LayerNorm, core: type) -> Iterator[Proposal]:
     shape = tuple(module.normalized_shape)
     _refuse_more_state(module, {"weight", "bias"})
     has_weight, has_bias = _has_parameters(module, shape)
-    if has_bias and not has_weight:
-        raise _Unfit("it has a bias without a weight")
     if core is nn.LayerNorm:
         template = LayerNorm(shape, module.eps, has_weight, has_bias, device=_META)
         yield _proposal("layer", template, _row_shapes(shape))
@@ -224,12 +241,14 @@ def _batch(module: nn.modules.batchnorm._BatchNorm, core: type) -> Iterator[Prop
     base = next(base for base in _BATCH_NORMS if issubclass(core, base))
     channels = module.num_features
     _refuse_more_state(module, {"weight", "bias"}, {"running_mean", "running_var", "num_batches_tracked"})
-    is_affine = _is_affine(module, channels)
+    has_weight, has_bias = _has_parameters(module, (channels,))
     ours = _BATCH_NORMS[base]
     template = ours(
-        channels, module.eps, module.momentum, is_affine, module.track_running_stats,
+        channels, module.eps, module.momentum, has_weight, module.track_running_stats,
         device=_META, **({"process_group": module.process_group} if ours is SyncBatchNorm else {}),
     )  # fmt: skip
+    if not has_bias:
+        template.bias = None  # older torch's constructor has no bias=False
     shapes = {
         BatchNorm1d: [(6, channels), (4, channels, 3)], BatchNorm3d: [(2, channels, 2, 2, 3)],
     }.get(ours, [(3, channels, 2, 3)])  # fmt: skip
@@ -244,7 +263,10 @@ def _batch(module: nn.modules.batchnorm._BatchNorm, core: type) -> Iterator[Prop
 def _group(module: nn.GroupNorm, core: type) -> Iterator[Proposal]:
     channels = module.num_channels
     _refuse_more_state(module, {"weight", "bias"})
-    template = GroupNorm(module.num_groups, channels, module.eps, _is_affine(module, channels), device=_META)
+    has_weight, has_bias = _has_parameters(module, (channels,))
+    template = GroupNorm(module.num_groups, channels, module.eps, has_weight, device=_META)
+    if not has_bias:
+        template.bias = None
     target = adapted.GroupNormAct if "act" in module._modules else None
     yield _proposal("group", template, [(2, channels, 3, 2), (3, channels, 4)], target)
 
@@ -292,13 +314,6 @@ def _is_structured_as_norm(module: nn.Module) -> bool:
     return has_eps and 1 <= len(parameters) <= 2 and all(p.dim() == 1 for p in parameters)
 
 
-def _is_affine(module: nn.Module, channels: int) -> bool:
-    has_weight, has_bias = _has_parameters(module, (channels,))
-    if has_weight != has_bias:
-        raise _Unfit("it has one of weight and bias without the other")
-    return has_weight
-
-
 def _has_parameters(module: nn.Module, shape: tuple[int, ...]) -> tuple[bool, bool]:
     """Whether there are a weight and a bias, which must have the shape; a parametrization computes it from any."""
     parameters = own_parameters(module)
@@ -306,7 +321,10 @@ def _has_parameters(module: nn.Module, shape: tuple[int, ...]) -> tuple[bool, bo
         parameter = module._parameters.get(name)
         if parameter is not None and tuple(parameter.shape) != shape:
             raise _Unfit(f"its {name} has the shape {list(parameter.shape)}, not {list(shape)}")
-    return parameters.get("weight") is not None, parameters.get("bias") is not None
+    has_weight, has_bias = (parameters.get(name) is not None for name in ("weight", "bias"))
+    if has_bias and not has_weight:
+        raise _Unfit("it has a bias without a weight")
+    return has_weight, has_bias
 
 
 # by kind, and by whether there is an activation: over the last dimensions, and over the channels

@@ -85,10 +85,17 @@ def combined(target: type, core: type, names: Names = ()) -> type:
     if (argument := argument_of(core.forward)) not in target.forward.__code__.co_varnames:
         namespace["forward"] = _with_argument(target.forward, argument)
 
+    if hasattr(core, "reset_parameters"):  # how it starts is not what it computes
+        namespace["reset_parameters"] = core.reset_parameters
+
+    def extra_repr(self: torch.nn.Module) -> str:
+        return target.extra_repr(_renamed(self, target, names))
+
     def reduce(self: torch.nn.Module, protocol: Any) -> tuple:
         return _blank, (target, core, names), object.__reduce_ex__(self, 2)[2]
 
     namespace |= {
+        "extra_repr": extra_repr,
         "__doc__": f"{core.__module__}.{core.__qualname__}, computed by fastnorm's {target.__name__}.",
         "__module__": __name__,
         "__reduce_ex__": reduce,
@@ -100,6 +107,13 @@ def _blank(target: type, core: type, names: Names) -> torch.nn.Module:
     """An object that a pickle's state is then given to."""
     cls = combined(target, core, names)
     return cls.__new__(cls)
+
+
+def _renamed(module: torch.nn.Module, cls: type, names: Names) -> torch.nn.Module:
+    """For torch's extra_repr, which reads attributes off __dict__: a module that has them there by our names."""
+    renamed = object.__new__(cls)
+    vars(renamed).update(vars(module) | {ours: getattr(module, theirs) for ours, theirs in names})
+    return renamed
 
 
 def _alias(name: str) -> property:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .recognise import MODULE_STATE, Proposal, Proposals, own_parameters
+from .recognise import MODULE_STATE, Proposal, Proposals, is_shard, own_parameters
 from .swap import combined, core_of
 
 # of the largest value of each result; half dtypes: where the original rounds more often, or reduces in them
@@ -87,7 +87,7 @@ def _verified(module: nn.Module, proposals: Proposals) -> tuple[Proposal | None,
 
 def likeness(module: nn.Module) -> tuple:
     """Equal for modules whose twins are equal, bit by bit: of them, one run tells all."""
-    tensors = [(key, t if t is None or nn.parameter.is_lazy(t) else (tuple(t.shape), t.dtype, t.device))
+    tensors = [(key, t if t is None or nn.parameter.is_lazy(t) else (tuple(t.shape), t.dtype, t.device, is_shard(t)))
                for key, t in (*own_parameters(module).items(), *module._buffers.items())]  # fmt: skip
     attributes = [(k, v if _is_value(v) else id(v)) for k, v in vars(module).items() if k not in MODULE_STATE]
     children = [(key, child and likeness(child)) for key, child in module._modules.items()]
