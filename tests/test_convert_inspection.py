@@ -1,4 +1,4 @@
-"""What is asked of a converted norm beside its results: how it shows itself, starts anew, and what is said of shards."""
+"""What is asked of a converted norm beside its results: print, dir, a new start; and what is said of shards."""
 
 import copy
 import pickle

@@ -10,8 +10,8 @@ from ..ops.batch_norm import BatchNorm2d
 from ..ops.group_norm import GroupNorm
 from ..ops.layer_norm import LayerNorm
 from ..ops.rms_norm import RMSNorm, rms_norm
-from ..ops.sync_batch_norm import SyncBatchNorm
 from ..ops.symbolic import has_hooks, module_node
+from ..ops.sync_batch_norm import SyncBatchNorm
 
 _HALVES = (torch.float16, torch.bfloat16)
 

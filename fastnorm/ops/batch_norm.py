@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from .channels import (
     pooled,
     values_per_channel,
 )
+from .scripting import scriptable
 from .symbolic import Overridden, module_node, refuse_overridden
 
 
@@ -213,6 +216,26 @@ class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
         self.activation = activation
 
+    @property
+    def eps(self) -> float:
+        """Warns where there is an activation: who reads eps computes the norm elsewhere, or makes another one of it.
+
+        So do torch's fuse_conv_bn_eval, its convert_sync_batchnorm and their like, which know no activation.
+        """
+        # only who names it: torch.jit.trace and inspect read every attribute there is
+        if self.__dict__.get("activation") is not None and "eps" in sys._getframe(1).f_code.co_names:
+            warnings.warn(
+                f"the eps of a fastnorm.{type(self).__name__}(activation={self.activation!r}) is read: what is made of "
+                "its attributes has no activation, and must be followed by one. "
+                "fastnorm.SyncBatchNorm.convert_sync_batchnorm, unlike torch's, keeps the activation.",
+                stacklevel=2,
+            )
+        return self._eps
+
+    @eps.setter
+    def eps(self, eps: float) -> None:
+        self._eps = self.__dict__["eps"] = eps  # torch's methods format __dict__, and torch.compile can't read it
+
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if not isinstance(input, Tensor) or not isinstance(residual, (Tensor, type(None))):
             node = module_node(self, FusedBatchNorm.forward, input, residual)
@@ -231,9 +254,11 @@ class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
     def _normalize(self, input, running, training: bool, momentum: float | Tensor, residual: Tensor | None) -> Tensor:
         return batch_norm(
-            input, *running, self.weight, self.bias, training, momentum, self.eps,
+            input, *running, self.weight, self.bias, training, momentum, self._eps,
             residual=residual, activation=self.activation,
         )  # fmt: skip
+
+    __prepare_scriptable__ = scriptable
 
     def extra_repr(self) -> str:
         return super().extra_repr() + options_repr(self, activation=None)

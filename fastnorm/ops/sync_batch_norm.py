@@ -180,30 +180,19 @@ class SyncBatchNorm(FusedBatchNorm, torch.nn.SyncBatchNorm):
 
     @classmethod
     def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: Any = None) -> torch.nn.Module:
-        """The module with every BatchNorm in it, torch's or fastnorm's, replaced by a fastnorm.SyncBatchNorm.
+        """The module with every BatchNorm in it, torch's, fastnorm's or timm's, replaced by a fastnorm.SyncBatchNorm.
 
-        Parameters and buffers stay the same objects. A module that is a BatchNorm itself is not changed: its
-        replacement is returned. process_group: whose batches are normalised together; None is all processes.
+        Parameters, buffers, hooks, activations and training mode stay. A module that is a BatchNorm itself is not
+        changed: its replacement is returned. process_group: whose batches are normalised together; None is all
+        processes.
+
+        A subclass of a BatchNorm is replaced if it computes what its base does, or with the activation and dropout of
+        its children `act` and `drop`, which is tried on random input, as `fastnorm.convert` does. A norm that can't be
+        replaced is left as it is, and a UserWarning says which and why.
         """
-        result = module
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            result = _synchronised(cls, module, process_group)
-        for name, child in module.named_children():
-            result.add_module(name, cls.convert_sync_batchnorm(child, process_group))
-        return result
+        from ..convert.synchronise import synchronised
 
-
-def _synchronised(cls: type, module: torch.nn.Module, process_group: Any) -> torch.nn.Module:
-    new = cls(
-        module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats, process_group,
-        device="meta", activation=getattr(module, "activation", None),
-    )  # fmt: skip
-    new._parameters.update(module._parameters)
-    new._buffers.update(module._buffers)
-    new.training = module.training
-    if hasattr(module, "qconfig"):
-        new.qconfig = module.qconfig
-    return new
+        return synchronised(cls, module, process_group)
 
 
 def sync_batch_norm(module: SyncBatchNorm, input, running, momentum, residual, group) -> Tensor:
@@ -211,9 +200,9 @@ def sync_batch_norm(module: SyncBatchNorm, input, running, momentum, residual, g
     relu = check_activation("SyncBatchNorm", module.activation, "relu")
     weight, bias = module.weight, module.bias
     check_batch_norm(input, *running, weight, bias, residual, training=True)
-    check_eps("SyncBatchNorm", module.eps, zero_allowed=False)
+    check_eps("SyncBatchNorm", module._eps, zero_allowed=False)
     impl = backend.pick("sync_batch_norm", input, residual, weight, bias, *running)
     tracked = None if running[0] is None else running
     return SyncBatchNormFunction.apply(
-        as_precise_as(input, residual), residual, weight, bias, tracked, impl, momentum, module.eps, relu, group
+        as_precise_as(input, residual), residual, weight, bias, tracked, impl, momentum, module._eps, relu, group
     )
