@@ -21,6 +21,7 @@ from .channels import (
     to_kernel,
     values_per_channel,
 )
+from .scripting import scriptable
 from .symbolic import Overridden
 
 
@@ -137,6 +138,8 @@ class GroupNorm(torch.nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         return group_norm(input, self.num_groups, self.weight, self.bias, self.eps, activation=self.activation)
+
+    __prepare_scriptable__ = scriptable
 
     def extra_repr(self) -> str:
         return super().extra_repr() + options_repr(self, activation=None)

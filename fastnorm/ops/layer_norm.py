@@ -11,6 +11,7 @@ from torch.overrides import handle_torch_function
 
 from .. import backend, reference
 from .arguments import as_rows, as_vector, check, check_dtype, like_input, options_repr, result_dtype
+from .scripting import scriptable
 from .symbolic import Overridden
 
 
@@ -212,6 +213,8 @@ class LayerNorm(torch.nn.LayerNorm):
             input, self.normalized_shape, self.weight, self.bias, self.eps,
             zero_centered=self.zero_centered, out_dtype=self.out_dtype,
         )  # fmt: skip
+
+    __prepare_scriptable__ = scriptable
 
     def extra_repr(self) -> str:
         return super().extra_repr() + options_repr(self, zero_centered=False, out_dtype=None)
