@@ -3,11 +3,11 @@
 import itertools
 
 import torch
-import triton
 from torch import Tensor
 
 from fastnorm import triton_kernels
 from fastnorm.triton_kernels import agc, multi_tensor, tables
+from fastnorm.views import ChannelView
 
 from .problem import CLIPS, DIRECTIONS, DTYPES, GROUPS, OTHER_NORMS, ROWS, UNITS, Problem
 
@@ -38,42 +38,43 @@ def _call_with_rows(problem: Problem) -> None:
         stream = [rows(types.stream)] if adds else []
         affine = [parameter, parameter] if centers else [parameter]
         dtypes = [types.x, types.stream] if adds else [types.x]
-        arguments = [rows(types.x), *stream, *affine, *eps, *zero_centered, *cast, *dtypes]
+        arguments = [rows(types.x), *stream, 1, *affine, *eps, *zero_centered, *cast, *dtypes]
     else:
         h = [rows(types.stream), rows(types.stream)] if adds else [rows(types.x)]
         statistics = [statistic, statistic] if centers else [statistic]
         dtypes = [types.x, types.stream] if adds else []
         dtypes += [types.parameters, types.parameters] if centers else [types.parameters]
-        arguments = [rows(types.x), *h, parameter, *statistics, *zero_centered, *cast, *dtypes]
+        arguments = [rows(types.x), *h, 1, parameter, *statistics, *zero_centered, *cast, *dtypes]
     getattr(triton_kernels, f"{problem.operation}_{problem.direction}")(*arguments)
 
 
 def _call_with_image(problem: Problem) -> None:
     """batch_norm and group_norm, plain and with all that is fused into them, and batch_norm's evaluation."""
-    types, (samples, channels, cols), last = DTYPES[problem.dtype], problem.image, problem.channels_last
-    shape = (samples, cols, channels) if last else (samples, channels, cols)
-    if last and problem.operation == "batch_norm":
-        shape = (1, samples * cols, channels)
+    types, (samples, channels, cols) = DTYPES[problem.dtype], problem.image
+    layout = torch.channels_last if problem.channels_last else torch.contiguous_format
 
     def empty(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
+    def image(dtype: torch.dtype) -> Tensor:
+        return torch.empty(samples, channels, cols, 1, dtype=dtype, device="meta", memory_format=layout)
+
     stat = torch.promote_types(types.x, torch.float32)
-    x, residual, w = empty(types.x, *shape), empty(types.stream, *shape), empty(types.parameters, channels)
+    x, residual, w = image(types.x), image(types.stream), empty(types.parameters, channels)
     grads = types.parameters, types.parameters
     launchers = [getattr(triton_kernels, f"{problem.operation}_{name}") for name in DIRECTIONS]
     for is_fused in (False, True):
         if problem.operation == "group_norm":
-            statistic, options = empty(stat, samples, GROUPS), (last, is_fused)
+            statistic, options = empty(stat, samples, GROUPS), (layout, is_fused)
             arguments = (x, GROUPS, w, w, 1e-5, *options, types.x), (x, x, GROUPS, w, w, statistic, statistic, *options)
         else:
-            statistic, mask = empty(stat, channels), empty(torch.uint8, *shape[:-1], triton.cdiv(shape[-1], 8))
+            statistic, mask = empty(stat, channels), ChannelView(x, layout, pooled=True).make_mask(True)
             added, dresidual = (residual, types.stream) if is_fused else (None, None)
             running = w, w, w, w, None, 0.1, 1e-5
-            arguments = (x, added, *running, last, is_fused, types.x), (
-                x, mask if is_fused else None, x, w, statistic, statistic, True, last, dresidual,
+            arguments = (x, added, *running, layout, is_fused, types.x), (
+                x, mask if is_fused else None, x, w, statistic, statistic, True, layout, dresidual,
             )  # fmt: skip
-            triton_kernels.batch_norm_evaluate(x, added, w, w, w, w, 1e-5, last, is_fused, False, types.x)
+            triton_kernels.batch_norm_evaluate(x, added, w, w, w, w, 1e-5, layout, is_fused, False, types.x)
         given = arguments[DIRECTIONS.index(problem.direction)]
         launchers[DIRECTIONS.index(problem.direction)](*given, *(grads if problem.direction == "backward" else ()))
 

@@ -29,60 +29,62 @@ bool all_readable(at::TensorList tensors) {
 // Outputs that may be absent (dresidual, dweight, dbias) are undefined tensors, which Python receives as None.
 TORCH_LIBRARY(fastnorm, m) {
   m.def(
-      "rms_norm_forward(Tensor x, Tensor? weight, float eps, bool zero_centered, ScalarType? cast_dtype, "
+      "rms_norm_forward(Tensor x, int dims, Tensor? weight, float eps, bool zero_centered, ScalarType? cast_dtype, "
       "ScalarType out_dtype) -> (Tensor y, Tensor rstd)");
   m.def(
-      "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, bool zero_centered, "
-      "ScalarType? cast_dtype, ScalarType? dweight_dtype) -> (Tensor dx, Tensor dweight)");
+      "rms_norm_backward(Tensor dy, Tensor x, int dims, Tensor? weight, Tensor rstd, bool zero_centered, ScalarType? "
+      "cast_dtype, ScalarType? dweight_dtype) -> (Tensor dx, Tensor dweight)");
   m.def(
-      "add_rms_norm_forward(Tensor x, Tensor residual, Tensor? weight, float eps, bool zero_centered, "
+      "add_rms_norm_forward(Tensor x, Tensor residual, int dims, Tensor? weight, float eps, bool zero_centered, "
       "ScalarType? cast_dtype, ScalarType out_dtype, ScalarType residual_dtype) -> (Tensor y, Tensor h, Tensor rstd)");
   m.def(
-      "add_rms_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor rstd, bool zero_centered, "
-      "ScalarType? cast_dtype, ScalarType x_dtype, ScalarType residual_dtype, ScalarType? dweight_dtype) "
-      "-> (Tensor dx, Tensor dresidual, Tensor dweight)");
+      "add_rms_norm_backward(Tensor dy, Tensor? dh, Tensor h, int dims, Tensor? weight, Tensor rstd, bool "
+      "zero_centered, ScalarType? cast_dtype, ScalarType x_dtype, ScalarType residual_dtype, ScalarType? "
+      "dweight_dtype) -> (Tensor dx, Tensor dresidual, Tensor dweight)");
   m.def(
-      "layer_norm_forward(Tensor x, Tensor? weight, Tensor? bias, float eps, bool zero_centered, "
+      "layer_norm_forward(Tensor x, int dims, Tensor? weight, Tensor? bias, float eps, bool zero_centered, "
       "ScalarType out_dtype) -> (Tensor y, Tensor mean, Tensor rstd)");
   m.def(
-      "layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool zero_centered, "
-      "ScalarType? dweight_dtype, ScalarType? dbias_dtype) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+      "layer_norm_backward(Tensor dy, Tensor x, int dims, Tensor? weight, Tensor mean, Tensor rstd, bool "
+      "zero_centered, ScalarType? dweight_dtype, ScalarType? dbias_dtype) -> (Tensor dx, Tensor dweight, Tensor "
+      "dbias)");
   m.def(
-      "add_layer_norm_forward(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, bool zero_centered, "
-      "ScalarType out_dtype, ScalarType residual_dtype) -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)");
+      "add_layer_norm_forward(Tensor x, Tensor residual, int dims, Tensor? weight, Tensor? bias, float eps, bool "
+      "zero_centered, ScalarType out_dtype, ScalarType residual_dtype) -> (Tensor y, Tensor h, Tensor mean, Tensor "
+      "rstd)");
   m.def(
-      "add_layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor mean, Tensor rstd, "
-      "bool zero_centered, ScalarType x_dtype, ScalarType residual_dtype, ScalarType? dweight_dtype, "
-      "ScalarType? dbias_dtype) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
+      "add_layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, int dims, Tensor? weight, Tensor mean, Tensor rstd, "
+      "bool zero_centered, ScalarType x_dtype, ScalarType residual_dtype, ScalarType? dweight_dtype, ScalarType? "
+      "dbias_dtype) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
   m.def(
       "batch_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
-      "Tensor(b!)? running_var, Tensor? factor, float momentum, float eps, bool channels_last, bool relu, "
+      "Tensor(b!)? running_var, Tensor? factor, float momentum, float eps, MemoryFormat memory_format, bool relu, "
       "ScalarType out_dtype) -> (Tensor y, Tensor mask, Tensor mean, Tensor rstd)");
   m.def(
       "batch_norm_backward(Tensor dy, Tensor? mask, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool "
-      "training, bool channels_last, ScalarType? dresidual_dtype, ScalarType? dweight_dtype, ScalarType? "
+      "training, MemoryFormat memory_format, ScalarType? dresidual_dtype, ScalarType? dweight_dtype, ScalarType? "
       "dbias_dtype) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
   m.def(
       "batch_norm_evaluate(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor "
-      "running_var, float eps, bool channels_last, bool relu, bool wants_mask, ScalarType out_dtype) -> (Tensor y, "
-      "Tensor mask)");
-  m.def("batch_norm_statistics(Tensor x, bool channels_last) -> Tensor");
+      "running_var, float eps, MemoryFormat memory_format, bool relu, bool wants_mask, ScalarType out_dtype) -> "
+      "(Tensor y, Tensor mask)");
+  m.def("batch_norm_statistics(Tensor x, MemoryFormat memory_format) -> Tensor");
   m.def(
       "batch_norm_normalize(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
-      "bool channels_last, bool relu, ScalarType out_dtype) -> (Tensor y, Tensor mask)");
+      "MemoryFormat memory_format, bool relu, ScalarType out_dtype) -> (Tensor y, Tensor mask)");
   m.def(
-      "batch_norm_backward_sums(Tensor dy, Tensor? mask, Tensor x, Tensor mean, Tensor rstd, bool channels_last) -> "
-      "Tensor");
+      "batch_norm_backward_sums(Tensor dy, Tensor? mask, Tensor x, Tensor mean, Tensor rstd, MemoryFormat "
+      "memory_format) -> Tensor");
   m.def(
-      "batch_norm_backward_apply(Tensor dy, Tensor? mask, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, "
-      "Tensor means, bool channels_last, ScalarType? dresidual_dtype) -> (Tensor dx, Tensor dresidual)");
+      "batch_norm_backward_apply(Tensor dy, Tensor? mask, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, Tensor "
+      "means, MemoryFormat memory_format, ScalarType? dresidual_dtype) -> (Tensor dx, Tensor dresidual)");
   m.def(
-      "group_norm_forward(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, bool channels_last, bool "
-      "silu, ScalarType out_dtype) -> (Tensor y, Tensor mean, Tensor rstd)");
+      "group_norm_forward(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, MemoryFormat memory_format, "
+      "bool silu, ScalarType out_dtype) -> (Tensor y, Tensor mean, Tensor rstd)");
   m.def(
       "group_norm_backward(Tensor dy, Tensor x, int groups, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
-      "bool channels_last, bool silu, ScalarType? dweight_dtype, ScalarType? dbias_dtype) -> (Tensor dx, Tensor "
-      "dweight, Tensor dbias)");
+      "MemoryFormat memory_format, bool silu, ScalarType? dweight_dtype, ScalarType? dbias_dtype) -> (Tensor dx, "
+      "Tensor dweight, Tensor dbias)");
   m.def(
       "multi_tensor_norm(Tensor[] tensors, float norm_type, float max_norm) "
       "-> (Tensor total_norm, Tensor coefficient, Tensor nonfinite, Tensor norms)");

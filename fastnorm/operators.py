@@ -2,51 +2,55 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 
-_FORWARD = "float eps, bool zero_centered"
+from .views import ChannelView
+
+# dims: how many trailing dimensions are normalised. memory_format: of y, dx and dresidual.
 SCHEMAS = (
-    f"rms_norm_forward(Tensor x, Tensor? weight, {_FORWARD}, ScalarType? cast_dtype, ScalarType out_dtype)"
-    " -> (Tensor y, Tensor rstd)",
-    "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, bool zero_centered, ScalarType? cast_dtype,"
-    " ScalarType? dweight_dtype) -> (Tensor dx, Tensor dweight)",
-    f"add_rms_norm_forward(Tensor x, Tensor residual, Tensor? weight, {_FORWARD}, ScalarType? cast_dtype,"
-    " ScalarType out_dtype, ScalarType residual_dtype) -> (Tensor y, Tensor h, Tensor rstd)",
-    "add_rms_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor rstd, bool zero_centered,"
+    "rms_norm_forward(Tensor x, int dims, Tensor? weight, float eps, bool zero_centered, ScalarType? cast_dtype,"
+    " ScalarType out_dtype) -> (Tensor y, Tensor rstd)",
+    "rms_norm_backward(Tensor dy, Tensor x, int dims, Tensor? weight, Tensor rstd, bool zero_centered,"
+    " ScalarType? cast_dtype, ScalarType? dweight_dtype) -> (Tensor dx, Tensor dweight)",
+    "add_rms_norm_forward(Tensor x, Tensor residual, int dims, Tensor? weight, float eps, bool zero_centered,"
+    " ScalarType? cast_dtype, ScalarType out_dtype, ScalarType residual_dtype) -> (Tensor y, Tensor h, Tensor rstd)",
+    "add_rms_norm_backward(Tensor dy, Tensor? dh, Tensor h, int dims, Tensor? weight, Tensor rstd, bool zero_centered,"
     " ScalarType? cast_dtype, ScalarType x_dtype, ScalarType residual_dtype, ScalarType? dweight_dtype)"
     " -> (Tensor dx, Tensor dresidual, Tensor dweight)",
-    f"layer_norm_forward(Tensor x, Tensor? weight, Tensor? bias, {_FORWARD}, ScalarType out_dtype)"
-    " -> (Tensor y, Tensor mean, Tensor rstd)",
-    "layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool zero_centered,"
+    "layer_norm_forward(Tensor x, int dims, Tensor? weight, Tensor? bias, float eps, bool zero_centered,"
+    " ScalarType out_dtype) -> (Tensor y, Tensor mean, Tensor rstd)",
+    "layer_norm_backward(Tensor dy, Tensor x, int dims, Tensor? weight, Tensor mean, Tensor rstd, bool zero_centered,"
     " ScalarType? dweight_dtype, ScalarType? dbias_dtype) -> (Tensor dx, Tensor dweight, Tensor dbias)",
-    f"add_layer_norm_forward(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, {_FORWARD},"
-    " ScalarType out_dtype, ScalarType residual_dtype) -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)",
-    "add_layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor mean, Tensor rstd,"
+    "add_layer_norm_forward(Tensor x, Tensor residual, int dims, Tensor? weight, Tensor? bias, float eps,"
+    " bool zero_centered, ScalarType out_dtype, ScalarType residual_dtype)"
+    " -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)",
+    "add_layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, int dims, Tensor? weight, Tensor mean, Tensor rstd,"
     " bool zero_centered, ScalarType x_dtype, ScalarType residual_dtype, ScalarType? dweight_dtype,"
     " ScalarType? dbias_dtype) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
     "batch_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean,"
-    " Tensor(b!)? running_var, Tensor? factor, float momentum, float eps, bool channels_last, bool relu,"
+    " Tensor(b!)? running_var, Tensor? factor, float momentum, float eps, MemoryFormat memory_format, bool relu,"
     " ScalarType out_dtype) -> (Tensor y, Tensor mask, Tensor mean, Tensor rstd)",
     "batch_norm_backward(Tensor dy, Tensor? mask, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool training,"
-    " bool channels_last, ScalarType? dresidual_dtype, ScalarType? dweight_dtype, ScalarType? dbias_dtype)"
+    " MemoryFormat memory_format, ScalarType? dresidual_dtype, ScalarType? dweight_dtype, ScalarType? dbias_dtype)"
     " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
     "batch_norm_evaluate(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor running_mean,"
-    " Tensor running_var, float eps, bool channels_last, bool relu, bool wants_mask, ScalarType out_dtype)"
+    " Tensor running_var, float eps, MemoryFormat memory_format, bool relu, bool wants_mask, ScalarType out_dtype)"
     " -> (Tensor y, Tensor mask)",
-    "batch_norm_statistics(Tensor x, bool channels_last) -> Tensor",
+    "batch_norm_statistics(Tensor x, MemoryFormat memory_format) -> Tensor",
     "batch_norm_normalize(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
-    " bool channels_last, bool relu, ScalarType out_dtype) -> (Tensor y, Tensor mask)",
-    "batch_norm_backward_sums(Tensor dy, Tensor? mask, Tensor x, Tensor mean, Tensor rstd, bool channels_last)"
+    " MemoryFormat memory_format, bool relu, ScalarType out_dtype) -> (Tensor y, Tensor mask)",
+    "batch_norm_backward_sums(Tensor dy, Tensor? mask, Tensor x, Tensor mean, Tensor rstd, MemoryFormat memory_format)"
     " -> Tensor",
     "batch_norm_backward_apply(Tensor dy, Tensor? mask, Tensor x, Tensor? weight, Tensor mean, Tensor rstd,"
-    " Tensor means, bool channels_last, ScalarType? dresidual_dtype) -> (Tensor dx, Tensor dresidual)",
-    "group_norm_forward(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, bool channels_last, bool silu,"
-    " ScalarType out_dtype) -> (Tensor y, Tensor mean, Tensor rstd)",
+    " Tensor means, MemoryFormat memory_format, ScalarType? dresidual_dtype) -> (Tensor dx, Tensor dresidual)",
+    "group_norm_forward(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, MemoryFormat memory_format,"
+    " bool silu, ScalarType out_dtype) -> (Tensor y, Tensor mean, Tensor rstd)",
     "group_norm_backward(Tensor dy, Tensor x, int groups, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
-    " bool channels_last, bool silu, ScalarType? dweight_dtype, ScalarType? dbias_dtype)"
+    " MemoryFormat memory_format, bool silu, ScalarType? dweight_dtype, ScalarType? dbias_dtype)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias)",
     "multi_tensor_norm(Tensor[] tensors, float norm_type, float max_norm)"
     " -> (Tensor total_norm, Tensor coefficient, Tensor nonfinite, Tensor norms)",
@@ -57,72 +61,63 @@ SCHEMAS = (
 )
 
 
-def _stat(x: torch.Tensor, *dtypes: torch.dtype) -> torch.Tensor:
+def _stat(x: torch.Tensor, dims: int, *dtypes: torch.dtype) -> torch.Tensor:
     dtype = torch.float64 if torch.float64 in (x.dtype, *dtypes) else torch.float32
-    return x.new_empty(x.shape[0], dtype=dtype)
+    return x.new_empty(math.prod(x.shape[: x.dim() - dims]), dtype=dtype)
 
 
 def _like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.new_empty(x.shape, dtype=dtype)
 
 
-def _parameter(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor | None:
-    return None if dtype is None else x.new_empty(x.shape[1], dtype=dtype)
+def _parameter(x: torch.Tensor, dims: int, dtype: torch.dtype | None) -> torch.Tensor | None:
+    return None if dtype is None else x.new_empty(x.shape[-dims:], dtype=dtype)
 
 
 def _residual(h: torch.Tensor, x_dtype: torch.dtype, residual_dtype: torch.dtype) -> torch.Tensor | None:
     return None if x_dtype == residual_dtype else _like(h, residual_dtype)
 
 
-def _rms_norm_forward(x, weight, eps, zero_centered, cast_dtype, out_dtype):
-    return _like(x, out_dtype), _stat(x)
+def _rms_norm_forward(x, dims, weight, eps, zero_centered, cast_dtype, out_dtype):
+    return _like(x, out_dtype), _stat(x, dims)
 
 
-def _rms_norm_backward(dy, x, weight, rstd, zero_centered, cast_dtype, dweight_dtype):
-    return _like(x, x.dtype), _parameter(x, dweight_dtype)
+def _rms_norm_backward(dy, x, dims, weight, rstd, zero_centered, cast_dtype, dweight_dtype):
+    return _like(x, x.dtype), _parameter(x, dims, dweight_dtype)
 
 
-def _add_rms_norm_forward(x, residual, weight, eps, zero_centered, cast_dtype, out_dtype, residual_dtype):
-    return _like(x, out_dtype), _like(x, residual_dtype), _stat(x, residual.dtype, residual_dtype)
+def _add_rms_norm_forward(x, residual, dims, weight, eps, zero_centered, cast_dtype, out_dtype, residual_dtype):
+    return _like(x, out_dtype), _like(x, residual_dtype), _stat(x, dims, residual.dtype, residual_dtype)
 
 
 def _add_rms_norm_backward(
-    dy, dh, h, weight, rstd, zero_centered, cast_dtype, x_dtype, residual_dtype, dweight_dtype
+    dy, dh, h, dims, weight, rstd, zero_centered, cast_dtype, x_dtype, residual_dtype, dweight_dtype
 ):
-    return _like(h, x_dtype), _residual(h, x_dtype, residual_dtype), _parameter(h, dweight_dtype)
+    return _like(h, x_dtype), _residual(h, x_dtype, residual_dtype), _parameter(h, dims, dweight_dtype)
 
 
-def _layer_norm_forward(x, weight, bias, eps, zero_centered, out_dtype):
-    return _like(x, out_dtype), _stat(x), _stat(x)
+def _layer_norm_forward(x, dims, weight, bias, eps, zero_centered, out_dtype):
+    return _like(x, out_dtype), _stat(x, dims), _stat(x, dims)
 
 
-def _layer_norm_backward(dy, x, weight, mean, rstd, zero_centered, dweight_dtype, dbias_dtype):
-    return _like(x, x.dtype), _parameter(x, dweight_dtype), _parameter(x, dbias_dtype)
+def _layer_norm_backward(dy, x, dims, weight, mean, rstd, zero_centered, dweight_dtype, dbias_dtype):
+    return _like(x, x.dtype), _parameter(x, dims, dweight_dtype), _parameter(x, dims, dbias_dtype)
 
 
-def _add_layer_norm_forward(x, residual, weight, bias, eps, zero_centered, out_dtype, residual_dtype):
+def _add_layer_norm_forward(x, residual, dims, weight, bias, eps, zero_centered, out_dtype, residual_dtype):
     stats = (residual.dtype, residual_dtype)
-    return _like(x, out_dtype), _like(x, residual_dtype), _stat(x, *stats), _stat(x, *stats)
+    return _like(x, out_dtype), _like(x, residual_dtype), _stat(x, dims, *stats), _stat(x, dims, *stats)
 
 
 def _add_layer_norm_backward(
-    dy, dh, h, weight, mean, rstd, zero_centered, x_dtype, residual_dtype, dweight_dtype, dbias_dtype
+    dy, dh, h, dims, weight, mean, rstd, zero_centered, x_dtype, residual_dtype, dweight_dtype, dbias_dtype
 ):
     dresidual = _residual(h, x_dtype, residual_dtype)
-    return _like(h, x_dtype), dresidual, _parameter(h, dweight_dtype), _parameter(h, dbias_dtype)
+    return _like(h, x_dtype), dresidual, _parameter(h, dims, dweight_dtype), _parameter(h, dims, dbias_dtype)
 
 
-def channels_of(x: torch.Tensor, channels_last: bool) -> int:
-    """C of what batch_norm's and group_norm's kernels take: (N, C, S), or (N, S, C) where channels_last."""
-    return x.shape[2 if channels_last else 1]
-
-
-def _mask(x: torch.Tensor, wanted: bool) -> torch.Tensor | None:
-    return x.new_empty((*x.shape[:-1], (x.shape[-1] + 7) // 8), dtype=torch.uint8) if wanted else None
-
-
-def _of_channels(x: torch.Tensor, channels_last: bool, dtype: torch.dtype | None) -> torch.Tensor | None:
-    return None if dtype is None else x.new_empty(channels_of(x, channels_last), dtype=dtype)
+def _channels(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor | None:
+    return None if dtype is None else x.new_empty(x.shape[1], dtype=dtype)
 
 
 def _statistic(x: torch.Tensor, *shape: int) -> torch.Tensor:
@@ -130,51 +125,62 @@ def _statistic(x: torch.Tensor, *shape: int) -> torch.Tensor:
 
 
 def _batch_norm_forward(
-    x, residual, weight, bias, running_mean, running_var, factor, momentum, eps, channels_last, relu, out_dtype
+    x, residual, weight, bias, running_mean, running_var, factor, momentum, eps, memory_format, relu, out_dtype
 ):
-    channels = channels_of(x, channels_last)
-    return _like(x, out_dtype), _mask(x, relu), _statistic(x, channels), _statistic(x, channels)
+    return *_normalized(x, memory_format, relu, out_dtype), _statistic(x, x.shape[1]), _statistic(x, x.shape[1])
+
+
+def _normalized(x, memory_format, wants_mask, out_dtype):
+    """y and the mask of batch_norm."""
+    view = ChannelView(x, memory_format, pooled=True)
+    return view.make_result(out_dtype), view.make_mask(wants_mask)
 
 
 def _batch_norm_backward(
-    dy, mask, x, weight, mean, rstd, training, channels_last, dresidual_dtype, dweight_dtype, dbias_dtype
+    dy, mask, x, weight, mean, rstd, training, memory_format, dresidual_dtype, dweight_dtype, dbias_dtype
 ):
-    dresidual = None if dresidual_dtype is None else _like(x, dresidual_dtype)
-    dweight, dbias = (_of_channels(x, channels_last, dtype) for dtype in (dweight_dtype, dbias_dtype))
-    return _like(x, x.dtype), dresidual, dweight, dbias
+    dx, dresidual = _input_gradients(x, memory_format, dresidual_dtype)
+    return dx, dresidual, _channels(x, dweight_dtype), _channels(x, dbias_dtype)
+
+
+def _input_gradients(x, memory_format, dresidual_dtype):
+    """dx and dresidual of batch_norm."""
+    view = ChannelView(x, memory_format, pooled=True)
+    return view.make_result(x.dtype), view.make_result(dresidual_dtype)
 
 
 def _batch_norm_evaluate(
-    x, residual, weight, bias, running_mean, running_var, eps, channels_last, relu, wants_mask, out_dtype
+    x, residual, weight, bias, running_mean, running_var, eps, memory_format, relu, wants_mask, out_dtype
 ):
-    return _like(x, out_dtype), _mask(x, relu and wants_mask)
+    return _normalized(x, memory_format, relu and wants_mask, out_dtype)
 
 
-def _batch_norm_statistics(x, channels_last):
-    return _statistic(x, 2, channels_of(x, channels_last))
+def _batch_norm_statistics(x, memory_format):
+    return _statistic(x, 2, x.shape[1])
 
 
-def _batch_norm_normalize(x, residual, weight, bias, mean, rstd, channels_last, relu, out_dtype):
-    return _like(x, out_dtype), _mask(x, relu)
+def _batch_norm_normalize(x, residual, weight, bias, mean, rstd, memory_format, relu, out_dtype):
+    return _normalized(x, memory_format, relu, out_dtype)
 
 
-def _batch_norm_backward_sums(dy, mask, x, mean, rstd, channels_last):
-    return _statistic(x, 2, channels_of(x, channels_last))
+def _batch_norm_backward_sums(dy, mask, x, mean, rstd, memory_format):
+    return _statistic(x, 2, x.shape[1])
 
 
-def _batch_norm_backward_apply(dy, mask, x, weight, mean, rstd, means, channels_last, dresidual_dtype):
-    return _like(x, x.dtype), None if dresidual_dtype is None else _like(x, dresidual_dtype)
+def _batch_norm_backward_apply(dy, mask, x, weight, mean, rstd, means, memory_format, dresidual_dtype):
+    return _input_gradients(x, memory_format, dresidual_dtype)
 
 
-def _group_norm_forward(x, groups, weight, bias, eps, channels_last, silu, out_dtype):
-    return _like(x, out_dtype), _statistic(x, x.shape[0], groups), _statistic(x, x.shape[0], groups)
+def _group_norm_forward(x, groups, weight, bias, eps, memory_format, silu, out_dtype):
+    y = ChannelView(x, memory_format, pooled=False).make_result(out_dtype)
+    return y, _statistic(x, x.shape[0], groups), _statistic(x, x.shape[0], groups)
 
 
 def _group_norm_backward(
-    dy, x, groups, weight, bias, mean, rstd, channels_last, silu, dweight_dtype, dbias_dtype
+    dy, x, groups, weight, bias, mean, rstd, memory_format, silu, dweight_dtype, dbias_dtype
 ):  # fmt: skip
-    dweight, dbias = (_of_channels(x, channels_last, dtype) for dtype in (dweight_dtype, dbias_dtype))
-    return _like(x, x.dtype), dweight, dbias
+    dx = ChannelView(x, memory_format, pooled=False).make_result(x.dtype)
+    return dx, _channels(x, dweight_dtype), _channels(x, dbias_dtype)
 
 
 def _multi_tensor_norm(tensors, norm_type, max_norm):

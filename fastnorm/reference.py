@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .operators import list_dtype
+from .views import ChannelView
 
 
 def layer_norm(
@@ -114,76 +115,77 @@ def group_norm(
     return (F.silu(z) if silu else z).to(out_dtype)
 
 
-def batch_norm_statistics(x: Tensor, channels_last: bool) -> Tensor:
-    """(2, C): each channel's mean and its sum of squared differences from it. For x see `batch_norm_normalize`."""
-    dims, _ = _pooled_dims(channels_last)
+def batch_norm_statistics(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """(2, C): each channel's mean and its sum of squared differences from it."""
     values = x.to(stat_dtype(x.dtype))
-    mean = values.mean(dims, keepdim=True)
-    return torch.stack((mean.flatten(), (values - mean).square().sum(dims)))
+    mean = values.mean(_pooled_dims(x), keepdim=True)
+    return torch.stack((mean.flatten(), (values - mean).square().sum(_pooled_dims(x))))
 
 
 def batch_norm_normalize(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor,
-    channels_last: bool, relu: bool, out_dtype: torch.dtype,
+    memory_format: torch.memory_format, relu: bool, out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """(y, mask) of x as a backend gets it, (N, S, C) where channels_last and (N, C, S) elsewhere."""
-    z = _normalized(x, mean, rstd, channels_last)
+    """y in the memory format, and the mask of the ReLU, eight elements of a block's row a byte, or None."""
+    z = _normalized(x, mean, rstd)
     if weight is not None:
-        z = z * _along_channels(weight, z, channels_last)
+        z = z * _along_channels(weight, z)
     if bias is not None:
-        z = z + _along_channels(bias, z, channels_last)
+        z = z + _along_channels(bias, z)
     z = z if residual is None else z + residual
+    y = (F.relu(z) if relu else z).to(out_dtype).contiguous(memory_format=memory_format)
     if not relu:
-        return z.to(out_dtype), None
-    bits = F.pad(~(z <= 0), (0, -z.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    mask = (bits * (1 << torch.arange(8, dtype=torch.uint8, device=x.device))).sum(-1, dtype=torch.uint8)
-    return F.relu(z).to(out_dtype), mask
+        return y, None
+    passed = ChannelView(x, memory_format, pooled=True).blocks(~(z <= 0))
+    bits = F.pad(passed, (0, -passed.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return y, (bits * (1 << torch.arange(8, dtype=torch.uint8, device=x.device))).sum(-1, dtype=torch.uint8)
 
 
 def batch_norm_backward_sums(
-    dy: Tensor, mask: Tensor | None, x: Tensor, mean: Tensor, rstd: Tensor, channels_last: bool
+    dy: Tensor, mask: Tensor | None, x: Tensor, mean: Tensor, rstd: Tensor, memory_format: torch.memory_format
 ) -> Tensor:
     """(2, C): each channel's sums of dz and of dz · x̂, where dz is dy under the mask."""
-    dims, _ = _pooled_dims(channels_last)
-    x_hat = _normalized(x, mean, rstd, channels_last)
-    dz = masked(dy, mask).to(x_hat.dtype)
-    return torch.stack((dz.sum(dims), (dz * x_hat).sum(dims)))
+    x_hat = _normalized(x, mean, rstd)
+    dz = masked(dy, mask, memory_format).to(x_hat.dtype)
+    return torch.stack((dz.sum(_pooled_dims(x)), (dz * x_hat).sum(_pooled_dims(x))))
 
 
 def batch_norm_backward_apply(
     dy: Tensor, mask: Tensor | None, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, means: Tensor,
-    channels_last: bool, dresidual_dtype: torch.dtype | None,
+    memory_format: torch.memory_format, dresidual_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """dx = (dz − means[0] − x̂ · means[1]) · rstd · w, and dz for the residual, if it is wanted."""
-    x_hat = _normalized(x, mean, rstd, channels_last)
-    dz = masked(dy, mask).to(x_hat.dtype)
-    level, along = (_along_channels(each, x_hat, channels_last) for each in means)
-    scale = _along_channels(rstd if weight is None else rstd * weight, x_hat, channels_last)
-    dx = ((dz - level - x_hat * along) * scale).to(x.dtype)
-    return dx, None if dresidual_dtype is None else dz.to(dresidual_dtype)
+    x_hat = _normalized(x, mean, rstd)
+    dz = masked(dy, mask, memory_format).to(x_hat.dtype)
+    level, along = (_along_channels(each, x_hat) for each in means)
+    scale = _along_channels(rstd if weight is None else rstd * weight, x_hat)
+    dx = (dz - level - x_hat * along) * scale
+    results = ((dx, x.dtype), (dz, dresidual_dtype))
+    return tuple(None if d is None else t.to(d).contiguous(memory_format=memory_format) for t, d in results)
 
 
-def masked(dy: Tensor, mask: Tensor | None) -> Tensor:
-    """dy where the mask, eight elements of a row a byte, lets it pass; all of it without one."""
+def masked(dy: Tensor, mask: Tensor | None, memory_format: torch.memory_format) -> Tensor:
+    """dy where the ReLU's mask lets it pass; all of it without one."""
     if mask is None:
         return dy
+    view = ChannelView(dy, memory_format, pooled=True)
     bits = (mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
-    return torch.where(bits.flatten(-2)[..., : dy.shape[-1]].bool(), dy, 0)
+    passed = bits.flatten(-2)[..., : view.shape[-1]].bool().contiguous()
+    return torch.where(view.from_blocks(passed), dy, 0)
 
 
-def _pooled_dims(channels_last: bool) -> tuple[tuple[int, int], int]:
-    """The dimensions that a channel's statistics are taken over, and the channels' own."""
-    return ((0, 1), 2) if channels_last else ((0, 2), 1)
+def _pooled_dims(x: Tensor) -> tuple[int, ...]:
+    """The dimensions that a channel's statistics are taken over."""
+    return (0, *range(2, x.dim()))
 
 
-def _along_channels(vector: Tensor, like: Tensor, channels_last: bool) -> Tensor:
-    return vector.to(like.dtype).view(-1) if channels_last else vector.to(like.dtype).view(-1, 1)
+def _along_channels(vector: Tensor, like: Tensor) -> Tensor:
+    return vector.to(like.dtype).view(-1, *[1] * (like.dim() - 2))
 
 
-def _normalized(x: Tensor, mean: Tensor, rstd: Tensor, channels_last: bool) -> Tensor:
+def _normalized(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     values = x.to(stat_dtype(x.dtype))
-    centered = values - _along_channels(mean, values, channels_last)
-    return centered * _along_channels(rstd, values, channels_last)
+    return (values - _along_channels(mean, values)) * _along_channels(rstd, values)
 
 
 def add(x: Tensor, residual: Tensor, residual_dtype: torch.dtype) -> Tensor:

@@ -55,6 +55,16 @@ def in_format(t: Tensor, channels_last: bool) -> Tensor:
     return t.contiguous(memory_format=FORMATS[t.dim()]) if channels_last and t.dim() in FORMATS else t
 
 
+def as_image(blocks: Tensor, channels_last: bool) -> Tensor:
+    """An input of which kernels see these blocks, (N, C, S) or in channels_last (N, S, C): a view."""
+    return blocks.transpose(1, 2).unsqueeze(-1) if channels_last else blocks
+
+
+def format_of(channels_last: bool) -> torch.memory_format:
+    """Of such an image."""
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 def inputs(case: Case, device: str = "cpu", mean: float = 0.0, std: float = 1.0) -> dict[str, Tensor]:
     """Random tensors for a case; those that it leaves out are absent. Channels differ in mean and spread."""
     channels = case.shape[1]

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import fastnorm
 from fastnorm import backend
+from fastnorm.views import ChannelView
 
 f32, bf16 = torch.float32, torch.bfloat16
 SHAPE = (4, 6, 5, 3)
@@ -102,38 +103,45 @@ def test_fake_tensors_have_the_form_of_real_results(case, kernel_device):
         assert isinstance(a, FakeTensor) and (a.shape, a.dtype, a.stride()) == (e.shape, e.dtype, e.stride())
 
 
-def operator_calls(pixels: bool, full: bool, device: str):
+def operator_calls(shape: tuple, memory_format: torch.memory_format, full: bool, device: str):
     """(name, arguments) of every operator: everything given, or every optional argument left out."""
-    shape, channels, mask_shape = ((1, 20, 6), 6, (1, 20, 1)) if pixels else ((4, 6, 5), 6, (4, 6, 1))
     x, residual, dy = torch.randn(3, *shape).to(device)
-    x = x.to(bf16)
+    x, channels = x.to(bf16).contiguous(memory_format=memory_format), shape[1]
     weight, bias, mean, running_mean = torch.randn(4, channels).to(device)
     rstd, running_var = torch.rand(2, channels).add(0.5).to(device)
-    mask = torch.randint(256, mask_shape, dtype=torch.uint8, device=device)
+    mask = ChannelView(x, memory_format, pooled=True).make_mask(True).random_(256)
     sums = torch.randn(2, channels, device=device)
     factor = torch.tensor(0.25, device=device)
     given = (residual, weight, bias) if full else (None, None, None)
     tracked = (running_mean, running_var, factor) if full else (None, None, None)
     out, m, wanted = (f32, mask, f32) if full else (bf16, None, None)
-    yield "batch_norm_forward", (x, *given, *tracked, 0.1, 1e-5, pixels, full, out)
-    yield "batch_norm_backward", (dy, m, x, given[1], mean, rstd, full, pixels, wanted, wanted, wanted)
-    yield "batch_norm_evaluate", (x, *given, running_mean, running_var, 1e-5, pixels, full, full, out)
-    yield "batch_norm_statistics", (x, pixels)
-    yield "batch_norm_normalize", (x, *given, mean, rstd, pixels, full, out)
-    yield "batch_norm_backward_sums", (dy, m, x, mean, rstd, pixels)
-    yield "batch_norm_backward_apply", (dy, m, x, given[1], mean, rstd, sums, pixels, wanted)
+    yield "batch_norm_forward", (x, *given, *tracked, 0.1, 1e-5, memory_format, full, out)
+    yield "batch_norm_backward", (dy, m, x, given[1], mean, rstd, full, memory_format, wanted, wanted, wanted)
+    yield "batch_norm_evaluate", (x, *given, running_mean, running_var, 1e-5, memory_format, full, full, out)
+    yield "batch_norm_statistics", (x, memory_format)
+    yield "batch_norm_normalize", (x, *given, mean, rstd, memory_format, full, out)
+    yield "batch_norm_backward_sums", (dy, m, x, mean, rstd, memory_format)
+    yield "batch_norm_backward_apply", (dy, m, x, given[1], mean, rstd, sums, memory_format, wanted)
     moments = (torch.randn(shape[0], 3, device=device), torch.rand(shape[0], 3, device=device) + 0.5)
-    yield "group_norm_forward", (x, 3, *given[1:], 1e-5, pixels, full, out)
-    yield "group_norm_backward", (dy, x, 3, *given[1:], *moments, pixels, full, wanted, wanted)
+    yield "group_norm_forward", (x, 3, *given[1:], 1e-5, memory_format, full, out)
+    yield "group_norm_backward", (dy, x, 3, *given[1:], *moments, memory_format, full, wanted, wanted)
+
+
+LAYOUTS = [
+    ((4, 6), torch.contiguous_format),
+    ((4, 6, 5), torch.contiguous_format),
+    ((2, 6, 5, 3), torch.channels_last),
+    ((2, 6, 2, 2, 2), torch.channels_last_3d),
+]
 
 
 @pytest.mark.skipif(SIMULATED, reason="what Python hands to the kernels is seen in the interpreter, in less time")
-@pytest.mark.parametrize("pixels", [False, True], ids=["planes", "pixels"])
+@pytest.mark.parametrize("shape, memory_format", LAYOUTS, ids=str)
 @pytest.mark.parametrize("full", [False, True], ids=["least", "everything"])
-def test_operators_keep_to_their_schemas(pixels, full, kernel_device):
+def test_operators_keep_to_their_schemas(shape, memory_format, full, kernel_device):
     """Nothing is written to but the running statistics, nothing aliases, and the fake implementations are right."""
     namespace = getattr(torch.ops, NAMESPACES[backend._forced])
-    for name, arguments in operator_calls(pixels, full, kernel_device):
+    for name, arguments in operator_calls(shape, memory_format, full, kernel_device):
         torch.library.opcheck(getattr(namespace, name).default, arguments)
 
 

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from channel_norms import as_image, format_of
 from hypothesis import given
 from hypothesis import strategies as st
 from test_launch import far_apart
@@ -76,11 +77,11 @@ def test_the_tiling_of_a_group_knows_nothing_of_the_batch():
         assert not {"samples", "batch"} & set(inspect.signature(choose).parameters)
 
 
-def formula(x: Tensor, dy: Tensor, residual: Tensor, w: Tensor, channels_last: bool) -> list[Tensor]:
-    """y, mean, rstd and dx, dw, db of batch_norm with its residual and ReLU, in float64; x: (N, C, S)."""
-    dims = (0, 1) if channels_last else (0, 2)
+def formula(x: Tensor, dy: Tensor, residual: Tensor, w: Tensor) -> list[Tensor]:
+    """y, mean, rstd and dx, dw, db of batch_norm with its residual and ReLU, in float64."""
+    dims = (0, *range(2, x.dim()))
     x, dy, residual, w = (t.double() for t in (x, dy, residual, w))
-    wide = (lambda v: v) if channels_last else (lambda v: v[:, None])
+    wide = lambda v: v.view(-1, *[1] * (x.dim() - 2))  # noqa: E731
     mean, rstd = x.mean(dims), (x.var(dims, unbiased=False) + 1e-5).rsqrt()
     x_hat = (x - wide(mean)) * wide(rstd)
     y = (x_hat * wide(w) + residual).relu()
@@ -94,17 +95,17 @@ def formula(x: Tensor, dy: Tensor, residual: Tensor, w: Tensor, channels_last: b
 def test_slices_of_long_channels(channels_last, triton_device):
     """Two channels, so that each is cut into slices, the last of which is short and ends within a tile."""
     shape = (1, 9211, 2) if channels_last else (2, 2, 9208)
-    x, dy, residual = (torch.randn(shape, device=triton_device) for _ in range(3))
+    x, dy, residual = (as_image(torch.randn(shape, device=triton_device), channels_last) for _ in range(3))
     w, b = torch.randn(2, device=triton_device), torch.zeros(2, device=triton_device)
     running = torch.zeros(2, device=triton_device), torch.ones(2, device=triton_device)
-    x += 100 * torch.arange(1.0, 3.0, device=triton_device).view(-1, *[1] * (not channels_last))
+    x += 100 * torch.arange(1.0, 3.0, device=triton_device).view(-1, *[1] * (x.dim() - 2))
     y, mask, mean, rstd = kernels.batch_norm_forward(
-        x, residual, w, b, *running, None, 0.5, 1e-5, channels_last, True, F32
+        x, residual, w, b, *running, None, 0.5, 1e-5, format_of(channels_last), True, F32
     )
     dx, dresidual, dw, db = kernels.batch_norm_backward(
-        dy, mask, x, w, mean, rstd, True, channels_last, F32, F32, F32
+        dy, mask, x, w, mean, rstd, True, format_of(channels_last), F32, F32, F32
     )
-    expected = formula(x, dy, residual, w, channels_last)
+    expected = formula(x, dy, residual, w)
     n, largest = x.numel() // 2, (2e-5, 1e-5, 1e-6, 2e-5, 2e-3, 2e-3)
     found = y, mean, rstd, dx, dw, db
     for i, (actual, wanted, error) in enumerate(zip(found, expected, largest, strict=True)):
@@ -114,18 +115,18 @@ def test_slices_of_long_channels(channels_last, triton_device):
     assert torch.equal(dresidual != 0, (y > 0) & (dy != 0))
 
 
-def both_ways(x, dy, residual, channels_last) -> list[Tensor | None]:
+def both_ways(*blocks, channels_last) -> list[Tensor | None]:
     """All that both operations compute from large tensors."""
-    channels = x.shape[2 if channels_last else 1]
-    w = torch.linspace(-1, 1, channels, device=x.device)
+    (x, dy, residual), layout = (as_image(t, channels_last) for t in blocks), format_of(channels_last)
+    w = torch.linspace(-1, 1, x.shape[1], device=x.device)
     y, mask, mean, rstd = kernels.batch_norm_forward(
-        x, residual, w, w, None, None, None, 0.1, 1e-5, channels_last, True, BF16
+        x, residual, w, w, None, None, None, 0.1, 1e-5, layout, True, BF16
     )
     results = [y, mask, mean, rstd]
-    results += kernels.batch_norm_backward(dy, mask, x, w, mean, rstd, True, channels_last, BF16, F32, F32)
-    y, mean, rstd = kernels.group_norm_forward(x, 1, w, w, 1e-5, channels_last, True, BF16)
+    results += kernels.batch_norm_backward(dy, mask, x, w, mean, rstd, True, layout, BF16, F32, F32)
+    y, mean, rstd = kernels.group_norm_forward(x, 1, w, w, 1e-5, layout, True, BF16)
     results += [y, mean, rstd]
-    return results + list(kernels.group_norm_backward(dy, x, 1, w, w, mean, rstd, channels_last, True, F32, F32))
+    return results + list(kernels.group_norm_backward(dy, x, 1, w, w, mean, rstd, layout, True, F32, F32))
 
 
 @pytest.mark.triton
@@ -138,7 +139,7 @@ def test_offsets_beyond_31_bits(dimension, channels_last, triton_device):
     together = inputs.new_empty((3, rows, cols + 1))[..., :cols].copy_(inputs)
     far, near = ([t[None] if dimension == "rows" else t.unflatten(1, (4, 16)) for t in each]
                  for each in (inputs, together))  # fmt: skip
-    for a, b in zip(both_ways(*far, channels_last), both_ways(*near, channels_last), strict=True):
+    for a, b in zip(*(both_ways(*each, channels_last=channels_last) for each in (far, near)), strict=True):
         assert a is b is None or torch.equal(a, b)
 
 
@@ -147,11 +148,11 @@ def test_offsets_beyond_31_bits(dimension, channels_last, triton_device):
 @pytest.mark.parametrize("origin", [float("inf"), float("nan"), 1e30])
 def test_what_one_element_spoils_stays_in_its_channel(origin, channels_last, triton_device):
     """x₀, which is taken off all elements, is the worst that one can be."""
-    x = torch.randn((1, 40, 3) if channels_last else (2, 3, 20), device=triton_device)
-    x[0, 0, 0] = origin
-    moments = kernels.batch_norm_statistics(x, channels_last)
-    others = x[..., 1:] if channels_last else x[:, 1:]
-    dims = (0, 1) if channels_last else (0, 2)
+    blocks = torch.randn((1, 40, 3) if channels_last else (2, 3, 20), device=triton_device)
+    blocks[0, 0, 0] = origin
+    x = as_image(blocks, channels_last)
+    moments = kernels.batch_norm_statistics(x, format_of(channels_last))
+    others, dims = x[:, 1:], (0, *range(2, x.dim()))
     assert torch.allclose(moments[0, 1:], others.mean(dims), atol=1e-6)
     assert torch.allclose(moments[1, 1:], 40 * others.var(dims, unbiased=False), rtol=1e-5)
     assert not (moments[1, 0] < 1e30)

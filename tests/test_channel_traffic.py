@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from channel_norms import as_image, format_of
 from test_traffic import kernels, virtual_gpu
 
 pytestmark = pytest.mark.triton
@@ -19,25 +20,24 @@ layouts = pytest.mark.parametrize("pixels", [False, True], ids=["planes", "pixel
 def launches(op: str, pixels: bool, fused: bool) -> tuple[dict[str, list[Any]], int]:
     """The launches of each direction, and the bytes of x: 56 x 56 pixels of 64 channels, 4 samples; 2 for groups."""
     samples = 4 if op == "batch_norm" else 2
-    planes, along = (samples, 64, 3136), (samples, 3136, 64)
-    shape = ((1, samples * 3136, 64) if op == "batch_norm" else along) if pixels else planes
-    x, residual, dy = (torch.randn(shape).to(BF16) for _ in range(3))
+    shape, layout = (samples, 3136, 64) if pixels else (samples, 64, 3136), format_of(pixels)
+    x, residual, dy = (as_image(torch.randn(shape).to(BF16), pixels) for _ in range(3))
     weight, bias, mean, variance = torch.randn(64), torch.randn(64), torch.zeros(64), torch.ones(64)
     with virtual_gpu() as gpu:
         if op == "batch_norm":
             _, mask, *moments = kernels.batch_norm_forward(
-                x, residual if fused else None, weight, bias, mean, variance, None, 0.1, 1e-5, pixels, fused, BF16
+                x, residual if fused else None, weight, bias, mean, variance, None, 0.1, 1e-5, layout, fused, BF16
             )
             forward = list(gpu.launches)
-            kernels.batch_norm_backward(dy, mask, x, weight, *moments, True, pixels, BF16 if fused else None, F32, F32)
+            kernels.batch_norm_backward(dy, mask, x, weight, *moments, True, layout, BF16 if fused else None, F32, F32)
         else:
-            _, *moments = kernels.group_norm_forward(x, 16, weight, bias, 1e-5, pixels, fused, BF16)
+            _, *moments = kernels.group_norm_forward(x, 16, weight, bias, 1e-5, layout, fused, BF16)
             forward = list(gpu.launches)
-            kernels.group_norm_backward(dy, x, 16, weight, bias, *moments, pixels, fused, F32, F32)
+            kernels.group_norm_backward(dy, x, 16, weight, bias, *moments, layout, fused, F32, F32)
         backward = gpu.launches[len(forward) :]
         done = len(gpu.launches)
         if op == "batch_norm":
-            kernels.batch_norm_evaluate(x, None, weight, bias, mean, variance, 1e-5, pixels, False, False, BF16)
+            kernels.batch_norm_evaluate(x, None, weight, bias, mean, variance, 1e-5, layout, False, False, BF16)
         evaluation = gpu.launches[done:]
     return {"forward": forward, "backward": backward, "evaluation": evaluation}, x.nbytes
 

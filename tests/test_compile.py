@@ -1,7 +1,9 @@
 """torch.compile, torch.export and other tracers: which operations they see, and that the numbers stay."""
 
 import inspect
+import math
 
+import every_norm
 import pytest
 import torch
 from conftest import SIMULATED, backend_parameters
@@ -117,6 +119,15 @@ def test_named_kernels_stay(case, kernel_device):
     assert ours(graphs.backward) == expected_operators(case.op, "backward")
     assert not any("native_layer_norm" in name or "rsqrt" in name for name in called(graphs.forward))
     assert_equal(actual, results(call, case, tensors), bitwise=True)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_outputs_and_gradients_of_every_norm_and_shape(compiler, kernel_device):
+    """In one graph, because each is a compilation. None of them is zero."""
+    tensors = every_norm.make_inputs(every_norm.CASES, kernel_device)
+    compiled = torch.compile(every_norm.all_between_neighbours, fullgraph=True, backend=compiler)
+    actual, expected = (every_norm.everything(tensors, *block) for block in ([compiled], []))
+    every_norm.assert_same(actual, expected, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("op", ["add_layer_norm", "add_rms_norm"])
@@ -252,34 +263,38 @@ def test_fake_tensors_have_the_form_of_real_results(case, kernel_device):
         assert isinstance(a, FakeTensor) and (a.shape, a.dtype, a.stride()) == (e.shape, e.dtype, e.stride())
 
 
-def operator_calls(op: str, device: str):
+def operator_calls(op: str, shape: tuple, dims: int, device: str):
     """(name, arguments) of both directions: everything given, then every optional argument left out."""
-    x, residual, dy, dh = (torch.randn(3, 20).to(device) for _ in range(4))
-    weight, bias = torch.randn(2, 20).to(device)
-    x, rstd, mean = x.to(bf16), torch.rand(3, device=device) + 0.5, torch.randn(3, device=device)
+    x, residual, dy, dh = (torch.randn(shape).to(device) for _ in range(4))
+    weight, bias = torch.randn(2, *shape[-dims:]).to(device)
+    x = torch.stack((x, x), -dims - 1).to(bf16).select(-dims - 1, 0)  # its rows are not adjacent
+    rows = math.prod(shape[:-dims])
+    rstd, mean = torch.rand(rows, device=device) + 0.5, torch.randn(rows, device=device)
     adds = op.startswith("add_")
     h = residual if adds else x
     for full in (True, False):
         w, b = (weight, bias) if full else (None, None)
-        ahead = (x, residual) if adds else (x,)
+        ahead = (x, residual, dims) if adds else (x, dims)
         results = (bf16, f32) if adds else (bf16,)
-        stream, dtypes = ((dy, dh if full else None, h), (bf16, f32 if full else bf16)) if adds else ((dy, h), ())
+        given = (dy, dh if full else None, h, dims) if adds else (dy, h, dims)
+        dtypes = (bf16, f32 if full else bf16) if adds else ()
         wanted = f32 if full else None
         if op.endswith("layer_norm"):
             yield f"{op}_forward", (*ahead, w, b, 1e-5, full, *results)
-            yield f"{op}_backward", (*stream, w, mean, rstd, full, *dtypes, wanted, wanted)
+            yield f"{op}_backward", (*given, w, mean, rstd, full, *dtypes, wanted, wanted)
         else:
             cast = bf16 if full else None
             yield f"{op}_forward", (*ahead, w, 1e-5, full, cast, *results)
-            yield f"{op}_backward", (*stream, w, rstd, full, cast, *dtypes, wanted)
+            yield f"{op}_backward", (*given, w, rstd, full, cast, *dtypes, wanted)
 
 
 @operations
-def test_operators_keep_to_their_schemas(op, kernel_device):
+@pytest.mark.parametrize("shape, dims", [((3, 20), 1), ((2, 3, 4, 5), 2)], ids=str)
+def test_operators_keep_to_their_schemas(op, shape, dims, kernel_device):
     """Nothing is written to, nothing aliases, and the fake implementations tell the truth, at other sizes too."""
     namespace = getattr(torch.ops, NAMESPACES[backend._forced])
     names = set()
-    for name, arguments in operator_calls(op, kernel_device):
+    for name, arguments in operator_calls(op, shape, dims, kernel_device):
         torch.library.opcheck(getattr(namespace, name).default, arguments)
         names.add(name)
     assert names == {f"{op}_forward", f"{op}_backward"}

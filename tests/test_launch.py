@@ -176,11 +176,11 @@ def test_offsets_beyond_31_bits(op, cols, triton_device):
     def both_directions(x, residual, dy, dh):
         stream, types = ([residual], [bf16, bf16]) if adds else ([], [bf16])
         affine, cast = ([weight, weight], []) if centers else ([weight], [None])
-        y, *saved = getattr(kernels, f"{op}_forward")(x, *stream, *affine, 1e-6, False, *cast, *types)
+        y, *saved = getattr(kernels, f"{op}_forward")(x, *stream, 1, *affine, 1e-6, False, *cast, *types)
         _, *statistics = saved if adds else (x, *saved)
         given = [dy, dh, x] if adds else [dy, x]  # h, too, may be strided
         types = ([bf16, bf16] if adds else []) + ([gradient, gradient] if centers else [gradient])
-        return y, *saved, *getattr(kernels, f"{op}_backward")(*given, weight, *statistics, False, *cast, *types)
+        return y, *saved, *getattr(kernels, f"{op}_backward")(*given, 1, weight, *statistics, False, *cast, *types)
 
     for far, near in zip(both_directions(*inputs), both_directions(*inputs.contiguous()), strict=True):
         assert far is near is None or torch.equal(far, near)

@@ -26,7 +26,7 @@ def forward(op, x, residual, weight, bias):
     """(y, h, mean, rstd); mean is None for rms_norm, h is x for the plain norms."""
     case = plain_case(op, tuple(x.shape), x.dtype)
     stream = (x, residual) if case.adds else (x,)
-    options = (weight, bias, 1e-5, False) if case.centers else (weight, 1e-5, False, None)
+    options = (1, weight, bias, 1e-5, False) if case.centers else (1, weight, 1e-5, False, None)
     dtypes = (x.dtype, x.dtype) if case.adds else (x.dtype,)
     y, *rest = getattr(native, f"{op}_forward")(*stream, *options, *dtypes)
     h = rest.pop(0) if case.adds else x
@@ -39,7 +39,7 @@ def backward(op, dy, dh, h, weight, mean, rstd):
     stream = (dy, dh, h) if case.adds else (dy, h)
     options = (mean, rstd, False) if case.centers else (rstd, False, None)
     dtypes = ((dtype, dtype) if case.adds else ()) + ((dtype, dtype) if case.centers else (dtype,))
-    results = getattr(native, f"{op}_backward")(*stream, weight, *options, *dtypes)
+    results = getattr(native, f"{op}_backward")(*stream, 1, weight, *options, *dtypes)
     return [result for result in results if result is not None]
 
 
@@ -84,8 +84,8 @@ def test_a_row_is_the_same_wherever_it_lies(op, cols, dtype):
 def test_every_vector_tail(cols):
     x, dy, w, b = (random_rows(3, cols) for _ in range(4))
     w, b = w[0], b[0]
-    y, mean, rstd = native.layer_norm_forward(x, w, b, 1e-5, False, torch.float32)
-    dx, dw, db = native.layer_norm_backward(dy, x, w, mean, rstd, False, torch.float32, torch.float32)
+    y, mean, rstd = native.layer_norm_forward(x, 1, w, b, 1e-5, False, torch.float32)
+    dx, dw, db = native.layer_norm_backward(dy, x, 1, w, mean, rstd, False, torch.float32, torch.float32)
     leaves = [t.double().requires_grad_() for t in (x, w, b)]
     oracle = torch.nn.functional.layer_norm(leaves[0], (cols,), *leaves[1:], 1e-5)
     expected = [oracle, *torch.autograd.grad(oracle, leaves, dy.double())]
@@ -97,7 +97,7 @@ def test_every_vector_tail(cols):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_16_bit_value_is_read_exactly(dtype):
     x = ALL_BITS.view(dtype).view(512, 128)
-    _, h, _ = native.add_rms_norm_forward(x, torch.zeros_like(x), None, 1e-5, False, None, dtype, torch.float32)
+    _, h, _ = native.add_rms_norm_forward(x, torch.zeros_like(x), 1, None, 1e-5, False, None, dtype, torch.float32)
     assert torch.equal(h.isnan(), x.isnan())
     assert torch.equal(h.nan_to_num(1.5), x.float().nan_to_num(1.5))
 
@@ -109,7 +109,7 @@ def test_16_bit_values_are_rounded_to_nearest_even(dtype, x_dtype):
     values = ALL_BITS.view(dtype).float().view(torch.int32)
     near = torch.stack([values + 2**shift + d for shift in (0, 11, 12, 13, 14, 15) for d in (-1, 0, 1)])
     x = near.view(torch.float32).to(x_dtype).view(-1, 1024)
-    _, h, _ = native.add_rms_norm_forward(x, torch.zeros_like(x), None, 1e-5, False, None, dtype, dtype)
+    _, h, _ = native.add_rms_norm_forward(x, torch.zeros_like(x), 1, None, 1e-5, False, None, dtype, dtype)
     expected = x.to(dtype)
     assert torch.equal(h.isnan(), expected.isnan())
     assert torch.equal(h.nan_to_num(1.5), expected.nan_to_num(1.5))
@@ -119,16 +119,16 @@ def test_16_bit_values_are_rounded_to_nearest_even(dtype, x_dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_squares_that_fit_do_not_overflow_in_their_sum(cols, dtype):
     x = (random_rows(2, cols).sign() * 1.5e19).to(dtype)
-    y, _ = native.rms_norm_forward(x, None, 1e-5, False, None, torch.float32)
+    y, _ = native.rms_norm_forward(x, 1, None, 1e-5, False, None, torch.float32)
     torch.testing.assert_close(y, x.sign().float(), rtol=1e-6, atol=0)
-    y, _, _ = native.layer_norm_forward(x, None, None, 1e-5, False, torch.float32)
+    y, _, _ = native.layer_norm_forward(x, 1, None, None, 1e-5, False, torch.float32)
     torch.testing.assert_close(y.double(), torch.nn.functional.layer_norm(x.double(), (cols,)), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("cols", [32, 40, 64, 128, 256, 1000, 5000])
 def test_a_mean_far_from_zero_costs_no_digits(cols):
     x = (random_rows(4, cols) + 1e4).float()
-    y, _, _ = native.layer_norm_forward(x, None, None, 1e-5, False, torch.float32)
+    y, _, _ = native.layer_norm_forward(x, 1, None, None, 1e-5, False, torch.float32)
     torch.testing.assert_close(y.double(), torch.nn.functional.layer_norm(x.double(), (cols,)), rtol=0, atol=3e-6)
 
 
@@ -146,7 +146,7 @@ class Normalised(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         x = torch.full((64, 1024), float(index + 1))
-        return native.rms_norm_forward(x, None, 0.0, False, None, torch.float32)[0].mean()
+        return native.rms_norm_forward(x, 1, None, 0.0, False, None, torch.float32)[0].mean()
 
 
 def test_forked_workers(threads):
@@ -170,15 +170,18 @@ def test_wrong_arguments_raise():
     x, w = random_rows(3, 8), random_rows(1, 8)[0]
     f32 = torch.float32
     with pytest.raises(RuntimeError, match="weight of shape"):
-        native.rms_norm_forward(x, w[:7], 1e-5, False, None, f32)
-    with pytest.raises(RuntimeError, match="without gaps"):
-        native.rms_norm_forward(x.t().contiguous().t(), w, 1e-5, False, None, f32)
+        native.rms_norm_forward(x, 1, w[:7], 1e-5, False, None, f32)
+    with pytest.raises(RuntimeError, match="rstd without gaps"):
+        native.rms_norm_backward(x, x, 1, w, torch.ones(6)[::2], False, None, f32)
+    for dims in (0, 3, -1):
+        with pytest.raises(RuntimeError, match=f"in its last {dims} dimensions"):
+            native.rms_norm_forward(x, dims, None, 1e-5, False, None, f32)
     with pytest.raises(TypeError, match="float32, bfloat16"):
-        native.rms_norm_forward(x.int(), w, 1e-5, False, None, f32)
+        native.rms_norm_forward(x.int(), 1, w, 1e-5, False, None, f32)
     with pytest.raises(RuntimeError, match="rstd in Double"):
-        native.rms_norm_backward(x, x.double(), w, torch.ones(3), False, None, f32)
+        native.rms_norm_backward(x, x.double(), 1, w, torch.ones(3), False, None, f32)
     with pytest.raises(RuntimeError, match="dy of shape"):
-        native.rms_norm_backward(x[:2], x, w, torch.ones(3), False, None, f32)
+        native.rms_norm_backward(x[:2], x, 1, w, torch.ones(3), False, None, f32)
 
 
 def test_build_info():

@@ -165,7 +165,7 @@ def test_kernels_take_zero_rows(op, triton_device):
     affine = [tensors["weight"], tensors["bias"]] if case.centers else [tensors["weight"]]
     rest = [case.eps, False] + ([] if case.centers else [None]) + [torch.bfloat16]
     rows = [tensors["x"], tensors["residual"]] if case.adds else [tensors["x"]]
-    results = getattr(kernels, f"{op}_forward")(*rows, *affine, *rest, *([torch.float32] if case.adds else []))
+    results = getattr(kernels, f"{op}_forward")(*rows, 1, *affine, *rest, *([torch.float32] if case.adds else []))
     assert [tuple(t.shape) for t in results[: 2 if case.adds else 1]] == [(0, 40)] * (2 if case.adds else 1)
     assert all(t.shape == (0,) for t in results[2 if case.adds else 1 :])
 

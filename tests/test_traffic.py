@@ -67,12 +67,12 @@ def run(op: str, rows: int, cols: int, dtype: torch.dtype = torch.bfloat16, bias
     affine, cast = ([weight, bias], []) if centers else ([weight], [None])
     stream, types = ([residual], [dtype, dtype]) if adds else ([], [dtype])
     with virtual_gpu() as gpu:
-        y, *saved = getattr(kernels, f"{op}_forward")(x, *stream, *affine, 1e-6, False, *cast, *types)
+        y, *saved = getattr(kernels, f"{op}_forward")(x, *stream, 1, *affine, 1e-6, False, *cast, *types)
         h, *statistics = saved if adds else (x, *saved)
         given = [dy, dh, h] if adds else [dy, x]
         types = [dtype, dtype] if adds else []
         types += [dtype, None if bias is None else dtype] if centers else [dtype]
-        dx, *others = getattr(kernels, f"{op}_backward")(*given, weight, *statistics, False, *cast, *types)
+        dx, *others = getattr(kernels, f"{op}_backward")(*given, 1, weight, *statistics, False, *cast, *types)
     forward, *backward, sums = gpu.launches
     filled = {"forward": [y, *saved], "backward": [dx], "sums": [t for t in others if t is not None]}
     return Run(op, x, weight, 2 - (bias is None), len(statistics), forward, backward, sums, filled)

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+from ..views import ChannelView, contiguous
 from . import launch, pixels, planes
 from .moments import group_means, join_moments
 from .tiles import column_sums
 
 
-def group_norm_forward(x, groups, weight, bias, eps, channels_last, silu, out_dtype):
-    """x: (N, C, S), or (N, S, C) where channels_last. Returns y in out_dtype, mean and rstd: (N, groups)."""
-    layout = pixels if channels_last else planes
-    y = x.new_empty(x.shape, dtype=out_dtype)
+def group_norm_forward(x, groups, weight, bias, eps, memory_format, silu, out_dtype):
+    """x: (N, C, *), any strides. Returns y in the memory format and out_dtype, mean and rstd: (N, groups)."""
+    view = ChannelView(x, memory_format, pooled=False)
+    layout = pixels if view.pixels else planes
+    x, y, affine = view.blocks(x), view.make_result(out_dtype), (contiguous(weight), contiguous(bias))
     activation = "silu" if silu else None
     with launch.on_device(x):
         partials = layout.moments(x, groups)
         mean, rstd = (partials.values.new_empty((x.shape[0], groups)) for _ in range(2))
         join_moments(partials, mean, rstd, x[0].numel() // groups, eps, groups)
-        layout.normalize(x, None, (weight, bias), (mean, rstd), y, None, groups=groups, activation=activation)
+        layout.normalize(x, None, affine, (mean, rstd), view.blocks(y), None, groups=groups, activation=activation)
     return y, mean, rstd
 
 
 def group_norm_backward(
-    dy, x, groups, weight, bias, mean, rstd, channels_last, silu, dweight_dtype, dbias_dtype
+    dy, x, groups, weight, bias, mean, rstd, memory_format, silu, dweight_dtype, dbias_dtype
 ):  # fmt: skip
-    """dy: as x. Returns dx, dweight and dbias: (C,), None where their dtype is None."""
-    layout = pixels if channels_last else planes
-    dx = x.new_empty(x.shape)
-    affine, statistics = (weight, bias), (mean, rstd)
+    """dy: as x. Returns dx in the memory format, dweight and dbias: (C,), None where their dtype is None."""
+    view = ChannelView(x, memory_format, pooled=False)
+    layout = pixels if view.pixels else planes
+    dy, x, dx = view.blocks(dy), view.blocks(x), view.make_result(x.dtype)
+    affine, statistics = (contiguous(weight), contiguous(bias)), (mean, rstd)
     with launch.on_device(x):
         partials = layout.sums(dy, None, x, affine, statistics, groups=groups, silu=silu)
-        means = group_means(partials, weight, x[0].numel() // groups, groups)
+        means = group_means(partials, affine[0], x[0].numel() // groups, groups)
         dbias, dweight = column_sums(partials.rows, [dbias_dtype, dweight_dtype])
-        layout.gradient(dy, None, x, affine, statistics, means, dx, None, groups=groups, silu=silu)
+        layout.gradient(dy, None, x, affine, statistics, means, view.blocks(dx), None, groups=groups, silu=silu)
     return dx, dweight, dbias

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..views import as_rows, contiguous
 from . import launch
 from .tiles import (
     add_row_products,
@@ -280,21 +281,19 @@ def _layer_norm_long_backward_columns_kernel(
         store_tile(dbias_ptr + offsets, dbias, mask)
 
 
-def layer_norm_forward(x, weight, bias, eps, zero_centered, out_dtype):
-    """x: (rows, cols), weight, bias: (cols,) or None. Returns y: (rows, cols) in out_dtype, mean and rstd: (rows,)."""
-    y, _, mean, rstd = _forward(x, None, weight, bias, eps, zero_centered, out_dtype, None)
+def layer_norm_forward(x, dims, weight, bias, eps, zero_centered, out_dtype):
+    """x: (*, *shape), the last `dims` dimensions; weight, bias: shape or None. Returns y: as x, contiguous, in
+    out_dtype, mean and rstd: (rows,)."""
+    y, _, mean, rstd = add_layer_norm_forward(x, None, dims, weight, bias, eps, zero_centered, out_dtype, None)
     return y, mean, rstd
 
 
-def add_layer_norm_forward(x, residual, weight, bias, eps, zero_centered, out_dtype, residual_dtype):
-    """x, residual: (rows, cols). Returns y in out_dtype, h = x + residual in residual_dtype, mean and rstd: (rows,)."""
-    return _forward(x, residual, weight, bias, eps, zero_centered, out_dtype, residual_dtype)
-
-
-def _forward(x, residual, weight, bias, eps, zero_centered, out_dtype, residual_dtype):
+def add_layer_norm_forward(x, residual, dims, weight, bias, eps, zero_centered, out_dtype, residual_dtype):
+    """residual: as x, or None. Returns y in out_dtype, h = x + residual in residual_dtype, mean and rstd: (rows,)."""
+    y = x.new_empty(x.shape, dtype=out_dtype)
+    h = None if residual is None else x.new_empty(x.shape, dtype=residual_dtype)
+    x, residual, weight, bias = as_rows(x, dims), as_rows(residual, dims), contiguous(weight), contiguous(bias)
     rows, cols = x.shape
-    y = x.new_empty((rows, cols), dtype=out_dtype)
-    h = None if residual is None else x.new_empty((rows, cols), dtype=residual_dtype)
     rstd = x.new_empty(rows, dtype=stat_dtype(x, residual, h))
     mean = torch.empty_like(rstd)
     if rows == 0:
@@ -320,41 +319,38 @@ def _forward(x, residual, weight, bias, eps, zero_centered, out_dtype, residual_
     return y, h, mean, rstd
 
 
-def layer_norm_backward(dy, x, weight, mean, rstd, zero_centered, dweight_dtype, dbias_dtype):
-    """dy, x: (rows, cols). Returns dx like x, dweight and dbias: (cols,), None where their dtype is None."""
-    dx, _, dweight, dbias = _backward(
-        dy, None, x, weight, mean, rstd, zero_centered, x.dtype, x.dtype, dweight_dtype, dbias_dtype
+def layer_norm_backward(dy, x, dims, weight, mean, rstd, zero_centered, dweight_dtype, dbias_dtype):
+    """dy: as x. Returns dx: as x, contiguous, dweight and dbias: as the weight, None where their dtype is None."""
+    dx, _, dweight, dbias = add_layer_norm_backward(
+        dy, None, x, dims, weight, mean, rstd, zero_centered, x.dtype, x.dtype, dweight_dtype, dbias_dtype
     )
     return dx, dweight, dbias
 
 
 def add_layer_norm_backward(
-    dy, dh, h, weight, mean, rstd, zero_centered, x_dtype, residual_dtype, dweight_dtype, dbias_dtype
+    dy, dh, h, dims, weight, mean, rstd, zero_centered, x_dtype, residual_dtype, dweight_dtype, dbias_dtype
 ):
-    """dy, dh, h: (rows, cols). Returns dx, dresidual (None where dx serves as both), dweight, dbias."""
-    return _backward(dy, dh, h, weight, mean, rstd, zero_centered, x_dtype, residual_dtype, dweight_dtype, dbias_dtype)
+    """dy, dh: as h. Returns dx, dresidual (None where dx serves as both), dweight, dbias."""
+    shape, dtypes = h.shape[-dims:], [dweight_dtype, dbias_dtype]
+    dx = h.new_empty(h.shape, dtype=x_dtype)
+    dresidual = None if residual_dtype == x_dtype else h.new_empty(h.shape, dtype=residual_dtype)
+    dy, dh, h, weight = as_rows(dy, dims), as_rows(dh, dims), as_rows(h, dims), contiguous(weight)
+    rows, cols = h.shape
+    if rows == 0:
+        return dx, dresidual, *(None if d is None else h.new_zeros(shape, dtype=d) for d in dtypes)
+    itemsize = launch.access_bytes((dy, dh, h, dx, dresidual))
+    arguments = (dy, dh, h, weight, mean, rstd, dx, dresidual)
+    with launch.on_device(h):
+        run = _backward_long if launch.backward_is_long(cols, itemsize, sums=2) else _backward_resident
+        partials = run(arguments, itemsize, dtypes, zero_centered)
+        dweight, dbias = column_sums(partials, dtypes, shape=shape)
+    return dx, dresidual, dweight, dbias
 
 
 def _refines(h):
     """Whether to centre twice: what rounding left in a mean ≫ std shows in the centred values, exactly. 16-bit rows
     are too coarse for it to matter."""
     return h.element_size() >= 4
-
-
-def _backward(dy, dh, h, weight, mean, rstd, zero_centered, x_dtype, residual_dtype, dweight_dtype, dbias_dtype):
-    rows, cols = h.shape
-    dtypes = [dweight_dtype, dbias_dtype]
-    dx = h.new_empty((rows, cols), dtype=x_dtype)
-    dresidual = None if residual_dtype == x_dtype else h.new_empty((rows, cols), dtype=residual_dtype)
-    if rows == 0:
-        return dx, dresidual, *(None if d is None else h.new_zeros(cols, dtype=d) for d in dtypes)
-    itemsize = launch.access_bytes((dy, dh, h, dx, dresidual))
-    arguments = (dy, dh, h, weight, mean, rstd, dx, dresidual)
-    with launch.on_device(h):
-        run = _backward_long if launch.backward_is_long(cols, itemsize, sums=2) else _backward_resident
-        partials = run(arguments, itemsize, dtypes, zero_centered)
-        dweight, dbias = column_sums(partials, dtypes)
-    return dx, dresidual, dweight, dbias
 
 
 def _backward_resident(arguments, itemsize, dtypes, zero_centered):

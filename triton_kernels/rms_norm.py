@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..views import as_rows, contiguous
 from . import launch
 from .tiles import (
     column_sums,
@@ -248,21 +249,19 @@ def _rms_norm_long_backward_columns_kernel(
         store_tile(dweight_ptr + tl.program_id(1).to(tl.int64) * n_cols + cols, dweight, mask)
 
 
-def rms_norm_forward(x, weight, eps, zero_centered, cast_dtype, out_dtype):
-    """x: (rows, cols), weight: (cols,) or None. Returns y: (rows, cols) in out_dtype, rstd: (rows,)."""
-    y, _, rstd = _forward(x, None, weight, eps, zero_centered, cast_dtype, out_dtype, None)
+def rms_norm_forward(x, dims, weight, eps, zero_centered, cast_dtype, out_dtype):
+    """x: (*, *shape), the last `dims` dimensions; weight: shape or None. Returns y: as x, contiguous, in out_dtype, and
+    rstd: (rows,)."""
+    y, _, rstd = add_rms_norm_forward(x, None, dims, weight, eps, zero_centered, cast_dtype, out_dtype, None)
     return y, rstd
 
 
-def add_rms_norm_forward(x, residual, weight, eps, zero_centered, cast_dtype, out_dtype, residual_dtype):
-    """x, residual: (rows, cols). Returns y in out_dtype, h = x + residual in residual_dtype, rstd: (rows,)."""
-    return _forward(x, residual, weight, eps, zero_centered, cast_dtype, out_dtype, residual_dtype)
-
-
-def _forward(x, residual, weight, eps, zero_centered, cast_dtype, out_dtype, residual_dtype):
+def add_rms_norm_forward(x, residual, dims, weight, eps, zero_centered, cast_dtype, out_dtype, residual_dtype):
+    """residual: as x, or None. Returns y in out_dtype, h = x + residual in residual_dtype, rstd: (rows,)."""
+    y = x.new_empty(x.shape, dtype=out_dtype)
+    h = None if residual is None else x.new_empty(x.shape, dtype=residual_dtype)
+    x, residual, weight = as_rows(x, dims), as_rows(residual, dims), contiguous(weight)
     rows, cols = x.shape
-    y = x.new_empty((rows, cols), dtype=out_dtype)
-    h = None if residual is None else x.new_empty((rows, cols), dtype=residual_dtype)
     rstd = x.new_empty(rows, dtype=stat_dtype(x, residual, h))
     if rows == 0:
         return y, h, rstd
@@ -288,29 +287,30 @@ def _forward(x, residual, weight, eps, zero_centered, cast_dtype, out_dtype, res
     return y, h, rstd
 
 
-def rms_norm_backward(dy, x, weight, rstd, zero_centered, cast_dtype, dweight_dtype):
-    """dy, x: (rows, cols). Returns dx like x and dweight: (cols,), None where dweight_dtype is None."""
-    dx, _, dweight = _backward(dy, None, x, weight, rstd, zero_centered, cast_dtype, x.dtype, x.dtype, dweight_dtype)
+def rms_norm_backward(dy, x, dims, weight, rstd, zero_centered, cast_dtype, dweight_dtype):
+    """dy: as x. Returns dx: as x, contiguous, and dweight: as the weight, None where dweight_dtype is None."""
+    dtypes = x.dtype, x.dtype, dweight_dtype
+    dx, _, dweight = add_rms_norm_backward(dy, None, x, dims, weight, rstd, zero_centered, cast_dtype, *dtypes)
     return dx, dweight
 
 
-def add_rms_norm_backward(dy, dh, h, weight, rstd, zero_centered, cast_dtype, x_dtype, residual_dtype, dweight_dtype):
-    """dy, dh, h: (rows, cols). Returns dx, dresidual (None where dx serves as both), dweight."""
-    return _backward(dy, dh, h, weight, rstd, zero_centered, cast_dtype, x_dtype, residual_dtype, dweight_dtype)
-
-
-def _backward(dy, dh, h, weight, rstd, zero_centered, cast_dtype, x_dtype, residual_dtype, dweight_dtype):
+def add_rms_norm_backward(
+    dy, dh, h, dims, weight, rstd, zero_centered, cast_dtype, x_dtype, residual_dtype, dweight_dtype
+):
+    """dy, dh: as h. Returns dx, dresidual (None where dx serves as both), dweight."""
+    shape = h.shape[-dims:]
+    dx = h.new_empty(h.shape, dtype=x_dtype)
+    dresidual = None if residual_dtype == x_dtype else h.new_empty(h.shape, dtype=residual_dtype)
+    dy, dh, h, weight = as_rows(dy, dims), as_rows(dh, dims), as_rows(h, dims), contiguous(weight)
     rows, cols = h.shape
-    dx = h.new_empty((rows, cols), dtype=x_dtype)
-    dresidual = None if residual_dtype == x_dtype else h.new_empty((rows, cols), dtype=residual_dtype)
     if rows == 0:
-        return dx, dresidual, None if dweight_dtype is None else h.new_zeros(cols, dtype=dweight_dtype)
+        return dx, dresidual, None if dweight_dtype is None else h.new_zeros(shape, dtype=dweight_dtype)
     itemsize = launch.access_bytes((dy, dh, h, dx, dresidual))
     arguments = (dy, dh, h, weight, rstd, dx, dresidual)
     with launch.on_device(h):
         run = _backward_long if launch.backward_is_long(cols, itemsize, sums=1) else _backward_resident
         partial = run(arguments, itemsize, dweight_dtype, zero_centered, triton_dtype(cast_dtype))
-        (dweight,) = column_sums([partial], [dweight_dtype])
+        (dweight,) = column_sums([partial], [dweight_dtype], shape=shape)
     return dx, dresidual, dweight
 
 

@@ -290,12 +290,15 @@ def _store_column_sum(sum_ptr, mean_ptr, total, cols, n_cols, count):
 
 def column_sums(
     partials: list[torch.Tensor | None], dtypes: list[torch.dtype | None], means: torch.Tensor | None = None,
-    count: int = 1,
+    count: int = 1, shape: torch.Size | None = None,
 ) -> list[torch.Tensor | None]:  # fmt: skip
-    """Sums (programs, cols) partials into (cols,) tensors of the given dtypes; None stays None. One launch.
+    """Sums (programs, cols) partials into tensors of the given dtypes; None stays None. One launch.
 
-    means: (2, cols), for the sums of two partials in their own dtype, divided by count."""
-    sums = [None if d is None else p.new_empty(p.shape[1], dtype=d) for p, d in zip(partials, dtypes, strict=True)]
+    means: (2, cols), for the sums of two partials in their own dtype, divided by count.
+    shape: of the sums, with cols elements; None is (cols,)."""
+    sums = [
+        None if d is None else p.new_empty(shape or p.shape[1:], dtype=d) for p, d in zip(partials, dtypes, strict=True)
+    ]
     pairs = [(p, s) for p, s in zip(partials, sums, strict=True) if p is not None]
     if means is not None or any(s is not None for s in sums):
         n_rows, n_cols = pairs[0][0].shape

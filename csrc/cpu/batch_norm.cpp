@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "channel_passes.h"
+#include "views.h"
 
 namespace fastnorm::cpu {
 namespace {
@@ -14,18 +15,17 @@ using at::ScalarType;
 using at::Tensor;
 using std::optional;
 
-Layout layout_of(bool channels_last) { return channels_last ? Layout::pixels : Layout::planes; }
-
-int64_t channels_of(const Tensor& x, bool channels_last) { return x.size(channels_last ? 2 : 1); }
-
-Tensor make_mask(const Tensor& x, bool wanted) { return wanted ? empty(mask_sizes(x), at::kByte) : Tensor(); }
+Plan plan_of(const ChannelView& view) { return Plan(view.sizes(), view.layout(), 0, false); }
 
 // Weight and bias, and how they and the statistics make up the parameters of a forward pass.
 template <typename S>
 class Affine {
  public:
   Affine(const optional<Tensor>& weight, const optional<Tensor>& bias, int64_t channels)
-      : weight_(weight, channels, 1, 0), bias_(bias, channels, 0, 0), arrays_(channels) {}
+      : held_{contiguous(weight), contiguous(bias)},
+        weight_(held_[0], channels, 1, 0),
+        bias_(held_[1], channels, 0, 0),
+        arrays_(channels) {}
 
   S* mean() const { return arrays_[0]; }
   S* scale() const { return arrays_[1]; }
@@ -41,6 +41,7 @@ class Affine {
   }
 
  private:
+  optional<Tensor> held_[2];  // where the values may lie
   ColumnValues<S> weight_, bias_;
   ChannelArrays<S, 3> arrays_;
 };
@@ -61,14 +62,36 @@ void update_running(const optional<Tensor>& running, const double* values, doubl
   rows<double>().store[dtype](updated[0], data, channels);
 }
 
-void check_inputs(const Tensor& x, const optional<Tensor>& residual, const optional<Tensor>& weight,
-                  const optional<Tensor>& bias, bool channels_last) {
-  check_blocks(x, "x");
-  if (residual) {
-    check_rows(*residual, "residual", x.sizes());
+// What the three forward functions share: their tensors as blocks, and the results in the input's shape.
+struct ForwardCall {
+  ForwardCall(const Tensor& x, const optional<Tensor>& residual, const optional<Tensor>& weight,
+              const optional<Tensor>& bias, at::MemoryFormat format, bool relu, bool wants_mask, ScalarType out_dtype)
+      : view(x, format, true),
+        x(view.blocks(x)),
+        residual(view.checked_blocks(residual.value_or(Tensor()), "residual")),
+        y(view.make_result(out_dtype)),
+        mask(view.make_mask(relu && wants_mask)),
+        activation(relu ? Activation::relu : Activation::none) {
+    check_parameter(weight, "weight", {channels()});
+    check_parameter(bias, "bias", {channels()});
   }
-  check_columns(weight, "weight", channels_of(x, channels_last));
-  check_columns(bias, "bias", channels_of(x, channels_last));
+
+  int64_t channels() const { return view.channels(); }
+
+  template <typename S>
+  ForwardPass<S> pass(const Plan& plan) const {
+    return ForwardPass<S>(plan, activation, x, residual, view.blocks(y), mask);
+  }
+
+  ChannelView view;
+  Tensor x, residual, y, mask;
+  Activation activation;
+};
+
+void check_running(const optional<Tensor>& running, const char* name, int64_t channels) {
+  if (running) {
+    check_columns(*running, name, channels);
+  }
 }
 
 double update_factor(const optional<Tensor>& factor, double momentum) {
@@ -83,22 +106,20 @@ double update_factor(const optional<Tensor>& factor, double momentum) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
     const Tensor& x, const optional<Tensor>& residual, const optional<Tensor>& weight, const optional<Tensor>& bias,
     const optional<Tensor>& running_mean, const optional<Tensor>& running_var, const optional<Tensor>& factor,
-    double momentum, double eps, bool channels_last, bool relu, ScalarType out_dtype) {
-  check_inputs(x, residual, weight, bias, channels_last);
-  const int64_t channels = channels_of(x, channels_last);
-  check_columns(running_mean, "running_mean", channels);
-  check_columns(running_var, "running_var", channels);
+    double momentum, double eps, at::MemoryFormat memory_format, bool relu, ScalarType out_dtype) {
+  const ForwardCall call(x, residual, weight, bias, memory_format, relu, true, out_dtype);
+  const int64_t channels = call.channels();
+  check_running(running_mean, "running_mean", channels);
+  check_running(running_var, "running_var", channels);
   const double update = update_factor(factor, momentum);
-  const Tensor y = empty(x.sizes(), out_dtype), mask = make_mask(x, relu);
   return in_compute_type(x, [&](auto zero) -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
     using S = decltype(zero);
     const Tensor mean = empty({channels}, scalar_type_of<S>), rstd = empty({channels}, scalar_type_of<S>);
     S* means = mean.mutable_data_ptr<S>();
     S* rstds = rstd.mutable_data_ptr<S>();
-    const Plan plan(x.sizes(), layout_of(channels_last), 0, false);
-    const SpreadPass<S> spread(plan, x);
-    const ForwardPass<S> forward(plan, relu ? Activation::relu : Activation::none, x, residual.value_or(Tensor()), y,
-                                 mask);
+    const Plan plan = plan_of(call.view);
+    const SpreadPass<S> spread(plan, call.x);
+    const ForwardPass<S> forward = call.pass<S>(plan);
     const Affine<S> affine(weight, bias, channels);
     const ChannelArrays<double, 2> found(channels);
     const double n = plan.pool_size();
@@ -119,24 +140,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
              [&](const Region& piece) { forward.apply(piece, affine.mean(), affine.scale(), affine.shift()); });
     update_running(running_mean, found[0], update);
     update_running(running_var, found[1], update);
-    return {y, mask, mean, rstd};
+    return {call.y, call.mask, mean, rstd};
   });
 }
 
 std::tuple<Tensor, Tensor> batch_norm_evaluate(const Tensor& x, const optional<Tensor>& residual,
                                                const optional<Tensor>& weight, const optional<Tensor>& bias,
                                                const Tensor& running_mean, const Tensor& running_var, double eps,
-                                               bool channels_last, bool relu, bool wants_mask, ScalarType out_dtype) {
-  check_inputs(x, residual, weight, bias, channels_last);
-  const int64_t channels = channels_of(x, channels_last);
-  check_rows(running_mean, "running_mean", {channels});
-  check_rows(running_var, "running_var", {channels});
-  const Tensor y = empty(x.sizes(), out_dtype), mask = make_mask(x, relu && wants_mask);
+                                               at::MemoryFormat memory_format, bool relu, bool wants_mask,
+                                               ScalarType out_dtype) {
+  const ForwardCall call(x, residual, weight, bias, memory_format, relu, wants_mask, out_dtype);
+  const int64_t channels = call.channels();
+  check_columns(running_mean, "running_mean", channels);
+  check_columns(running_var, "running_var", channels);
   return in_compute_type(x, [&](auto zero) -> std::tuple<Tensor, Tensor> {
     using S = decltype(zero);
-    const Plan plan(x.sizes(), layout_of(channels_last), 0, false);
-    const ForwardPass<S> forward(plan, relu ? Activation::relu : Activation::none, x, residual.value_or(Tensor()), y,
-                                 mask);
+    const Plan plan = plan_of(call.view);
+    const ForwardPass<S> forward = call.pass<S>(plan);
     const Affine<S> affine(weight, bias, channels);
     const ColumnValues<double> mean(running_mean, channels, 0, 0), var(running_var, channels, 1, 0);
     for (int64_t c = 0; c < channels; ++c) {
@@ -146,19 +166,20 @@ std::tuple<Tensor, Tensor> batch_norm_evaluate(const Tensor& x, const optional<T
       affine.shift()[c] = static_cast<S>(affine.bias(c) - mean.get()[c] * scale);
     }
     plan.each_piece([&](const Region& piece) { forward.apply(piece, affine.mean(), affine.scale(), affine.shift()); });
-    return {y, mask};
+    return {call.y, call.mask};
   });
 }
 
-Tensor batch_norm_statistics(const Tensor& x, bool channels_last) {
-  check_blocks(x, "x");
+Tensor batch_norm_statistics(const Tensor& x, at::MemoryFormat memory_format) {
+  const ChannelView view(x, memory_format, true);
+  const Tensor blocks = view.blocks(x);
   return in_compute_type(x, [&](auto zero) {
     using S = decltype(zero);
-    const int64_t channels = channels_of(x, channels_last);
+    const int64_t channels = view.channels();
     const Tensor result = empty({2, channels}, scalar_type_of<S>);
     S* results = result.mutable_data_ptr<S>();
-    const Plan plan(x.sizes(), layout_of(channels_last), 0, false);
-    const SpreadPass<S> spread(plan, x);
+    const Plan plan = plan_of(view);
+    const SpreadPass<S> spread(plan, blocks);
     plan.run([&](int64_t pool, int64_t i) { spread.measure(pool, i); },
              [&](int64_t pool) {
                each_channels(plan.width(), plan.pieces(), [&](int64_t begin, int64_t end) {
@@ -174,55 +195,58 @@ Tensor batch_norm_statistics(const Tensor& x, bool channels_last) {
 
 std::tuple<Tensor, Tensor> batch_norm_normalize(const Tensor& x, const optional<Tensor>& residual,
                                                 const optional<Tensor>& weight, const optional<Tensor>& bias,
-                                                const Tensor& mean, const Tensor& rstd, bool channels_last, bool relu,
-                                                ScalarType out_dtype) {
-  check_inputs(x, residual, weight, bias, channels_last);
-  const int64_t channels = channels_of(x, channels_last);
-  const Tensor y = empty(x.sizes(), out_dtype), mask = make_mask(x, relu);
+                                                const Tensor& mean, const Tensor& rstd,
+                                                at::MemoryFormat memory_format, bool relu, ScalarType out_dtype) {
+  const ForwardCall call(x, residual, weight, bias, memory_format, relu, true, out_dtype);
+  const int64_t channels = call.channels();
   return in_compute_type(x, [&](auto zero) -> std::tuple<Tensor, Tensor> {
     using S = decltype(zero);
     check_moments(mean, "mean", {channels}, scalar_type_of<S>);
     check_moments(rstd, "rstd", {channels}, scalar_type_of<S>);
-    const Plan plan(x.sizes(), layout_of(channels_last), 0, false);
-    const ForwardPass<S> forward(plan, relu ? Activation::relu : Activation::none, x, residual.value_or(Tensor()), y,
-                                 mask);
+    const Plan plan = plan_of(call.view);
+    const ForwardPass<S> forward = call.pass<S>(plan);
     const Affine<S> affine(weight, bias, channels);
     for (int64_t c = 0; c < channels; ++c) {
       affine.set(c, mean.const_data_ptr<S>()[c], rstd.const_data_ptr<S>()[c]);
     }
     plan.each_piece([&](const Region& piece) { forward.apply(piece, affine.mean(), affine.scale(), affine.shift()); });
-    return {y, mask};
+    return {call.y, call.mask};
   });
 }
 
-// What the four backward functions share. Shapes: dy, x: (N, C, S) or (N, S, C); mean, rstd: (C,).
+// What the three backward functions share: their tensors as blocks. Shapes: mean, rstd: (C,).
 struct BackwardCall {
-  const Tensor& dy;
-  const optional<Tensor>& mask;
-  const Tensor& x;
-  const Tensor& mean;
-  const Tensor& rstd;
-  bool channels_last;
-
-  void check() const {
-    check_blocks(x, "x");
-    check_rows(dy, "dy", x.sizes());
+  BackwardCall(const Tensor& dy, const optional<Tensor>& mask, const Tensor& x, const optional<Tensor>& weight,
+               const Tensor& mean, const Tensor& rstd, at::MemoryFormat format)
+      : view(x, format, true),
+        dy(view.checked_blocks(dy, "dy")),
+        mask(mask.value_or(Tensor())),
+        x(view.blocks(x)),
+        mean(mean),
+        rstd(rstd) {
     if (mask) {
-      check_mask(*mask, x);
+      view.check_mask(*mask);
     }
+    check_parameter(weight, "weight", {channels()});
     const ScalarType type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     check_moments(mean, "mean", {channels()}, type);
     check_moments(rstd, "rstd", {channels()}, type);
   }
 
-  int64_t channels() const { return channels_of(x, channels_last); }
-  Plan plan() const { return Plan(x.sizes(), layout_of(channels_last), 0, false); }
-  Activation activation() const { return mask ? Activation::relu : Activation::none; }
+  int64_t channels() const { return view.channels(); }
+  Plan plan() const { return plan_of(view); }
+  Activation activation() const { return mask.defined() ? Activation::relu : Activation::none; }
 
-  BackwardTensors tensors(optional<ScalarType> dresidual_dtype) const {
-    return {dy, mask.value_or(Tensor()), x, empty(x.sizes(), x.scalar_type()),
-            dresidual_dtype ? empty(x.sizes(), *dresidual_dtype) : Tensor()};
+  Tensor make_dx() const { return view.make_result(x.scalar_type()); }
+  Tensor make_dresidual(optional<ScalarType> type) const { return type ? view.make_result(*type) : Tensor(); }
+
+  BackwardTensors tensors(const Tensor& dx, const Tensor& dresidual) const {
+    return {dy, mask, x, view.blocks(dx), view.blocks(dresidual)};
   }
+
+  ChannelView view;
+  Tensor dy, mask, x;
+  const Tensor &mean, &rstd;
 };
 
 // The parameters of dx = (dz − sum − x̂ · product) · rstd · w, with means of dz and dz · x̂.
@@ -230,7 +254,8 @@ template <typename S>
 class Gradients {
  public:
   Gradients(const BackwardCall& call, const optional<Tensor>& weight)
-      : weight_(weight, call.channels(), 1, 0),
+      : held_(contiguous(weight)),
+        weight_(held_, call.channels(), 1, 0),
         mean_(call.mean.const_data_ptr<S>()),
         rstd_(call.rstd.const_data_ptr<S>()),
         arrays_(call.channels()) {}
@@ -245,6 +270,7 @@ class Gradients {
   BackwardParameters<S> parameters() const { return {mean_, nullptr, nullptr, arrays_[0], arrays_[1], arrays_[2]}; }
 
  private:
+  optional<Tensor> held_;  // as above
   ColumnValues<S> weight_;
   const S* mean_;
   const S* rstd_;
@@ -268,29 +294,27 @@ void add_up_sums(const SumsPass<S>& sums, const Plan& plan, int64_t pool, const 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& dy, const optional<Tensor>& mask,
                                                                const Tensor& x, const optional<Tensor>& weight,
                                                                const Tensor& mean, const Tensor& rstd, bool training,
-                                                               bool channels_last,
+                                                               at::MemoryFormat memory_format,
                                                                optional<ScalarType> dresidual_dtype,
                                                                optional<ScalarType> dweight_dtype,
                                                                optional<ScalarType> dbias_dtype) {
-  const BackwardCall call{dy, mask, x, mean, rstd, channels_last};
-  call.check();
-  check_columns(weight, "weight", call.channels());
-  const BackwardTensors tensors = call.tensors(dresidual_dtype);
+  const BackwardCall call(dy, mask, x, weight, mean, rstd, memory_format);
+  const Tensor dx = call.make_dx(), dresidual = call.make_dresidual(dresidual_dtype);
   return in_compute_type(x, [&](auto zero) -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
     using S = decltype(zero);
     const int64_t channels = call.channels();
     const Plan plan = call.plan();
     const Gradients<S> gradients(call, weight);
-    BackwardTensors outputs = tensors;
+    BackwardTensors tensors = call.tensors(dx, dresidual);
     if (!training) {
-      outputs.x = Tensor();  // dx = dz · rstd · w, which takes no sums either
+      tensors.x = Tensor();  // dx = dz · rstd · w, which takes no sums either
     }
-    const BackwardPass<S> backward(plan, call.activation(), outputs, gradients.parameters());
+    const BackwardPass<S> backward(plan, call.activation(), tensors, gradients.parameters());
     const auto apply = [&](const Region& piece) { backward.apply(piece); };
     const ChannelArrays<double, 2> found(channels);
     const double n = plan.pool_size();
     if (training || dweight_dtype || dbias_dtype) {
-      const BackwardPass<S> inputs(plan, call.activation(), {dy, tensors.mask, x, {}, {}}, gradients.parameters());
+      const BackwardPass<S> inputs(plan, call.activation(), call.tensors({}, {}), gradients.parameters());
       const SumsPass<S> sums(plan, training ? backward : inputs);
       plan.run([&](int64_t pool, int64_t i) { sums.measure(pool, i); },
                [&](int64_t pool) {
@@ -305,20 +329,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& dy,
       }
       plan.each_piece(apply);
     }
-    return {tensors.dx, tensors.dresidual, channel_tensor(found[1], channels, dweight_dtype),
+    return {dx, dresidual, channel_tensor(found[1], channels, dweight_dtype),
             channel_tensor(found[0], channels, dbias_dtype)};
   });
 }
 
 Tensor batch_norm_backward_sums(const Tensor& dy, const optional<Tensor>& mask, const Tensor& x, const Tensor& mean,
-                                const Tensor& rstd, bool channels_last) {
-  const BackwardCall call{dy, mask, x, mean, rstd, channels_last};
-  call.check();
+                                const Tensor& rstd, at::MemoryFormat memory_format) {
+  const BackwardCall call(dy, mask, x, {}, mean, rstd, memory_format);
   return in_compute_type(x, [&](auto zero) {
     using S = decltype(zero);
     const int64_t channels = call.channels();
     const Plan plan = call.plan();
-    const BackwardPass<S> backward(plan, call.activation(), {dy, mask.value_or(Tensor()), x, {}, {}},
+    const BackwardPass<S> backward(plan, call.activation(), call.tensors({}, {}),
                                    {mean.const_data_ptr<S>(), nullptr, nullptr, nullptr, nullptr, nullptr});
     const SumsPass<S> sums(plan, backward);
     const ChannelArrays<double, 2> found(channels);
@@ -334,13 +357,12 @@ Tensor batch_norm_backward_sums(const Tensor& dy, const optional<Tensor>& mask, 
 
 std::tuple<Tensor, Tensor> batch_norm_backward_apply(const Tensor& dy, const optional<Tensor>& mask, const Tensor& x,
                                                      const optional<Tensor>& weight, const Tensor& mean,
-                                                     const Tensor& rstd, const Tensor& means, bool channels_last,
+                                                     const Tensor& rstd, const Tensor& means,
+                                                     at::MemoryFormat memory_format,
                                                      optional<ScalarType> dresidual_dtype) {
-  const BackwardCall call{dy, mask, x, mean, rstd, channels_last};
-  call.check();
-  check_columns(weight, "weight", call.channels());
+  const BackwardCall call(dy, mask, x, weight, mean, rstd, memory_format);
   check_moments(means, "means", {2, call.channels()}, mean.scalar_type());
-  const BackwardTensors tensors = call.tensors(dresidual_dtype);
+  const Tensor dx = call.make_dx(), dresidual = call.make_dresidual(dresidual_dtype);
   in_compute_type(x, [&](auto zero) {
     using S = decltype(zero);
     const Plan plan = call.plan();
@@ -349,10 +371,10 @@ std::tuple<Tensor, Tensor> batch_norm_backward_apply(const Tensor& dy, const opt
     for (int64_t c = 0; c < call.channels(); ++c) {
       gradients.set(c, values[c], values[means.stride(0) + c]);
     }
-    const BackwardPass<S> backward(plan, call.activation(), tensors, gradients.parameters());
+    const BackwardPass<S> backward(plan, call.activation(), call.tensors(dx, dresidual), gradients.parameters());
     plan.each_piece([&](const Region& piece) { backward.apply(piece); });
   });
-  return {tensors.dx, tensors.dresidual};
+  return {dx, dresidual};
 }
 
 }  // namespace

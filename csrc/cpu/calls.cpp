@@ -1,7 +1,6 @@
 // Calls from Python on plain CPU tensors, without the trips through Python that autograd.Function and torch.ops take.
 #include "calls.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/Exceptions.h>
@@ -34,53 +33,31 @@ struct Call {
   at::IntArrayRef shape() const { return x.sizes().slice(x.dim() - dims); }
 };
 
-Tensor as_rows(const Tensor& x, int64_t dims) {
-  const int64_t cols = c10::multiply_integers(x.sizes().slice(x.dim() - dims));
-  const Tensor rows = x.dim() == 2 && dims == 1 ? x : x.reshape({-1, cols});
-  return rows.stride(1) == 1 ? rows : rows.clone(at::MemoryFormat::Contiguous);
-}
-
-std::optional<Tensor> as_vector(const Tensor& parameter) {
-  if (!parameter.defined()) {
-    return std::nullopt;
-  }
-  return parameter.dim() == 1 && parameter.is_contiguous() ? parameter : parameter.reshape(-1).contiguous();
-}
-
-Tensor like(const Tensor& result, const Tensor& input) {
-  return !result.defined() || result.dim() == input.dim() ? result : result.view(input.sizes());
-}
+std::optional<Tensor> given(const Tensor& tensor) { return tensor.defined() ? std::optional(tensor) : std::nullopt; }
 
 ForwardResult forward(const Call& call, bool saves_moments) {
-  at::AutoDispatchBelowADInplaceOrView guard;
-  const auto weight = as_vector(call.weight);
-  const Tensor x = as_rows(call.x, call.dims);
-  const bool adds = call.residual.defined();
   const at::ScalarType dtype = call.x.scalar_type();
-  ForwardResult result = norm_forward(
-      {call.norm, x, adds ? as_rows(call.residual, call.dims) : Tensor(), weight, as_vector(call.bias), call.eps, false,
-       std::nullopt, dtype, adds ? std::optional(c10::promoteTypes(dtype, call.residual.scalar_type())) : std::nullopt,
-       saves_moments});
-  result.y = like(result.y, call.x);
-  result.h = like(result.h, call.x);
-  return result;
+  const auto residual_dtype =
+      call.residual.defined() ? std::optional(c10::promoteTypes(dtype, call.residual.scalar_type())) : std::nullopt;
+  return norm_forward({call.norm, call.x, call.dims, call.residual, given(call.weight), given(call.bias), call.eps,
+                       false, std::nullopt, dtype, residual_dtype, saves_moments});
 }
 
 // The gradients of x or h, weight and bias as differentiable functions: by the formula, which is in Python.
 variable_list gradients_by_formula(const Call& call, const Tensor& dy) {
   pybind11::gil_scoped_acquire gil;
   pybind11::list inputs;
-  const auto given = [](const Tensor& t) { return t.defined() ? pybind11::cast(t) : pybind11::none(); };
-  inputs.append(given(call.x));
-  inputs.append(given(call.weight));
+  const auto object = [](const Tensor& t) { return t.defined() ? pybind11::cast(t) : pybind11::none(); };
+  inputs.append(object(call.x));
+  inputs.append(object(call.weight));
   const char* name = "rms_norm";
   if (call.norm == Norm::layer) {
-    inputs.append(given(call.bias));
+    inputs.append(object(call.bias));
     name = "layer_norm";
   }
   const auto shape = pybind11::cast(std::vector<int64_t>(call.shape().begin(), call.shape().end()));
   const auto found = pybind11::module_::import("fastnorm.reference")
-                         .attr("plain_gradients")(name, inputs, given(dy), shape, call.eps);
+                         .attr("plain_gradients")(name, inputs, object(dy), shape, call.eps);
   variable_list gradients;
   for (const auto& gradient : found) {
     gradients.push_back(gradient.is_none() ? Tensor() : pybind11::cast<Tensor>(gradient));
@@ -136,7 +113,6 @@ struct NormFunction : torch::autograd::Function<NormFunction> {
  private:
   static void fused(AutogradContext* ctx, const Call& call, const Tensor& dy, const Tensor& dh, const Tensor& mean,
                     const Tensor& rstd, at::ScalarType x_type, at::ScalarType residual_type, variable_list& found) {
-    at::AutoDispatchBelowADInplaceOrView guard;
     const bool adds = residual_type != at::ScalarType::Undefined;
     size_t index = adds ? 2 : 1;  // among the tensors that were given
     const auto wanted = [&](const Tensor& parameter) {
@@ -144,18 +120,15 @@ struct NormFunction : torch::autograd::Function<NormFunction> {
                                                                    : std::nullopt;
     };
     const auto dweight_type = wanted(call.weight), dbias_type = wanted(call.bias);
-    const Tensor x = as_rows(call.x, call.dims), dy_rows = as_rows(dy, call.dims);
-    const auto weight = as_vector(call.weight);
-    const BackwardResult result = norm_backward(
-        {call.norm, dy_rows, dh.defined() ? as_rows(dh, call.dims) : Tensor(), x, weight, mean, rstd, false,
-         std::nullopt, x_type, adds ? std::optional(residual_type) : std::nullopt, dweight_type,
-         dbias_type});
-    found[0] = like(result.dx, call.x);
+    const BackwardResult result =
+        norm_backward({call.norm, dy, dh, call.x, call.dims, given(call.weight), mean, rstd, false, std::nullopt,
+                       x_type, adds ? std::optional(residual_type) : std::nullopt, dweight_type, dbias_type});
+    found[0] = result.dx;
     if (adds) {
-      found[1] = result.dresidual.defined() ? like(result.dresidual, call.x) : found[0];
+      found[1] = result.dresidual.defined() ? result.dresidual : result.dx;
     }
-    found[2] = like(result.dweight, call.weight);
-    found[3] = like(result.dbias, call.bias);
+    found[2] = result.dweight;
+    found[3] = result.dbias;
   }
 };
 
@@ -251,7 +224,6 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
                                       : (adds ? "fastnorm::add_layer_norm" : "fastnorm::layer_norm"),
                     std::vector<c10::IValue>({call.x}));
     if (requires_grad(call)) {
-      const auto given = [](const Tensor& t) { return t.defined() ? std::optional(t) : std::nullopt; };
       const Call* that = &call;
       auto outputs = NormFunction::apply(call.x, given(call.residual), given(call.weight), given(call.bias), that);
       y = std::move(outputs[0]);

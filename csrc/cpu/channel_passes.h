@@ -3,7 +3,6 @@
 
 #include <atomic>
 #include <optional>
-#include <vector>
 
 #include "channel_blocks.h"
 
@@ -252,15 +251,6 @@ class SumsPass {
 
 // Stores numbers of channels in a fresh tensor (C,) of the dtype; undefined without one.
 at::Tensor channel_tensor(const double* values, int64_t channels, std::optional<at::ScalarType> type);
-
-// Raises unless x is what batch_norm's and group_norm's functions take: 3-D, not empty, rows without gaps.
-void check_blocks(const at::Tensor& x, const char* name);
-
-// The sizes of a relu's mask.
-std::vector<int64_t> mask_sizes(const at::Tensor& x);
-
-// Raises unless the tensor is a mask of x.
-void check_mask(const at::Tensor& mask, const at::Tensor& x);
 
 // Calls f with a float or a double: what x's statistics are kept in.
 template <typename F>

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "channel_passes.h"
+#include "views.h"
 
 namespace fastnorm::cpu {
 namespace {
@@ -14,26 +15,26 @@ using at::ScalarType;
 using at::Tensor;
 using std::optional;
 
-// Sizes, and the parameters of (samples, channels) that the passes take. x: (N, C, S) or (N, S, C).
+// Sizes, and the parameters of (samples, channels) that the passes take.
 template <typename S>
 struct Call {
-  Call(const Tensor& x, int64_t groups, const optional<Tensor>& weight, const optional<Tensor>& bias,
-       bool channels_last)
-      : layout(channels_last ? Layout::pixels : Layout::planes),
-        samples(x.size(0)),
-        channels(x.size(channels_last ? 2 : 1)),
-        size(x.size(channels_last ? 1 : 2)),
+  Call(const ChannelView& view, int64_t groups, const optional<Tensor>& weight, const optional<Tensor>& bias)
+      : view(view),
+        samples(view.sizes()[0]),
+        channels(view.channels()),
+        size(view.sizes()[view.layout() == Layout::pixels ? 1 : 2]),
         groups(groups),
         in_group(channels / groups),
-        weight(weight, channels, 1, 0),
-        bias(bias, channels, 0, 0),
+        held{contiguous(weight), contiguous(bias)},
+        weight(held[0], channels, 1, 0),
+        bias(held[1], channels, 0, 0),
         forward(samples * channels) {}
 
-  Plan plan(const Tensor& x, bool single_rows) const { return Plan(x.sizes(), layout, groups, single_rows); }
+  Plan plan(bool single_rows) const { return Plan(view.sizes(), view.layout(), groups, single_rows); }
 
   // The groups of a pool of a plan.
   std::pair<int64_t, int64_t> groups_of(int64_t pool) const {
-    return layout == Layout::pixels ? std::pair(pool * groups, (pool + 1) * groups) : std::pair(pool, pool + 1);
+    return view.layout() == Layout::pixels ? std::pair(pool * groups, (pool + 1) * groups) : std::pair(pool, pool + 1);
   }
 
   // Sets the forward parameters of a group of a sample; `lost` as in batch_norm.
@@ -47,20 +48,18 @@ struct Call {
     }
   }
 
-  Layout layout;
+  const ChannelView& view;
   int64_t samples, channels, size, groups, in_group;
+  optional<Tensor> held[2];  // where the values may lie
   ColumnValues<S> weight, bias;
   ChannelArrays<S, 3> forward;  // mean, scale, shift
 };
 
-void check_inputs(const Tensor& x, int64_t groups, const optional<Tensor>& weight, const optional<Tensor>& bias,
-                  bool channels_last) {
-  check_blocks(x, "x");
-  const int64_t channels = x.size(channels_last ? 2 : 1);
+void check_parameters(int64_t channels, int64_t groups, const optional<Tensor>& weight, const optional<Tensor>& bias) {
   TORCH_CHECK(groups > 0 && channels % groups == 0, "fastnorm: expected a number of channels divisible by ", groups,
               " groups, got ", channels);
-  check_columns(weight, "weight", channels);
-  check_columns(bias, "bias", channels);
+  check_parameter(weight, "weight", {channels});
+  check_parameter(bias, "bias", {channels});
 }
 
 // The statistics of a group whose channels have `depth` elements each.
@@ -78,20 +77,22 @@ std::pair<double, double> merge_channels(const double* mean, const double* squar
 }
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_forward(const Tensor& x, int64_t groups, const optional<Tensor>& weight,
-                                                      const optional<Tensor>& bias, double eps, bool channels_last,
-                                                      bool silu, ScalarType out_dtype) {
-  check_inputs(x, groups, weight, bias, channels_last);
-  const Tensor y = empty(x.sizes(), out_dtype);
+                                                      const optional<Tensor>& bias, double eps,
+                                                      at::MemoryFormat memory_format, bool silu,
+                                                      ScalarType out_dtype) {
+  const ChannelView view(x, memory_format, false);
+  check_parameters(view.channels(), groups, weight, bias);
+  const Tensor blocks = view.blocks(x), y = view.make_result(out_dtype);
   return in_compute_type(x, [&](auto zero) -> std::tuple<Tensor, Tensor, Tensor> {
     using S = decltype(zero);
-    const Call<S> call(x, groups, weight, bias, channels_last);
+    const Call<S> call(view, groups, weight, bias);
     const Tensor mean = empty({call.samples, groups}, scalar_type_of<S>);
     const Tensor rstd = empty({call.samples, groups}, scalar_type_of<S>);
     S* means = mean.mutable_data_ptr<S>();
     S* rstds = rstd.mutable_data_ptr<S>();
-    const Plan plan = call.plan(x, false);
-    const SpreadPass<S> spread(plan, x);
-    const ForwardPass<S> forward(plan, silu ? Activation::silu : Activation::none, x, {}, y, {});
+    const Plan plan = call.plan(false);
+    const SpreadPass<S> spread(plan, blocks);
+    const ForwardPass<S> forward(plan, silu ? Activation::silu : Activation::none, blocks, {}, view.blocks(y), {});
     const double n = static_cast<double>(call.in_group) * static_cast<double>(call.size);
     const auto finish = [&](int64_t pool) {
       const ChannelArrays<double, 2> found(plan.width());
@@ -128,24 +129,26 @@ void sum_samples(const Call<S>& call, const double* values, double* totals) {
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_backward(const Tensor& dy, const Tensor& x, int64_t groups,
                                                        const optional<Tensor>& weight, const optional<Tensor>& bias,
-                                                       const Tensor& mean, const Tensor& rstd, bool channels_last,
-                                                       bool silu, optional<ScalarType> dweight_dtype,
+                                                       const Tensor& mean, const Tensor& rstd,
+                                                       at::MemoryFormat memory_format, bool silu,
+                                                       optional<ScalarType> dweight_dtype,
                                                        optional<ScalarType> dbias_dtype) {
-  check_inputs(x, groups, weight, bias, channels_last);
-  check_rows(dy, "dy", x.sizes());
-  const Tensor dx = empty(x.sizes(), x.scalar_type());
+  const ChannelView view(x, memory_format, false);
+  check_parameters(view.channels(), groups, weight, bias);
+  const Tensor dx = view.make_result(x.scalar_type());
+  const BackwardTensors tensors{view.checked_blocks(dy, "dy"), {}, view.blocks(x), view.blocks(dx), {}};
   return in_compute_type(x, [&](auto zero) -> std::tuple<Tensor, Tensor, Tensor> {
     using S = decltype(zero);
-    const Call<S> call(x, groups, weight, bias, channels_last);
+    const Call<S> call(view, groups, weight, bias);
     check_moments(mean, "mean", {call.samples, groups}, scalar_type_of<S>);
     check_moments(rstd, "rstd", {call.samples, groups}, scalar_type_of<S>);
     const S* rstds = rstd.const_data_ptr<S>();
     for (int64_t group = 0; group < call.samples * groups; ++group) {
       call.set(group, mean.const_data_ptr<S>()[group], rstds[group], 0);
     }
-    const Plan plan = call.plan(x, true);
+    const Plan plan = call.plan(true);
     const ChannelArrays<S, 3> parameters(call.samples * call.channels);  // gain, slope, level
-    const BackwardPass<S> backward(plan, silu ? Activation::silu : Activation::none, {dy, {}, x, dx, {}},
+    const BackwardPass<S> backward(plan, silu ? Activation::silu : Activation::none, tensors,
                                    {call.forward[0], call.forward[1], call.forward[2], parameters[0], parameters[1],
                                     parameters[2]});
     const SumsPass<S> sums(plan, backward);

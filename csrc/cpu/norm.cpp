@@ -1,10 +1,12 @@
 #include "norm.h"
 
 #include <c10/util/Exception.h>
+#include <c10/util/accumulate.h>
 
 #include <memory>
 
 #include "tensors.h"
+#include "views.h"
 
 namespace fastnorm::cpu {
 namespace {
@@ -32,27 +34,39 @@ class Scratch {
   std::unique_ptr<S[]> values_;
 };
 
-template <typename S>
-ForwardResult forward_in(const ForwardCall& call) {
-  const int64_t n_rows = call.x.size(0), cols = call.x.size(1);
-  const bool adds = call.residual.defined();
+// The sizes that are normalised, and those before them.
+at::IntArrayRef normalized_sizes(const at::Tensor& x, int64_t dims) { return x.sizes().slice(x.dim() - dims); }
+
+int64_t count_rows(const at::Tensor& x, int64_t dims) {
+  return c10::multiply_integers(x.sizes().slice(0, x.dim() - dims));
+}
+
+ForwardResult make_results(const ForwardCall& call, at::ScalarType moments) {
   ForwardResult result;
-  result.y = empty({n_rows, cols}, call.out_dtype);
-  S* rstd = nullptr;
-  S* mean = nullptr;
+  result.y = empty(call.x.sizes(), call.out_dtype);
+  if (call.residual.defined()) {
+    result.h = empty(call.x.sizes(), *call.residual_dtype);
+  }
   if (call.saves_moments) {
-    result.rstd = empty({n_rows}, scalar_type_of<S>);
-    rstd = result.rstd.mutable_data_ptr<S>();
+    const int64_t n_rows = count_rows(call.x, call.dims);
+    result.rstd = empty({n_rows}, moments);
     if (call.norm == Norm::layer) {
-      result.mean = empty({n_rows}, scalar_type_of<S>);
-      mean = result.mean.mutable_data_ptr<S>();
+      result.mean = empty({n_rows}, moments);
     }
   }
-  if (adds) {
-    result.h = empty({n_rows, cols}, *call.residual_dtype);
-  }
+  return result;
+}
+
+// x and residual: (rows, cols); parameters without gaps.
+template <typename S>
+void forward_in(const ForwardCall& call, const ForwardResult& result) {
+  const int64_t n_rows = call.x.size(0), cols = call.x.size(1);
+  const bool adds = call.residual.defined();
+  S* const rstd = result.rstd.defined() ? result.rstd.mutable_data_ptr<S>() : nullptr;
+  S* const mean = result.mean.defined() ? result.mean.mutable_data_ptr<S>() : nullptr;
   const Dtype working = working_dtype<S>({&call.x, &call.residual, &result.h, &result.y});
-  const Rows2d<S> x(call.x, working), residual(call.residual, working), h(result.h, working), y(result.y, working);
+  const Rows2d<S> x(call.x, working), residual(call.residual, working);
+  const Rows2d<S> h(as_rows(result.h, call.dims), working), y(as_rows(result.y, call.dims), working);
   const bool converts = x.converts() || residual.converts() || h.converts() || y.converts();
   const auto add = rows<S>().of[static_cast<int>(working)].add;
   const auto forward = kernels<S>(call.norm, working).forward;
@@ -94,7 +108,6 @@ ForwardResult forward_in(const ForwardCall& call) {
       }
     }
   });
-  return result;
 }
 
 // Column sums over slices of rows, float within a slice and double across slices.
@@ -112,11 +125,7 @@ class ColumnSums {
     return partials_.defined() ? partials_.template mutable_data_ptr<S>() + i * cols_ : nullptr;
   }
 
-  at::Tensor make_total(std::optional<at::ScalarType> type) const {
-    return type ? empty({cols_}, *type) : at::Tensor();
-  }
-
-  // Fills columns [first, last), at most `width` of them, of a tensor from make_total.
+  // Fills columns [first, last), at most `width` of them, of a tensor that has as many elements.
   void add_up(const at::Tensor& total, int64_t first, int64_t last) const {
     if (!total.defined()) {
       return;
@@ -147,8 +156,8 @@ struct BackwardRows {
       : dy(call.dy, working),
         dh(call.dh, working),
         x(call.x, working),
-        dx(result.dx, working),
-        dresidual(result.dresidual, working),
+        dx(as_rows(result.dx, call.dims), working),
+        dresidual(as_rows(result.dresidual, call.dims), working),
         mean(call.mean.defined() ? call.mean.const_data_ptr<S>() : nullptr),
         rstd(call.rstd.const_data_ptr<S>()),
         backward(kernels<S>(call.norm, working).backward) {}
@@ -179,14 +188,20 @@ struct BackwardRows {
   void (*backward)(const BackwardRow<S>&);
 };
 
+BackwardResult make_results(const BackwardCall& call) {
+  const auto optional = [](at::IntArrayRef sizes, std::optional<at::ScalarType> type) {
+    return type ? empty(sizes, *type) : at::Tensor();
+  };
+  const at::IntArrayRef sizes = call.x.sizes(), normalized = normalized_sizes(call.x, call.dims);
+  const bool is_alike = call.residual_dtype == call.x_dtype;
+  return {empty(sizes, call.x_dtype), optional(sizes, is_alike ? std::nullopt : call.residual_dtype),
+          optional(normalized, call.dweight_dtype), optional(normalized, call.dbias_dtype)};
+}
+
+// dy, dh and x: (rows, cols); the weight without gaps.
 template <typename S>
-BackwardResult backward_in(const BackwardCall& call) {
+void backward_in(const BackwardCall& call, const BackwardResult& result) {
   const int64_t n_rows = call.x.size(0), cols = call.x.size(1);
-  BackwardResult result;
-  result.dx = empty({n_rows, cols}, call.x_dtype);
-  if (call.residual_dtype && *call.residual_dtype != call.x_dtype) {
-    result.dresidual = empty({n_rows, cols}, *call.residual_dtype);
-  }
   const BackwardRows<S> tensors(call, result);
   // At most 64 rows in each slice keep the float sums exact. Fewer keep more threads busy, but below 16 writing and
   // reading the slices' sums takes longer than that gains; two slices there are in any case.
@@ -216,8 +231,6 @@ BackwardResult backward_in(const BackwardCall& call) {
       }
     }
   });
-  result.dweight = dweight.make_total(call.dweight_dtype);
-  result.dbias = dbias.make_total(call.dbias_dtype);
   constexpr int64_t width = ColumnSums<S>::width;
   parallel((cols + width - 1) / width, width * slices, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin * width; first < std::min(end * width, cols); first += width) {
@@ -225,43 +238,56 @@ BackwardResult backward_in(const BackwardCall& call) {
       dbias.add_up(result.dbias, first, std::min(first + width, cols));
     }
   });
-  return result;
 }
 
 bool is_double(const at::Tensor& tensor) { return tensor.defined() && tensor.scalar_type() == at::kDouble; }
 
 // Checks x itself first: the other shapes follow from it.
-void check_matrix(const at::Tensor& x, const char* name) {
-  TORCH_CHECK(x.dim() == 2 && x.size(1) > 0, "fastnorm: expected ", name, " of shape (rows, cols), got ", x.sizes());
-  check_rows(x, name, x.sizes());
+void check_input(const at::Tensor& x, int64_t dims) {
+  TORCH_CHECK(dims > 0 && dims <= x.dim() && c10::multiply_integers(normalized_sizes(x, dims)) > 0,
+              "fastnorm: expected x with elements in its last ", dims, " dimensions, got ", x.sizes());
+  check_tensor(x, "x", x.sizes());
 }
 
 }  // namespace
 
-ForwardResult norm_forward(const ForwardCall& call) {
-  check_matrix(call.x, "x");
+ForwardResult norm_forward(ForwardCall call) {
+  check_input(call.x, call.dims);
   if (call.residual.defined()) {
-    check_rows(call.residual, "residual", call.x.sizes());
+    check_tensor(call.residual, "residual", call.x.sizes());
   }
-  check_columns(call.weight, "weight", call.x.size(1));
-  check_columns(call.bias, "bias", call.x.size(1));
+  check_parameter(call.weight, "weight", normalized_sizes(call.x, call.dims));
+  check_parameter(call.bias, "bias", normalized_sizes(call.x, call.dims));
   const bool in_double = is_double(call.x) || is_double(call.residual) || call.residual_dtype == at::kDouble;
-  return in_double ? forward_in<double>(call) : forward_in<float>(call);
+  ForwardResult result = make_results(call, in_double ? at::kDouble : at::kFloat);
+  call.x = as_rows(call.x, call.dims);
+  call.residual = as_rows(call.residual, call.dims);
+  call.weight = contiguous(call.weight);
+  call.bias = contiguous(call.bias);
+  in_double ? forward_in<double>(call, result) : forward_in<float>(call, result);
+  return result;
 }
 
-BackwardResult norm_backward(const BackwardCall& call) {
-  check_matrix(call.x, "x");
-  check_rows(call.dy, "dy", call.x.sizes());
+BackwardResult norm_backward(BackwardCall call) {
+  check_input(call.x, call.dims);
+  check_tensor(call.dy, "dy", call.x.sizes());
   if (call.dh.defined()) {
-    check_rows(call.dh, "dh", call.x.sizes());
+    check_tensor(call.dh, "dh", call.x.sizes());
   }
-  check_columns(call.weight, "weight", call.x.size(1));
+  check_parameter(call.weight, "weight", normalized_sizes(call.x, call.dims));
   const bool in_double = is_double(call.x) || call.x_dtype == at::kDouble || call.residual_dtype == at::kDouble;
-  check_moments(call.rstd, "rstd", {call.x.size(0)}, in_double ? at::kDouble : at::kFloat);
+  const at::ScalarType moments = in_double ? at::kDouble : at::kFloat;
+  check_moments(call.rstd, "rstd", {count_rows(call.x, call.dims)}, moments);
   if (call.norm == Norm::layer) {
-    check_moments(call.mean, "mean", {call.x.size(0)}, in_double ? at::kDouble : at::kFloat);
+    check_moments(call.mean, "mean", {count_rows(call.x, call.dims)}, moments);
   }
-  return in_double ? backward_in<double>(call) : backward_in<float>(call);
+  BackwardResult result = make_results(call);
+  call.dy = as_rows(call.dy, call.dims);
+  call.dh = as_rows(call.dh, call.dims);
+  call.x = as_rows(call.x, call.dims);
+  call.weight = contiguous(call.weight);
+  in_double ? backward_in<double>(call, result) : backward_in<float>(call, result);
+  return result;
 }
 
 }  // namespace fastnorm::cpu

@@ -11,13 +11,14 @@ namespace fastnorm::cpu {
 
 enum class Norm { rms, layer };
 
-// Shapes: x, residual: (rows, cols); weight, bias: (cols,). An undefined residual means that there is none.
+// x and residual are of one shape, whose last `dims` dimensions are normalised; weight and bias have their sizes. All
+// strides will do. An undefined residual means that there is none.
 struct ForwardCall {
   Norm norm;
-  const at::Tensor& x;
+  at::Tensor x;
+  int64_t dims;
   at::Tensor residual;
-  const std::optional<at::Tensor>& weight;
-  std::optional<at::Tensor> bias;
+  std::optional<at::Tensor> weight, bias;
   double eps;
   bool zero_centered;
   std::optional<at::ScalarType> cast_dtype;
@@ -26,21 +27,21 @@ struct ForwardCall {
   bool saves_moments = true;
 };
 
+// y and h: x's shape, contiguous; mean, rstd: (rows,). h only with a residual; mean only for layer_norm; moments only
+// where they are saved.
 struct ForwardResult {
-  at::Tensor y, h, mean, rstd;  // h only with a residual; mean only for layer_norm; moments only where they are saved
+  at::Tensor y, h, mean, rstd;
 };
 
-ForwardResult norm_forward(const ForwardCall& call);
+ForwardResult norm_forward(ForwardCall call);
 
 // x is what was normalised; dh, mean, the dtypes of absent outputs may be missing.
 struct BackwardCall {
   Norm norm;
-  const at::Tensor& dy;
-  at::Tensor dh;
-  const at::Tensor& x;
-  const std::optional<at::Tensor>& weight;
-  at::Tensor mean;
-  const at::Tensor& rstd;
+  at::Tensor dy, dh, x;
+  int64_t dims;
+  std::optional<at::Tensor> weight;
+  at::Tensor mean, rstd;
   bool zero_centered;
   std::optional<at::ScalarType> cast_dtype;
   at::ScalarType x_dtype;
@@ -49,11 +50,13 @@ struct BackwardCall {
   std::optional<at::ScalarType> dbias_dtype;
 };
 
+// dx, dresidual: x's shape; dweight, dbias: that of what is normalised; all contiguous. Undefined where not wanted,
+// dresidual also where it equals dx.
 struct BackwardResult {
-  at::Tensor dx, dresidual, dweight, dbias;  // undefined where not wanted; dresidual also where it equals dx
+  at::Tensor dx, dresidual, dweight, dbias;
 };
 
 // dweight and dbias are summed in an order that depends on the shape alone, not on the number of threads.
-BackwardResult norm_backward(const BackwardCall& call);
+BackwardResult norm_backward(BackwardCall call);
 
 }  // namespace fastnorm::cpu

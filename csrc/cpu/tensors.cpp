@@ -23,6 +23,12 @@ size_t page_size() {
 uintptr_t page_of(uintptr_t address) { return address / page_size() * page_size(); }
 #endif
 
+void check_gaps(const at::Tensor& tensor, const char* name) {
+  const auto last = tensor.dim() - 1;
+  TORCH_CHECK(tensor.size(last) <= 1 || tensor.stride(last) == 1, "fastnorm: expected the rows of ", name,
+              " without gaps, got strides ", tensor.strides());
+}
+
 }  // namespace
 
 Dtype dtype_from(at::ScalarType type) {
@@ -40,8 +46,8 @@ Dtype dtype_from(at::ScalarType type) {
   }
 }
 
-at::Tensor empty(at::IntArrayRef sizes, at::ScalarType type) {
-  at::Tensor tensor = at::detail::empty_cpu(sizes, type);
+at::Tensor empty(at::IntArrayRef sizes, at::ScalarType type, at::MemoryFormat format) {
+  at::Tensor tensor = at::detail::empty_cpu(sizes, type, false, format);
   // What torch.empty does, too, for those who look for reads of memory that was never written.
   const at::Context& context = at::globalContext();
   if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {
@@ -79,23 +85,26 @@ void fault_in(void* data, size_t bytes) {
 #endif
 }
 
-void check_rows(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes) {
+void check_tensor(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes) {
   TORCH_CHECK(tensor.device().is_cpu(), "fastnorm: expected ", name, " on the CPU, got ", tensor.device());
   TORCH_CHECK(tensor.sizes() == sizes, "fastnorm: expected ", name, " of shape ", sizes, ", got ", tensor.sizes());
-  const auto last = tensor.dim() - 1;
-  TORCH_CHECK(tensor.size(last) <= 1 || tensor.stride(last) == 1, "fastnorm: expected the rows of ", name,
-              " without gaps, got strides ", tensor.strides());
   dtype_from(tensor.scalar_type());
 }
 
-void check_columns(const std::optional<at::Tensor>& tensor, const char* name, int64_t cols) {
+void check_parameter(const std::optional<at::Tensor>& tensor, const char* name, at::IntArrayRef sizes) {
   if (tensor && tensor->defined()) {
-    check_rows(*tensor, name, {cols});
+    check_tensor(*tensor, name, sizes);
   }
 }
 
+void check_columns(const at::Tensor& tensor, const char* name, int64_t cols) {
+  check_tensor(tensor, name, {cols});
+  check_gaps(tensor, name);
+}
+
 void check_moments(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes, at::ScalarType type) {
-  check_rows(tensor, name, sizes);
+  check_tensor(tensor, name, sizes);
+  check_gaps(tensor, name);
   TORCH_CHECK(tensor.scalar_type() == type, "fastnorm: expected ", name, " in ", type, ", got ", tensor.scalar_type());
 }
 

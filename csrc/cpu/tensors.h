@@ -16,8 +16,8 @@ namespace fastnorm::cpu {
 // Raises for a dtype other than the four.
 Dtype dtype_from(at::ScalarType type);
 
-// An uninitialised contiguous CPU tensor.
-at::Tensor empty(at::IntArrayRef sizes, at::ScalarType type);
+// An uninitialised CPU tensor without gaps.
+at::Tensor empty(at::IntArrayRef sizes, at::ScalarType type, at::MemoryFormat format = at::MemoryFormat::Contiguous);
 
 // Whether a new tensor's memory is large and came from the system just now, so that its pages are still to be made.
 bool is_fresh(const at::Tensor& tensor);
@@ -27,13 +27,16 @@ bool is_fresh(const at::Tensor& tensor);
 // takes free memory back.
 void fault_in(void* data, size_t bytes);
 
-// Raises unless the tensor has these sizes and one of the four dtypes, on the CPU, without gaps in its rows.
-void check_rows(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes);
+// Raises unless the tensor has these sizes and one of the four dtypes, on the CPU.
+void check_tensor(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes);
 
-// As check_rows, for (cols,), if there is a tensor.
-void check_columns(const std::optional<at::Tensor>& tensor, const char* name, int64_t cols);
+// As check_tensor, if there is a tensor.
+void check_parameter(const std::optional<at::Tensor>& tensor, const char* name, at::IntArrayRef sizes);
 
-// As check_rows, in exactly this dtype.
+// As check_tensor, for (cols,) without gaps.
+void check_columns(const at::Tensor& tensor, const char* name, int64_t cols);
+
+// As check_tensor, in exactly this dtype, without gaps in rows.
 void check_moments(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes, at::ScalarType type);
 
 template <typename S>

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -124,30 +123,6 @@ def result_dtype(op: str, x: Tensor, out_dtype: torch.dtype | None) -> torch.dty
     if device in _AUTOCAST_FLOAT32[op] and x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.float32
     return x.dtype
-
-
-def as_rows(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """x as (rows, cols) with adjacent columns, rows at any distance; a copy only where its strides demand one."""
-    rows = x if x.dim() == 2 and len(shape) == 1 else x.reshape(-1, math.prod(shape))
-    return rows if rows.stride(1) == 1 else rows.clone(memory_format=torch.contiguous_format)
-
-
-def as_vector(parameter: Tensor | None) -> Tensor | None:
-    """A weight or bias as (cols,), contiguous."""
-    return None if parameter is None else parameter.reshape(-1).contiguous()
-
-
-def like_input(result: Tensor | None, input: Tensor) -> Tensor | None:
-    """What a backend returned as (rows, cols) or (cols,), in the input's shape."""
-    return result if result is None or result.dim() == input.dim() else laid_out(result, result.view(input.shape))
-
-
-def laid_out(result: Tensor, view: Tensor) -> Tensor:
-    """The result itself, with the shape and strides of its view.
-
-    autograd lets nobody write into a view that a Function returns, and the next layer may be a ReLU(inplace=True).
-    """
-    return result.as_strided_(view.shape, view.stride())
 
 
 def options_repr(module: torch.nn.Module, **defaults: object) -> str:

@@ -11,16 +11,15 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from .. import backend, reference
-from .arguments import as_vector, like_input, options_repr
+from .arguments import options_repr
 from .channels import (
+    as_vector,
     check_activation,
     check_eps,
     check_input,
     check_several_values,
     check_vector,
-    from_kernel,
-    layout_of,
-    pooled,
+    memory_format_of,
     values_per_channel,
 )
 from .scripting import scriptable
@@ -32,27 +31,24 @@ class BatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, residual, weight, bias, running, impl, training, momentum, eps, relu):
-        layout = layout_of(x)
-        kernel_x, kernel_residual = pooled(x, layout), None if residual is None else pooled(residual, layout)
-        parameters = as_vector(weight), as_vector(bias)
+        memory_format = memory_format_of(x)
         out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
         if training:
             factor = momentum if isinstance(momentum, Tensor) else None
             y, mask, mean, scale = impl.batch_norm_forward(
-                kernel_x, kernel_residual, *parameters, *(running or (None, None)), factor,
-                0.0 if factor is not None else momentum, eps, layout.pixels, relu, out_dtype,
+                x, residual, weight, bias, *(running or (None, None)), factor,
+                0.0 if factor is not None else momentum, eps, memory_format, relu, out_dtype,
             )  # fmt: skip
         else:
             mean, scale = running
             y, mask = impl.batch_norm_evaluate(
-                kernel_x, kernel_residual, *parameters, mean, scale, eps, layout.pixels, relu,
-                any(ctx.needs_input_grad), out_dtype,
-            )  # fmt: skip
+                x, residual, weight, bias, mean, scale, eps, memory_format, relu, any(ctx.needs_input_grad), out_dtype
+            )
         # in evaluation `scale` is the running variance: rstd costs a launch or two, and only a backward needs it
         ctx.save_for_backward(x, weight, bias, mean, scale, mask)
-        ctx.impl, ctx.layout, ctx.training, ctx.eps = impl, layout, training, eps
+        ctx.impl, ctx.memory_format, ctx.training, ctx.eps = impl, memory_format, training, eps
         ctx.residual_dtype = None if residual is None else residual.dtype
-        return from_kernel(y, x, layout)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy):
@@ -63,7 +59,7 @@ def _batch_norm_gradients(ctx: Any, dy: Tensor):
     """(dx, dresidual, dweight, dbias)."""
     x, weight, bias, mean, scale, mask = ctx.saved_tensors
     if reference.graph_wanted():
-        dz = under_mask(dy, mask, ctx.layout)
+        dz = reference.masked(dy, mask, ctx.memory_format)
         dx, dweight, dbias = reference.gradients(
             lambda x, w, b: reference.batch_norm(
                 x, None, w, b, None if ctx.training else (mean, scale), ctx.training, 0.0, ctx.eps, False
@@ -71,26 +67,17 @@ def _batch_norm_gradients(ctx: Any, dy: Tensor):
             (x, weight, bias), dz.to(x.dtype),
         )  # fmt: skip
         return dx, dz.to(ctx.residual_dtype) if ctx.needs_input_grad[1] else None, dweight, dbias
-    kernel_x, kernel_dy = pooled(x, ctx.layout), pooled(dy, ctx.layout)
     if not ctx.training:
         mean, scale = running_moments(mean, scale, ctx.eps, x)
     wants_residual = ctx.needs_input_grad[1]
     dx, dresidual, dweight, dbias = ctx.impl.batch_norm_backward(
-        kernel_dy, mask, kernel_x, as_vector(weight), mean, scale, ctx.training, ctx.layout.pixels,
+        dy, mask, x, weight, mean, scale, ctx.training, ctx.memory_format,
         ctx.residual_dtype if wants_residual and mask is not None else None,
         weight.dtype if ctx.needs_input_grad[2] else None, bias.dtype if ctx.needs_input_grad[3] else None,
     )  # fmt: skip
-    dresidual = from_kernel(dresidual, x, ctx.layout)
     if wants_residual and mask is None:
         dresidual = dy.to(ctx.residual_dtype)
-    return from_kernel(dx, x, ctx.layout), dresidual, like_input(dweight, weight), like_input(dbias, bias)
-
-
-def under_mask(dy: Tensor, mask: Tensor | None, layout: Any) -> Tensor:
-    """dy where the ReLU let z pass, as a function that can be differentiated in turn."""
-    if mask is None:
-        return dy
-    return from_kernel(reference.masked(pooled(dy, layout), mask), dy, layout)
+    return dx, dresidual, dweight, dbias
 
 
 def running_moments(mean: Tensor, variance: Tensor, eps: float, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,8 +142,9 @@ def batch_norm(
     if impl is None or input.numel() == 0:
         return reference.batch_norm(input, residual, weight, bias, running, training, momentum, eps, relu)
     return BatchNormFunction.apply(
-        as_precise_as(input, residual), residual, weight, bias, running, impl, training, momentum, float(eps), relu
-    )
+        as_precise_as(input, residual), residual, as_vector(weight), as_vector(bias), running, impl, training, momentum,
+        float(eps), relu,
+    )  # fmt: skip
 
 
 def as_precise_as(x: Tensor, residual: Tensor | None) -> Tensor:

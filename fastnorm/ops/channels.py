@@ -1,33 +1,23 @@
-"""What batch_norm and group_norm share: the rule of layouts, and what is asked of their arguments."""
+"""What batch_norm and group_norm share: the rule of memory formats, and what is asked of their arguments."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backend import DTYPES
-from .arguments import laid_out
 from .symbolic import refuse_overridden
 
 _CHANNELS_LAST = {4: (1, 3, 2, 0), 5: (1, 4, 3, 2, 0)}  # dimensions, from the one whose elements are adjacent
 
 
-class Layout(NamedTuple):
-    """How kernels see an input (N, C, *spatial), and which strides the results get."""
-
-    pixels: bool  # as (N, S, C) with adjacent channels, else as (N, C, S) with adjacent positions
-    channels_last: bool  # the memory format of results, as stock chooses it
-
-
-def layout_of(x: Tensor) -> Layout:
-    """The layout that a kernel reads x in without a copy, if there is one."""
-    channels_last = _is_channels_last(x)
-    if x.shape[2:].numel() == 1:  # both views are one; adjacent channels make longer rows
-        return Layout(True, channels_last)
-    return Layout(channels_last and x.shape[1] > 1, channels_last)
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """The format of y and dx, which is also the one that a kernel reads x in without a copy, if there is one."""
+    if not _is_channels_last(x):
+        return torch.contiguous_format
+    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -43,28 +33,9 @@ def _is_channels_last(x: Tensor) -> bool:
     return True
 
 
-def to_kernel(x: Tensor, layout: Layout) -> Tensor:
-    """x as (N, S, C) or (N, C, S), by its layout, with adjacent last elements; a copy only where strides demand one."""
-    if layout.pixels:
-        view = x.movedim(1, -1).reshape(x.shape[0], math.prod(x.shape[2:]), x.shape[1])
-    else:
-        view = x.reshape(x.shape[0], x.shape[1], math.prod(x.shape[2:]))
-    return view if view.stride(2) == 1 else view.clone(memory_format=torch.contiguous_format)
-
-
-def pooled(x: Tensor, layout: Layout) -> Tensor:
-    """As `to_kernel`, but for batch_norm, to which the pixels of all samples are one row: (1, N·S, C)."""
-    view = to_kernel(x, layout)
-    return view.reshape(1, view.shape[0] * view.shape[1], view.shape[2]) if layout.pixels else view
-
-
-def from_kernel(y: Tensor | None, x: Tensor, layout: Layout) -> Tensor | None:
-    """What a kernel returned, in the shape and memory format of the input x."""
-    if y is None:
-        return None
-    if layout.channels_last:
-        return laid_out(y, y.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1))
-    return laid_out(y, y.view(x.shape))
+def as_vector(parameter: Tensor | None) -> Tensor | None:
+    """A weight or bias, which may have any shape with C elements, as (C,)."""
+    return parameter if parameter is None or parameter.dim() == 1 else parameter.reshape(-1)
 
 
 def check_input(op: str, x: Tensor) -> None:

@@ -9,16 +9,14 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from .. import backend, reference
-from .arguments import as_vector, like_input, options_repr, result_dtype
+from .arguments import options_repr, result_dtype
 from .channels import (
     check_activation,
     check_eps,
     check_input,
     check_several_values,
     check_vector,
-    from_kernel,
-    layout_of,
-    to_kernel,
+    memory_format_of,
     values_per_channel,
 )
 from .scripting import scriptable
@@ -30,13 +28,11 @@ class GroupNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, weight, bias, impl, groups, eps, silu, out_dtype):
-        layout = layout_of(x)
-        y, mean, rstd = impl.group_norm_forward(
-            to_kernel(x, layout), groups, as_vector(weight), as_vector(bias), eps, layout.pixels, silu, out_dtype
-        )
+        memory_format = memory_format_of(x)
+        y, mean, rstd = impl.group_norm_forward(x, groups, weight, bias, eps, memory_format, silu, out_dtype)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
-        ctx.impl, ctx.layout, ctx.options = impl, layout, (groups, eps, silu, out_dtype)
-        return from_kernel(y, x, layout)
+        ctx.impl, ctx.memory_format, ctx.options = impl, memory_format, (groups, eps, silu, out_dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy):
@@ -48,12 +44,10 @@ class GroupNormFunction(torch.autograd.Function):
             )
             return *gradients, None, None, None, None, None
         dx, dweight, dbias = ctx.impl.group_norm_backward(
-            to_kernel(dy, ctx.layout), to_kernel(x, ctx.layout), groups, as_vector(weight), as_vector(bias), mean, rstd,
-            ctx.layout.pixels, silu,
+            dy, x, groups, weight, bias, mean, rstd, ctx.memory_format, silu,
             weight.dtype if ctx.needs_input_grad[1] else None, bias.dtype if ctx.needs_input_grad[2] else None,
         )  # fmt: skip
-        gradients = from_kernel(dx, x, ctx.layout), like_input(dweight, weight), like_input(dbias, bias)
-        return *gradients, None, None, None, None, None
+        return dx, dweight, dbias, None, None, None, None, None
 
 
 def group_norm(

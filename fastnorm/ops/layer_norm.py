@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from .. import backend, reference
-from .arguments import as_rows, as_vector, check, check_dtype, like_input, options_repr, result_dtype
+from .arguments import check, check_dtype, options_repr, result_dtype
 from .scripting import scriptable
 from .symbolic import Overridden
 
@@ -20,12 +20,10 @@ class LayerNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, weight, bias, impl, shape, eps, zero_centered, out_dtype):
-        y, mean, rstd = impl.layer_norm_forward(
-            as_rows(x, shape), as_vector(weight), as_vector(bias), eps, zero_centered, out_dtype
-        )
+        y, mean, rstd = impl.layer_norm_forward(x, len(shape), weight, bias, eps, zero_centered, out_dtype)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.impl, ctx.shape, ctx.options = impl, shape, (eps, zero_centered, out_dtype)
-        return like_input(y, x)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy):
@@ -36,11 +34,10 @@ class LayerNormFunction(torch.autograd.Function):
             )
             return *gradients, None, None, None, None, None
         dx, dweight, dbias = ctx.impl.layer_norm_backward(
-            as_rows(dy, ctx.shape), as_rows(x, ctx.shape), as_vector(weight), mean, rstd, ctx.options[1],
+            dy, x, len(ctx.shape), weight, mean, rstd, ctx.options[1],
             weight.dtype if ctx.needs_input_grad[1] else None, bias.dtype if ctx.needs_input_grad[2] else None,
         )  # fmt: skip
-        gradients = like_input(dx, x), like_input(dweight, weight), like_input(dbias, bias)
-        return *gradients, None, None, None, None, None
+        return dx, dweight, dbias, None, None, None, None, None
 
 
 class AddLayerNormFunction(torch.autograd.Function):
@@ -49,15 +46,13 @@ class AddLayerNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, residual, weight, bias, impl, shape, eps, zero_centered, out_dtype, residual_dtype):
         y, h, mean, rstd = impl.add_layer_norm_forward(
-            as_rows(x, shape), as_rows(residual, shape), as_vector(weight), as_vector(bias),
-            eps, zero_centered, out_dtype, residual_dtype,
-        )  # fmt: skip
-        h = like_input(h, x)
+            x, residual, len(shape), weight, bias, eps, zero_centered, out_dtype, residual_dtype
+        )
         ctx.save_for_backward(h, weight, bias, mean, rstd)
         ctx.impl, ctx.shape, ctx.options = impl, shape, (eps, zero_centered, out_dtype)
         ctx.x_dtype, ctx.residual_dtype = x.dtype, residual.dtype
         ctx.set_materialize_grads(False)  # the last block's h goes nowhere, and its gradient is then not read
-        return like_input(y, x), h
+        return y, h
 
     @staticmethod
     def backward(ctx: Any, dy, dh):
@@ -76,13 +71,10 @@ def _add_layer_norm_gradients(ctx: Any, dy, dh):
         total = dnorm if dh is None else dnorm + dh
         return *reference.stream_gradients(total, ctx.x_dtype, ctx.residual_dtype), dweight, dbias
     dx, dresidual, dweight, dbias = ctx.impl.add_layer_norm_backward(
-        as_rows(dy, ctx.shape), None if dh is None else as_rows(dh, ctx.shape), as_rows(h, ctx.shape),
-        as_vector(weight), mean, rstd, ctx.options[1], ctx.x_dtype, ctx.residual_dtype,
+        dy, dh, h, len(ctx.shape), weight, mean, rstd, ctx.options[1], ctx.x_dtype, ctx.residual_dtype,
         weight.dtype if ctx.needs_input_grad[2] else None, bias.dtype if ctx.needs_input_grad[3] else None,
     )  # fmt: skip
-    dx = like_input(dx, h)
-    dresidual = dx if dresidual is None else like_input(dresidual, h)
-    return dx, dresidual, like_input(dweight, weight), like_input(dbias, bias)
+    return dx, dx if dresidual is None else dresidual, dweight, dbias
 
 
 def layer_norm(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from .. import backend, reference
-from .arguments import as_rows, as_vector, check, check_dtype, like_input, options_repr, result_dtype
+from .arguments import check, check_dtype, options_repr, result_dtype
 from .scripting import scriptable
 from .symbolic import Overridden
 
@@ -22,11 +22,10 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, weight, impl, shape, eps, zero_centered, cast_dtype, out_dtype):
-        rows, w = as_rows(x, shape), as_vector(weight)
-        y, rstd = impl.rms_norm_forward(rows, w, eps, zero_centered, cast_dtype, out_dtype)
+        y, rstd = impl.rms_norm_forward(x, len(shape), weight, eps, zero_centered, cast_dtype, out_dtype)
         ctx.save_for_backward(x, weight, rstd)
         ctx.impl, ctx.shape, ctx.options = impl, shape, (eps, zero_centered, cast_dtype, out_dtype)
-        return like_input(y, x)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy):
@@ -39,10 +38,9 @@ class RMSNormFunction(torch.autograd.Function):
             return dx, dweight, None, None, None, None, None, None
         dweight_dtype = weight.dtype if ctx.needs_input_grad[1] else None
         dx, dweight = ctx.impl.rms_norm_backward(
-            as_rows(dy, ctx.shape), as_rows(x, ctx.shape), as_vector(weight), rstd,
-            zero_centered, cast_dtype, dweight_dtype,
-        )  # fmt: skip
-        return like_input(dx, x), like_input(dweight, weight), None, None, None, None, None, None
+            dy, x, len(ctx.shape), weight, rstd, zero_centered, cast_dtype, dweight_dtype
+        )
+        return dx, dweight, None, None, None, None, None, None
 
 
 class AddRMSNormFunction(torch.autograd.Function):
@@ -51,15 +49,13 @@ class AddRMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, residual, weight, impl, shape, eps, zero_centered, cast_dtype, out_dtype, residual_dtype):
         y, h, rstd = impl.add_rms_norm_forward(
-            as_rows(x, shape), as_rows(residual, shape), as_vector(weight),
-            eps, zero_centered, cast_dtype, out_dtype, residual_dtype,
-        )  # fmt: skip
-        h = like_input(h, x)
+            x, residual, len(shape), weight, eps, zero_centered, cast_dtype, out_dtype, residual_dtype
+        )
         ctx.save_for_backward(h, weight, rstd)
         ctx.impl, ctx.shape, ctx.options = impl, shape, (eps, zero_centered, cast_dtype, out_dtype)
         ctx.x_dtype, ctx.residual_dtype = x.dtype, residual.dtype
         ctx.set_materialize_grads(False)  # the last block's h goes nowhere, and its gradient is then not read
-        return like_input(y, x), h
+        return y, h
 
     @staticmethod
     def backward(ctx: Any, dy, dh):
@@ -79,12 +75,10 @@ def _add_rms_norm_gradients(ctx: Any, dy, dh):
         return *reference.stream_gradients(total, ctx.x_dtype, ctx.residual_dtype), dweight
     _, zero_centered, cast_dtype, _ = ctx.options
     dx, dresidual, dweight = ctx.impl.add_rms_norm_backward(
-        as_rows(dy, ctx.shape), None if dh is None else as_rows(dh, ctx.shape), as_rows(h, ctx.shape),
-        as_vector(weight), rstd, zero_centered, cast_dtype, ctx.x_dtype, ctx.residual_dtype,
+        dy, dh, h, len(ctx.shape), weight, rstd, zero_centered, cast_dtype, ctx.x_dtype, ctx.residual_dtype,
         weight.dtype if ctx.needs_input_grad[2] else None,
     )  # fmt: skip
-    dx = like_input(dx, h)
-    return dx, dx if dresidual is None else like_input(dresidual, h), like_input(dweight, weight)
+    return dx, dx if dresidual is None else dresidual, dweight
 
 
 def rms_norm(

@@ -9,9 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import backend, reference
-from .arguments import as_vector, like_input
-from .batch_norm import FusedBatchNorm, as_precise_as, check_batch_norm, under_mask
-from .channels import check_activation, check_eps, from_kernel, layout_of, pooled, values_per_channel
+from .batch_norm import FusedBatchNorm, as_precise_as, check_batch_norm
+from .channels import as_vector, check_activation, check_eps, memory_format_of, values_per_channel
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
@@ -22,10 +21,9 @@ class SyncBatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, residual, weight, bias, running, impl, momentum, eps, relu, group):
-        layout = layout_of(x)
-        kernel_x, kernel_residual = pooled(x, layout), None if residual is None else pooled(residual, layout)
+        memory_format = memory_format_of(x)
         out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-        mean, variance, count = _gathered_moments(kernel_x, x, impl, layout, group)
+        mean, variance, count = _gathered_moments(x, impl, memory_format, group)
         if running is not None:
             _move(running, mean, variance, count, momentum)
         dtype = reference.stat_dtype(x.dtype)
@@ -33,12 +31,10 @@ class SyncBatchNormFunction(torch.autograd.Function):
         y, mask = x.new_empty(x.shape, dtype=out_dtype), None
         if x.numel():
             y, mask = impl.batch_norm_normalize(
-                kernel_x, kernel_residual, as_vector(weight), as_vector(bias), mean, rstd, layout.pixels, relu,
-                out_dtype,
-            )  # fmt: skip
-            y = from_kernel(y, x, layout)
+                x, residual, weight, bias, mean, rstd, memory_format, relu, out_dtype
+            )
         ctx.save_for_backward(x, weight, bias, mean, rstd, count, mask)
-        ctx.impl, ctx.layout, ctx.group, ctx.eps = impl, layout, group, eps
+        ctx.impl, ctx.memory_format, ctx.group, ctx.eps = impl, memory_format, group, eps
         ctx.residual_dtype = None if residual is None else residual.dtype
         return y
 
@@ -47,12 +43,14 @@ class SyncBatchNormFunction(torch.autograd.Function):
         return *_gradients(ctx, dy), None, None, None, None, None, None
 
 
-def _gathered_moments(kernel_x: Tensor, x: Tensor, impl: Any, layout: Any, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _gathered_moments(
+    x: Tensor, impl: Any, memory_format: torch.memory_format, group: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, biased variance and number of values of each channel over all processes, in float64."""
     channels = x.shape[1]
     mine = x.new_zeros(2 * channels + 1, dtype=torch.float64)
     if x.numel():
-        mine[:-1] = impl.batch_norm_statistics(kernel_x, layout.pixels).view(-1)
+        mine[:-1] = impl.batch_norm_statistics(x, memory_format).view(-1)
         mine[-1].fill_(values_per_channel(x))
     everyone = mine.new_empty(dist.get_world_size(group), 2 * channels + 1)
     dist.all_gather(list(everyone.unbind()), mine, group)
@@ -75,33 +73,31 @@ def _gradients(ctx: Any, dy: Tensor):
     x, weight, bias, mean, rstd, count, mask = ctx.saved_tensors
     if reference.graph_wanted():
         return _differentiable_gradients(ctx, dy)
-    kernel_x, kernel_dy = pooled(x, ctx.layout), pooled(dy, ctx.layout)
     sums = mean.new_zeros(2, x.shape[1])
     if x.numel():
-        sums = ctx.impl.batch_norm_backward_sums(kernel_dy, mask, kernel_x, mean, rstd, ctx.layout.pixels)
+        sums = ctx.impl.batch_norm_backward_sums(dy, mask, x, mean, rstd, ctx.memory_format)
     everyones = sums.to(torch.float64, copy=True)  # the collective writes to it; sums stay this process's own
     dist.all_reduce(everyones, group=ctx.group)
     dresidual = None
     if x.numel():
         wants_dz = ctx.needs_input_grad[1] and mask is not None
         dx, dresidual = ctx.impl.batch_norm_backward_apply(
-            kernel_dy, mask, kernel_x, as_vector(weight), mean, rstd, (everyones / count).to(mean.dtype),
-            ctx.layout.pixels, ctx.residual_dtype if wants_dz else None,
+            dy, mask, x, weight, mean, rstd, (everyones / count).to(mean.dtype), ctx.memory_format,
+            ctx.residual_dtype if wants_dz else None,
         )  # fmt: skip
-        dx, dresidual = from_kernel(dx, x, ctx.layout), from_kernel(dresidual, x, ctx.layout)
     else:
         dx = torch.empty_like(x)
     if ctx.needs_input_grad[1] and dresidual is None:
         dresidual = dy.to(ctx.residual_dtype)
-    dweight = like_input(sums[1].to(weight.dtype), weight) if ctx.needs_input_grad[2] else None
-    dbias = like_input(sums[0].to(bias.dtype), bias) if ctx.needs_input_grad[3] else None
+    dweight = sums[1].to(weight.dtype) if ctx.needs_input_grad[2] else None
+    dbias = sums[0].to(bias.dtype) if ctx.needs_input_grad[3] else None
     return dx, dresidual, dweight, dbias
 
 
 def _differentiable_gradients(ctx: Any, dy: Tensor):
     """As `_gradients`, by PyTorch's operations and collectives that are differentiable themselves."""
     x, weight, bias, _, _, count, mask = ctx.saved_tensors
-    dz = under_mask(dy, mask, ctx.layout)
+    dz = reference.masked(dy, mask, ctx.memory_format)
 
     def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return _formula(x, weight, bias, count, ctx.eps, ctx.group)
@@ -204,5 +200,6 @@ def sync_batch_norm(module: SyncBatchNorm, input, running, momentum, residual, g
     impl = backend.pick("sync_batch_norm", input, residual, weight, bias, *running)
     tracked = None if running[0] is None else running
     return SyncBatchNormFunction.apply(
-        as_precise_as(input, residual), residual, weight, bias, tracked, impl, momentum, module._eps, relu, group
-    )
+        as_precise_as(input, residual), residual, as_vector(weight), as_vector(bias), tracked, impl, momentum,
+        module._eps, relu, group,
+    )  # fmt: skip

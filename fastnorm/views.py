@@ -1,0 +1,68 @@
+"""How kernels see the tensors of a call: row norms as (rows, cols), batch_norm and group_norm as 3-D blocks.
+
+For what is started from Python; csrc/cpu/views.h has the same for C++. Operators make the views themselves: what they
+return is a view of nothing, and may be written to.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def as_rows(x: Tensor | None, dims: int) -> Tensor | None:
+    """The last `dims` dimensions as columns, which are adjacent, the others as rows, which may be at any distance; a
+    copy only where strides demand one."""
+    if x is None:
+        return None
+    rows = x if x.dim() == 2 and dims == 1 else x.reshape(-1, math.prod(x.shape[-dims:]))
+    return rows if rows.stride(1) == 1 else rows.clone(memory_format=torch.contiguous_format)
+
+
+def contiguous(parameter: Tensor | None) -> Tensor | None:
+    """A weight or bias without gaps."""
+    return None if parameter is None else parameter.contiguous()
+
+
+class ChannelView:
+    """An input (N, C, *) and all tensors of its shape as blocks, with results in a memory format.
+
+    Blocks are planes (N, C, S) with adjacent positions, or pixels (N, S, C) with adjacent channels. batch_norm's are
+    pooled: the pixels of all samples are one row, (1, N·S, C).
+    """
+
+    def __init__(self, x: Tensor, memory_format: torch.memory_format, pooled: bool) -> None:
+        samples, self.channels, size = x.shape[0], x.shape[1], math.prod(x.shape[2:])
+        # with one position both views are one; adjacent channels make longer rows
+        self.pixels = size == 1 or (memory_format != torch.contiguous_format and self.channels > 1)
+        if not self.pixels:
+            self.shape = samples, self.channels, size
+        else:
+            self.shape = (1, samples * size, self.channels) if pooled else (samples, size, self.channels)
+        self.mask_shape = *self.shape[:-1], (self.shape[-1] + 7) // 8  # of a relu
+        self._input, self._memory_format = x, memory_format
+
+    def blocks(self, tensor: Tensor | None) -> Tensor | None:
+        """A tensor's blocks, with adjacent last elements; a copy only where strides demand one."""
+        if tensor is None:
+            return None
+        view = (tensor.movedim(1, -1) if self.pixels else tensor).reshape(self.shape)
+        return view if view.stride(2) == 1 else view.clone(memory_format=torch.contiguous_format)
+
+    def from_blocks(self, blocks: Tensor) -> Tensor:
+        """Contiguous blocks as a view of the input's shape."""
+        shape = self._input.shape
+        return blocks.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if self.pixels else blocks.view(shape)
+
+    def make_result(self, dtype: torch.dtype | None) -> Tensor | None:
+        """An uninitialised result of the input's shape, in the memory format."""
+        if dtype is None:
+            return None
+        shape, device = self._input.shape, self._input.device
+        return torch.empty(shape, dtype=dtype, device=device, memory_format=self._memory_format)
+
+    def make_mask(self, wanted: bool) -> Tensor | None:
+        """An uninitialised mask."""
+        return self._input.new_empty(self.mask_shape, dtype=torch.uint8) if wanted else None
