@@ -133,10 +133,11 @@ def batch_norm_normalize(
     if bias is not None:
         z = z + _along_channels(bias, z)
     z = z if residual is None else z + residual
-    y = (F.relu(z) if relu else z).to(out_dtype).contiguous(memory_format=memory_format)
+    view = ChannelView(x, memory_format, pooled=True)
+    y = view.make_result(out_dtype).copy_(F.relu(z) if relu else z)
     if not relu:
         return y, None
-    passed = ChannelView(x, memory_format, pooled=True).blocks(~(z <= 0))
+    passed = view.blocks(~(z <= 0))
     bits = F.pad(passed, (0, -passed.shape[-1] % 8)).unflatten(-1, (-1, 8))
     return y, (bits * (1 << torch.arange(8, dtype=torch.uint8, device=x.device))).sum(-1, dtype=torch.uint8)
 
@@ -159,9 +160,9 @@ def batch_norm_backward_apply(
     dz = masked(dy, mask, memory_format).to(x_hat.dtype)
     level, along = (_along_channels(each, x_hat) for each in means)
     scale = _along_channels(rstd if weight is None else rstd * weight, x_hat)
-    dx = (dz - level - x_hat * along) * scale
-    results = ((dx, x.dtype), (dz, dresidual_dtype))
-    return tuple(None if d is None else t.to(d).contiguous(memory_format=memory_format) for t, d in results)
+    view = ChannelView(x, memory_format, pooled=True)
+    dx = view.make_result(x.dtype).copy_((dz - level - x_hat * along) * scale)
+    return dx, None if dresidual_dtype is None else view.make_result(dresidual_dtype).copy_(dz)
 
 
 def masked(dy: Tensor, mask: Tensor | None, memory_format: torch.memory_format) -> Tensor:

@@ -1,15 +1,19 @@
 """What comes after a norm may write into its output, as ReLU(inplace=True) and `x += y` do."""
 
+from functools import partial
+
 import pytest
 import torch
+from every_norm import assert_same, call, every_case, everything, make_inputs
 from torch import nn
 
 import fastnorm
+from fastnorm import backend
 
 MODULES = {
     "LayerNorm": (lambda: fastnorm.LayerNorm(8), (2, 3, 8)),
-    "RMSNorm": (lambda: fastnorm.RMSNorm(8, rounding="llama"), (2, 3, 8)),
-    "AddLayerNorm": (lambda: fastnorm.AddLayerNorm(8, residual_dtype=torch.float32), (2, 3, 8)),
+    "RMSNorm": (lambda: fastnorm.RMSNorm((3, 8), rounding="llama"), (2, 2, 3, 8)),
+    "AddLayerNorm": (lambda: fastnorm.AddLayerNorm((3, 8), residual_dtype=torch.float32), (2, 3, 8)),
     "AddRMSNorm": (lambda: fastnorm.AddRMSNorm(8, rounding="llama"), (2, 3, 8)),
     "BatchNorm1d": (lambda: fastnorm.BatchNorm1d(8), (6, 8)),
     "BatchNorm2d": (lambda: fastnorm.BatchNorm2d(8), (2, 8, 3, 3)),
@@ -38,3 +42,32 @@ def test_the_next_operation_may_be_in_place(name, channels_last, device):
     module = make().to(device)
     for actual, expected in zip(run(module, x, True), run(module, x, False), strict=True):
         assert torch.equal(actual, expected) and actual.stride() == expected.stride()
+
+
+def scaled(outputs: list[torch.Tensor], inplace: bool) -> list[torch.Tensor]:
+    y, *h = outputs  # the backward needs h
+    return [y.mul_(3).relu_() if inplace else y.mul(3).relu(), *h]
+
+
+@every_case
+def test_results_are_views_of_nothing(case, kernel_device, monkeypatch):
+    """In-place operations on a view that a Function returns are refused, and on any other view they cost copies."""
+    check_results(make_inputs([case], kernel_device))
+    if backend._forced == "native":  # and by way of the operators
+        declined = dict.fromkeys(backend._native.direct, lambda *arguments: NotImplemented)
+        monkeypatch.setattr(backend._native, "direct", declined)
+        check_results(make_inputs([case], kernel_device))
+
+
+def check_results(tensors: dict[str, dict[str, torch.Tensor]]) -> None:
+    for name, given in tensors.items():
+        for grad in (False, True):
+            leaves = {n: t.clone().requires_grad_(grad and "running" not in n) for n, t in given.items()}
+            for output in call(name, leaves):
+                assert output.requires_grad == grad and not output._is_view() and output._base is None
+
+    def block(leaves: dict, inplace: bool) -> dict:
+        return {name: scaled(call(name, given), inplace) for name, given in leaves.items()}
+
+    actual, expected = (everything(tensors, partial(block, inplace=inplace)) for inplace in (True, False))
+    assert_same(actual, expected)

@@ -14,12 +14,12 @@ from .. import backend, reference
 from .arguments import options_repr
 from .channels import (
     as_vector,
+    batch_norm_format,
     check_activation,
     check_eps,
     check_input,
     check_several_values,
     check_vector,
-    memory_format_of,
     values_per_channel,
 )
 from .scripting import scriptable
@@ -31,7 +31,7 @@ class BatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, residual, weight, bias, running, impl, training, momentum, eps, relu):
-        memory_format = memory_format_of(x)
+        memory_format = batch_norm_format(x)
         out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
         if training:
             factor = momentum if isinstance(momentum, Tensor) else None

@@ -11,26 +11,27 @@ from ..backend import DTYPES
 from .symbolic import refuse_overridden
 
 _CHANNELS_LAST = {4: (1, 3, 2, 0), 5: (1, 4, 3, 2, 0)}  # dimensions, from the one whose elements are adjacent
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def memory_format_of(x: Tensor) -> torch.memory_format:
-    """The format of y and dx, which is also the one that a kernel reads x in without a copy, if there is one."""
-    if not _is_channels_last(x):
-        return torch.contiguous_format
-    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    """Whether the strides have channels_last's order, by the rule that stock chooses its results' format with."""
+def suggested_format(x: Tensor) -> torch.memory_format:
+    """Stock's group_norm chooses y's and dx's memory format by this rule, which is at::suggest_memory_format."""
     order = _CHANNELS_LAST.get(x.dim())
-    if order is None or x.is_contiguous() or x.stride(1) == 0:
-        return False
+    if order is None or x.stride(1) == 0:
+        return torch.contiguous_format
     least = 0
     for dim in order:
         if x.stride(dim) < least or (dim == 0 and least == x.stride(1)):
-            return False
+            return torch.contiguous_format
         least = x.stride(dim) * max(1, x.shape[dim])
-    return True
+    return _FORMATS[x.dim()]
+
+
+def batch_norm_format(x: Tensor) -> torch.memory_format:
+    """As above, for stock's batch_norm: strides of dimensions of one element, which lead nowhere, count last."""
+    if x.dim() not in _FORMATS or x.is_contiguous():
+        return torch.contiguous_format
+    return _FORMATS[x.dim()] if x.is_contiguous(memory_format=_FORMATS[x.dim()]) else suggested_format(x)
 
 
 def as_vector(parameter: Tensor | None) -> Tensor | None:

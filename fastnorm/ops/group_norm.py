@@ -16,7 +16,7 @@ from .channels import (
     check_input,
     check_several_values,
     check_vector,
-    memory_format_of,
+    suggested_format,
     values_per_channel,
 )
 from .scripting import scriptable
@@ -28,7 +28,7 @@ class GroupNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, weight, bias, impl, groups, eps, silu, out_dtype):
-        memory_format = memory_format_of(x)
+        memory_format = suggested_format(x)
         y, mean, rstd = impl.group_norm_forward(x, groups, weight, bias, eps, memory_format, silu, out_dtype)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.impl, ctx.memory_format, ctx.options = impl, memory_format, (groups, eps, silu, out_dtype)

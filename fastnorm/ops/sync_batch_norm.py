@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import backend, reference
 from .batch_norm import FusedBatchNorm, as_precise_as, check_batch_norm
-from .channels import as_vector, check_activation, check_eps, memory_format_of, values_per_channel
+from .channels import as_vector, batch_norm_format, check_activation, check_eps, values_per_channel
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
@@ -21,7 +21,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, residual, weight, bias, running, impl, momentum, eps, relu, group):
-        memory_format = memory_format_of(x)
+        memory_format = batch_norm_format(x)
         out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
         mean, variance, count = _gathered_moments(x, impl, memory_format, group)
         if running is not None:
