@@ -18,7 +18,8 @@ namespace {
 bool all_readable(at::TensorList tensors) {
   return std::all_of(tensors.begin(), tensors.end(), [&](const at::Tensor& tensor) {
     const auto type = tensor.scalar_type();
-    return tensor.layout() == at::kStrided && !tensor.is_neg() && tensor.device() == tensors[0].device() &&
+    return tensor.layout() == at::kStrided && !tensor.is_nested() && !tensor.is_neg() && !tensor._is_zerotensor() &&
+           tensor.device() == tensors[0].device() &&
            (type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble) &&
            tensor.is_non_overlapping_and_dense();
   });

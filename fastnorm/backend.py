@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from . import operators, reference
 
@@ -113,12 +115,24 @@ def call_directly(op: str, *arguments: Any) -> Any:
     return _native.direct[op](*arguments)
 
 
-def pick(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> Any | None:
-    """What serves `op` on `x` and the other tensors: the backend's functions.
+def needs_formula(op: str, x: Any, *others: Any) -> bool:
+    """Whether only PyTorch's own operations can take these tensors, which need not even have sizes that can be read.
+
+    Raises where a backend is named, which then can't serve. What is no tensor is left to the checks of arguments.
+    """
+    obstacle = _obstacle(x, *others)
+    if obstacle is None:
+        return False
+    refuse_formula(op, obstacle)
+    return True
+
+
+def pick(op: str, x: torch.Tensor) -> Any | None:
+    """What serves `op` on `x`, and on others like it, which `needs_formula` has let pass: the backend's functions.
 
     None stands for the formula; for what has none (WITHOUT_FORMULA), fastnorm.reference has a backend's functions.
     """
-    name, _ = _choose(op, x, *others)
+    name, _ = _choose(op, x)
     if name == "reference":
         return reference if op in WITHOUT_FORMULA else None
     if name == "native":
@@ -146,12 +160,12 @@ def all_readable(tensors: Sequence[torch.Tensor]) -> bool | None:
     return _native.all_readable(tensors)
 
 
-def _choose(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> tuple[str, str]:
+def _choose(op: str, x: torch.Tensor) -> tuple[str, str]:
     forced = _forced
     if forced == "reference":
         return forced, "named by fastnorm.use"
     compiling = torch.compiler.is_compiling()
-    obstacle = None if compiling else _obstacle(x, *others)
+    obstacle = None if compiling or x.dtype in DTYPES else f"no kernel for {x.dtype}"
     if forced is not None:
         obstacle = obstacle or _refusal(op, forced, x)
         if obstacle is not None:
@@ -171,21 +185,46 @@ def _choose(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> tuple[str
     return "reference", "; ".join(reasons)
 
 
-def _obstacle(x: torch.Tensor, *others: torch.Tensor | None) -> str | None:
-    """Why no kernel can take this call, whatever the backend."""
+def _obstacle(x: Any, *others: Any) -> str | None:
+    """Why no kernel can take these tensors, whatever the backend and their sizes. None where one of them is no tensor.
+
+    What torch.compile traces becomes the formula, or operators, to which the dispatcher brings plain tensors.
+    """
+    compiling = torch.compiler.is_compiling()
+    obstacle = None if compiling else onlooker()
     for tensor in (x, *others):
-        if type(tensor) not in _KERNEL_TYPES and tensor is not None:
-            return f"{type(tensor).__name__} is a subclass with its own dispatch"
-    if x.dtype not in DTYPES:
-        return f"no kernel for {x.dtype}"
+        if isinstance(tensor, torch.Tensor):
+            obstacle = obstacle or peculiarity(tensor, compiling)
+        elif tensor is not None or x is None:
+            return None
+    return obstacle
+
+
+def peculiarity(tensor: torch.Tensor, compiling: bool = False) -> str | None:
+    """Why a kernel can't read the tensor. Of a subclass, nothing but its type is asked."""
+    if type(tensor) not in _KERNEL_TYPES and not compiling:
+        return f"{type(tensor).__name__} is a subclass with its own dispatch"
+    if tensor.layout is not torch.strided:
+        return f"no kernel for the layout {tensor.layout}"
+    if tensor.is_nested:
+        return "no kernel for nested tensors"
+    if not compiling and (tensor.is_neg() or tensor._is_zerotensor()):
+        return "its elements are not yet what its memory holds"
+    return None
+
+
+def onlooker() -> str | None:
+    """Who must see PyTorch's own operations at this moment, so that no kernel can run."""
     if torch._C._are_functorch_transforms_active():
         return "torch.func transforms need differentiable operations"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation needs differentiable operations"
-    if x.layout is not torch.strided:
-        return f"no kernel for the layout {x.layout}"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace records PyTorch operations only"
+    if torch._C._len_torch_function_stack():
+        for mode in _get_current_function_mode_stack():
+            if not isinstance(mode, DeviceContext):  # torch.set_default_device, which minds factories alone
+                return f"{type(mode).__name__} is a mode that sees PyTorch's functions"
     return None
 
 
@@ -231,7 +270,10 @@ def explain(x: torch.Tensor | None = None, op: str = "rms_norm") -> Explanation:
     """
     if op not in OPERATIONS:
         raise ValueError(f"op must be one of {', '.join(OPERATIONS)}, but got {op!r}")
+    x = torch.empty(0) if x is None else x
     try:
-        return Explanation(op, *_choose(op, torch.empty(0) if x is None else x))
+        if needs_formula(op, x):
+            return Explanation(op, "reference", str(_obstacle(x)))
+        return Explanation(op, *_choose(op, x))
     except RuntimeError as error:
         return Explanation(op, "none", str(error))

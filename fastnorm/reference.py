@@ -189,8 +189,11 @@ def _normalized(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     return (values - _along_channels(mean, values)) * _along_channels(rstd, values)
 
 
-def add(x: Tensor, residual: Tensor, residual_dtype: torch.dtype) -> Tensor:
-    """h = x + residual, rounded once, to residual_dtype."""
+def stream(x: Tensor, residual: Tensor | None, residual_dtype: torch.dtype | None) -> Tensor:
+    """h = x + residual, rounded once, to residual_dtype or the promoted one; without a residual h is x."""
+    if residual is None:
+        return x if residual_dtype is None else x.to(residual_dtype)
+    residual_dtype = residual_dtype or torch.promote_types(x.dtype, residual.dtype)
     dtype = torch.promote_types(torch.promote_types(x.dtype, residual.dtype), residual_dtype)
     return (x.to(dtype) + residual.to(dtype)).to(residual_dtype)
 
@@ -204,7 +207,7 @@ def stream_gradients(
 
 def stat_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type that statistics of such an input are computed in."""
-    return dtype if dtype in (torch.float64, torch.complex64, torch.complex128) else torch.float32
+    return dtype if dtype == torch.float64 or dtype.is_complex else torch.float32
 
 
 def gradients(formula: Callable[..., Tensor], inputs: Sequence[Tensor | None], dy: Tensor) -> list[Tensor | None]:

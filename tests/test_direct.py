@@ -195,7 +195,7 @@ def test_what_is_not_plain_is_declined(op):
         {"normalized_shape": 8}, {"normalized_shape": ()}, {"normalized_shape": (3,)}, {"normalized_shape": (8.0,)},
         {"normalized_shape": (2, 3, 8)}, {"normalized_shape": (2**70,)}, {"normalized_shape": (True,)},
         {"weight": torch.ones(7)}, {"weight": torch.ones(1, 8)}, {"weight": torch.ones(8).long()}, {"weight": 1.0},
-        {"eps": -1.0}, {"eps": float("nan")}, {"eps": "1"}, {"eps": x},
+        {"eps": "1"}, {"eps": x},
     ]  # fmt: skip
     wrong += [{"bias": torch.ones(7)}, {"eps": None}] if op.endswith("layer_norm") else []
     wrong += [{"residual": None}, {"residual": x[0]}] if op.startswith("add_") else []
@@ -208,6 +208,26 @@ def test_what_is_not_plain_is_declined(op):
                 continue
         assert direct(*positional(op, **changes)) is NotImplemented, changes
     assert direct() is NotImplemented and direct(*positional(op), 1) is NotImplemented
+
+
+@operations
+@pytest.mark.parametrize("eps", [-0.5, -1e4, float("nan")])
+def test_an_eps_that_is_not_positive(op, eps, monkeypatch):
+    """NaN where stock has it, forwards and backwards, by both ways."""
+    case = plain_case(op, (6, 8), F64, eps=eps)
+    tensors = inputs(case)
+    for name in {"x", "residual"} & set(tensors):
+        tensors[name] *= torch.tensor([0.1, 0.1, 9, 9, 9, 9], dtype=F64).view(-1, 1)  # var + eps is negative, or large
+    direct = everything(case, tensors)
+    assert direct[0][:2].isnan().all() and direct[0][2:].isfinite().all() == (eps == -0.5)
+    monkeypatch.setattr(native, "direct", DECLINED)
+    for ways in (everything(case, tensors), by_reference(case, tensors)):
+        torch.testing.assert_close(direct, ways, equal_nan=True)
+
+
+def by_reference(case: Case, tensors):
+    with fastnorm.use("reference"):
+        return everything(case, tensors)
 
 
 @operations

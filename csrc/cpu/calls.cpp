@@ -186,7 +186,7 @@ bool unpack_eps(PyObject* object, at::ScalarType type, double& eps) {
     return false;
   }
   eps = PyFloat_AS_DOUBLE(object);
-  return eps >= 0;
+  return true;
 }
 
 // Reads (x, [residual,] shape, weight, [bias,] eps).

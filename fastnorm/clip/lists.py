@@ -52,8 +52,8 @@ def split(op: str, tensors: list[Tensor]) -> list[Part]:
     """The tensors by device, those that kernels can read in one part, and the others in one part without a backend.
 
     Positions within a part ascend; a single part has the list itself. The others: subclasses, FakeTensors, sparse and
-    complex tensors, integers, and tensors with gaps or overlaps; and every tensor while torch.compile traces or
-    torch.func transforms.
+    complex tensors, integers, and tensors with gaps or overlaps; and every tensor while somebody must see PyTorch's
+    operations, as torch.compile and torch.func do.
     """
     everywhere = range(len(tensors))
     untouchable = _why_untouchable()
@@ -81,21 +81,18 @@ def _why_untouchable() -> str | None:
     """Why no kernel can take any tensor at this moment."""
     if torch.compiler.is_compiling():
         return "torch.compile traces PyTorch's operations"
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func transforms need PyTorch's operations"
-    return None
+    return backend.onlooker()
 
 
 def why_unreadable(tensor: Tensor) -> str | None:
     """Why no kernel can read the tensor as it lies: they read real numbers without gaps and overlaps, in any order."""
     if type(tensor) not in PLAIN:
         return f"{type(tensor).__name__} is a subclass with its own dispatch"
-    if tensor.layout is not torch.strided:
-        return f"no kernel for the layout {tensor.layout}"
+    peculiarity = backend.peculiarity(tensor)
+    if peculiarity is not None:
+        return peculiarity
     if tensor.dtype not in backend.DTYPES:
         return f"no kernel for {tensor.dtype}"
-    if tensor.is_neg():
-        return "its sign is still to be changed"
     if torch._debug_has_internal_overlap(tensor) != 0:  # zero where it is contiguous in some order of dimensions
         return f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} has gaps or overlaps"
     return None

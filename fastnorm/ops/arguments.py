@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,35 +12,51 @@ from torch import Tensor
 from ..backend import DTYPES
 from .symbolic import refuse_overridden
 
-# where stock autocast runs the operation in float32, as the dispatcher's Autocast keys of torch 2.14 have it
-_AUTOCAST_FLOAT32 = {
-    "layer_norm": ("cuda", "mps", "xpu"),
-    "rms_norm": ("cuda", "xpu"),
-    "group_norm": ("cuda", "mps", "xpu"),
-}
+try:
+    import numpy
+except ImportError:  # torch works without it, and then nobody has its numbers
+    _FLOATS, _INTS = (int, float), (int,)
+else:
+    _FLOATS = (int, float, numpy.number, numpy.bool_)
+    _INTS = (int, numpy.integer)
+
+_AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu", "mtia", "maia", "hpu")
+
+
+def _autocast_devices(op: str) -> tuple[str, ...]:
+    """Where stock autocast has a rule for the operation. Every rule that there is for a norm is to take float32."""
+    keys = {device: f"Autocast{device.upper()}" for device in _AUTOCAST_DEVICES}
+    return tuple(
+        device for device, key in keys.items()
+        if torch._C._parse_dispatch_key(key) is not None
+        and torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{op}", key)
+    )  # fmt: skip
+
+
+# asked once, because torch.compile can't trace a question to the dispatcher
+_AUTOCAST_FLOAT32 = {op: _autocast_devices(op) for op in ("layer_norm", "rms_norm", "group_norm", "batch_norm")}
 
 
 def check(
     op: str,
     x: Tensor,
     normalized_shape: Sequence[int],
-    eps: float,
+    eps: float | None,
     *parameters: Tensor | None,
     residual: Tensor | None = None,
-) -> tuple[int, ...]:
-    """Returns normalized_shape as a tuple; raises what torch raises for the same mistake, or Overridden.
+) -> tuple[tuple[int, ...], float | None]:
+    """Returns normalized_shape and eps in Python's types; raises what torch raises for the same mistake, or Overridden.
 
     parameters: weight and bias, in this order.
     """
     try:
-        shape = tuple(normalized_shape)
+        shape = _as_shape(normalized_shape)
         right = (
             isinstance(x, Tensor)
             and 0 < len(shape) <= x.dim()
             and x.shape[-len(shape) :] == shape
             and (x.is_floating_point() or x.is_complex())
             and x.dtype.itemsize > 1
-            and eps >= 0
             and all(p is None or _fits(p, shape, x) for p in parameters)
             and (residual is None or _fits(residual, x.shape, x))
         )
@@ -46,8 +64,46 @@ def check(
         right = False
     if not right:
         refuse_overridden(x, residual, *parameters)
-        raise _mistake(op, x, normalized_shape, eps, parameters, residual)
-    return shape
+        raise _mistake(op, x, normalized_shape, parameters, residual)
+    return shape, None if eps is None and op.endswith("rms_norm") else as_float(op, "eps", eps)
+
+
+def as_float(op: str, name: str, value: Any) -> float:
+    """A number of what torch takes for one: Python's and numpy's types, symbols, tensors of no dimension."""
+    if isinstance(value, Tensor):
+        is_number = value.dim() == 0 and not value.requires_grad
+    else:
+        is_number = isinstance(value, (*_FLOATS, torch.SymFloat, torch.SymInt))
+    if not is_number:
+        raise TypeError(f"{op}(): argument '{name}' must be float, not {type(value).__name__}")
+    return float(value)
+
+
+def as_int(op: str, name: str, value: Any) -> int:
+    """As `as_float`, for an integer; a symbol stays one."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
+    if isinstance(value, Tensor):
+        no_integer = value.is_floating_point() or value.is_complex() or value.dtype is torch.bool
+        is_integer = value.dim() == 0 and not no_integer
+    else:
+        is_integer = isinstance(value, _INTS) and not isinstance(value, bool)
+    if not is_integer:
+        raise TypeError(f"{op}(): argument '{name}' must be int, not {type(value).__name__}")
+    return int(value)
+
+
+def _as_shape(shape: Any) -> tuple[int, ...]:
+    """A tuple or list of integers, of all that have __index__, as a tuple of Python's; TypeError for anything else."""
+    if not isinstance(shape, (tuple, list)):
+        raise TypeError
+    return tuple(shape) if all(type(n) is int for n in shape) else tuple(map(_as_index, shape))
+
+
+def _as_index(n: Any) -> int:
+    if isinstance(n, bool) or (isinstance(n, Tensor) and n.dtype is torch.bool):
+        raise TypeError
+    return n if isinstance(n, torch.SymInt) else operator.index(n)
 
 
 def _fits(tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> bool:
@@ -56,19 +112,16 @@ def _fits(tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> bool:
     return tensor.shape == shape and tensor.device == x.device and (tensor.dtype in DTYPES or x.is_complex())
 
 
-def _mistake(op, x, normalized_shape, eps, parameters, residual) -> Exception:
+def _mistake(op, x, normalized_shape, parameters, residual) -> Exception:
     """What is wrong, as the exception that torch has for it."""
     if not isinstance(x, Tensor):
         return TypeError(f"{op}(): argument 'input' must be Tensor, not {type(x).__name__}")
-    if not isinstance(normalized_shape, Sequence):
-        return TypeError(
-            f"{op}(): argument 'normalized_shape' must be tuple of ints, not {type(normalized_shape).__name__}"
-        )
-    if not isinstance(eps, (int, float)):
-        return TypeError(f"{op}(): argument 'eps' must be float, not {type(eps).__name__}")
-    shape = tuple(normalized_shape)
-    if any(isinstance(n, (str, float)) for n in shape):
-        return TypeError(f"{op}(): argument 'normalized_shape' must be tuple of ints, not {normalized_shape!r}")
+    try:
+        shape = _as_shape(normalized_shape)
+    except TypeError:
+        is_shape = isinstance(normalized_shape, (tuple, list))
+        found = repr(normalized_shape) if is_shape else type(normalized_shape).__name__
+        return TypeError(f"{op}(): argument 'normalized_shape' must be tuple of ints, not {found}")
     if not shape:
         return RuntimeError(f"{op}(): normalized_shape must have at least one dimension, but got {list(shape)}")
     if len(shape) > x.dim() or tuple(x.shape[-len(shape) :]) != shape:
@@ -82,8 +135,6 @@ def _mistake(op, x, normalized_shape, eps, parameters, residual) -> Exception:
         return NotImplementedError(
             f"{op}(): input must be float32, bfloat16, float16 or float64, but got {x.dtype}; convert it first"
         )
-    if not eps >= 0:
-        return ValueError(f"{op}(): eps must be zero or positive, but got {eps}")
     for name, p in zip(("weight", "bias"), parameters, strict=False):
         error = _tensor_mistake(op, name, p, x, shape)
         if error is not None:
@@ -119,10 +170,17 @@ def result_dtype(op: str, x: Tensor, out_dtype: torch.dtype | None) -> torch.dty
     """The dtype of y: what was asked for, float32 where stock autocast has it so, else the input's."""
     if out_dtype is not None:
         return out_dtype
+    return torch.float32 if _autocasts(op, x) else x.dtype
+
+
+def autocast(op: str, x: Tensor) -> Tensor:
+    """What stock autocast makes of an input."""
+    return x.float() if _autocasts(op, x) else x
+
+
+def _autocasts(op: str, x: Tensor) -> bool:
     device = x.device.type
-    if device in _AUTOCAST_FLOAT32[op] and x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.float32
-    return x.dtype
+    return device in _AUTOCAST_FLOAT32[op] and x.dtype != torch.float64 and torch.is_autocast_enabled(device)
 
 
 def options_repr(module: torch.nn.Module, **defaults: object) -> str:

@@ -11,15 +11,16 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from .. import backend, reference
-from .arguments import options_repr
+from .arguments import as_float, autocast, options_repr
 from .channels import (
     as_vector,
     batch_norm_format,
     check_activation,
-    check_eps,
+    check_channels,
     check_input,
     check_several_values,
     check_vector,
+    checked_eps,
     values_per_channel,
 )
 from .scripting import scriptable
@@ -107,8 +108,8 @@ def batch_norm(
         unbiased estimate; in evaluation they are what is normalised with.
     weight, bias: (C,) or None. All of these may have other dtypes than the input.
     training: whether the statistics are this batch's (with the biased variance).
-    momentum: the share of this batch in the running statistics: a number, or a tensor with one element, which stays
-        on its device (such as 1/count, for a cumulative average).
+    momentum: the share of this batch in the running statistics: a number, or a tensor with one element (such as
+        1/count, for a cumulative average), which is not waited for if it lies on the input's device in up to 32 bits.
     residual: the input's shape; added to the normalised input. activation: "relu" or None, applied last:
         y = relu(batch_norm(input) + residual) in one pass. For the backward, one bit an element is kept of it.
 
@@ -121,6 +122,12 @@ def batch_norm(
     Source: torch.nn.functional.batch_norm; Ioffe & Szegedy, "Batch Normalization", 2015.
     """
     relu = check_activation("batch_norm", activation, "relu")
+    vectors = weight, bias, running_mean, running_var
+    running = None if running_mean is None and running_var is None else (running_mean, running_var)
+    if backend.needs_formula("batch_norm", input, residual, *vectors):
+        input = autocast("batch_norm", input)
+        momentum = checked_momentum(momentum, input)
+        return reference.batch_norm(input, residual, weight, bias, running, training, momentum, eps, relu)
     try:
         check_batch_norm(input, running_mean, running_var, weight, bias, residual, training)
     except Overridden:
@@ -128,22 +135,20 @@ def batch_norm(
         return handle_torch_function(
             batch_norm, tensors, *tensors[:-1], training, momentum, eps, residual=residual, activation=activation
         )
-    check_eps("batch_norm", eps, zero_allowed=not training)
+    except (RuntimeError, IndexError):
+        if input.numel():  # of an empty input torch asks nothing, not even a second dimension
+            raise
     if training:
         check_several_values(input, values_per_channel(input))
-    if not isinstance(momentum, Tensor):
-        momentum = _as_float(momentum)
-    elif momentum.numel() != 1:
-        raise RuntimeError(f"batch_norm(): momentum must be a number or one element, but got {list(momentum.shape)}")
-    running = None if running_mean is None else (running_mean, running_var)
+    input = autocast("batch_norm", input)
+    eps, momentum = checked_eps("batch_norm", eps, zero_allowed=not training), checked_momentum(momentum, input)
     is_plain = not training and residual is None and not relu
-    vectors = weight, bias, running_mean, running_var
-    impl = backend.pick("batch_norm_evaluation" if is_plain else "batch_norm", input, residual, *vectors)
+    impl = backend.pick("batch_norm_evaluation" if is_plain else "batch_norm", input)
     if impl is None or input.numel() == 0:
         return reference.batch_norm(input, residual, weight, bias, running, training, momentum, eps, relu)
     return BatchNormFunction.apply(
         as_precise_as(input, residual), residual, as_vector(weight), as_vector(bias), running, impl, training, momentum,
-        float(eps), relu,
+        eps, relu,
     )  # fmt: skip
 
 
@@ -155,6 +160,9 @@ def as_precise_as(x: Tensor, residual: Tensor | None) -> Tensor:
 def check_batch_norm(x, running_mean, running_var, weight, bias, residual, training: bool) -> None:
     """Raises what torch raises for wrong tensors."""
     check_input("batch_norm", x)
+    if not isinstance(training, bool):
+        raise TypeError(f"batch_norm(): argument 'training' must be bool, not {type(training).__name__}")
+    check_channels("batch_norm", x, IndexError if running_mean is None and weight is None else RuntimeError)
     if training and (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
     for name, statistic in (("running_mean", running_mean), ("running_var", running_var)):
@@ -177,10 +185,12 @@ def check_batch_norm(x, running_mean, running_var, weight, bias, residual, train
         )
 
 
-def _as_float(momentum: float) -> float:
-    if not isinstance(momentum, (int, float)):
-        raise TypeError(f"batch_norm(): argument 'momentum' must be float, not {type(momentum).__name__}")
-    return float(momentum)
+def checked_momentum(momentum: float | Tensor, x: Tensor) -> float | Tensor:
+    """A number, or, where a kernel can read it beside x without losing a bit, a tensor: float32, of no dimension."""
+    is_readable = isinstance(momentum, Tensor) and momentum.numel() == 1 and momentum.device == x.device
+    if is_readable and not momentum.requires_grad and momentum.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return momentum.reshape(()).float()
+    return as_float("batch_norm", "momentum", momentum)
 
 
 class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backend import DTYPES
+from .arguments import as_float
 from .symbolic import refuse_overridden
 
 _CHANNELS_LAST = {4: (1, 3, 2, 0), 5: (1, 4, 3, 2, 0)}  # dimensions, from the one whose elements are adjacent
@@ -40,16 +41,20 @@ def as_vector(parameter: Tensor | None) -> Tensor | None:
 
 
 def check_input(op: str, x: Tensor) -> None:
-    """Raises what torch raises for an input that is no batch of channels, or Overridden."""
+    """Raises what torch raises for an input that is no tensor of a kernel's dtype, or Overridden."""
     if not isinstance(x, Tensor):
         refuse_overridden(x)
         raise TypeError(f"{op}(): argument 'input' must be Tensor, not {type(x).__name__}")
-    if x.dim() < 2:
-        raise RuntimeError(f"{op}(): input must have at least 2 dimensions, (N, C, *), but got {list(x.shape)}")
     if not (x.is_floating_point() or x.is_complex()) or x.dtype not in DTYPES:
         raise NotImplementedError(
             f"{op}(): input must be float32, bfloat16, float16 or float64, but got {x.dtype}; convert it first"
         )
+
+
+def check_channels(op: str, x: Tensor, error: type[Exception] = RuntimeError) -> None:
+    """Raises where x has no dimension of channels."""
+    if x.dim() < 2:
+        raise error(f"{op}(): input must have at least 2 dimensions, (N, C, *), but got {list(x.shape)}")
 
 
 def check_several_values(x: Tensor, count: int) -> None:
@@ -71,15 +76,16 @@ def check_vector(op: str, name: str, vector: Tensor | None, x: Tensor) -> None:
     if vector.device != x.device:
         raise RuntimeError(f"{op}(): {name} is on {vector.device}, but input is on {x.device}; move one of them")
     if vector.dtype not in DTYPES:
-        raise RuntimeError(f"{op}(): {name} must be float32, bfloat16, float16 or float64, but got {vector.dtype}")
+        error = NotImplementedError if vector.is_quantized else RuntimeError
+        raise error(f"{op}(): {name} must be float32, bfloat16, float16 or float64, but got {vector.dtype}")
 
 
-def check_eps(op: str, eps: float, zero_allowed: bool = True) -> None:
-    """Raises ValueError for a negative or NaN eps, and for zero where it is not allowed."""
-    if not isinstance(eps, (int, float)):
-        raise TypeError(f"{op}(): argument 'eps' must be float, not {type(eps).__name__}")
-    if not (eps >= 0 if zero_allowed else eps > 0):
+def checked_eps(op: str, eps: float, zero_allowed: bool) -> float:
+    """batch_norm's eps, which torch wants to be positive; ValueError for another one."""
+    number = eps if isinstance(eps, Tensor) else as_float(op, "eps", eps)
+    if number < 0 or (number == 0 and not zero_allowed):
         raise ValueError(f"{op} eps must be {'non-negative' if zero_allowed else 'positive'}, but got {eps}")
+    return as_float(op, "eps", eps)
 
 
 def check_activation(op: str, activation: str | None, known: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,15 +10,14 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from .. import backend, reference
-from .arguments import options_repr, result_dtype
+from .arguments import as_float, as_int, options_repr, result_dtype
 from .channels import (
     check_activation,
-    check_eps,
+    check_channels,
     check_input,
     check_several_values,
     check_vector,
     suggested_format,
-    values_per_channel,
 )
 from .scripting import scriptable
 from .symbolic import Overridden
@@ -71,29 +71,34 @@ def group_norm(
     in float32 (float64 for float64); dweight and dbias are summed in a fixed order.
 
     Raises what torch.nn.functional.group_norm raises: RuntimeError for wrong shapes or devices, ValueError for groups
-    of one element; ValueError for a negative or NaN eps and for an unknown activation.
+    of one element; ValueError for an unknown activation. A negative eps is no error: y is NaN where var + eps < 0.
     Source: torch.nn.functional.group_norm; Wu & He, "Group Normalization", 2018.
     """
     silu = check_activation("group_norm", activation, "silu")
+    if backend.needs_formula("group_norm", input, weight, bias):
+        out_dtype = result_dtype("group_norm", input, None)
+        return reference.group_norm(input, num_groups, weight, bias, eps, silu, out_dtype)
     try:
-        check_group_norm(input, num_groups, weight, bias)
+        groups = check_group_norm(input, num_groups, weight, bias)
     except Overridden:
         tensors = input, weight, bias
         return handle_torch_function(group_norm, tensors, input, num_groups, weight, bias, eps, activation=activation)
-    check_eps("group_norm", eps)
-    check_several_values(input, values_per_channel(input) * input.shape[1] // num_groups)
+    eps = as_float("group_norm", "eps", eps)
     out_dtype = result_dtype("group_norm", input, None)
-    impl = backend.pick("group_norm", input, weight, bias)
+    impl = backend.pick("group_norm", input)
     if impl is None or input.numel() == 0:
-        return reference.group_norm(input, num_groups, weight, bias, eps, silu, out_dtype)
-    return GroupNormFunction.apply(input, weight, bias, impl, num_groups, float(eps), silu, out_dtype)
+        return reference.group_norm(input, groups, weight, bias, eps, silu, out_dtype)
+    return GroupNormFunction.apply(input, weight, bias, impl, groups, eps, silu, out_dtype)
 
 
-def check_group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None) -> None:
-    """Raises what torch raises for wrong arguments."""
+def check_group_norm(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None) -> int:
+    """The number of groups in Python's type; raises what torch raises for wrong arguments."""
     check_input("group_norm", x)
-    if not isinstance(groups, int):
-        raise TypeError(f"group_norm(): argument 'num_groups' must be int, not {type(groups).__name__}")
+    check_channels("group_norm", x)
+    groups = as_int("group_norm", "num_groups", num_groups)
+    if groups == 0:
+        raise ZeroDivisionError("group_norm(): num_groups must be positive, but got 0")
+    check_several_values(x, x.shape[0] * x.shape[1] // groups * math.prod(x.shape[2:]))
     if groups < 1:
         raise RuntimeError(f"group_norm(): num_groups must be positive, but got {groups}")
     if x.shape[1] % groups:
@@ -105,6 +110,7 @@ def check_group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor
         check_vector("group_norm", name, vector, x)
         if vector is not None and vector.dim() != 1:
             raise RuntimeError(f"group_norm(): {name} must be a vector, but got {list(vector.shape)}")
+    return groups
 
 
 class GroupNorm(torch.nn.GroupNorm):

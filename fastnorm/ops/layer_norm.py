@@ -99,15 +99,19 @@ def layer_norm(
     variance in a second pass over the centred row. dweight and dbias are summed in a fixed order: two runs on the same
     device are bitwise equal.
 
-    Raises what torch.nn.functional.layer_norm raises, and ValueError for a negative or NaN eps.
+    Raises what torch.nn.functional.layer_norm raises. A negative eps is no error: y is NaN where var + eps < 0.
     Source: torch.nn.functional.layer_norm; Ba, Kiros & Hinton, "Layer Normalization", 2016.
     """
     if out_dtype is None and not zero_centered:
         y = backend.call_directly("layer_norm", input, normalized_shape, weight, bias, eps)
         if y is not NotImplemented:
             return y
+    if backend.needs_formula("layer_norm", input, weight, bias):
+        check_dtype("layer_norm", "out_dtype", out_dtype)
+        out_dtype = result_dtype("layer_norm", input, out_dtype)
+        return reference.layer_norm(input, normalized_shape, weight, bias, eps, zero_centered, out_dtype)
     try:
-        shape = check("layer_norm", input, normalized_shape, eps, weight, bias)
+        shape, eps = check("layer_norm", input, normalized_shape, eps, weight, bias)
     except Overridden:
         return handle_torch_function(
             layer_norm, (input, weight, bias), input, normalized_shape, weight, bias, eps,
@@ -115,11 +119,11 @@ def layer_norm(
         )  # fmt: skip
     check_dtype("layer_norm", "out_dtype", out_dtype)
     out_dtype = result_dtype("layer_norm", input, out_dtype)
-    return _layer_norm(input, shape, weight, bias, float(eps), zero_centered, out_dtype)
+    return _layer_norm(input, shape, weight, bias, eps, zero_centered, out_dtype)
 
 
 def _layer_norm(x, shape, weight, bias, eps, zero_centered, out_dtype):
-    impl = backend.pick("layer_norm", x, weight, bias)
+    impl = backend.pick("layer_norm", x)
     if impl is None or x.numel() == 0:
         return reference.layer_norm(x, shape, weight, bias, eps, zero_centered, out_dtype)
     return LayerNormFunction.apply(x, weight, bias, impl, shape, eps, zero_centered, out_dtype)
@@ -149,8 +153,14 @@ def add_layer_norm(
         outputs = backend.call_directly("add_layer_norm", x, residual, normalized_shape, weight, bias, eps)
         if outputs is not NotImplemented:
             return outputs
+    if backend.needs_formula("add_layer_norm", x, residual, weight, bias):
+        check_dtype("add_layer_norm", "out_dtype", out_dtype)
+        check_dtype("add_layer_norm", "residual_dtype", residual_dtype)
+        out_dtype = result_dtype("layer_norm", x, out_dtype)
+        h = reference.stream(x, residual, residual_dtype)
+        return reference.layer_norm(h, normalized_shape, weight, bias, eps, zero_centered, out_dtype), h
     try:
-        shape = check("add_layer_norm", x, normalized_shape, eps, weight, bias, residual=residual)
+        shape, eps = check("add_layer_norm", x, normalized_shape, eps, weight, bias, residual=residual)
     except Overridden:
         return handle_torch_function(
             add_layer_norm, (x, residual, weight, bias), x, residual, normalized_shape, weight, bias, eps,
@@ -158,14 +168,14 @@ def add_layer_norm(
         )  # fmt: skip
     check_dtype("add_layer_norm", "out_dtype", out_dtype)
     check_dtype("add_layer_norm", "residual_dtype", residual_dtype)
-    eps, out_dtype = float(eps), result_dtype("layer_norm", x, out_dtype)
+    out_dtype = result_dtype("layer_norm", x, out_dtype)
     if residual is None:
-        h = x if residual_dtype is None else x.to(residual_dtype)
+        h = reference.stream(x, None, residual_dtype)
         return _layer_norm(h, shape, weight, bias, eps, zero_centered, out_dtype), h
     residual_dtype = residual_dtype or torch.promote_types(x.dtype, residual.dtype)
-    impl = backend.pick("add_layer_norm", x, residual, weight, bias)
+    impl = backend.pick("add_layer_norm", x)
     if impl is None or x.numel() == 0:
-        h = reference.add(x, residual, residual_dtype)
+        h = reference.stream(x, residual, residual_dtype)
         return reference.layer_norm(h, shape, weight, bias, eps, zero_centered, out_dtype), h
     return AddLayerNormFunction.apply(
         x, residual, weight, bias, impl, shape, eps, zero_centered, out_dtype, residual_dtype

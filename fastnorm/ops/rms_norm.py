@@ -104,15 +104,19 @@ def rms_norm(
     Returns y: (*, *normalized_shape), contiguous. Statistics are computed in float32 (float64 for float64). dweight is
     summed in a fixed order: two runs on the same device are bitwise equal.
 
-    Raises what torch.nn.functional.rms_norm raises, and ValueError for a negative or NaN eps.
+    Raises what torch.nn.functional.rms_norm raises. A negative eps is no error: y is NaN where mean(x²) + eps < 0.
     Source: torch.nn.functional.rms_norm; Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019.
     """
     if out_dtype is None and rounding == "torch" and not zero_centered:
         y = backend.call_directly("rms_norm", input, normalized_shape, weight, eps)
         if y is not NotImplemented:
             return y
+    if backend.needs_formula("rms_norm", input, weight):
+        cast_dtype, out_dtype = _dtypes("rms_norm", input, weight, rounding, out_dtype)
+        eps = _default_eps(input.dtype) if eps is None else eps
+        return reference.rms_norm(input, normalized_shape, weight, eps, zero_centered, cast_dtype, out_dtype)
     try:
-        shape = check("rms_norm", input, normalized_shape, 0.0 if eps is None else eps, weight)
+        shape, eps = check("rms_norm", input, normalized_shape, eps, weight)
     except Overridden:
         return handle_torch_function(
             rms_norm, (input, weight), input, normalized_shape, weight, eps,
@@ -123,8 +127,8 @@ def rms_norm(
 
 
 def _rms_norm(x, shape, weight, eps, zero_centered, cast_dtype, out_dtype):
-    eps = _default_eps(x.dtype) if eps is None else float(eps)
-    impl = backend.pick("rms_norm", x, weight)
+    eps = _default_eps(x.dtype) if eps is None else eps
+    impl = backend.pick("rms_norm", x)
     if impl is None or x.numel() == 0:
         return reference.rms_norm(x, shape, weight, eps, zero_centered, cast_dtype, out_dtype)
     return RMSNormFunction.apply(x, weight, impl, shape, eps, zero_centered, cast_dtype, out_dtype)
@@ -169,8 +173,14 @@ def add_rms_norm(
         outputs = backend.call_directly("add_rms_norm", x, residual, normalized_shape, weight, eps)
         if outputs is not NotImplemented:
             return outputs
+    if backend.needs_formula("add_rms_norm", x, residual, weight):
+        cast_dtype, out_dtype = _dtypes("add_rms_norm", x, weight, rounding, out_dtype)
+        check_dtype("add_rms_norm", "residual_dtype", residual_dtype)
+        h = reference.stream(x, residual, residual_dtype)
+        eps = _default_eps(h.dtype) if eps is None else eps
+        return reference.rms_norm(h, normalized_shape, weight, eps, zero_centered, cast_dtype, out_dtype), h
     try:
-        shape = check("add_rms_norm", x, normalized_shape, 0.0 if eps is None else eps, weight, residual=residual)
+        shape, eps = check("add_rms_norm", x, normalized_shape, eps, weight, residual=residual)
     except Overridden:
         return handle_torch_function(
             add_rms_norm, (x, residual, weight), x, residual, normalized_shape, weight, eps,
@@ -179,13 +189,13 @@ def add_rms_norm(
     cast_dtype, out_dtype = _dtypes("add_rms_norm", x, weight, rounding, out_dtype)
     check_dtype("add_rms_norm", "residual_dtype", residual_dtype)
     if residual is None:
-        h = x if residual_dtype is None else x.to(residual_dtype)
+        h = reference.stream(x, None, residual_dtype)
         return _rms_norm(h, shape, weight, eps, zero_centered, cast_dtype, out_dtype), h
     residual_dtype = residual_dtype or torch.promote_types(x.dtype, residual.dtype)
-    eps = _default_eps(residual_dtype) if eps is None else float(eps)
-    impl = backend.pick("add_rms_norm", x, residual, weight)
+    eps = _default_eps(residual_dtype) if eps is None else eps
+    impl = backend.pick("add_rms_norm", x)
     if impl is None or x.numel() == 0:
-        h = reference.add(x, residual, residual_dtype)
+        h = reference.stream(x, residual, residual_dtype)
         return reference.rms_norm(h, shape, weight, eps, zero_centered, cast_dtype, out_dtype), h
     return AddRMSNormFunction.apply(
         x, residual, weight, impl, shape, eps, zero_centered, cast_dtype, out_dtype, residual_dtype

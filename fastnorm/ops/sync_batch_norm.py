@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import backend, reference
 from .batch_norm import FusedBatchNorm, as_precise_as, check_batch_norm
-from .channels import as_vector, batch_norm_format, check_activation, check_eps, values_per_channel
+from .channels import as_vector, batch_norm_format, check_activation, checked_eps, values_per_channel
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
@@ -196,10 +196,11 @@ def sync_batch_norm(module: SyncBatchNorm, input, running, momentum, residual, g
     relu = check_activation("SyncBatchNorm", module.activation, "relu")
     weight, bias = module.weight, module.bias
     check_batch_norm(input, *running, weight, bias, residual, training=True)
-    check_eps("SyncBatchNorm", module._eps, zero_allowed=False)
-    impl = backend.pick("sync_batch_norm", input, residual, weight, bias, *running)
+    eps = checked_eps("SyncBatchNorm", module._eps, zero_allowed=False)
+    needs_formula = backend.needs_formula("sync_batch_norm", input, residual, weight, bias, *running)
+    impl = reference if needs_formula else backend.pick("sync_batch_norm", input)
     tracked = None if running[0] is None else running
     return SyncBatchNormFunction.apply(
-        as_precise_as(input, residual), residual, as_vector(weight), as_vector(bias), tracked, impl, momentum,
-        module._eps, relu, group,
+        as_precise_as(input, residual), residual, as_vector(weight), as_vector(bias), tracked, impl, momentum, eps,
+        relu, group,
     )  # fmt: skip
