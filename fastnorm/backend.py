@@ -208,9 +208,9 @@ def peculiarity(tensor: torch.Tensor, compiling: bool = False) -> str | None:
         return f"no kernel for the layout {tensor.layout}"
     if tensor.is_nested:
         return "no kernel for nested tensors"
-    if not compiling and (tensor.is_neg() or tensor._is_zerotensor()):
-        return "its elements are not yet what its memory holds"
-    return None
+    if not compiling and tensor.is_neg():
+        return "its sign is still to be changed"
+    return "zeros that are nowhere in memory" if not compiling and tensor._is_zerotensor() else None
 
 
 def onlooker() -> str | None:

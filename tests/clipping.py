@@ -95,5 +95,9 @@ def odd_lists() -> dict[str, list[Tensor | None]]:
         "imaginary_part": [complex_numbers.conj().imag, torch.randn(3)],
         "sign_pending": [torch._neg_view(torch.randn(7)), torch.randn(3)],
         "sparse": [torch.tensor([[0.0, 2.0], [3.0, 0.0]]).to_sparse(), torch.randn(3)],
+        "sparse_halves": [torch.tensor([[0.0, 2.0], [3.0, 0.0]]).half().to_sparse(), torch.randn(3).bfloat16()],
+        "sparse_rows": [torch.tensor([[0.0, 0.0], [3.0, 1.0]]).to_sparse(1)],
+        "uncoalesced": [torch.sparse_coo_tensor([[1, 1, 3]], torch.randn(3, 2), (4, 2)), torch.randn(3)],
+        "sparse_and_complex": [torch.tensor([[0.0, 2.0], [3j, 0.0]]).to_sparse(), torch.randn(3)],
         "integers": [torch.tensor([1, 2, 3])],
     }

@@ -116,6 +116,29 @@ def test_the_two_halves_like_stock(name, norm_type):
     torch.testing.assert_close(*results, rtol=1e-6, atol=0, equal_nan=True)
 
 
+ODD_TENSORS = {
+    "sparse_csr": lambda: torch.randn(3, 4).to_sparse_csr(),
+    "nested": lambda: torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(4, 3)]),
+    "jagged": lambda: torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(4, 3)], layout=torch.jagged),
+    "mkldnn": lambda: torch.randn(3, 4).to_mkldnn(),
+    "zero": lambda: torch._efficientzerotensor((3, 4)),
+}
+
+
+@pytest.mark.parametrize("name", ODD_TENSORS)
+@pytest.mark.filterwarnings("ignore:.*prototype:UserWarning")
+def test_norms_of_odd_tensors_like_stock(name):
+    """Those that can't well be gradients; most are refused."""
+    tensors = [ODD_TENSORS[name](), torch.randn(3)]
+    found = []
+    for utils in (fastnorm, nn.utils):
+        try:
+            found.append(utils.get_total_norm(tensors))
+        except Exception as error:  # noqa: BLE001, whatever it is, it is compared
+            found.append(type(error))
+    assert found[0] is found[1] or torch.allclose(*found)
+
+
 @pytest.mark.parametrize("name", [n for n in odd_lists() if n not in ("integers", "duplicates")])
 def test_clip_by_value_like_stock(name):
     for bound in (0.5, 0.0, -0.5, inf, nan, "0.25", torch.tensor(0.3)):

