@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from . import operators, reference
 
@@ -27,6 +26,8 @@ WITHOUT_FORMULA = ("sync_batch_norm", *CLIPS)  # in steps, or on lists: fastnorm
 BACKENDS = ("triton", "native", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _KERNEL_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor)
+# of torch.set_default_device, which minds factories alone, and of make_fx, which records operators
+_MODES_WITHOUT_INTEREST = ("torch.utils._device", "torch.fx.experimental.proxy_tensor")
 _REMEDIES = {
     "triton": "pip install triton  (Linux; comes with torch's CUDA and ROCm wheels)",
     "native": "python -m fastnorm build  (needs a C++20 compiler: gcc 10, clang 13 or newer)",
@@ -223,7 +224,7 @@ def onlooker() -> str | None:
         return "torch.jit.trace records PyTorch operations only"
     if torch._C._len_torch_function_stack():
         for mode in _get_current_function_mode_stack():
-            if not isinstance(mode, DeviceContext):  # torch.set_default_device, which minds factories alone
+            if type(mode).__module__ not in _MODES_WITHOUT_INTEREST:
                 return f"{type(mode).__name__} is a mode that sees PyTorch's functions"
     return None
 

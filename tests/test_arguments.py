@@ -103,7 +103,8 @@ def like_stock(call, value, device) -> None:
 
 @pytest.mark.parametrize("call", CALLS)
 def test_floats(call, device):
-    for value in FLOATS:
+    is_interpreted = fastnorm.explain().backend == "triton" and device == "cpu"
+    for value in FLOATS[::5] if is_interpreted else FLOATS:
         assert error_of(lambda v=value: CALLS[call](F, device, v), {}) is None, f"stock refuses {value!r}"
         like_stock(CALLS[call], value, device)
 
@@ -116,7 +117,8 @@ def test_what_is_no_float(call):
 
 @pytest.mark.parametrize("call", INT_CALLS)
 def test_integers(call, device):
-    for value in INTS:
+    is_interpreted = fastnorm.explain().backend == "triton" and device == "cpu"
+    for value in INTS[::3] if is_interpreted else INTS:
         assert error_of(lambda v=value: INT_CALLS[call](F, device, v), {}) is None, f"stock refuses {value!r}"
         like_stock(INT_CALLS[call], value, device)
 
