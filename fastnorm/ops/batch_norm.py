@@ -122,9 +122,8 @@ def batch_norm(
     Source: torch.nn.functional.batch_norm; Ioffe & Szegedy, "Batch Normalization", 2015.
     """
     relu = check_activation("batch_norm", activation, "relu")
-    vectors = weight, bias, running_mean, running_var
     running = None if running_mean is None and running_var is None else (running_mean, running_var)
-    if backend.needs_formula("batch_norm", input, residual, *vectors):
+    if backend.needs_formula("batch_norm", input, residual, weight, bias, running_mean, running_var):
         input = autocast("batch_norm", input)
         momentum = checked_momentum(momentum, input)
         return reference.batch_norm(input, residual, weight, bias, running, training, momentum, eps, relu)
@@ -138,8 +137,7 @@ def batch_norm(
     except (RuntimeError, IndexError):
         if input.numel():  # of an empty input torch asks nothing, not even a second dimension
             raise
-    if training:
-        check_several_values(input, values_per_channel(input))
+    check_several_values(input, values_per_channel(input) if training else 0)
     input = autocast("batch_norm", input)
     eps, momentum = checked_eps("batch_norm", eps, zero_allowed=not training), checked_momentum(momentum, input)
     is_plain = not training and residual is None and not relu
