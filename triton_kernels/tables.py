@@ -63,7 +63,7 @@ class Table:
     def __init__(self, entries: Sequence[Entry], device: torch.device) -> None:
         self.entries, self.device = entries, device
         key = tuple((entry.lead, entry.size, entry.dtype) for entry in entries)
-        self.layout = _layouts.get((key, *_place(device)), lambda: _layout(entries, device))
+        self.layout = _layouts.get(key, device, lambda: _layout(entries, device))
         starts = [entries[i].address - entries[i].lead * entries[i].dtype.itemsize for i in self.layout.order]
         self.addresses = upload(starts, torch.int64, device)
 
@@ -78,25 +78,39 @@ class Table:
 
 
 class _Recent:
-    """The values of the last few keys."""
+    """What was made for the last few keys, and for good what was asked for while a graph was captured: its replays
+    read the memory that it lies in, and nobody tells when the last one is over."""
 
     def __init__(self, limit: int) -> None:
-        self.limit, self.values = limit, OrderedDict()
+        self.limit, self.values, self.captured = limit, OrderedDict(), {}
 
-    def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        value = self.values.pop(key, None)
-        self.values[key] = value = make() if value is None else value
+    def get(self, key: Hashable, device: torch.device, make: Callable[[], T]) -> T:
+        """make(), or what it gave for the same key on the same stream: tables are copied without waiting for them.
+
+        A capture has a stream of its own, and begins when all streams are done: it takes the tables of any."""
+        if _is_capturing(device):
+            return self._get_captured((key, device), make)
+        place = (key, device, _stream(device))
+        value = self.values.pop(place, None)
+        self.values[place] = value = make() if value is None else value
         while len(self.values) > self.limit:
             self.values.popitem(last=False)
         return value
+
+    def _get_captured(self, key: tuple[Hashable, torch.device], make: Callable[[], T]) -> T:
+        if key not in self.captured:
+            found = (value for place, value in self.values.items() if place[:2] == key)
+            value = next(found, None)
+            self.captured[key] = make() if value is None else value
+        return self.captured[key]
 
 
 _layouts, _tables = _Recent(32), _Recent(32)
 
 
 def recent(key: Hashable, device: torch.device, make: Callable[[], T]) -> T:
-    """make(), or what it gave for the same key on the same stream: tables are copied without waiting for them."""
-    return _tables.get((key, *_place(device)), make)
+    """What _Recent.get says, of tables."""
+    return _tables.get(key, device, make)
 
 
 def entries_of(tensors: Sequence[Tensor]) -> tuple[Entry, ...]:
@@ -129,7 +143,7 @@ def upload(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> T
     host = torch.tensor(values, dtype=dtype)
     if device.type == "cpu":  # an interpreter's, or a virtual GPU's
         return host
-    if torch.cuda.is_current_stream_capturing():
+    if _is_capturing(device):
         raise RuntimeError(
             "this list of tensors is new, and a graph can't keep the copy of its addresses: call the clip once on the "
             "same gradients before the capture, or build fastnorm's CUDA extension, whose kernels need no copy"
@@ -137,8 +151,16 @@ def upload(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> T
     return host.pin_memory().to(device, non_blocking=True)
 
 
-def _place(device: torch.device) -> tuple[torch.device, int]:
-    return device, 0 if device.type != "cuda" else torch.cuda.current_stream(device).cuda_stream
+def _stream(device: torch.device) -> int:
+    return 0 if device.type != "cuda" else torch.cuda.current_stream(device).cuda_stream
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether what is launched on the device now becomes part of a CUDA graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _layout(entries: Sequence[Entry], device: torch.device) -> Layout:
