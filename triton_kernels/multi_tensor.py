@@ -196,7 +196,7 @@ def clip_results(norms: Tensor, sums: Tensor, norm_type: float, max_norm: float)
         # grid: one program
         _total_kernel[(1,)](
             sums, total, coefficient, nonfinite, len(norms), bits_of(max_norm),
-            KIND=kind_of(norm_type), P=float(norm_type), BLOCK=FOLD, num_warps=4,
+            KIND=kind_of(norm_type), P=float(norm_type), BLOCK=FOLD, **launch.options(4),
         )  # fmt: skip
     return total, coefficient, nonfinite
 
@@ -219,7 +219,7 @@ def norms_of(table: tables.Table, norm_type: float, dtype: torch.dtype) -> tuple
                 ROWS=rows, COLS=cols, **launch.options(warps),
             )  # fmt: skip
         # grid: one program for each tensor
-        _fold_tensor_kernel[(count,)](layout.tensors, partials, sums, norms, **norm, BLOCK=FOLD, num_warps=4)
+        _fold_tensor_kernel[(count,)](layout.tensors, partials, sums, norms, **norm, BLOCK=FOLD, **launch.options(4))
     return norms, sums
 
 
@@ -233,7 +233,7 @@ def change(table: tables.Table, factors: Tensor | None, bound: float = math.inf,
             _change_kernel[(group.count,)](
                 table.addresses, layout.tensors, layout.piece_tensor, factors, group.first, bits_of(bound),
                 PER_TENSOR=per_tensor, DTYPE=triton_dtype(group.dtype),
-                PIECE=layout.piece_bytes // group.dtype.itemsize, ROWS=rows, COLS=cols, num_warps=warps,
+                PIECE=layout.piece_bytes // group.dtype.itemsize, ROWS=rows, COLS=cols, **launch.options(warps),
             )  # fmt: skip
 
 

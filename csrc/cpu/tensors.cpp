@@ -51,11 +51,7 @@ at::Tensor empty(at::IntArrayRef sizes, at::ScalarType type, at::MemoryFormat fo
   // What torch.empty does, too, for those who look for reads of memory that was never written.
   const at::Context& context = at::globalContext();
   if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {
-    if (at::isFloatingType(type)) {
-      at::isFloatingType(type) ? tensor.fill_(std::numeric_limits<double>::quiet_NaN()) : tensor.fill_(255);
-    } else {
-      tensor.fill_(255);
-    }
+    at::isFloatingType(type) ? tensor.fill_(std::numeric_limits<double>::quiet_NaN()) : tensor.fill_(255);
   }
   return tensor;
 }
