@@ -7,6 +7,8 @@ The backends are imported once, here. One that is absent is recorded with its re
 from __future__ import annotations
 
 import importlib
+import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -73,15 +75,29 @@ _native_clip_devices = (
     () if _native is None else tuple(d for d in ("cpu", "cuda") if _native.serves(d, "multi_tensor_norm"))
 )
 _library = None if _triton is None else operators.register("fastnorm_triton", _triton)
-_forced: str | None = None
+
+
+class _Setting:
+    """One entry of _settings: a block that is open, or a plain call, which may yet turn out to begin a block."""
+
+    def __init__(self, maker: use, is_block: bool) -> None:
+        self.backend, self.maker, self.is_block = maker.backend, weakref.ref(maker), is_block
+        self.thread = threading.get_ident()
+        # the block around it
+        self.block = next((s for s in reversed(_settings) if s.is_block and s.thread == self.thread), None)
 
 
 class use:
     """Names the backend of every call that follows, or of the calls in a `with` block.
 
     `use("triton")`, `use("native")`, `use("reference")` or `use(None)`, which is automatic. Under a named backend, a
-    call that it can't serve raises a RuntimeError; nothing falls back silently. The setting is the process's, not the
-    thread's, so that it also holds in autograd's threads.
+    call that it can't serve raises a RuntimeError; nothing falls back silently.
+
+    The setting is the process's: it also holds in the threads of a pool, and in autograd's, where checkpoints are
+    computed again and hooks may clip. A block is in force until its end, a plain call until the next one or the end of
+    the block around it; of all that are in force, the newest holds. So blocks of threads or tasks may overlap and leave
+    nothing behind; while they do, the one that was entered last holds for all. A process that is forked starts with the
+    setting of that moment, any other with None.
 
     Raises ValueError for an unknown name, RuntimeError for a backend that isn't there.
     """
@@ -92,17 +108,52 @@ class use:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, but got {backend!r}")
         if backend in _absent:
             raise RuntimeError(f"the {backend} backend is not available: {_absent[backend]}")
-        self.backend, self.previous = backend, _forced
-        _forced = backend
+        self.backend, self.before, self.plain = backend, _forced, None
+        if torch.compiler.is_compiling():  # torch.compile traces a plain name, but no locks and no threads
+            _forced = backend
+            return
+        with _changing:
+            self.plain = _Setting(self, is_block=False)
+            _put_in_force([*_without_superseded(self.plain.block), self.plain])
 
     def __enter__(self) -> use:
         global _forced
-        _forced = self.backend  # other settings may have followed the constructor
+        if torch.compiler.is_compiling():
+            _forced = self.backend
+            return self
+        with _changing:
+            # what seemed to be a plain call was the beginning of a block
+            others = [s for s in _settings if s is not self.plain]
+            _put_in_force([*others, _Setting(self, is_block=True)])
         return self
 
     def __exit__(self, *exception: object) -> None:
         global _forced
-        _forced = self.previous
+        if torch.compiler.is_compiling():
+            _forced = self.before
+            return
+        with _changing:
+            mine = [s for s in _settings if s.is_block and s.maker() is self]
+            ended = [s for s in mine if s.thread == threading.get_ident()][-1:] or mine[-1:]
+            _put_in_force([s for s in _settings if s not in ended and (s.is_block or s.block not in ended)])
+
+
+_settings: list[_Setting] = []  # in force, the newest last
+_forced: str | None = None  # the newest one's backend: all that a call looks at
+_changing = threading.Lock()
+
+
+def _put_in_force(settings: list[_Setting]) -> None:
+    global _settings, _forced
+    _settings, _forced = settings, settings[-1].backend if settings else None
+
+
+def _without_superseded(block: _Setting | None) -> list[_Setting]:
+    """The settings, less the plain calls in `block` that another one has ended: one whose object is gone, which can't
+    begin a block any more."""
+    plain = [s for s in _settings if not s.is_block and s.block is block]
+    last = max((i for i, s in enumerate(plain) if s.maker() is None), default=0)
+    return [s for s in _settings if s not in plain[:last]]
 
 
 def call_directly(op: str, *arguments: Any) -> Any:

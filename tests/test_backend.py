@@ -1,6 +1,10 @@
 """Who serves a call: naming a backend, being refused by it, and being told why."""
 
+import asyncio
+import contextlib
+import itertools
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -97,6 +101,101 @@ def test_use_holds_in_other_threads():
         thread.start()
         thread.join()
     assert seen == ["named by fastnorm.use"]
+
+
+INTERLEAVED = sorted(set(itertools.permutations([0, 0, 0, 1, 1, 1])))
+
+
+@pytest.mark.parametrize("turns", INTERLEAVED, ids=lambda turns: "".join(map(str, turns)))
+def test_blocks_of_threads_may_overlap(turns, monkeypatch):
+    """Each thread makes its object, enters the block and leaves it, in every order that two threads can do that in. The
+    newest that is in force holds for both, and in the end what held before."""
+    monkeypatch.setattr(backend, "_absent", {})
+    fastnorm.use("reference")
+    names, made, in_force = ("native", "triton"), {}, ["reference"]
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        for place, thread in enumerate(turns):
+            pool, name, step = (first, second)[thread], names[thread], turns[:place].count(thread)
+            if step == 0:
+                made[thread] = pool.submit(fastnorm.use, name).result()
+            else:
+                pool.submit(made[thread].__enter__ if step == 1 else made[thread].__exit__).result()
+            in_force = [other for other in in_force if other != name] + [name] * (step < 2)
+            assert pool.submit(named).result() == named() == in_force[-1]
+    assert named() == "reference"
+
+
+def test_blocks_of_many_threads_leave_nothing_behind():
+    together = threading.Barrier(8)
+
+    def work(name):
+        together.wait()
+        for _ in range(200):
+            with fastnorm.use(name), fastnorm.use(None):
+                pass
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, ["reference", None] * 4))
+    assert named() is None and len(backend._settings) == 1, "the fixture's alone"
+
+
+def test_blocks_of_tasks_may_overlap():
+    async def task(name, entered, leaves):
+        with fastnorm.use(name):
+            entered.set()
+            await leaves.wait()
+
+    async def overlapping():
+        entered, leaves = ([asyncio.Event(), asyncio.Event()] for _ in range(2))
+        tasks = []
+        for i, name in enumerate(("reference", None)):
+            tasks.append(asyncio.create_task(task(name, entered[i], leaves[i])))
+            await entered[i].wait()
+        seen = [named()]
+        for leave, each in zip(leaves, tasks, strict=True):
+            leave.set()
+            await each
+            seen.append(named())
+        return seen
+
+    fastnorm.use("reference")
+    assert asyncio.run(overlapping()) == [None, None, "reference"]
+
+
+def test_a_plain_call_holds_for_the_process():
+    """Whatever blocks other threads have open; in a block, till its end."""
+    with ThreadPoolExecutor(1) as pool:
+        with fastnorm.use(None):
+            pool.submit(lambda: fastnorm.use("reference") and None).result()
+            assert named() == "reference"
+        assert named() == "reference"
+        with fastnorm.use("reference"):
+            fastnorm.use(None)
+            with fastnorm.use("reference"):
+                assert named() == "reference"
+            assert named() is None
+        assert named() == "reference"
+
+
+def test_plain_calls_do_not_pile_up():
+    kept = fastnorm.use("reference")
+    with contextlib.ExitStack() as stack:
+        for _ in range(100):
+            fastnorm.use("reference")
+            fastnorm.use(None)
+        assert len(backend._settings) < 6
+        stack.enter_context(kept)
+        assert named() == "reference"
+    assert named() is None
+
+
+def test_a_block_within_compiled_code():
+    def reference_inside(x):
+        with fastnorm.use("reference"):
+            return fastnorm.functional.rms_norm(x, (8,)), fastnorm.explain(x).reason
+
+    y, reason = torch.compile(reference_inside, fullgraph=True, backend="eager")(torch.ones(2, 8))
+    assert reason == "named by fastnorm.use" and named() is None
 
 
 @pytest.mark.parametrize("name", ["cuda", "", "Triton", "automatic", 3, torch])
