@@ -24,6 +24,28 @@ ROW_NORMS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
 CHANNEL_NORMS = ("batch_norm", "batch_norm_evaluation", "sync_batch_norm", "group_norm")
 CLIPS = ("clip_grad_norm", "adaptive_clip_grad")
 OPERATIONS = (*ROW_NORMS, *CHANNEL_NORMS, *CLIPS)
+_MODULES = {
+    "LayerNorm": "layer_norm",
+    "RMSNorm": "rms_norm",
+    "AddLayerNorm": "add_layer_norm",
+    "AddRMSNorm": "add_rms_norm",
+    "BatchNorm1d": "batch_norm",
+    "BatchNorm2d": "batch_norm",
+    "BatchNorm3d": "batch_norm",
+    "SyncBatchNorm": "sync_batch_norm",
+    "GroupNorm": "group_norm",
+}
+_CLIP_FUNCTIONS = {
+    "clip_grad_norm_": "clip_grad_norm",
+    "clip_grad_value_": "clip_grad_norm",
+    "clip_grads_with_norm_": "clip_grad_norm",
+    "clip_grad_norm_in_optimizer": "clip_grad_norm",
+    "get_total_norm": "clip_grad_norm",
+    "gradient_health": "clip_grad_norm",
+    "adaptive_clip_grad_": "adaptive_clip_grad",
+}
+# every name by which `explain` knows an operation
+_OPERATION_OF = {**{op: op for op in OPERATIONS}, **_MODULES, **_CLIP_FUNCTIONS}
 WITHOUT_FORMULA = ("sync_batch_norm", *CLIPS)  # in steps, or on lists: fastnorm.reference has a backend's functions
 BACKENDS = ("triton", "native", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -315,17 +337,17 @@ def explain(x: torch.Tensor | None = None, op: str = "rms_norm") -> Explanation:
     """Which backend `op` takes for the input `x`, and why.
 
     x: a tensor like the one to be normalised, or a gradient; without one, a float32 CPU tensor is meant.
-    op: one of layer_norm, rms_norm, add_layer_norm, add_rms_norm, batch_norm (in training, or with an activation or a
-        residual), batch_norm_evaluation (without), sync_batch_norm, group_norm, clip_grad_norm, adaptive_clip_grad.
+    op: the name of a function or module of fastnorm that computes something, such as "layer_norm", "GroupNorm" or
+        "clip_grad_norm_"; or batch_norm_evaluation, which is batch_norm in evaluation without activation and residual.
 
     Raises ValueError for another name.
     """
-    if op not in OPERATIONS:
-        raise ValueError(f"op must be one of {', '.join(OPERATIONS)}, but got {op!r}")
+    if op not in _OPERATION_OF:
+        raise ValueError(f"op must be one of {', '.join(_OPERATION_OF)}, but got {op!r}")
     x = torch.empty(0) if x is None else x
     try:
-        if needs_formula(op, x):
+        if needs_formula(_OPERATION_OF[op], x):
             return Explanation(op, "reference", str(_obstacle(x)))
-        return Explanation(op, *_choose(op, x))
+        return Explanation(op, *_choose(_OPERATION_OF[op], x))
     except RuntimeError as error:
         return Explanation(op, "none", str(error))

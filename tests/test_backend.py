@@ -194,7 +194,7 @@ def test_a_block_within_compiled_code():
         with fastnorm.use("reference"):
             return fastnorm.functional.rms_norm(x, (8,)), fastnorm.explain(x).reason
 
-    y, reason = torch.compile(reference_inside, fullgraph=True, backend="eager")(torch.ones(2, 8))
+    _, reason = torch.compile(reference_inside, fullgraph=True, backend="eager")(torch.ones(2, 8))
     assert reason == "named by fastnorm.use" and named() is None
 
 
@@ -350,6 +350,20 @@ def test_explain_tells_what_is_done(op, device):
     assert chosen.backend == named() and chosen.reason == "named by fastnorm.use"
     picked = backend.pick(op, torch.ones(2, 8, device=device))
     assert picked is {"reference": None, "native": backend._native, "triton": backend._triton}[chosen.backend]
+
+
+def test_explain_knows_what_users_call():
+    """Every public function and module that computes something, by its own name."""
+    classes = [n for n, v in vars(fastnorm).items() if isinstance(v, type) and issubclass(v, torch.nn.Module)]
+    clips = [n for n in fastnorm.clip.__all__ if n.endswith("_") or n.startswith(("clip", "get", "gradient"))]
+    names = [*fastnorm.functional.__all__, *classes, *clips]
+    assert len(names) == 6 + 9 + 7
+    for name in names:
+        explanation = fastnorm.explain(op=name)
+        assert explanation.op == name and explanation.backend in BACKENDS
+    for name, op in (("BatchNorm2d", "batch_norm"), ("clip_grad_norm_", "clip_grad_norm")):
+        assert fastnorm.explain(op=name).reason == fastnorm.explain(op=op).reason
+    assert len(backend.OPERATIONS) < 12, "python -m fastnorm lists each once"
 
 
 def test_explain_rejects_unknown_operations():
