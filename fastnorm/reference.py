@@ -6,6 +6,7 @@ checked and with every default resolved. The functions for lists of tensors are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -26,12 +27,23 @@ def layer_norm(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """y = (x − mean) · rstd · w + b over the last len(normalized_shape) dimensions."""
-    if not zero_centered and out_dtype == x.dtype and _stock_takes(x, weight, bias):
+    is_lone = math.prod(normalized_shape) == 1
+    if not is_lone and not zero_centered and out_dtype == x.dtype and _stock_takes(x, weight, bias):
         return F.layer_norm(x, normalized_shape, weight, bias, eps)
     dtype = stat_dtype(torch.promote_types(x.dtype, out_dtype))
     weight = _applied(weight, zero_centered, dtype)
     bias = None if bias is None else bias.to(dtype)
+    if is_lone:
+        return _lone(x.to(dtype), weight, bias, eps).to(out_dtype)
     return F.layer_norm(x.to(dtype), normalized_shape, weight, bias, eps).to(out_dtype)
+
+
+def _lone(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """y of elements that are each a row, or a group, of its own: x̂ and its gradient are 0, where stock returns what its
+    rounding leaves of them, times rstd."""
+    y = x * (0.0 if eps > 0 else math.nan)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
 
 
 def rms_norm(
@@ -106,20 +118,27 @@ def group_norm(
     """y = silu((x − mean) · rstd · w + b) over each sample's groups of channels."""
     if weight is None and bias is not None:
         weight = torch.ones_like(bias)  # without one, stock's backward on the CPU raises before torch 2.13
-    if out_dtype == x.dtype and _stock_mixes(x, weight, bias):
+    is_lone = x.shape[1] == groups and math.prod(x.shape[2:]) == 1
+    if not is_lone and out_dtype == x.dtype and _stock_mixes(x, weight, bias):
         z = F.group_norm(x, groups, weight, bias, eps)
     else:
         dtype = stat_dtype(torch.promote_types(x.dtype, out_dtype))
-        parameters = (None if p is None else p.to(dtype) for p in (weight, bias))
-        z = F.group_norm(x.to(dtype), groups, *parameters, eps)
+        parameters = [None if p is None else p.to(dtype) for p in (weight, bias)]
+        if is_lone:
+            along = (-1, *[1] * (x.dim() - 2))
+            z = _lone(x.to(dtype), *(None if p is None else p.view(along) for p in parameters), eps)
+        else:
+            z = F.group_norm(x.to(dtype), groups, *parameters, eps)
     return (F.silu(z) if silu else z).to(out_dtype)
 
 
 def batch_norm_statistics(x: Tensor, memory_format: torch.memory_format) -> Tensor:
     """(2, C): each channel's mean and its sum of squared differences from it."""
     values = x.to(stat_dtype(x.dtype))
-    mean = values.mean(_pooled_dims(x), keepdim=True)
-    return torch.stack((mean.flatten(), (values - mean).square().sum(_pooled_dims(x))))
+    dims = _pooled_dims(x)
+    mean = values.mean(dims, keepdim=True)
+    mean = mean + (values - mean).mean(dims, keepdim=True)  # exact where a channel's values are all alike
+    return torch.stack((mean.flatten(), (values - mean).square().sum(dims)))
 
 
 def batch_norm_normalize(

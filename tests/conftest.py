@@ -48,6 +48,19 @@ def _round_bfloat16_in_the_interpreter() -> None:
     builder.create_fp_to_fp = cast
 
 
+def _fuse_in_the_interpreter() -> None:
+    """Triton's interpreter rounds a multiply-add's product, which is what a card's does not, and kernels rely on."""
+    import numpy as np
+    from triton.runtime import interpreter
+
+    def fma(self, x, y, z):
+        wide = {np.dtype(np.float32): np.float64, np.dtype(np.float64): np.longdouble}[z.data.dtype]
+        fused = x.data.astype(wide) * y.data + z.data
+        return interpreter.TensorHandle(fused.astype(z.data.dtype), z.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_fma = fma
+
+
 def _patch_once_in_the_interpreter() -> None:
     """Triton's interpreter patches its language anew for every function that a kernel calls, which takes most of its
     time; what the kernel's launch, or an earlier call, has patched already can stay."""
@@ -70,6 +83,7 @@ if SIMULATED:
 
 if backend._triton is not None and backend._triton.INTERPRETED:
     _round_bfloat16_in_the_interpreter()
+    _fuse_in_the_interpreter()
     _patch_once_in_the_interpreter()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..views import ChannelView, contiguous
 from . import launch, pixels, planes
 from .moments import group_means, join_moments
@@ -34,5 +36,7 @@ def group_norm_backward(
         partials = layout.sums(dy, None, x, affine, statistics, groups=groups, silu=silu)
         means = group_means(partials, affine[0], x[0].numel() // groups, groups)
         dbias, dweight = column_sums(partials.rows, [dbias_dtype, dweight_dtype])
+        if x[0].numel() == groups:
+            statistics = mean, torch.zeros_like(rstd)  # of one element, dx is 0 whatever is rounded
         layout.gradient(dy, None, x, affine, statistics, means, view.blocks(dx), None, groups=groups, silu=silu)
     return dx, dweight, dbias

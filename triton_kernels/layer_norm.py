@@ -22,6 +22,7 @@ from .tiles import (
     load_weight_tile,
     load_weight_tiles,
     reciprocal_sqrt,
+    row_mean,
     settled,
     store_partials,
     store_stream_gradient,
@@ -53,7 +54,7 @@ def _layer_norm_forward_kernel(
         h = load_stream(x_ptr, residual_ptr, h_ptr, x_at + at, residual_at + at, y_at + at, mask, stat)
         total += h
         tiles = tiles + (h,)
-    mean = tl.sum(total, axis=1, keep_dims=True) * (1.0 / N_COLS)
+    mean = row_mean(tl.sum(total, axis=1, keep_dims=True), N_COLS)
     remainder, square_sum = tl.zeros((ROWS, TILE), stat), tl.zeros((ROWS, TILE), stat)
     centered = ()
     for t in tl.static_range(N_TILES):
@@ -67,7 +68,8 @@ def _layer_norm_forward_kernel(
         centered = centered + (c,)
     # scaled before the lanes are added: n squares of 1e18 have a mean that fits, and a sum that does not
     if REFINE:
-        shift, variance = sum_pair(lane_means(remainder, N_COLS), lane_means(square_sum, N_COLS))
+        shift, variance = sum_pair(remainder, lane_means(square_sum, N_COLS))
+        shift = row_mean(shift, N_COLS)
         variance = tl.maximum(variance - shift * shift, 0.0, tl.PropagateNan.ALL)
         mean += shift
     else:
@@ -110,6 +112,9 @@ def _layer_norm_long_forward_kernel(
     # a lane's part of the row; Chan's rule then joins the lanes
     share = tl.cdiv(tl.maximum(n_cols - tl.arange(0, TILE), 0), TILE).to(stat) / tl.cast(n_cols, stat)
     mean = tl.sum(lane_mean * share)
+    # rounding can't push it out from between the lanes' means: where they are all alike, it is exact
+    mean = tl.maximum(mean, tl.min(lane_mean), tl.PropagateNan.ALL)
+    mean = tl.minimum(mean, tl.max(lane_mean), tl.PropagateNan.ALL)
     deviation = tl.where(share > 0, lane_mean - mean, 0.0)
     shift = tl.sum(deviation * share)
     variance = tl.sum(lane_squares / tl.cast(n_cols, stat) + share * deviation * deviation, axis=0, keep_dims=True)
@@ -223,6 +228,8 @@ def _layer_norm_backward_kernel(
                     col_mask = tile_mask(t, lane, None, N_COLS, TILE)
                     g *= load_weight(weight_ptr + lane + t * TILE, col_mask, stat, ZERO_CENTERED)
             dx = g - offset + c * slope
+            if N_COLS == 1:
+                dx *= 0.0  # x̂ is 0 whatever x is: what a fused product is not rounded by must not get through
             store_stream_gradient(
                 dx, dx_ptr, dresidual_ptr, dh_ptr,
                 rows * N_COLS + lane + t * TILE, rows * dh_stride + lane + t * TILE, mask,
@@ -313,7 +320,7 @@ def add_layer_norm_forward(x, residual, dims, weight, bias, eps, zero_centered, 
             # grid: one program for each tiles.rows rows
             _layer_norm_forward_kernel[(triton.cdiv(rows, tiles.rows),)](
                 *arguments, rows, *strides,
-                EPS=eps, ZERO_CENTERED=zero_centered, REFINE=_refines(x if h is None else h),
+                EPS=eps, ZERO_CENTERED=zero_centered, REFINE=_refines(cols, x if h is None else h),
                 N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows, **launch.options(tiles.warps),
             )  # fmt: skip
     return y, h, mean, rstd
@@ -347,10 +354,11 @@ def add_layer_norm_backward(
     return dx, dresidual, dweight, dbias
 
 
-def _refines(h):
+def _refines(cols, h):
     """Whether to centre twice: what rounding left in a mean ≫ std shows in the centred values, exactly. 16-bit rows
-    are too coarse for it to matter."""
-    return h.element_size() >= 4
+    are too coarse for it to matter, and sums of one value fit into float32's 24 bits: the 8 or 11 of the value, and
+    those of the number of terms, which in aligned rows is a multiple of a thread's 8."""
+    return h.element_size() >= 4 or (h.dtype == torch.float16 and cols > 8192 and cols % 8 > 0)
 
 
 def _backward_resident(arguments, itemsize, dtypes, zero_centered):

@@ -119,11 +119,15 @@ def _join_moments_kernel(
     units = tl.program_id(0) * UNITS + tl.arange(0, UNITS)[None, :]
     unit_mask = units < n_units
     n = tl.cast(count, tl.float64)
+    # the mean of the distances from one slice's: exact where all are alike, whatever rounding the shares have
+    first, _, is_there = _items(0, units, n_items, n_units, n_slices, n_inner, span, 1)
+    origin = _slice_mean(partial_ptr, n_partials, first, is_there)
     mean = tl.zeros((ITEMS, UNITS), tl.float64)
     for start in range(0, n_items, ITEMS):
         at, row, mask = _items(start, units, n_items, n_units, n_slices, n_inner, span, ITEMS)
-        mean += _slice_mean(partial_ptr, n_partials, at, mask) * _share(row, n_slices, length, total, n)
-    mean = tl.sum(mean, axis=0, keep_dims=True)
+        distance = tl.where(mask, _slice_mean(partial_ptr, n_partials, at, mask) - origin, 0.0)
+        mean += distance * _share(row, n_slices, length, total, n)
+    mean = origin + tl.sum(mean, axis=0, keep_dims=True)
     variance = tl.zeros((ITEMS, UNITS), tl.float64)
     for start in range(0, n_items, ITEMS):
         at, row, mask = _items(start, units, n_items, n_units, n_slices, n_inner, span, ITEMS)

@@ -185,6 +185,15 @@ def lane_means(sums, N_COLS: tl.constexpr):
 
 
 @triton.jit
+def row_mean(total, N_COLS: tl.constexpr):
+    """total / N_COLS, rounded once: the mean of N times the same number is that number. The product with 1 / N_COLS may
+    be a unit off, and where std is zero, that unit over √eps would be all of y."""
+    zeros = tl.zeros_like(total)
+    mean = total * (1.0 / N_COLS)
+    return tl.fma(tl.fma(mean, zeros - N_COLS, total), zeros + (1.0 / N_COLS), mean)
+
+
+@triton.jit
 def sum_pair(a, b):
     """The sums of a and b along each row, as (rows, 1): one exchange between the warps for both."""
     if _INTERPRETED:  # there, joined numbers are added one after the other, with more rounding than in a tree

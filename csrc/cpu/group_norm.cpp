@@ -62,12 +62,12 @@ void check_parameters(int64_t channels, int64_t groups, const optional<Tensor>& 
   check_parameter(bias, "bias", {channels});
 }
 
-// The statistics of a group whose channels have `depth` elements each.
+// The statistics of a group whose channels have `depth` elements each; the mean of equal means is exact.
 std::pair<double, double> merge_channels(const double* mean, const double* square_sum, int64_t channels,
                                          double depth) {
-  double group_mean = 0, group_square_sum = 0;
-  for (int64_t c = 0; c < channels; ++c) {
-    group_mean += mean[c] / static_cast<double>(channels);
+  double group_mean = mean[0], group_square_sum = 0;
+  for (int64_t c = 1; c < channels; ++c) {
+    group_mean += (mean[c] - mean[0]) / static_cast<double>(channels);
   }
   for (int64_t c = 0; c < channels; ++c) {
     const double distance = mean[c] - group_mean;
@@ -163,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_backward(const Tensor& dy, const T
         sums.add_up(pool, row * pieces, (row + 1) * pieces, 0, width, here[0], here[1]);
       }
       for (int64_t group = first; group < last; ++group) {
-        const S inverse = rstds[group];
+        const S inverse = n == 1 ? 0 : rstds[group];  // of one element, dx is 0 whatever is rounded
         double sum = 0, product = 0;
         for (int64_t k = 0; k < call.in_group; ++k) {
           const int64_t at = group * call.in_group + k;

@@ -177,11 +177,14 @@ void add_rows(const void* x, const void* residual, void* h, int64_t n) {
   });
 }
 
-// For rows whose float sums overflow though their squares may not; rows with inf or NaN come here too.
+// For rows whose float sums overflow though their squares may not; rows with inf or NaN come here too. The mean is
+// that of the distances from the first element: exact where all are alike.
 template <typename T>
 __attribute__((noinline)) Spread spread_in_double(const T* x, int64_t n, bool centred) {
   ComputeType<T> tile[64];
   Spread result = {0, 0};
+  load_row<T>(x, tile, 1);
+  const double origin = tile[0];
   for (int pass = centred ? 0 : 1; pass < 2; ++pass) {
     double sum = 0;
     for (int64_t first = 0; first < n; first += 64) {
@@ -189,10 +192,10 @@ __attribute__((noinline)) Spread spread_in_double(const T* x, int64_t n, bool ce
       load_row<T>(x + first, tile, size);
       for (int64_t i = 0; i < size; ++i) {
         const double value = tile[i] - result.mean;
-        sum += pass == 0 ? value / n : value * value;
+        sum += pass == 0 ? value / n - origin / n : value * value;
       }
     }
-    (pass == 0 ? result.mean : result.square_sum) = sum;
+    (pass == 0 ? result.mean : result.square_sum) = pass == 0 ? origin + sum : sum;
   }
   return result;
 }
@@ -343,21 +346,23 @@ void layer_norm_backward(const BackwardRow<ComputeType<T>>& row) {
   const T* dh = static_cast<const T*>(r.dh);
   T* dx = static_cast<T*>(r.dx);
   const auto [mean, rstd] = r.moments;
+  // Of one element, dx is 0: what a fused product is not rounded by must not get through.
+  const S scale = r.n == 1 ? 0 : rstd;
   Sum<V> sum, sum_along;
   each_summed<V>(r.n, [&, mean = mean, rstd = rstd](int64_t i, int slot, Part part) ALWAYS_INLINE {
     const V grad = keep(load(dy + i, part) * load(r.weight + i, part), part);
     sum.chain[slot] += grad;
     sum_along.chain[slot] += keep((load(x + i, part) - mean) * rstd * grad, part);
   }, sum, sum_along);
-  const S level = static_cast<S>(sum.total() / r.n) * rstd;
-  const S along = static_cast<S>(sum_along.total() / r.n) * rstd;
+  const S level = static_cast<S>(sum.total() / r.n) * scale;
+  const S along = static_cast<S>(sum_along.total() / r.n) * scale;
   each_vector<V, 2>(0, r.n, [=, mean = mean, rstd = rstd](int64_t i, int, Part part) ALWAYS_INLINE {
     const V x_hat = (load(x + i, part) - mean) * rstd;
     const V grad = load(dy + i, part);
     prefetch(x + i, r.x_ahead);
     prefetch(dy + i, r.dy_ahead);
     prefetch(dx + i, r.dx_ahead);  // the processor reads what it will overwrite
-    V result = grad * load(r.weight + i, part) * rstd - (x_hat * along + level);
+    V result = grad * load(r.weight + i, part) * scale - (x_hat * along + level);
     if (dh) {
       result += load(dh + i, part);
     }

@@ -29,12 +29,15 @@ INLINE void merge_sums(const Merge& merge, double added, double centre, double s
   merge(mean, square_sum, centre + offset, about_mean < 0 ? 0 : about_mean);
 }
 
-// For blocks whose float sums overflow though their squares may not; blocks with inf or NaN come here too.
+// For blocks whose float sums overflow though their squares may not; blocks with inf or NaN come here too. As in a row,
+// the mean is exact where all elements are alike.
 template <typename T>
 __attribute__((noinline)) void merge_in_double(const SpreadBlock<ComputeType<T>>& b, int64_t begin, int64_t end,
                                                double& mean, double& square_sum) {
   const double added = static_cast<double>(b.rows * (end - begin));
   ComputeType<T> tile[word_size];
+  load_row<T>(reinterpret_cast<const T*>(b.x.data) + begin, tile, 1);
+  const double origin = tile[0];
   double centre = 0, sum = 0;
   for (int pass = 0; pass < 2; ++pass) {
     sum = 0;
@@ -45,11 +48,11 @@ __attribute__((noinline)) void merge_in_double(const SpreadBlock<ComputeType<T>>
         load_row<T>(x + first, tile, size);
         for (int64_t i = 0; i < size; ++i) {
           const double value = tile[i] - centre;
-          sum += pass == 0 ? value / added : value * value;
+          sum += pass == 0 ? value / added - origin / added : value * value;
         }
       }
     }
-    centre = pass == 0 ? sum : centre;
+    centre = pass == 0 ? origin + sum : centre;
   }
   Merge(b.count, added)(mean, square_sum, centre, sum);
 }

@@ -56,7 +56,8 @@ def _gathered_moments(
     dist.all_gather(list(everyone.unbind()), mine, group)
     means, square_sums, counts = everyone.split((channels, channels, 1), dim=1)
     count = counts.sum()
-    mean = (means * counts).sum(0) / count
+    origin = means[counts.argmax()]  # distances from one mean have an exact one where all means are alike
+    mean = origin + ((means - origin) * counts).sum(0) / count
     return mean, (square_sums + counts * (means - mean).square()).sum(0) / count, count
 
 
