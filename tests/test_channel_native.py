@@ -144,6 +144,15 @@ def test_values_whose_squares_overflow(size, dtype, channels_last):
 
 
 @layouts
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+def test_constant_channels_whose_sums_overflow(dtype, channels_last):
+    x = (torch.tensor([3e38, -1e38]) if channels_last else torch.tensor([[3e38], [-1e38]])).to(dtype)
+    x = x.expand(3, 77, 2) if channels_last else x.expand(3, 2, 77)
+    y, _, mean, _ = native.batch_norm_forward(x.contiguous(), *[None] * 6, 0.1, 1e-5, channels_last, False, f32)
+    assert torch.equal(mean, torch.tensor([3e38, -1e38]).to(dtype).float()) and not y.any()
+
+
+@layouts
 def test_blocks_about_different_means(channels_last):
     """The first block of a channel says nothing about the others; neither does a dead one."""
     x = random(4, 1, 9000) + torch.tensor([1e4, 0, -30, 1e3]).view(4, 1, 1)

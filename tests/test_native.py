@@ -125,6 +125,15 @@ def test_squares_that_fit_do_not_overflow_in_their_sum(cols, dtype):
     torch.testing.assert_close(y.double(), torch.nn.functional.layer_norm(x.double(), (cols,)), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("cols", [2, 15, 64, 1000, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_constant_rows_whose_sums_overflow(cols, dtype):
+    """Their mean is exact all the same; what it missed would be all that x̂ is made of."""
+    x = torch.full((2, cols), 3e38).to(dtype)
+    y, mean, _ = native.layer_norm_forward(x, None, None, 1e-5, False, torch.float32)
+    assert torch.equal(mean, x[:, 0].float()) and not y.any()
+
+
 @pytest.mark.parametrize("cols", [32, 40, 64, 128, 256, 1000, 5000])
 def test_a_mean_far_from_zero_costs_no_digits(cols):
     x = (random_rows(4, cols) + 1e4).float()

@@ -232,6 +232,20 @@ def test_steps_in_a_group_of_one(channels_last, alone):
     close(ours.running_var, stock.running_var)
 
 
+def test_constant_channels_leave_the_bias(alone):
+    """Their mean is exact: what rounding it left would be divided by √eps."""
+    if alone != "cpu":
+        pytest.skip("gloo takes tensors of the CPU")
+    module = fastnorm.SyncBatchNorm(3)
+    with torch.no_grad():
+        module.bias.copy_(torch.tensor([0.3, -2.0, 5.0]))
+    x = torch.tensor([0.1, -1001.3, 1e20]).view(1, 3, 1, 1).expand(4, 3, 5, 5).clone().requires_grad_()
+    running = module.running_mean, module.running_var
+    y = _sync_batch_norm(module, x, running, module.momentum, None, dist.group.WORLD)
+    y.backward(torch.randn(x.shape))
+    assert torch.equal(y, module.bias.view(1, 3, 1, 1).expand_as(y)) and not module.weight.grad.any()
+
+
 def test_without_processes_it_is_batch_norm():
     ours, stock = module_pair()
     x = torch.randn(4, 6, 5, 5)
