@@ -74,7 +74,7 @@ def _call_with_image(problem: Problem) -> None:
             arguments = (x, added, *running, layout, is_fused, types.x), (
                 x, mask if is_fused else None, x, w, statistic, statistic, True, layout, dresidual,
             )  # fmt: skip
-            triton_kernels.batch_norm_evaluate(x, added, w, w, w, w, 1e-5, layout, is_fused, False, types.x)
+            triton_kernels.batch_norm_evaluation(x, added, w, w, w, w, 1e-5, layout, is_fused, False, types.x)
         given = arguments[DIRECTIONS.index(problem.direction)]
         launchers[DIRECTIONS.index(problem.direction)](*given, *(grads if problem.direction == "backward" else ()))
 

@@ -66,7 +66,7 @@ TORCH_LIBRARY(fastnorm, m) {
       "training, MemoryFormat memory_format, ScalarType? dresidual_dtype, ScalarType? dweight_dtype, ScalarType? "
       "dbias_dtype) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
   m.def(
-      "batch_norm_evaluate(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor "
+      "batch_norm_evaluation(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor "
       "running_var, float eps, MemoryFormat memory_format, bool relu, bool wants_mask, ScalarType out_dtype) -> "
       "(Tensor y, Tensor mask)");
   m.def("batch_norm_statistics(Tensor x, MemoryFormat memory_format) -> Tensor");

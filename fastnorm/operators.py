@@ -37,7 +37,7 @@ SCHEMAS = (
     "batch_norm_backward(Tensor dy, Tensor? mask, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool training,"
     " MemoryFormat memory_format, ScalarType? dresidual_dtype, ScalarType? dweight_dtype, ScalarType? dbias_dtype)"
     " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
-    "batch_norm_evaluate(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor running_mean,"
+    "batch_norm_evaluation(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor running_mean,"
     " Tensor running_var, float eps, MemoryFormat memory_format, bool relu, bool wants_mask, ScalarType out_dtype)"
     " -> (Tensor y, Tensor mask)",
     "batch_norm_statistics(Tensor x, MemoryFormat memory_format) -> Tensor",
@@ -149,7 +149,7 @@ def _input_gradients(x, memory_format, dresidual_dtype):
     return view.make_result(x.dtype), view.make_result(dresidual_dtype)
 
 
-def _batch_norm_evaluate(
+def _batch_norm_evaluation(
     x, residual, weight, bias, running_mean, running_var, eps, memory_format, relu, wants_mask, out_dtype
 ):
     return _normalized(x, memory_format, relu and wants_mask, out_dtype)
@@ -219,7 +219,7 @@ _FAKES = {
     "add_layer_norm_backward": _add_layer_norm_backward,
     "batch_norm_forward": _batch_norm_forward,
     "batch_norm_backward": _batch_norm_backward,
-    "batch_norm_evaluate": _batch_norm_evaluate,
+    "batch_norm_evaluation": _batch_norm_evaluation,
     "batch_norm_statistics": _batch_norm_statistics,
     "batch_norm_normalize": _batch_norm_normalize,
     "batch_norm_backward_sums": _batch_norm_backward_sums,

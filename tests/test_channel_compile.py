@@ -58,7 +58,7 @@ def test_named_kernels_stay(case, kernel_device):
     tensors = inputs(case, kernel_device)
     assert_close(results(compiled, case, tensors), results(call, case, tensors))
     namespace = NAMESPACES[backend._forced]
-    step = "forward" if case.training else "evaluate"
+    step = "forward" if case.training else "evaluation"
     found = ours(graphs.forward) | {n for n in called(graphs.forward) if "auto_functionalized" in n}
     assert f"{namespace}.{case.op}_{step}" in found or any("auto_functionalized" in n for n in found)
     assert f"{namespace}.{case.op}_backward" in ours(graphs.backward)
@@ -117,7 +117,7 @@ def operator_calls(shape: tuple, memory_format: torch.memory_format, full: bool,
     out, m, wanted = (f32, mask, f32) if full else (bf16, None, None)
     yield "batch_norm_forward", (x, *given, *tracked, 0.1, 1e-5, memory_format, full, out)
     yield "batch_norm_backward", (dy, m, x, given[1], mean, rstd, full, memory_format, wanted, wanted, wanted)
-    yield "batch_norm_evaluate", (x, *given, running_mean, running_var, 1e-5, memory_format, full, full, out)
+    yield "batch_norm_evaluation", (x, *given, running_mean, running_var, 1e-5, memory_format, full, full, out)
     yield "batch_norm_statistics", (x, memory_format)
     yield "batch_norm_normalize", (x, *given, mean, rstd, memory_format, full, out)
     yield "batch_norm_backward_sums", (dy, m, x, mean, rstd, memory_format)

@@ -235,7 +235,7 @@ def test_wrong_arguments_raise():
     with pytest.raises(RuntimeError, match="rank 4"):
         native.batch_norm_forward(x, *forward, torch.channels_last, False, f32)
     with pytest.raises(RuntimeError, match="running_mean without gaps"):
-        native.batch_norm_evaluate(x, None, w, w, random(16)[::2], w, 1e-5, contiguous, False, False, f32)
+        native.batch_norm_evaluation(x, None, w, w, random(16)[::2], w, 1e-5, contiguous, False, False, f32)
     with pytest.raises(TypeError, match="float32, bfloat16"):
         native.batch_norm_forward(x.int(), *forward, contiguous, False, f32)
     with pytest.raises(RuntimeError, match="factor in float32"):

@@ -37,7 +37,7 @@ def launches(op: str, pixels: bool, fused: bool) -> tuple[dict[str, list[Any]], 
         backward = gpu.launches[len(forward) :]
         done = len(gpu.launches)
         if op == "batch_norm":
-            kernels.batch_norm_evaluate(x, None, weight, bias, mean, variance, 1e-5, layout, False, False, BF16)
+            kernels.batch_norm_evaluation(x, None, weight, bias, mean, variance, 1e-5, layout, False, False, BF16)
         evaluation = gpu.launches[done:]
     return {"forward": forward, "backward": backward, "evaluation": evaluation}, x.nbytes
 

@@ -241,7 +241,7 @@ def test_constant_channels_leave_the_bias(alone):
         module.bias.copy_(torch.tensor([0.3, -2.0, 5.0]))
     x = torch.tensor([0.1, -1001.3, 1e20]).view(1, 3, 1, 1).expand(4, 3, 5, 5).clone().requires_grad_()
     running = module.running_mean, module.running_var
-    y = _sync_batch_norm(module, x, running, module.momentum, None, dist.group.WORLD)
+    y = sync_batch_norm(module, x, running, module.momentum, None, dist.group.WORLD)
     y.backward(torch.randn(x.shape))
     assert torch.equal(y, module.bias.view(1, 3, 1, 1).expand_as(y)) and not module.weight.grad.any()
 

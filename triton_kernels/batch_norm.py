@@ -46,7 +46,7 @@ def batch_norm_normalize(x, residual, weight, bias, mean, rstd, memory_format, r
         return _normalize(view, x, residual, (weight, bias), (mean, rstd), None, relu, relu, out_dtype)
 
 
-def batch_norm_evaluate(
+def batch_norm_evaluation(
     x, residual, weight, bias, running_mean, running_var, eps, memory_format, relu, wants_mask, out_dtype
 ):
     """Returns y in out_dtype, and the mask of relu where it is wanted."""

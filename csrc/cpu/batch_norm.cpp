@@ -144,11 +144,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
   });
 }
 
-std::tuple<Tensor, Tensor> batch_norm_evaluate(const Tensor& x, const optional<Tensor>& residual,
-                                               const optional<Tensor>& weight, const optional<Tensor>& bias,
-                                               const Tensor& running_mean, const Tensor& running_var, double eps,
-                                               at::MemoryFormat memory_format, bool relu, bool wants_mask,
-                                               ScalarType out_dtype) {
+std::tuple<Tensor, Tensor> batch_norm_evaluation(const Tensor& x, const optional<Tensor>& residual,
+                                                 const optional<Tensor>& weight, const optional<Tensor>& bias,
+                                                 const Tensor& running_mean, const Tensor& running_var, double eps,
+                                                 at::MemoryFormat memory_format, bool relu, bool wants_mask,
+                                                 ScalarType out_dtype) {
   const ForwardCall call(x, residual, weight, bias, memory_format, relu, wants_mask, out_dtype);
   const int64_t channels = call.channels();
   check_columns(running_mean, "running_mean", channels);
@@ -381,7 +381,7 @@ std::tuple<Tensor, Tensor> batch_norm_backward_apply(const Tensor& dy, const opt
 
 TORCH_LIBRARY_IMPL(fastnorm, CPU, m) {
   m.impl("batch_norm_forward", &batch_norm_forward);
-  m.impl("batch_norm_evaluate", &batch_norm_evaluate);
+  m.impl("batch_norm_evaluation", &batch_norm_evaluation);
   m.impl("batch_norm_backward", &batch_norm_backward);
   m.impl("batch_norm_statistics", &batch_norm_statistics);
   m.impl("batch_norm_normalize", &batch_norm_normalize);

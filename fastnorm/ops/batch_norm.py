@@ -42,7 +42,7 @@ class BatchNormFunction(torch.autograd.Function):
             )  # fmt: skip
         else:
             mean, scale = running
-            y, mask = impl.batch_norm_evaluate(
+            y, mask = impl.batch_norm_evaluation(
                 x, residual, weight, bias, mean, scale, eps, memory_format, relu, any(ctx.needs_input_grad), out_dtype
             )
         # in evaluation `scale` is the running variance: rstd costs a launch or two, and only a backward needs it
