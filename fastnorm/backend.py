@@ -201,6 +201,14 @@ def needs_formula(op: str, x: Any, *others: Any) -> bool:
     return True
 
 
+def backward_needs_formula(*gradients: torch.Tensor | None) -> bool:
+    """Whether the backward that is running must be PyTorch's own operations: because it must be differentiable itself
+    (create_graph=True), or because no kernel can read the gradients that have come."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or any(g is not None and peculiarity(g) is not None for g in gradients)
+
+
 def pick(op: str, x: torch.Tensor) -> Any | None:
     """What serves `op` on `x`, and on others like it, which `needs_formula` has let pass: the backend's functions.
 
@@ -282,9 +290,13 @@ def peculiarity(tensor: torch.Tensor, compiling: bool = False) -> str | None:
         return f"no kernel for the layout {tensor.layout}"
     if tensor.is_nested:
         return "no kernel for nested tensors"
-    if not compiling and tensor.is_neg():
+    if compiling:
+        return None
+    if tensor.is_neg():
         return "its sign is still to be changed"
-    return "zeros that are nowhere in memory" if not compiling and tensor._is_zerotensor() else None
+    if torch._C._functorch.is_legacy_batchedtensor(tensor):
+        return "torch.autograd.grad's is_grads_batched needs PyTorch's operations"
+    return "zeros that are nowhere in memory" if tensor._is_zerotensor() else None
 
 
 def onlooker() -> str | None:

@@ -230,10 +230,10 @@ def stat_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def gradients(formula: Callable[..., Tensor], inputs: Sequence[Tensor | None], dy: Tensor) -> list[Tensor | None]:
-    """The gradients of formula(*inputs), as differentiable functions of the inputs and of dy."""
-    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    """The gradients of formula(*inputs); where grad mode is on, as differentiable functions of the inputs and of dy."""
+    wanted, create_graph = [t for t in inputs if t is not None and t.requires_grad], torch.is_grad_enabled()
     with torch.enable_grad():
-        found = iter(torch.autograd.grad(formula(*inputs), wanted, dy, create_graph=True))
+        found = iter(torch.autograd.grad(formula(*inputs), wanted, dy, retain_graph=True, create_graph=create_graph))
     return [next(found) if t is not None and t.requires_grad else None for t in inputs]
 
 
@@ -248,7 +248,9 @@ def plain_gradients(
         return rms_norm(x, shape, *parameters, eps, False, None, dy.dtype)
 
     # Aliases, because h itself is an output of the node whose backward this is, and that node is locked while it runs.
-    return gradients(formula, [None if t is None else t.view_as(t) for t in inputs], dy)
+    with torch.enable_grad():
+        inputs = [None if t is None else t.view_as(t) for t in inputs]
+    return gradients(formula, inputs, dy)
 
 
 def _applied(weight: Tensor | None, zero_centered: bool, dtype: torch.dtype) -> Tensor | None:
@@ -261,11 +263,6 @@ def _applied(weight: Tensor | None, zero_centered: bool, dtype: torch.dtype) -> 
 def _stock_takes(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether these dtypes are the same. Stock takes some mixtures on the CPU, but sums their dweight in 16 bits."""
     return {t.dtype for t in (weight, bias) if t is not None} <= {x.dtype}
-
-
-def graph_wanted() -> bool:
-    """Whether the backward that is running must be differentiable itself (create_graph=True)."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def multi_tensor_norm(

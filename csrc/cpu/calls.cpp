@@ -35,6 +35,13 @@ struct Call {
 
 std::optional<Tensor> given(const Tensor& tensor) { return tensor.defined() ? std::optional(tensor) : std::nullopt; }
 
+// Whether a tensor's memory on the CPU holds its elements: it is no wrapper, and nothing is still to be done to it.
+bool is_plain(const Tensor& tensor) {
+  static constexpr c10::DispatchKeySet plain({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
+                                              c10::DispatchKey::AutocastCPU, c10::DispatchKey::ADInplaceOrView});
+  return (tensor.key_set().raw_repr() & ~plain.raw_repr()) == 0;
+}
+
 ForwardResult forward(const Call& call, bool saves_moments) {
   const at::ScalarType dtype = call.x.scalar_type();
   const auto residual_dtype =
@@ -92,7 +99,7 @@ struct NormFunction : torch::autograd::Function<NormFunction> {
     const bool adds = residual_type != at::ScalarType::Undefined;
     const Tensor dy = grads[0], dh = adds ? grads[1] : Tensor();
     variable_list found(5);  // x, residual, weight, bias, call
-    if (dy.defined() && !at::GradMode::is_enabled()) {
+    if (dy.defined() && !at::GradMode::is_enabled() && is_plain(dy) && (!dh.defined() || is_plain(dh))) {
       fused(ctx, call, dy, dh, saved[3], saved[4], x_type, residual_type, found);
       return found;
     }
@@ -152,10 +159,8 @@ bool unpack(PyObject* object, bool optional, Tensor& out) {
   if (!THPVariable_CheckExact(object)) {
     return false;
   }
-  static constexpr c10::DispatchKeySet plain({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
-                                              c10::DispatchKey::AutocastCPU, c10::DispatchKey::ADInplaceOrView});
   out = THPVariable_Unpack(object);
-  return (out.key_set().raw_repr() & ~plain.raw_repr()) == 0 && takes(out.scalar_type());
+  return is_plain(out) && takes(out.scalar_type());
 }
 
 // Whether a sequence of plain integers is the tensor's last dimensions; counts them.

@@ -38,7 +38,7 @@ class GroupNormFunction(torch.autograd.Function):
     def backward(ctx: Any, dy):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         groups, eps, silu, out_dtype = ctx.options
-        if reference.graph_wanted():
+        if backend.backward_needs_formula(dy):
             gradients = reference.gradients(
                 lambda x, w, b: reference.group_norm(x, groups, w, b, eps, silu, out_dtype), (x, weight, bias), dy
             )

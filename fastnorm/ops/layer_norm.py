@@ -28,7 +28,7 @@ class LayerNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy):
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        if reference.graph_wanted():
+        if backend.backward_needs_formula(dy):
             gradients = reference.gradients(
                 lambda x, w, b: reference.layer_norm(x, ctx.shape, w, b, *ctx.options), (x, weight, bias), dy
             )
@@ -64,7 +64,7 @@ def _add_layer_norm_gradients(ctx: Any, dy, dh):
     h, weight, bias, mean, rstd = ctx.saved_tensors
     if dy is None:  # y was not used
         return *reference.stream_gradients(dh, ctx.x_dtype, ctx.residual_dtype), None, None
-    if reference.graph_wanted():
+    if backend.backward_needs_formula(dy, dh):
         dnorm, dweight, dbias = reference.gradients(
             lambda h, w, b: reference.layer_norm(h, ctx.shape, w, b, *ctx.options), (h, weight, bias), dy
         )

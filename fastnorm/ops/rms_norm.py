@@ -31,7 +31,7 @@ class RMSNormFunction(torch.autograd.Function):
     def backward(ctx: Any, dy):
         x, weight, rstd = ctx.saved_tensors
         _, zero_centered, cast_dtype, _ = ctx.options
-        if reference.graph_wanted():
+        if backend.backward_needs_formula(dy):
             dx, dweight = reference.gradients(
                 lambda x, w: reference.rms_norm(x, ctx.shape, w, *ctx.options), (x, weight), dy
             )
@@ -67,7 +67,7 @@ def _add_rms_norm_gradients(ctx: Any, dy, dh):
     h, weight, rstd = ctx.saved_tensors
     if dy is None:  # y was not used
         return *reference.stream_gradients(dh, ctx.x_dtype, ctx.residual_dtype), None
-    if reference.graph_wanted():
+    if backend.backward_needs_formula(dy, dh):
         dnorm, dweight = reference.gradients(
             lambda h, w: reference.rms_norm(h, ctx.shape, w, *ctx.options), (h, weight), dy
         )

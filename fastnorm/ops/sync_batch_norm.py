@@ -72,8 +72,9 @@ def _move(running, mean: Tensor, variance: Tensor, count: Tensor, momentum: floa
 def _gradients(ctx: Any, dy: Tensor):
     """(dx, dresidual, dweight, dbias); those of the parameters are this process's own part."""
     x, weight, bias, mean, rstd, count, mask = ctx.saved_tensors
-    if reference.graph_wanted():
+    if torch.is_grad_enabled():
         return _differentiable_gradients(ctx, dy)
+    dy = dy.clone() if backend.backward_needs_formula(dy) else dy  # all processes must take the same collectives
     sums = mean.new_zeros(2, x.shape[1])
     if x.numel():
         sums = ctx.impl.batch_norm_backward_sums(dy, mask, x, mean, rstd, ctx.memory_format)

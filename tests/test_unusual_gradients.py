@@ -1,0 +1,57 @@
+"""Gradients that no kernel can read: every backward then takes PyTorch's operations, as stock's does."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing._internal.two_tensor import TwoTensor
+
+from fastnorm import functional
+
+KINDS = {
+    "negative view": torch._neg_view,
+    "zero": lambda dy: torch._efficientzerotensor(dy.shape, device=dy.device),
+    "TwoTensor": lambda dy: TwoTensor(dy, 2 * dy),
+    "batched": lambda dy: torch.stack([dy, 2 * dy, -dy]),
+    "expanded": lambda dy: dy.flatten()[0].expand(dy.shape),
+}
+STATISTICS = torch.linspace(-1, 1, 6), torch.linspace(0.5, 2, 6)
+CALLS = {
+    "layer_norm": lambda module, x, w, b: module.layer_norm(x, (6,), w, b),
+    "rms_norm": lambda module, x, w, b: module.rms_norm(x, (6,), w),
+    "group_norm": lambda module, x, w, b: module.group_norm(x.mT, 2, w, b),
+    "batch_norm": lambda module, x, w, b: module.batch_norm(x.mT, None, None, w, b, True),
+    "batch_norm_evaluation": lambda module, x, w, b: module.batch_norm(x.mT, *(s.to(x) for s in STATISTICS), w, b),
+}
+
+
+def both(op: str, device: str):
+    """The same inputs and result twice: by fastnorm and by stock."""
+    for module in (functional, F):
+        torch.manual_seed(0)
+        x, residual = torch.randn(2, 3, 4, 6, device=device).unbind()
+        inputs = [t.requires_grad_() for t in (x, *torch.randn(2, 6, device=device).unbind())]
+        if op.startswith("add_"):
+            inputs.append(residual.requires_grad_())
+            norm = getattr(module, op.removeprefix("add_") if module is F else op)
+            affine = inputs[1:3] if op == "add_layer_norm" else inputs[1:2]
+            yield inputs, norm(x + residual, (6,), *affine) if module is F else norm(x, residual, (6,), *affine)[0]
+        else:
+            yield inputs, CALLS[op](module, *inputs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("op", [*CALLS, "add_layer_norm", "add_rms_norm"])
+def test_gradients_that_no_kernel_can_read(op, kind, device):
+    (ours, y), (stock, expected) = both(op, device)
+    dy = KINDS[kind](torch.randn_like(expected))
+    options = dict(is_grads_batched=kind == "batched", allow_unused=True, retain_graph=True)
+    for _ in range(2):  # the formula's graph is its own: what was saved must outlive it
+        found = torch.autograd.grad(y, ours, dy, **options)
+    for gradient, wanted in zip(found, torch.autograd.grad(expected, stock, dy, **options), strict=True):
+        assert type(gradient) is type(wanted)
+        if wanted is None:  # rms_norm has no bias
+            continue
+        assert not gradient.requires_grad
+        if kind == "TwoTensor":
+            gradient, wanted = torch.stack([gradient.a, gradient.b]), torch.stack([wanted.a, wanted.b])
+        torch.testing.assert_close(gradient + 0, wanted + 0, rtol=1e-4, atol=1e-5)
