@@ -34,14 +34,18 @@ class BatchNormFunction(torch.autograd.Function):
     def forward(ctx: Any, x, residual, weight, bias, running, impl, training, momentum, eps, relu):
         memory_format = batch_norm_format(x)
         out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+        statistics = [None if r is None else r.contiguous() for r in running or (None, None)]
         if training:
             factor = momentum if isinstance(momentum, Tensor) else None
             y, mask, mean, scale = impl.batch_norm_forward(
-                x, residual, weight, bias, *(running or (None, None)), factor,
+                x, residual, weight, bias, *statistics, factor,
                 0.0 if factor is not None else momentum, eps, memory_format, relu, out_dtype,
             )  # fmt: skip
+            for statistic, moved in zip(running or (), statistics, strict=False):
+                if moved is not statistic:  # a copy, because of its strides
+                    statistic.copy_(moved)
         else:
-            mean, scale = running
+            mean, scale = statistics
             y, mask = impl.batch_norm_evaluation(
                 x, residual, weight, bias, mean, scale, eps, memory_format, relu, any(ctx.needs_input_grad), out_dtype
             )
