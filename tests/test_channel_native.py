@@ -147,8 +147,9 @@ def test_values_whose_squares_overflow(size, dtype, channels_last):
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
 def test_constant_channels_whose_sums_overflow(dtype, channels_last):
     x = (torch.tensor([3e38, -1e38]) if channels_last else torch.tensor([[3e38], [-1e38]])).to(dtype)
-    x = x.expand(3, 77, 2) if channels_last else x.expand(3, 2, 77)
-    y, _, mean, _ = native.batch_norm_forward(x.contiguous(), *[None] * 6, 0.1, 1e-5, channels_last, False, f32)
+    x = as_image(x.expand((3, 77, 2) if channels_last else (3, 2, 77)).contiguous(), channels_last)
+    options = 0.1, 1e-5, format_of(channels_last), False, f32
+    y, _, mean, _ = native.batch_norm_forward(x, *[None] * 6, *options)
     assert torch.equal(mean, torch.tensor([3e38, -1e38]).to(dtype).float()) and not y.any()
 
 

@@ -130,7 +130,7 @@ def test_squares_that_fit_do_not_overflow_in_their_sum(cols, dtype):
 def test_constant_rows_whose_sums_overflow(cols, dtype):
     """Their mean is exact all the same; what it missed would be all that x̂ is made of."""
     x = torch.full((2, cols), 3e38).to(dtype)
-    y, mean, _ = native.layer_norm_forward(x, None, None, 1e-5, False, torch.float32)
+    y, mean, _ = native.layer_norm_forward(x, 1, None, None, 1e-5, False, torch.float32)
     assert torch.equal(mean, x[:, 0].float()) and not y.any()
 
 

@@ -124,3 +124,17 @@ if not SIMULATED:  # hypothesis draws shapes at will, and each would be compiled
         assert torch.equal(mask, expected[1])
         for ours, theirs, fake in zip(actual, expected, fakes, strict=True):
             assert ours.shape == theirs.shape == fake.shape and ours.stride() == theirs.stride() == fake.stride()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_running_statistics_at_any_distance(training, device):
+    """Kernels read and write them where they lie next to each other; those that don't are updated all the same."""
+    x = torch.randn(4, 6, 5, device=device)
+    statistics = [[torch.linspace(0.5, 2, 12, device=device)[::2] for _ in range(2)] for _ in range(2)]
+    y, expected = (
+        norm(x, *pair, training=training)
+        for norm, pair in zip((batch_norm, F.batch_norm), statistics, strict=True)
+    )
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(*statistics)
+    torch.testing.assert_close(statistics[0][0]._base[1::2], torch.linspace(0.5, 2, 12, device=device)[1::2])
