@@ -183,42 +183,6 @@ def test_constant_channels_and_zero_weight(op, channels_last, device):
     check(case, tensors)
 
 
-@operations
-@layouts
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-def test_constant_channels_leave_the_bias(op, dtype, channels_last, kernel_device):
-    """Their mean is exact: what rounding it left would be divided by √eps. dweight is 0, then, as well."""
-    values = torch.tensor([0.1, -1001.3, 3.0 if dtype == torch.float16 else 1e20])
-    for samples, span, size in ((2, 5, (5, 7)), (5, 1, (2, 1)))[: 1 if SIMULATED else None]:
-        groups, shape = len(values), (samples, len(values) * span, *size)
-        case = case_of(op, shape, dtype, groups=groups, channels_last=channels_last, running=None)
-        leaves = inputs(case, kernel_device)
-        leaves["x"].copy_(values.repeat_interleave(span).view(1, -1, 1, 1).expand(shape))
-        leaves["weight"] *= 100
-        leaves = {name: t.requires_grad_() for name, t in leaves.items()}
-        y = call(case, leaves)
-        y.backward(torch.randn(shape).to(dtype).to(kernel_device))
-        expected = leaves["bias"].to(dtype).view(1, -1, 1, 1).expand(shape)
-        assert torch.equal(y, expected) and not leaves["weight"].grad.any()
-
-
-@layouts
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-def test_groups_of_one_element(dtype, channels_last, device):
-    """x̂ is 0 and all of dy is its own mean: y is the bias, dweight and dx are 0, exactly."""
-    for eps, activation in ((1e-5, None), (1e-12, "silu")):
-        case = case_of("group_norm", (5, 8, 1, 1), dtype, groups=8, channels_last=channels_last, eps=eps)
-        case = case.alike(activation=activation)
-        leaves = {name: t.requires_grad_() for name, t in inputs(case, device, mean=1000.0, std=100.0).items()}
-        with torch.no_grad():
-            leaves["weight"].fill_(123.0)
-        y = call(case, leaves)
-        y.backward(torch.randn(case.shape).to(dtype).to(device))
-        assert not leaves["x"].grad.any() and not leaves["weight"].grad.any()
-        if activation is None:
-            assert torch.equal(y, leaves["bias"].to(dtype).view(1, -1, 1, 1).expand_as(y))
-
-
 @layouts
 @pytest.mark.parametrize("bad", ["nan", "inf"])
 def test_bad_channels_stay_in_their_channels(bad, channels_last, device):

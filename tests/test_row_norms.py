@@ -203,46 +203,6 @@ def test_zero_weight_and_constant_rows(op, device):
     check(case, tensors)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("op", ["layer_norm", "add_layer_norm"])
-def test_rows_of_one_element(op, dtype, device):
-    """x̂ is 0 and all of dy is its own mean: y is the bias, dweight 0 and dx nothing but dh, exactly."""
-    for eps in (1e-5, 1e-12):
-        case = plain_case(op, (300, 1), dtype, eps=eps)
-        leaves = {name: t.requires_grad_() for name, t in inputs(case, device, mean=1000.0, std=100.0).items()}
-        with torch.no_grad():
-            leaves["weight"].fill_(123.0)
-        y, h = call(case, leaves)
-        dy, dh = torch.randn(2, 300, 1).to(dtype).to(device)
-        found = torch.autograd.grad([y, h] if case.adds else y, list(leaves.values()), [dy, dh] if case.adds else dy)
-        found = dict(zip(leaves, found, strict=True))
-        assert torch.equal(y, leaves["bias"].expand_as(y)) and not found["weight"].any()
-        assert torch.equal(found["x"], dh if case.adds else torch.zeros_like(dh))
-
-
-# of a row in registers, in several tiles, and read again; odd and even, for sums of one value fit into float32 or don't
-CONSTANT_ROWS = [
-    (dtype, cols)
-    for dtype, widths in ((torch.float32, (7, 1000, 5000, 17000)), (torch.bfloat16, (7, 1000, 3000)),
-                          (torch.float16, (7, 1000, 9001)), (torch.float64, (7, 1000, 8200)))
-    for cols in widths[: 2 if SIMULATED else None]
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("dtype, cols", CONSTANT_ROWS, ids=lambda v: str(v).removeprefix("torch."))
-def test_constant_rows_leave_the_bias(dtype, cols, kernel_device):
-    """Their mean is exact: what rounding it left would be divided by √eps. dweight is 0, then, as well."""
-    values = torch.tensor([1001.3, 3.0 if dtype == torch.float16 else 1e20, 0.1, -6e4][: 4 if cols <= 1000 else 2])
-    case = plain_case("layer_norm", (len(values), cols), dtype)
-    tensors = inputs(case, kernel_device)
-    tensors["x"].copy_(values[:, None].expand(case.shape))
-    tensors["weight"] *= 100
-    leaves = {name: t.requires_grad_() for name, t in tensors.items()}
-    y, _ = call(case, leaves)
-    y.backward(torch.randn(case.shape).to(dtype).to(kernel_device))
-    assert torch.equal(y, leaves["bias"].expand_as(y)) and not leaves["weight"].grad.any()
-
-
 @operations
 @pytest.mark.parametrize("bad, cols", [("nan", 96), ("inf", 96)] + [("-inf", 700), ("nan", 9000)] * (not SIMULATED))
 def test_bad_rows_stay_in_their_rows(op, bad, cols, kernel_device):

@@ -161,6 +161,15 @@ def long_row_chunks(rows: int, column_blocks: int, multiprocessors: int) -> int:
     return max(1, min(rows, 2 * multiprocessors // column_blocks, triton.cdiv(rows, 16)))
 
 
+def refines(cols: int, dtype: torch.dtype) -> bool:
+    """Whether LayerNorm centres twice: what rounding left in a mean ≫ std shows in the centred values, exactly.
+
+    16-bit rows are too coarse for it to matter, and sums of one value fit into float32's 24 bits: the 8 or 11 of the
+    value, and those of the number of terms, which in aligned rows is a multiple of a thread's 8.
+    """
+    return dtype.itemsize >= 4 or (dtype == torch.float16 and cols > 8192 and cols % 8 > 0)
+
+
 def access_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
     """The largest element among the tensors that are there: it bounds what one 16-byte access holds."""
     return max(t.element_size() for t in tensors if t is not None)

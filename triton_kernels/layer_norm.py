@@ -320,7 +320,7 @@ def add_layer_norm_forward(x, residual, dims, weight, bias, eps, zero_centered, 
             # grid: one program for each tiles.rows rows
             _layer_norm_forward_kernel[(triton.cdiv(rows, tiles.rows),)](
                 *arguments, rows, *strides,
-                EPS=eps, ZERO_CENTERED=zero_centered, REFINE=_refines(cols, x if h is None else h),
+                EPS=eps, ZERO_CENTERED=zero_centered, REFINE=launch.refines(cols, (x if h is None else h).dtype),
                 N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows, **launch.options(tiles.warps),
             )  # fmt: skip
     return y, h, mean, rstd
@@ -352,13 +352,6 @@ def add_layer_norm_backward(
         partials = run(arguments, itemsize, dtypes, zero_centered)
         dweight, dbias = column_sums(partials, dtypes, shape=shape)
     return dx, dresidual, dweight, dbias
-
-
-def _refines(cols, h):
-    """Whether to centre twice: what rounding left in a mean ≫ std shows in the centred values, exactly. 16-bit rows
-    are too coarse for it to matter, and sums of one value fit into float32's 24 bits: the 8 or 11 of the value, and
-    those of the number of terms, which in aligned rows is a multiple of a thread's 8."""
-    return h.element_size() >= 4 or (h.dtype == torch.float16 and cols > 8192 and cols % 8 > 0)
 
 
 def _backward_resident(arguments, itemsize, dtypes, zero_centered):

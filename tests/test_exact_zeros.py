@@ -1,0 +1,87 @@
+"""Where x̂ is 0, in rows, groups and channels of one element or of one value, results are exact on every backend."""
+
+import channel_norms
+import norms
+import pytest
+import torch
+from conftest import SIMULATED
+from norms import DTYPES
+
+layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("op", ["layer_norm", "add_layer_norm"])
+def test_rows_of_one_element(op, dtype, device):
+    """x̂ is 0 and all of dy is its own mean: y is the bias, dweight 0 and dx nothing but dh, exactly."""
+    for eps in (1e-5, 1e-12):
+        case = norms.plain_case(op, (300, 1), dtype, eps=eps)
+        leaves = {name: t.requires_grad_() for name, t in norms.inputs(case, device, mean=1000.0, std=100.0).items()}
+        with torch.no_grad():
+            leaves["weight"].fill_(123.0)
+        y, h = norms.call(case, leaves)
+        dy, dh = torch.randn(2, 300, 1).to(dtype).to(device)
+        found = torch.autograd.grad([y, h] if case.adds else y, list(leaves.values()), [dy, dh] if case.adds else dy)
+        found = dict(zip(leaves, found, strict=True))
+        assert torch.equal(y, leaves["bias"].expand_as(y)) and not found["weight"].any()
+        assert torch.equal(found["x"], dh if case.adds else torch.zeros_like(dh))
+
+
+# of a row in registers, in several tiles, and read again; odd and even, for sums of one value fit into float32 or don't
+CONSTANT_ROWS = [
+    (dtype, cols)
+    for dtype, widths in ((torch.float32, (7, 1000, 5000, 17000)), (torch.bfloat16, (7, 1000, 3000)),
+                          (torch.float16, (7, 1000, 9001)), (torch.float64, (7, 1000, 8200)))
+    for cols in widths[: 2 if SIMULATED else None]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype, cols", CONSTANT_ROWS, ids=lambda v: str(v).removeprefix("torch."))
+def test_constant_rows_leave_the_bias(dtype, cols, kernel_device):
+    """Their mean is exact: what rounding it left would be divided by √eps. dweight is 0, then, as well."""
+    values = torch.tensor([1001.3, 3.0 if dtype == torch.float16 else 1e20, 0.1, -6e4][: 4 if cols <= 1000 else 2])
+    case = norms.plain_case("layer_norm", (len(values), cols), dtype)
+    tensors = norms.inputs(case, kernel_device)
+    tensors["x"].copy_(values[:, None].expand(case.shape))
+    tensors["weight"] *= 100
+    leaves = {name: t.requires_grad_() for name, t in tensors.items()}
+    y, _ = norms.call(case, leaves)
+    y.backward(torch.randn(case.shape).to(dtype).to(kernel_device))
+    assert torch.equal(y, leaves["bias"].expand_as(y)) and not leaves["weight"].grad.any()
+
+
+@pytest.mark.parametrize("op", ["batch_norm", "group_norm"])
+@layouts
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_constant_channels_leave_the_bias(op, dtype, channels_last, kernel_device):
+    """Their mean is exact: what rounding it left would be divided by √eps. dweight is 0, then, as well."""
+    values = torch.tensor([0.1, -1001.3, 3.0 if dtype == torch.float16 else 1e20])
+    for samples, span, size in ((2, 5, (5, 7)), (5, 1, (2, 1)))[: 1 if SIMULATED else None]:
+        groups, shape = len(values), (samples, len(values) * span, *size)
+        case = channel_norms.case_of(op, shape, dtype, groups=groups, channels_last=channels_last, running=None)
+        leaves = channel_norms.inputs(case, kernel_device)
+        leaves["x"].copy_(values.repeat_interleave(span).view(1, -1, 1, 1).expand(shape))
+        leaves["weight"] *= 100
+        leaves = {name: t.requires_grad_() for name, t in leaves.items()}
+        y = channel_norms.call(case, leaves)
+        y.backward(torch.randn(shape).to(dtype).to(kernel_device))
+        expected = leaves["bias"].to(dtype).view(1, -1, 1, 1).expand(shape)
+        assert torch.equal(y, expected) and not leaves["weight"].grad.any()
+
+
+@layouts
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_groups_of_one_element(dtype, channels_last, device):
+    """x̂ is 0 and all of dy is its own mean: y is the bias, dweight and dx are 0, exactly."""
+    for eps, activation in ((1e-5, None), (1e-12, "silu")):
+        case = channel_norms.case_of("group_norm", (5, 8, 1, 1), dtype, groups=8, channels_last=channels_last, eps=eps)
+        case = case.alike(activation=activation)
+        leaves = channel_norms.inputs(case, device, mean=1000.0, std=100.0)
+        leaves = {name: t.requires_grad_() for name, t in leaves.items()}
+        with torch.no_grad():
+            leaves["weight"].fill_(123.0)
+        y = channel_norms.call(case, leaves)
+        y.backward(torch.randn(case.shape).to(dtype).to(device))
+        assert not leaves["x"].grad.any() and not leaves["weight"].grad.any()
+        if activation is None:
+            assert torch.equal(y, leaves["bias"].to(dtype).view(1, -1, 1, 1).expand_as(y))
