@@ -175,6 +175,8 @@ def test_a_plain_call_holds_for_the_process():
                 assert named() == "reference"
             assert named() is None
         assert named() == "reference"
+        pool.submit(lambda: fastnorm.use(None) and None).result()  # no block of this thread ends what another one set
+    assert named() is None
 
 
 def test_plain_calls_do_not_pile_up():
