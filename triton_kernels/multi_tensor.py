@@ -230,7 +230,7 @@ def change(table: tables.Table, factors: Tensor | None, bound: float = math.inf,
         for group in layout.groups:
             rows, cols, warps = launch.piece_tile(group.dtype.itemsize)
             if factors is None and cols > 4:
-                rows //= 2  # on AMD's cards each comparison of a clamp takes two scalar registers: there are none for 32
+                rows //= 2  # a comparison takes two of the scalar registers of AMD's cards: they have none for 32
             # grid: one program for each piece
             _change_kernel[(group.count,)](
                 table.addresses, layout.tensors, layout.piece_tensor, factors, group.first, bits_of(bound),
