@@ -121,7 +121,7 @@ def _join_moments_kernel(
     n = tl.cast(count, tl.float64)
     # the mean of the distances from one slice's: exact where all are alike, whatever rounding the shares have
     first, _, is_there = _items(0, units, n_items, n_units, n_slices, n_inner, span, 1)
-    origin = _slice_mean(partial_ptr, n_partials, first, is_there)
+    origin = load_tile(partial_ptr + first, is_there, tl.float64)
     mean = tl.zeros((ITEMS, UNITS), tl.float64)
     for start in range(0, n_items, ITEMS):
         at, row, mask = _items(start, units, n_items, n_units, n_slices, n_inner, span, ITEMS)
