@@ -232,6 +232,7 @@ def stat_dtype(dtype: torch.dtype) -> torch.dtype:
 def gradients(formula: Callable[..., Tensor], inputs: Sequence[Tensor | None], dy: Tensor) -> list[Tensor | None]:
     """The gradients of formula(*inputs); where grad mode is on, as differentiable functions of the inputs and of dy."""
     wanted, create_graph = [t for t in inputs if t is not None and t.requires_grad], torch.is_grad_enabled()
+    dy = dy.clone() if dy._is_zerotensor() else dy  # stock's group_norm before torch 2.12 doesn't know them
     with torch.enable_grad():
         found = iter(torch.autograd.grad(formula(*inputs), wanted, dy, retain_graph=True, create_graph=create_graph))
     return [next(found) if t is not None and t.requires_grad else None for t in inputs]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 SIMULATED = "ptxsim.pytest_plugin" in sys.modules  # launches run on a virtual GPU, which compiles every kernel
 if not SIMULATED and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's decorators read it when they are first imported

@@ -29,7 +29,12 @@ CONSTRUCTIONS = [(name, *c) for name in SHAPES for c in COMMON + BATCH * (name !
 
 def build(kind, name: str, *args, **kwargs) -> nn.Module:
     """The module for six channels, in three groups where it has groups, with random parameters."""
-    module = getattr(kind, name)(*((3, 6) if name == "GroupNorm" else (6,)), *args, **kwargs)
+    cls = getattr(kind, name)
+    lacks_bias = "bias" in kwargs and "bias" not in inspect.signature(cls).parameters  # of torch.nn before 2.13
+    given = {key: value for key, value in kwargs.items() if key != "bias" or not lacks_bias}
+    module = cls(*((3, 6) if name == "GroupNorm" else (6,)), *args, **given)
+    if lacks_bias:
+        module.bias = None
     generator = torch.Generator().manual_seed(1)
     for tensor in [t for t in module.parameters() if not t.is_meta]:
         nn.init.normal_(tensor, generator=generator)

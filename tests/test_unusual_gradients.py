@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TORCH
 from torch.testing._internal.two_tensor import TwoTensor
 
 from fastnorm import functional
@@ -44,10 +45,15 @@ def both(op: str, device: str):
 def test_gradients_that_no_kernel_can_read(op, kind, device):
     (ours, y), (stock, expected) = both(op, device)
     dy = KINDS[kind](torch.randn_like(expected))
+    wanted_dy = dy
+    if (kind, op) == ("zero", "group_norm") and TORCH < (2, 12):
+        if y.grad_fn.name() == expected.grad_fn.name():
+            pytest.skip("stock's own backward leaves its results unwritten")
+        wanted_dy = dy.clone()
     options = dict(is_grads_batched=kind == "batched", allow_unused=True, retain_graph=True)
     for _ in range(2):  # the formula's graph is its own: what was saved must outlive it
         found = torch.autograd.grad(y, ours, dy, **options)
-    for gradient, wanted in zip(found, torch.autograd.grad(expected, stock, dy, **options), strict=True):
+    for gradient, wanted in zip(found, torch.autograd.grad(expected, stock, wanted_dy, **options), strict=True):
         assert type(gradient) is type(wanted)
         if wanted is None:  # rms_norm has no bias
             continue

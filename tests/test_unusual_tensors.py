@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TORCH
 from test_bad_input import error_of
 from torch.masked import masked_tensor
 from torch.testing._internal.two_tensor import TwoTensor
@@ -130,6 +131,8 @@ def test_what_stock_does(op, kind):
 @calls
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("uninit") and kind != "sparse_csr"])
 def test_what_stock_does_with_such_a_weight(op, kind):
+    if (kind, op) == ("zero", "group_norm") and TORCH < (2, 12):
+        pytest.skip("stock's own forward reads memory that isn't there")
     x, weight = torch.randn(CALLS[op][0]), KINDS[kind](torch.randn(6, 1) if kind in ("nested", "jagged") else W)
     ours, stocks = (error_of(call, dict(module=m, op=op, x=x, weight=weight)) for m in (functional, F))
     assert isinstance(ours, type(stocks)), "stock's type, or what is caught as such"

@@ -61,7 +61,8 @@ def clip_grad_norm_in_optimizer(
     gradients are scaled to within 1e-7 of themselves; 16-bit gradients are not rounded before the update as they are
     when a clip writes them. After the step `.grad` holds the clipped gradients, because PyTorch's fused kernels store
     what they scaled; after a skipped step it holds the gradients as they were. An SGD with momentum and dampening
-    reads the flag back once, in its first step: its buffers exist from then on.
+    reads the flag back once, in its first step: its buffers exist from then on. torch 2.9 to 2.11's fused SGD updates
+    16-bit parameters on the CPU wrongly, with or without a clip.
 
     The clip holds for one step. A second call before it replaces the first. Where all gradients have been dropped
     since (`zero_grad()`), the clip is dropped with them. A step that raises leaves the two attributes until the next

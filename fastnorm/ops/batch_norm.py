@@ -212,8 +212,9 @@ class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         activation: str | None = None,
     ) -> None:
         check_activation(type(self).__name__, activation, "relu")
-        options = {"device": device, "dtype": dtype} | ({} if bias else {"bias": False})  # older torch has no bias
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if not bias:  # an argument of torch.nn's since 2.13 only
+            self.bias = None
         self.activation = activation
 
     @property

@@ -132,8 +132,9 @@ class GroupNorm(torch.nn.GroupNorm):
         activation: str | None = None,
     ) -> None:
         check_activation("GroupNorm", activation, "silu")
-        options = {"device": device, "dtype": dtype} | ({} if bias else {"bias": False})  # older torch has no bias
-        super().__init__(num_groups, num_channels, eps, affine, **options)
+        super().__init__(num_groups, num_channels, eps, affine, device, dtype)
+        if not bias:  # an argument of torch.nn's since 2.13 only
+            self.bias = None
         self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
