@@ -4,11 +4,17 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 
 import pytest
 import torch
 
-TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+def release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+TORCH = release(torch.__version__)
 SIMULATED = "ptxsim.pytest_plugin" in sys.modules  # launches run on a virtual GPU, which compiles every kernel
 if not SIMULATED and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's decorators read it when they are first imported
@@ -24,6 +30,12 @@ def pytest_configure() -> None:
         raise pytest.UsageError(f"{broken} is there, but not in use: {backend._absent.get('native', 'another is')}")
     if backend._triton is None and importlib.util.find_spec("triton") is not None:
         raise pytest.UsageError(f"Triton is there, but fastnorm's kernels are not: {backend._absent['triton']}")
+    if backend._triton is None or not backend._triton.INTERPRETED:
+        return
+    triton, numpy = metadata.version("triton"), metadata.version("numpy")
+    if release(triton) < (3, 7) and release(numpy) >= (2, 4):
+        reason = f"Triton {triton}'s interpreter takes arrays for numbers, which numpy {numpy} refuses"
+        raise pytest.UsageError(f"{reason}: pip install 'numpy<2.4'")
 
 
 def _round_bfloat16_in_the_interpreter() -> None:
