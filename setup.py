@@ -66,14 +66,20 @@ def native() -> dict:
         return {"cmdclass": {"build_py": build_python(str(error))}}
 
     class BuildNative(arguments["cmdclass"]["build_ext"]):
+        failure = None
+
+        def run(self):
+            super().run()
+            if self.failure:
+                extension.record(Path(self.get_ext_fullpath("fastnorm._C")).parent, {"reason": self.failure})
+
         def build_extensions(self):
             try:
                 super().build_extensions()
             except (CCompilerError, RuntimeError, OSError, subprocess.SubprocessError) as error:
                 self.extensions[0].optional = True  # or an editable install fails for want of the file
                 give_up(f"The C++ extension did not compile ({error}); the compiler's own words are above.")
-                folder = Path(self.get_ext_fullpath("fastnorm._C")).parent
-                extension.record(folder, {"reason": f"The compiler failed: {error}."})
+                self.failure = f"The compiler failed: {error}."
 
     return arguments | {"cmdclass": {"build_ext": BuildNative}}
 

@@ -98,13 +98,13 @@ def build_extension(force: bool, only_check: bool) -> None:
         "sources": str(build.sources_folder()), "torch": torch.__version__, **extension.options(),
         "file": str(built or target), "built": "yes" if built else "no",
     }.items()))  # fmt: skip
-    inside = build.in_folder(build.PACKAGE)
-    if only_check or (built and not force):
+    if only_check:
         return
     start = time.monotonic()
     path = build.build(force)
-    print(f"built in {time.monotonic() - start:.0f} seconds: {path}")
-    if inside is not None:
+    if force or not built:
+        print(f"built in {time.monotonic() - start:.0f} seconds: {path}")
+    if (inside := build.in_folder(build.PACKAGE)) is not None:
         print(f"the one in the package is loaded before it, where it fits this torch: {inside}")
 
 

@@ -203,10 +203,12 @@ def needs_formula(op: str, x: Any, *others: Any) -> bool:
 
 def backward_needs_formula(*gradients: torch.Tensor | None) -> bool:
     """Whether the backward that is running must be PyTorch's own operations: because it must be differentiable itself
-    (create_graph=True), or because no kernel can read the gradients that have come."""
+    (create_graph=True, forward-mode), or because no kernel can read the gradients that have come."""
     if torch.compiler.is_compiling():
         return False
-    return torch.is_grad_enabled() or any(g is not None and peculiarity(g) is not None for g in gradients)
+    if torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return any(g is not None and peculiarity(g) is not None for g in gradients)
 
 
 def pick(op: str, x: torch.Tensor) -> Any | None:
@@ -294,8 +296,9 @@ def peculiarity(tensor: torch.Tensor, compiling: bool = False) -> str | None:
         return None
     if tensor.is_neg():
         return "its sign is still to be changed"
-    if torch._C._functorch.is_legacy_batchedtensor(tensor):
-        return "torch.autograd.grad's is_grads_batched needs PyTorch's operations"
+    functorch = torch._C._functorch
+    if functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor):
+        return "batches of gradients need PyTorch's operations"
     return "zeros that are nowhere in memory" if tensor._is_zerotensor() else None
 
 

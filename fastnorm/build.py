@@ -38,26 +38,30 @@ class BuildError(Exception):
 def load() -> ModuleType:
     """fastnorm._C. Raises ImportError, which says what to do, where no build fits this Python and torch."""
     reasons = []
-    for path in filter(None, (in_folder(PACKAGE), cached())):
-        built_for = extension.recorded(path.parent).get("torch", torch.__version__)
-        if _public(built_for) != _public(torch.__version__):  # asked before it is loaded: then it may crash
-            reasons.append(f"{path} was built for torch {built_for}, and this is torch {torch.__version__}")
-            continue
+    for find in (lambda: in_folder(PACKAGE), cached):
         try:
-            module = _import(path)
-        except ImportError as error:
-            reasons.append(f"{path} does not fit this torch {torch.__version__}: {error}")
+            path = find()
+            module = None if path is None else _import(path)
+        except (ImportError, OSError, RuntimeError) as error:  # the last is of a user without a home
+            reasons.append(str(error))
             continue
-        if (built_for := module.build_info()["torch"]) != _public(torch.__version__):
-            raise ImportError(f"{path} was built for torch {built_for}, and this is torch {torch.__version__}")
-        return module
+        if module is not None:
+            return module
     raise ImportError(f"{'; '.join(reasons) or f'the C++ extension is not built: {_absence()}'}; run: {COMMAND}")
 
 
 def _import(path: Path) -> ModuleType:
+    """Loads a build. Asks first which torch it is for: the wrong one may crash, not only when it is used."""
+    record = extension.recorded(path.parent)
+    built_for = record.get("torch", "one that is not recorded")
+    if _public(built_for) != _public(torch.__version__):
+        raise ImportError(f"{path} was built for torch {built_for}, and this is torch {torch.__version__}")
     spec = importlib.util.spec_from_file_location(f"{__package__}._C", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise ImportError(f"{path} does not fit this torch {torch.__version__}: {error}") from error
     sys.modules[spec.name] = module
     return module
 
@@ -69,8 +73,7 @@ def _public(version: str) -> str:
 
 def _absence() -> str:
     """Why there is no build at all."""
-    others = [path.parent.parent.name for path in cache_folder().glob(f"{__version__}-*/*/{extension.RECORD}")]
-    if others:
+    if any(cache_folder().glob(f"{__version__}-*/*/{extension.RECORD}")):
         return f"the builds in {cache_folder()} are for another torch, Python or version of the sources"
     return extension.recorded(PACKAGE).get("reason", "nobody has built it here")
 
@@ -102,8 +105,8 @@ def sources_folder() -> Path:
 def builds_folder() -> Path:
     """Where the cache has the builds for these sources, this torch and Python."""
     digest = hashlib.sha256()
-    for path in sorted(sources_folder().rglob("*.[ch]*")):
-        digest.update(path.read_bytes())
+    for path in sorted(sources_folder().rglob("*.*")):
+        digest.update(path.name.encode() + path.read_bytes())
     python = sysconfig.get_config_var("SOABI")
     return cache_folder() / f"{__version__}-{digest.hexdigest()[:12]}-torch-{torch.__version__}-{python}"
 
@@ -128,7 +131,8 @@ def build(force: bool = False) -> Path:
         with _one_at_a_time(), tempfile.TemporaryDirectory(dir=cache_folder(), prefix="building-") as scratch:
             if force or in_folder(target) is None:
                 result = _compile(Path(scratch))
-                shutil.rmtree(target, ignore_errors=True)
+                if target.exists():  # aside, not away: somebody may be about to load it
+                    target.rename(Path(scratch) / "old")
                 result.rename(target)
             os.utime(target)  # the newest is loaded
     except extension.CannotBuild as error:
@@ -159,6 +163,9 @@ def _compile(scratch: Path) -> Path:
     arguments = [sources_folder(), scratch / "lib", scratch / "objects"]
     code = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"  # its folder stays off sys.path
     command = [sys.executable, "-c", code, extension.__file__, *map(str, arguments)]
+    for left in cache_folder().glob("building-*"):  # by builds that were killed: there is but one at a time
+        if left != scratch:
+            shutil.rmtree(left, ignore_errors=True)
     log = cache_folder() / "build.log"
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     with log.open("w") as file, subprocess.Popen(command, cwd=scratch, **pipe) as process:

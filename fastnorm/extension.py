@@ -32,7 +32,7 @@ class CannotBuild(Exception):
 
 def compiler() -> list[str]:
     """The C++ compiler's command."""
-    return shlex.split(os.environ.get("CXX", "c++"))
+    return shlex.split(os.environ.get("CXX") or "c++")
 
 
 def check_compiler() -> None:
@@ -130,10 +130,10 @@ def setup_arguments(csrc: str) -> dict[str, Any]:
     from torch.utils import cpp_extension
 
     class BuildExtension(cpp_extension.BuildExtension):
-        def build_extensions(self) -> None:
-            super().build_extensions()
-            built = {"torch": torch.__version__, "cuda": torch.version.cuda if cuda else None}
-            record(Path(self.get_ext_fullpath("fastnorm._C")).parent, built)
+        def run(self) -> None:
+            super().run()  # which copies what is built in place to where it belongs
+            if os.path.exists(path := self.get_ext_fullpath("fastnorm._C")):  # may be optional, and have failed
+                record(Path(path).parent, {"torch": torch.__version__, "cuda": torch.version.cuda if cuda else None})
 
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count()))  # ninja would start two more, at about 1 GB each
     openmp = [flag for flag in flags() if flag == "-fopenmp"]
@@ -153,7 +153,9 @@ def setup_arguments(csrc: str) -> dict[str, Any]:
 def record(folder: Path, facts: dict[str, Any]) -> None:
     """Leaves a note of what was built into the folder, {"torch": …, "cuda": …}, or why nothing was, {"reason": …}."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECORD).write_text(json.dumps(facts) + "\n")
+    new = folder / f"{RECORD}.new"
+    new.write_text(json.dumps(facts) + "\n")
+    new.replace(folder / RECORD)  # never half-written
 
 
 def recorded(folder: Path) -> dict[str, Any]:

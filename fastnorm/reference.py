@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .operators import list_dtype
-from .views import ChannelView
+from .views import ChannelView, suggested_format
 
 
 def layer_norm(
@@ -34,7 +34,7 @@ def layer_norm(
     weight = _applied(weight, zero_centered, dtype)
     bias = None if bias is None else bias.to(dtype)
     if is_lone:
-        return _lone(x.to(dtype), weight, bias, eps).to(out_dtype)
+        return _lone(x.to(dtype), weight, bias, eps).to(out_dtype).contiguous()
     return F.layer_norm(x.to(dtype), normalized_shape, weight, bias, eps).to(out_dtype)
 
 
@@ -127,6 +127,7 @@ def group_norm(
         if is_lone:
             along = (-1, *[1] * (x.dim() - 2))
             z = _lone(x.to(dtype), *(None if p is None else p.view(along) for p in parameters), eps)
+            z = z.contiguous(memory_format=suggested_format(x))
         else:
             z = F.group_norm(x.to(dtype), groups, *parameters, eps)
     return (F.silu(z) if silu else z).to(out_dtype)

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from fastnorm import backend, operators, reference, use
 from fastnorm.functional import batch_norm, group_norm, layer_norm, rms_norm
-from fastnorm.ops.channels import batch_norm_format, suggested_format
-from fastnorm.views import ChannelView, as_rows
+from fastnorm.views import ChannelView, as_rows, batch_norm_format, suggested_format
 
 native = pytest.mark.skipif(backend._native is None, reason="looks into the compiled operators")
 f32 = torch.float32

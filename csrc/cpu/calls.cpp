@@ -21,6 +21,7 @@ namespace {
 
 using at::Tensor;
 using torch::autograd::AutogradContext;
+using torch::autograd::ForwardADLevel;
 using torch::autograd::variable_list;
 
 // An undefined residual, weight or bias is one that was not given.
@@ -99,7 +100,8 @@ struct NormFunction : torch::autograd::Function<NormFunction> {
     const bool adds = residual_type != at::ScalarType::Undefined;
     const Tensor dy = grads[0], dh = adds ? grads[1] : Tensor();
     variable_list found(5);  // x, residual, weight, bias, call
-    if (dy.defined() && !at::GradMode::is_enabled() && is_plain(dy) && (!dh.defined() || is_plain(dh))) {
+    const bool is_differentiated = at::GradMode::is_enabled() || ForwardADLevel::try_get_by_idx(0) != nullptr;
+    if (dy.defined() && !is_differentiated && is_plain(dy) && (!dh.defined() || is_plain(dh))) {
       fused(ctx, call, dy, dh, saved[3], saved[4], x_type, residual_type, found);
       return found;
     }
@@ -144,7 +146,7 @@ bool nobody_looks_on() {
   const auto tls = c10::impl::tls_local_dispatch_key_set();
   return (tls.included_.raw_repr() & ~c10::default_included_set.raw_repr()) == 0 &&
          !at::impl::torch_function_mode_enabled() &&
-         torch::autograd::ForwardADLevel::try_get_by_idx(0) == nullptr;
+         ForwardADLevel::try_get_by_idx(0) == nullptr;
 }
 
 bool takes(at::ScalarType type) {

@@ -180,7 +180,8 @@ def autocast(op: str, x: Tensor) -> Tensor:
 
 def _autocasts(op: str, x: Tensor) -> bool:
     device = x.device.type
-    return device in _AUTOCAST_FLOAT32[op] and x.dtype != torch.float64 and torch.is_autocast_enabled(device)
+    is_cast = device in _AUTOCAST_FLOAT32[op] and x.is_floating_point() and x.dtype != torch.float64
+    return is_cast and torch.is_autocast_enabled(device)
 
 
 def options_repr(module: torch.nn.Module, **defaults: object) -> str:

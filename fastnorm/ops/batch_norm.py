@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from .. import backend, reference
+from ..views import batch_norm_format
 from .arguments import as_float, autocast, options_repr
 from .channels import (
     as_vector,
-    batch_norm_format,
     check_activation,
     check_channels,
     check_input,
@@ -65,6 +65,8 @@ def _batch_norm_gradients(ctx: Any, dy: Tensor):
     x, weight, bias, mean, scale, mask = ctx.saved_tensors
     if backend.backward_needs_formula(dy):
         dz = reference.masked(dy, mask, ctx.memory_format)
+        if backend.peculiarity(dz) is None:  # stock's backward misreads one of other strides where some sizes are 1
+            dz = dz.contiguous(memory_format=ctx.memory_format)
         dx, dweight, dbias = reference.gradients(
             lambda x, w, b: reference.batch_norm(
                 x, None, w, b, None if ctx.training else (mean, scale), ctx.training, 0.0, ctx.eps, False
@@ -223,8 +225,10 @@ class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
         So do torch's fuse_conv_bn_eval, its convert_sync_batchnorm and their like, which know no activation.
         """
-        # only who names it: torch.jit.trace and inspect read every attribute there is
-        if self.__dict__.get("activation") is not None and "eps" in sys._getframe(1).f_code.co_names:
+        if torch.compiler.is_compiling() or self.__dict__.get("activation") is None:
+            return self._eps
+        # torch.jit.trace and inspect read every attribute, by getattr: their code names no eps
+        if "eps" in sys._getframe(1).f_code.co_names:
             warnings.warn(
                 f"the eps of a fastnorm.{type(self).__name__}(activation={self.activation!r}) is read: what is made of "
                 "its attributes has no activation, and must be followed by one. "
@@ -236,6 +240,9 @@ class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     @eps.setter
     def eps(self, eps: float) -> None:
         self._eps = self.__dict__["eps"] = eps  # torch's methods format __dict__, and torch.compile can't read it
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state | {"_eps": state["eps"]})  # a state may be torch.nn's
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if not isinstance(input, Tensor) or not isinstance(residual, (Tensor, type(None))):

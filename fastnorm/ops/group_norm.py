@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from .. import backend, reference
+from ..views import suggested_format
 from .arguments import as_float, as_int, options_repr, result_dtype
 from .channels import (
     check_activation,
@@ -17,7 +18,6 @@ from .channels import (
     check_input,
     check_several_values,
     check_vector,
-    suggested_format,
 )
 from .scripting import scriptable
 from .symbolic import Overridden

@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import backend, reference
+from ..views import batch_norm_format
 from .batch_norm import FusedBatchNorm, as_precise_as, check_batch_norm
-from .channels import as_vector, batch_norm_format, check_activation, checked_eps, values_per_channel
+from .channels import as_vector, check_activation, checked_eps, values_per_channel
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
