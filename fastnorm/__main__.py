@@ -5,6 +5,7 @@
 
 import argparse
 import platform
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -93,16 +94,18 @@ def report() -> None:
 def build_extension(force: bool, only_check: bool) -> None:
     """Builds the extension into the user's cache, or says what would be built; raises BuildError."""
     target = build.target_folder()
-    built = build.in_folder(target)
-    _section("the C++ extension for this torch", iter({
+    is_built = build.obstacle(target) is None
+    facts = {
         "sources": str(build.sources_folder()), "torch": torch.__version__, **extension.options(),
-        "file": str(built or target), "built": "yes" if built else "no",
-    }.items()))  # fmt: skip
+        "in use": backend._native._C.__file__ if backend._native else "none",
+        "file": str(build.in_folder(target) or target), "built": "yes" if is_built else "no",
+    }  # fmt: skip
+    _section("the C++ extension for this torch", ((name, fact.strip()) for name, fact in facts.items() if fact.strip()))
     if only_check:
         return
     start = time.monotonic()
     path = build.build(force)
-    if force or not built:
+    if force or not is_built:
         print(f"built in {time.monotonic() - start:.0f} seconds: {path}")
     if (inside := build.in_folder(build.PACKAGE)) is not None:
         print(f"the one in the package is loaded before it, where it fits this torch: {inside}")
@@ -119,10 +122,13 @@ def main(arguments: list[str] | None = None) -> None:
     if options.command is None:
         report()
         return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the compilers end, the cache is left alone
     try:
         build_extension(options.force, options.check)
     except (build.BuildError, extension.CannotBuild) as error:
         sys.exit(f"fastnorm: {error}")
+    except KeyboardInterrupt:
+        sys.exit("fastnorm: interrupted; the cache is as it was")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -51,17 +52,14 @@ def load() -> ModuleType:
 
 
 def _import(path: Path) -> ModuleType:
-    """Loads a build. Asks first which torch it is for: the wrong one may crash, not only when it is used."""
-    record = extension.recorded(path.parent)
-    built_for = record.get("torch", "one that is not recorded")
-    if _public(built_for) != _public(torch.__version__):
-        raise ImportError(f"{path} was built for torch {built_for}, and this is torch {torch.__version__}")
+    if (reason := misfit(path)) is not None:
+        raise ImportError(reason)
     spec = importlib.util.spec_from_file_location(f"{__package__}._C", path)
     try:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except ImportError as error:
-        raise ImportError(f"{path} does not fit this torch {torch.__version__}: {error}") from error
+        raise ImportError(f"the build for torch {torch.__version__} can't be loaded: {error}") from error
     sys.modules[spec.name] = module
     return module
 
@@ -75,7 +73,15 @@ def _absence() -> str:
     """Why there is no build at all."""
     if any(cache_folder().glob(f"{__version__}-*/*/{extension.RECORD}")):
         return f"the builds in {cache_folder()} are for another torch, Python or version of the sources"
-    return extension.recorded(PACKAGE).get("reason", "nobody has built it here")
+    return extension.recorded(PACKAGE).get("reason", "nobody has done that yet").rstrip(".")
+
+
+def misfit(path: Path) -> str | None:
+    """Why a build must not be loaded: one for another torch may crash, and not only when it is used."""
+    built_for = extension.recorded(path.parent).get("torch", "one that is not recorded")
+    if _public(built_for) == _public(torch.__version__):
+        return None
+    return f"{path} was built for torch {built_for}, and this is torch {torch.__version__}"
 
 
 def in_folder(folder: Path) -> Path | None:
@@ -92,8 +98,8 @@ def cached() -> Path | None:
 def cache_folder() -> Path:
     """$FASTNORM_CACHE_DIR, or fastnorm's folder in the user's cache."""
     if folder := os.environ.get("FASTNORM_CACHE_DIR"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastnorm"
+        return Path(folder).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "fastnorm"
 
 
 def sources_folder() -> Path:
@@ -120,26 +126,42 @@ def target_folder() -> Path:
 def build(force: bool = False) -> Path:
     """Compiles the extension for this torch into the user's cache, and shows how far it is; returns its path.
 
-    What was built before with the same options is taken, unless `force`. Processes that build at once wait for each
-    other. A build that fails or is interrupted leaves the cache as it was.
+    What was built before with the same options is taken, if it can be loaded, unless `force`. Processes that build at
+    once wait for each other. A build that fails or is interrupted leaves the cache as it was.
 
     Raises BuildError, which says what to do.
     """
     try:
         target = target_folder()
-        target.parent.mkdir(parents=True, exist_ok=True)
+        cache_folder().mkdir(parents=True, exist_ok=True)
         with _one_at_a_time(), tempfile.TemporaryDirectory(dir=cache_folder(), prefix="building-") as scratch:
-            if force or in_folder(target) is None:
+            if force or obstacle(target) is not None:
                 result = _compile(Path(scratch))
+                if (reason := obstacle(result)) is not None:
+                    raise BuildError(f"What was built in {cache_folder()} can't be loaded: {reason}")
+                target.parent.mkdir(exist_ok=True)
                 if target.exists():  # aside, not away: somebody may be about to load it
                     target.rename(Path(scratch) / "old")
                 result.rename(target)
             os.utime(target)  # the newest is loaded
     except extension.CannotBuild as error:
         raise BuildError(str(error)) from error
-    except OSError as error:
-        raise BuildError(f"{error}. FASTNORM_CACHE_DIR names another folder to build in.") from error
+    except (OSError, RuntimeError) as error:  # the last is of a user without a home
+        raise BuildError(f"{error}: set FASTNORM_CACHE_DIR to a folder that can be written to") from error
     return in_folder(target)
+
+
+def obstacle(folder: Path) -> str | None:
+    """Why what is in the folder can't be loaded into this torch, tried in another process; None where it can."""
+    path = in_folder(folder)
+    if path is None or (reason := misfit(path)) is not None:
+        return "there is none" if path is None else reason
+    code = (
+        "import sys, torch, importlib.util as util; spec = util.spec_from_file_location('fastnorm._C', sys.argv[1]);"
+        "spec.loader.exec_module(util.module_from_spec(spec))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    return None if done.returncode == 0 else (done.stderr.splitlines() or [f"it ended with {done.returncode}"])[-1]
 
 
 @contextmanager
@@ -167,20 +189,30 @@ def _compile(scratch: Path) -> Path:
         if left != scratch:
             shutil.rmtree(left, ignore_errors=True)
     log = cache_folder() / "build.log"
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    with log.open("w") as file, subprocess.Popen(command, cwd=scratch, **pipe) as process:
-        for name in _compiled(process.stdout, file):
-            print(f"  {name}", flush=True)
+    scripts = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ.get('PATH', '')}"  # where pip puts ninja
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    options |= {"cwd": scratch, "env": os.environ | {"PATH": scripts}, "start_new_session": True}
+    with log.open("w") as file, subprocess.Popen(command, **options) as process:
+        try:
+            for name in _compiled(process.stdout, file):
+                print(f"  {name}", flush=True)
+        except BaseException:  # an interrupt ends the compilers as well
+            os.killpg(process.pid, signal.SIGTERM)
+            raise
     result = scratch / "lib" / "fastnorm"
     if process.returncode or in_folder(result) is None:
-        errors = [line for line in log.read_text().splitlines() if re.search(r"\berror\b", line, re.IGNORECASE)]
-        raise BuildError("\n".join(["The compiler failed:", *errors[:10], f"All that it said is in {log}."]))
+        said = log.read_text().splitlines()
+        errors = [line for line in said if re.search(r"error\b", line, re.IGNORECASE)]
+        raise BuildError("\n".join(["The build failed:", *(errors or said)[:10], f"All that it said is in {log}."]))
     return result
 
 
 def _compiled(lines: Iterator[str], log) -> Iterator[str]:
     """The sources whose compilation the build reports, counted where ninja counts; all output goes to the log."""
+    seen = set()
     for line in lines:
         log.write(line)
         if match := re.search(r"^(\[\d+/\d+\] )?.* -c (?:-c )?\S*/(csrc/\S+\.(?:cpp|cu))\b", line):
-            yield (match[1] or "") + match[2]
+            if match[2] not in seen:
+                yield (match[1] or "") + match[2]
+            seen.add(match[2])

@@ -39,7 +39,9 @@ def check_compiler() -> None:
     """Raises CannotBuild unless there are torch and a compiler that can build against it."""
     cxx = compiler()
     if find_spec("torch") is None:
-        raise CannotBuild("torch can't be seen here: pip builds in an environment of its own.")
+        raise CannotBuild("there was no torch: pip builds in an environment of its own, without --no-build-isolation.")
+    if find_spec("setuptools") is None:
+        raise CannotBuild("setuptools is missing: pip install setuptools ninja.")
     if shutil.which(cxx[0]) is None:
         raise CannotBuild(
             f"No C++ compiler: '{cxx[0]}' was not found (install g++ or clang++, or name a compiler in CXX)."
@@ -130,6 +132,10 @@ def setup_arguments(csrc: str) -> dict[str, Any]:
     from torch.utils import cpp_extension
 
     class BuildExtension(cpp_extension.BuildExtension):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            self.force = True  # without ninja, what was built for another torch would count as up to date
+
         def run(self) -> None:
             super().run()  # which copies what is built in place to where it belongs
             if os.path.exists(path := self.get_ext_fullpath("fastnorm._C")):  # may be optional, and have failed
@@ -161,9 +167,10 @@ def record(folder: Path, facts: dict[str, Any]) -> None:
 def recorded(folder: Path) -> dict[str, Any]:
     """The note in the folder; empty where there is none."""
     try:
-        return json.loads((folder / RECORD).read_text())
+        facts = json.loads((folder / RECORD).read_text())
     except (OSError, ValueError):
         return {}
+    return {key: value for key, value in facts.items() if value is not None} if isinstance(facts, dict) else {}
 
 
 if __name__ == "__main__":  # python extension.py <csrc> <folder for the extension> <folder for objects>

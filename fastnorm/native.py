@@ -14,7 +14,8 @@ from . import build, operators
 _C = build.load()
 
 if missing := [name for name in operators.names() if not hasattr(torch.ops.fastnorm, name)]:
-    raise ImportError(f"fastnorm's C++ extension is an older build, without {missing[0]}: {build.COMMAND}")
+    reason = f"{_C.__file__} is an older build, without {missing[0]}"
+    raise ImportError(f"{reason}: build it again as it was built, or delete it and run: {build.COMMAND}")
 operators.register_fakes("fastnorm")
 
 # Overloads, because a call through the packet would look the overload up each time.
