@@ -7,9 +7,8 @@ The backends are imported once, here. One that is absent is recorded with its re
 from __future__ import annotations
 
 import importlib
-import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -100,13 +99,18 @@ _library = None if _triton is None else operators.register("fastnorm_triton", _t
 
 
 class _Setting:
-    """One entry of _settings: a block that is open, or a plain call, which may yet turn out to begin a block."""
+    """What is named: for the process, or for an open block."""
 
-    def __init__(self, maker: use, is_block: bool) -> None:
-        self.backend, self.maker, self.is_block = maker.backend, weakref.ref(maker), is_block
-        self.thread = threading.get_ident()
-        # the block around it
-        self.block = next((s for s in reversed(_settings) if s.is_block and s.thread == self.thread), None)
+    def __init__(self, backend: str | None) -> None:
+        # by plain calls, the newest last, each with its object while that may still turn out to begin a block
+        self.named: list[tuple[str | None, Callable[[], use | None]]] = [(backend, lambda: None)]
+
+    def name(self, maker: use) -> tuple[str | None, Callable[[], use | None]]:
+        plain = [entry for entry in self.named if entry[1]() is None]
+        for superseded in plain[:-1]:
+            self.named.remove(superseded)
+        self.named.append((maker.backend, weakref.ref(maker)))
+        return self.named[-1]
 
 
 class use:
@@ -116,10 +120,9 @@ class use:
     call that it can't serve raises a RuntimeError; nothing falls back silently.
 
     The setting is the process's: it also holds in the threads of a pool, and in autograd's, where checkpoints are
-    computed again and hooks may clip. A block is in force until its end, a plain call until the next one or the end of
-    the block around it; of all that are in force, the newest holds. So blocks of threads or tasks may overlap and leave
-    nothing behind; while they do, the one that was entered last holds for all. A process that is forked starts with the
-    setting of that moment, any other with None.
+    computed again and hooks may clip. A block holds until its end; of several that are open, in any threads or tasks,
+    the newest. Blocks that overlap leave nothing behind. A plain call changes the setting of the newest open block;
+    where none is open, that of the process. In code that torch.compile traces, only blocks may be used.
 
     Raises ValueError for an unknown name, RuntimeError for a backend that isn't there.
     """
@@ -130,23 +133,25 @@ class use:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, but got {backend!r}")
         if backend in _absent:
             raise RuntimeError(f"the {backend} backend is not available: {_absent[backend]}")
-        self.backend, self.before, self.plain = backend, _forced, None
-        if torch.compiler.is_compiling():  # torch.compile traces a plain name, but no locks and no threads
-            _forced = backend
+        self.backend, self.open = backend, []
+        if torch.compiler.is_compiling():  # torch.compile traces a plain global, and no lists
+            self.before, _forced = _forced, backend
             return
-        with _changing:
-            self.plain = _Setting(self, is_block=False)
-            _put_in_force([*_without_superseded(self.plain.block), self.plain])
+        self.changed = _settings[-1]
+        self.entry = self.changed.name(self)
+        _put_in_force()
 
     def __enter__(self) -> use:
         global _forced
         if torch.compiler.is_compiling():
             _forced = self.backend
             return self
-        with _changing:
-            # what seemed to be a plain call was the beginning of a block
-            others = [s for s in _settings if s is not self.plain]
-            _put_in_force([*others, _Setting(self, is_block=True)])
+        if self.entry in self.changed.named:  # what seemed to be a plain call was the beginning of a block
+            self.changed.named.remove(self.entry)
+        block = _Setting(self.backend)
+        _settings.append(block)
+        self.open.append(block)
+        _put_in_force()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -154,28 +159,21 @@ class use:
         if torch.compiler.is_compiling():
             _forced = self.before
             return
-        with _changing:
-            mine = [s for s in _settings if s.is_block and s.maker() is self]
-            ended = [s for s in mine if s.thread == threading.get_ident()][-1:] or mine[-1:]
-            _put_in_force([s for s in _settings if s not in ended and (s.is_block or s.block not in ended)])
+        if not self.open:
+            raise RuntimeError("fastnorm.use: the end of a block that was not entered")
+        _settings.remove(self.open.pop())
+        _put_in_force()
 
 
-_settings: list[_Setting] = []  # in force, the newest last
+_settings = [_Setting(None)]  # the process's, and those of the open blocks, the newest last
 _forced: str | None = None  # the newest one's backend: all that a call looks at
-_changing = threading.Lock()
 
 
-def _put_in_force(settings: list[_Setting]) -> None:
-    global _settings, _forced
-    _settings, _forced = settings, settings[-1].backend if settings else None
-
-
-def _without_superseded(block: _Setting | None) -> list[_Setting]:
-    """The settings, less the plain calls in `block` that another one has ended: one whose object is gone, which can't
-    begin a block any more."""
-    plain = [s for s in _settings if not s.is_block and s.block is block]
-    last = max((i for i, s in enumerate(plain) if s.maker() is None), default=0)
-    return [s for s in _settings if s not in plain[:last]]
+def _put_in_force() -> None:
+    """Without a lock, which a fork or the garbage collector could find taken: the last change is what stays."""
+    global _forced
+    while _forced != (newest := _settings[-1].named[-1][0]):
+        _forced = newest
 
 
 def call_directly(op: str, *arguments: Any) -> Any:
