@@ -23,6 +23,18 @@ def parameters_with(grads) -> list[nn.Parameter]:
     return parameters
 
 
+def give_gradient(parameter: nn.Parameter, grad: Tensor) -> None:
+    """A gradient of whatever dtype. Where torch has no grad_dtype yet, it only passes while .data has its dtype."""
+    if not hasattr(parameter, "grad_dtype"):
+        data, parameter.grad = parameter.data, None
+        parameter.data = data.to(grad.dtype)
+        parameter.grad = grad
+        parameter.data = data
+        return
+    parameter.grad_dtype = None  # any
+    parameter.grad = grad
+
+
 def copied(tensor: Tensor) -> Tensor:
     """A copy with the same strides."""
     if tensor.layout is not torch.strided:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TORCH
 from norms import DTYPES
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -22,6 +23,8 @@ CALLS = {
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps", "xpu", "mtia"])
 def test_result_dtypes_on_every_device(device, op):
     """Result dtypes alone, of fake tensors: whatever this torch has rules for, float32 comes out where stock has it."""
+    if (device, op) == ("mtia", "rms_norm") and TORCH < (2, 11):
+        pytest.skip("stock's formula asks for the device itself there, which this torch is not linked with")
     before, call = torch.is_autocast_enabled(device), CALLS[op]
     for dtype in DTYPES:
         with FakeTensorMode():

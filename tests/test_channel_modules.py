@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SIMULATED
+from conftest import SIMULATED, TORCH
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -266,12 +266,12 @@ ALL_MISTAKES = [(op, mistake, changes) for op, own in (("batch_norm", BATCH_MIST
 
 @pytest.mark.parametrize("op, mistake, changes", ALL_MISTAKES, ids=[f"{m[0]}-{m[1]}" for m in ALL_MISTAKES])
 def test_mistakes_raise_as_stock_does(op, mistake, changes):
-    given = dict(input=x, running_mean=stat.clone(), running_var=stat.clone()) if op == "batch_norm" else (
-        dict(input=x, num_groups=3))  # fmt: skip
-    given = given | changes
+    own = dict(running_mean=stat.clone(), running_var=stat.clone()) if op == "batch_norm" else dict(num_groups=3)
+    given = dict(input=x) | own | changes
     stock, ours = (raised(partial(getattr(functions, op), **given)) for functions in (F, fastnorm.functional))
-    assert stock is not None and type(ours) is type(stock), (ours, stock)
-    assert str(ours)
+    if stock is None and "eps" in changes and TORCH < (2, 11):  # which takes what ours refuses with every torch
+        stock = ValueError()
+    assert stock is not None and type(ours) is type(stock) and str(ours), (ours, stock)
 
 
 @pytest.mark.parametrize("mistake", ["residual of another shape", "residual of integers", "residual is a number"])

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from clipping import give_gradient
 from conftest import TORCH
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -315,8 +316,7 @@ def test_gradients_on_several_devices_are_refused():
 def test_odd_gradients_are_refused(kind, make_odd):
     params, optimizer = make()
     fill(params, 0)
-    params[1].grad_dtype = None  # any
-    params[1].grad = make_odd(params[1])
+    give_gradient(params[1], make_odd(params[1]))
     with pytest.raises(RuntimeError, match=rf"gradients of the kind {kind}: use fastnorm\.clip_grad_norm_"):
         fastnorm.clip_grad_norm_in_optimizer(optimizer, 1.0)
     assert_clean(optimizer)
