@@ -4,9 +4,11 @@ import importlib.util
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from conftest import release
 from filelock import FileLock
 
 pytest.importorskip("triton")
@@ -66,7 +68,10 @@ def test_every_architecture_and_kernel_is_there(kernels):
 
 
 def test_row_kernels_do_not_spill(kernels):
-    assert not {name(k): k["spilled"] for k in kernels if k["spilled"]}
+    spilled = {name(k): k["spilled"] for k in kernels if k["spilled"]}
+    if release(metadata.version("triton")) < (3, 6):  # whose LLVM finds no registers for this one, and newer ones' does
+        assert spilled.pop("gfx1100 rms_norm_backward bf16 7168", 0) <= 24
+    assert not spilled
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx1100"])
