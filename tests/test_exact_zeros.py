@@ -7,6 +7,8 @@ import torch
 from conftest import SIMULATED
 from norms import DTYPES
 
+from fastnorm import functional
+
 layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 
 
@@ -85,3 +87,10 @@ def test_groups_of_one_element(dtype, channels_last, device):
         assert not leaves["x"].grad.any() and not leaves["weight"].grad.any()
         if activation is None:
             assert torch.equal(y, leaves["bias"].to(dtype).view(1, -1, 1, 1).expand_as(y))
+
+
+def test_results_of_lone_elements_have_stocks_strides(device):
+    x = torch.randn(4, 8, 5, 1, device=device).to(memory_format=torch.channels_last)
+    assert functional.layer_norm(x, (1,)).stride() == torch.nn.functional.layer_norm(x, (1,)).stride()
+    x = torch.randn(4, 3, device=device).t()
+    assert functional.group_norm(x, 4).stride() == torch.nn.functional.group_norm(x, 4).stride()

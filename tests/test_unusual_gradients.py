@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TORCH
+from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
 
 from fastnorm import functional
@@ -61,3 +62,46 @@ def test_gradients_that_no_kernel_can_read(op, kind, device):
         if kind == "TwoTensor":
             gradient, wanted = torch.stack([gradient.a, gradient.b]), torch.stack([wanted.a, wanted.b])
         torch.testing.assert_close(gradient + 0, wanted + 0, rtol=1e-4, atol=1e-5)
+
+
+OPS = pytest.mark.parametrize("op", [*CALLS, "add_layer_norm", "add_rms_norm"])
+
+
+@OPS
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_vmap_over_gradients(op, device):
+    """As a Jacobian is made by hand: y is computed once, outside."""
+    (ours, y), (stock, expected) = both(op, device)
+    dy = torch.randn(3, *y.shape, device=device)
+    for gradient, wanted in zip(*(
+        torch.func.vmap(lambda g, leaves=leaves, out=out: torch.autograd.grad(out, leaves, g, retain_graph=True))(dy)
+        for leaves, out in ((ours[:2], y), (stock[:2], expected))
+    ), strict=True):  # fmt: skip
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
+
+
+@OPS
+def test_tangents_of_gradients(op, device):
+    """Forward mode through a backward whose forward was outside of it."""
+    if op == "group_norm":
+        pytest.skip("stock has no forward mode of group_norm's backward")
+    (ours, y), (stock, expected) = both(op, device)
+    dy, tangent = torch.randn(2, *y.shape, device=device)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(dy, tangent)
+        for gradient, wanted in zip(*(
+            torch.autograd.grad(out, leaves[:2], dual) for leaves, out in ((ours, y), (stock, expected))
+        ), strict=True):  # fmt: skip
+            tangents = forward_ad.unpack_dual(gradient).tangent, forward_ad.unpack_dual(wanted).tangent
+            torch.testing.assert_close(*tangents, rtol=1e-4, atol=1e-5)
+
+
+def test_a_double_backward_reads_gradients_at_any_strides(kernel_device):
+    """Stock's batch_norm on the CPU misreads these; the formula behind create_graph=True is stock's."""
+    x = torch.randn(5, 2, 4, 1, device=kernel_device, requires_grad=True)
+    dy = torch.randn(5, 4, 2, 1, device=kernel_device).transpose(1, 2)
+    dy = dy.as_strided(dy.shape, (8, 1, 2, 1))
+    y = functional.batch_norm(x, None, None, training=True)
+    once = torch.autograd.grad(y, x, dy, retain_graph=True)[0]
+    twice = torch.autograd.grad(y, x, dy, create_graph=True)[0]
+    torch.testing.assert_close(once, twice, rtol=1e-4, atol=1e-5)
