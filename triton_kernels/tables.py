@@ -109,7 +109,7 @@ _layouts, _tables = _Recent(32), _Recent(32)
 
 
 def recent(key: Hashable, device: torch.device, make: Callable[[], T]) -> T:
-    """What _Recent.get says, of tables."""
+    """The table of this key, made where there is none; see _Recent.get for what is kept and for how long."""
     return _tables.get(key, device, make)
 
 

@@ -116,15 +116,14 @@ def batch_norm(
     training: whether the statistics are this batch's (with the biased variance).
     momentum: the share of this batch in the running statistics: a number, or a tensor with one element (such as
         1/count, for a cumulative average), which is not waited for if it lies on the input's device in up to 32 bits.
-    residual: the input's shape; added to the normalised input. activation: "relu" or None, applied last:
-        y = relu(batch_norm(input) + residual) in one pass. For the backward, one bit an element is kept of it.
+    residual: the input's shape; added to the normalised input. activation: "relu" or None, else ValueError; applied
+        last: y = relu(batch_norm(input) + residual) in one pass. For the backward, one bit an element is kept of it.
 
     Returns y: the input's shape and memory format, in the promoted dtype of input and residual. Statistics are
     computed in float32 (float64 for float64); dweight and dbias are summed in a fixed order.
 
     Raises what torch.nn.functional.batch_norm raises: ValueError for a single value a channel in training, for an eps
-    out of range and for one running statistic without the other, RuntimeError for wrong shapes or devices; ValueError
-    for an unknown activation.
+    out of range and for one running statistic without the other, RuntimeError for wrong shapes or devices.
     Source: torch.nn.functional.batch_norm; Ioffe & Szegedy, "Batch Normalization", 2015.
     """
     relu = check_activation("batch_norm", activation, "relu")
