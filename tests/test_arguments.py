@@ -102,12 +102,16 @@ def like_stock(call, value, device) -> None:
         torch.testing.assert_close(call(functional, device, value), call(F, device, value))
 
 
-@pytest.mark.parametrize("call", CALLS)
-def test_floats(call, device):
+NUMBERS = [pytest.param(call, FLOATS, id=name) for name, call in CALLS.items()]
+NUMBERS += [pytest.param(call, INTS, id=name) for name, call in INT_CALLS.items()]
+
+
+@pytest.mark.parametrize("call, values", NUMBERS)
+def test_numbers(call, values, device):
     is_interpreted = fastnorm.explain().backend == "triton" and device == "cpu"
-    for value in FLOATS[::5] if is_interpreted else FLOATS:
-        assert error_of(lambda v=value: CALLS[call](F, device, v), {}) is None, f"stock refuses {value!r}"
-        like_stock(CALLS[call], value, device)
+    for value in values[::3] if is_interpreted else values:
+        assert error_of(lambda v=value: call(F, device, v), {}) is None, f"stock refuses {value!r}"
+        like_stock(call, value, device)
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -119,14 +123,6 @@ def test_what_is_no_float(call):
                 CALLS[call](functional, "cpu", value)
         else:
             like_stock(CALLS[call], value, "cpu")
-
-
-@pytest.mark.parametrize("call", INT_CALLS)
-def test_integers(call, device):
-    is_interpreted = fastnorm.explain().backend == "triton" and device == "cpu"
-    for value in INTS[::3] if is_interpreted else INTS:
-        assert error_of(lambda v=value: INT_CALLS[call](F, device, v), {}) is None, f"stock refuses {value!r}"
-        like_stock(INT_CALLS[call], value, device)
 
 
 @pytest.mark.parametrize("call", INT_CALLS)
