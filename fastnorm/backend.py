@@ -53,7 +53,7 @@ _KERNEL_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 _MODES_WITHOUT_INTEREST = ("torch.utils._device", "torch.fx.experimental.proxy_tensor")
 _REMEDIES = {
     "triton": "pip install triton  (Linux; comes with torch's CUDA and ROCm wheels)",
-    "native": "python -m fastnorm build  (needs a C++20 compiler: gcc 10, clang 13 or newer)",
+    "native": "python -m fastnorm build  (needs a C++20 compiler: gcc 10 or newer, or clang)",
 }
 
 

@@ -48,7 +48,7 @@ def check_compiler() -> None:
         )
     check = partial(run, [*cxx, CXX_STANDARD, "-fsyntax-only", f"-I{sysconfig.get_path('include')}", "-x", "c++", "-"])
     if check(input="#include <bit>\nstatic_assert(std::endian::native == std::endian::little);").returncode:
-        raise CannotBuild(f"'{cxx[0]}' doesn't compile C++20: use gcc 10, clang 13 or newer, and name it in CXX.")
+        raise CannotBuild(f"'{cxx[0]}' doesn't compile C++20: use gcc 10 or newer, or clang, and name it in CXX.")
     if check(input="#include <Python.h>").returncode:
         raise CannotBuild(f"'{cxx[0]}' finds no Python.h: install Python's headers (python3-dev on Debian and Ubuntu).")
     if sys.platform != "darwin" and run([*cxx, "-fopenmp", "-fsyntax-only", "-x", "c++", "-"],
