@@ -29,6 +29,11 @@ def test_rows_of_one_element(op, dtype, device):
         assert torch.equal(found["x"], dh if case.adds else torch.zeros_like(dh))
 
 
+def assert_without_the_mean(dx: torch.Tensor, along: torch.Tensor) -> None:
+    """dx is `along` less its mean in each row, to two units of the largest."""
+    assert ((along - along.mean(1, keepdim=True)) - dx).abs().max() <= 2 * torch.finfo(dx.dtype).eps * along.abs().max()
+
+
 # of a row in registers, in several tiles, and read again; odd and even, for sums of one value fit into float32 or don't
 CONSTANT_ROWS = [
     (dtype, cols)
@@ -39,36 +44,46 @@ CONSTANT_ROWS = [
 
 
 @pytest.mark.parametrize("dtype, cols", CONSTANT_ROWS, ids=lambda v: str(v).removeprefix("torch."))
-def test_constant_rows_leave_the_bias(dtype, cols, kernel_device):
-    """Their mean is exact: what rounding it left would be divided by √eps. dweight is 0, then, as well."""
+def test_constant_rows_leave_the_bias(dtype, cols, device):
+    """Their mean is exact: what rounding it left would be divided by √eps. dweight is 0, then, as well, and of dx there
+    is what is not along x̂."""
     values = torch.tensor([1001.3, 3.0 if dtype == torch.float16 else 1e20, 0.1, -6e4][: 4 if cols <= 1000 else 2])
     case = norms.plain_case("layer_norm", (len(values), cols), dtype)
-    tensors = norms.inputs(case, kernel_device)
+    tensors = norms.inputs(case, device)
     tensors["x"].copy_(values[:, None].expand(case.shape))
     tensors["weight"] *= 100
     leaves = {name: t.requires_grad_() for name, t in tensors.items()}
     y, _ = norms.call(case, leaves)
-    y.backward(torch.randn(case.shape).to(dtype).to(kernel_device))
+    dy = (1e-3 * torch.randn(case.shape)).to(dtype).to(device)  # dx is 1e5 times as large, and float16 ends at 65504
+    y.backward(dy)
     assert torch.equal(y, leaves["bias"].expand_as(y)) and not leaves["weight"].grad.any()
+    assert_without_the_mean(leaves["x"].grad, dy.double() * leaves["weight"].detach().double() * case.eps**-0.5)
 
 
 @pytest.mark.parametrize("op", ["batch_norm", "group_norm"])
 @layouts
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-def test_constant_channels_leave_the_bias(op, dtype, channels_last, kernel_device):
+def test_constant_channels_leave_the_bias(op, dtype, channels_last, device):
     """Their mean is exact: what rounding it left would be divided by √eps. dweight is 0, then, as well."""
     values = torch.tensor([0.1, -1001.3, 3.0 if dtype == torch.float16 else 1e20])
     for samples, span, size in ((2, 5, (5, 7)), (5, 1, (2, 1)))[: 1 if SIMULATED else None]:
         groups, shape = len(values), (samples, len(values) * span, *size)
         case = channel_norms.case_of(op, shape, dtype, groups=groups, channels_last=channels_last, running=None)
-        leaves = channel_norms.inputs(case, kernel_device)
+        leaves = channel_norms.inputs(case, device)
         leaves["x"].copy_(values.repeat_interleave(span).view(1, -1, 1, 1).expand(shape))
         leaves["weight"] *= 100
         leaves = {name: t.requires_grad_() for name, t in leaves.items()}
         y = channel_norms.call(case, leaves)
-        y.backward(torch.randn(shape).to(dtype).to(kernel_device))
+        dy = (1e-3 * torch.randn(shape)).to(dtype).to(device)
+        y.backward(dy)
         expected = leaves["bias"].to(dtype).view(1, -1, 1, 1).expand(shape)
         assert torch.equal(y, expected) and not leaves["weight"].grad.any()
+        along = dy.double() * leaves["weight"].detach().double().view(1, -1, 1, 1)
+        dx, along = (
+            t.movedim(1, 0).flatten(1) if op == "batch_norm" else t.reshape(samples * groups, -1)
+            for t in (leaves["x"].grad, along * case.eps**-0.5)
+        )
+        assert_without_the_mean(dx, along)
 
 
 @layouts

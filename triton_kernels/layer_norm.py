@@ -33,6 +33,15 @@ from .tiles import (
 from .types import stat_dtype
 
 
+@triton.jit
+def keep_zero(c, t: tl.constexpr, lanes, N_COLS: tl.constexpr, TILE: tl.constexpr):
+    """c, and 0 in masked lanes: (0 − mean)² would enter the variance."""
+    if (t + 1) * TILE > N_COLS:
+        return tl.where(tile_mask(t, lanes, None, N_COLS, TILE), c, 0.0)
+    else:
+        return c
+
+
 @triton.jit(do_not_specialize=["n_rows"])  # one code for every batch, to the last bit
 def _layer_norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr, n_rows, x_stride, residual_stride,
@@ -55,30 +64,29 @@ def _layer_norm_forward_kernel(
         total += h
         tiles = tiles + (h,)
     mean = row_mean(tl.sum(total, axis=1, keep_dims=True), N_COLS)
-    remainder, square_sum = tl.zeros((ROWS, TILE), stat), tl.zeros((ROWS, TILE), stat)
     centered = ()
     for t in tl.static_range(N_TILES):
-        c = tiles[t] - mean
-        if (t + 1) * TILE > N_COLS:
-            # masked lanes must stay zero: (0 − mean)² would enter the variance
-            c = tl.where(tile_mask(t, lanes, None, N_COLS, TILE), c, 0.0)
-        square_sum += c * c
-        if REFINE:
-            remainder += c
-        centered = centered + (c,)
-    # scaled before the lanes are added: n squares of 1e18 have a mean that fits, and a sum that does not
+        centered = centered + (tiles[t] - mean,)
     if REFINE:
-        shift, variance = sum_pair(remainder, lane_means(square_sum, N_COLS))
-        shift = row_mean(shift, N_COLS)
-        variance = tl.maximum(variance - shift * shift, 0.0, tl.PropagateNan.ALL)
+        remainder = tl.zeros((ROWS, TILE), stat)
+        for t in tl.static_range(N_TILES):
+            remainder += keep_zero(centered[t], t, lanes, N_COLS, TILE)
+        shift = row_mean(tl.sum(remainder, axis=1, keep_dims=True), N_COLS)
         mean += shift
-    else:
-        variance = tl.sum(lane_means(square_sum, N_COLS), axis=1, keep_dims=True)
+        tiles, centered = centered, ()
+        for t in tl.static_range(N_TILES):
+            centered = centered + (tiles[t] - shift,)
+    square_sum = tl.zeros((ROWS, TILE), stat)
+    for t in tl.static_range(N_TILES):
+        c = keep_zero(centered[t], t, lanes, N_COLS, TILE)
+        square_sum += c * c
+    # scaled before the lanes are added: n squares of 1e18 have a mean that fits, and a sum that does not
+    variance = tl.sum(lane_means(square_sum, N_COLS), axis=1, keep_dims=True)
     rstd = reciprocal_sqrt(variance + EPS)
     store_tile(mean_ptr + rows, mean, row_mask)
     store_tile(rstd_ptr + rows, rstd, row_mask)
     for t in tl.static_range(N_TILES):
-        y = (centered[t] - shift if REFINE else centered[t]) * rstd
+        y = centered[t] * rstd
         if weight_ptr is not None:
             y *= load_weight_tile(weight_ptr, lanes, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
         if bias_ptr is not None:
