@@ -7,7 +7,7 @@ checked and with every default resolved. The functions for lists of tensors are 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,9 @@ def layer_norm(
 ) -> Tensor:
     """y = (x − mean) · rstd · w + b over the last len(normalized_shape) dimensions."""
     is_lone = math.prod(normalized_shape) == 1
+    looks = not is_lone and _can_be_looked_at(x)
+    level = _level(x, range(-len(normalized_shape), 0)) if looks else None
+    x = x if level is None else x - level
     if not is_lone and not zero_centered and out_dtype == x.dtype and _stock_takes(x, weight, bias):
         return F.layer_norm(x, normalized_shape, weight, bias, eps)
     dtype = stat_dtype(torch.promote_types(x.dtype, out_dtype))
@@ -36,6 +39,43 @@ def layer_norm(
     if is_lone:
         return _lone(x.to(dtype), weight, bias, eps).to(out_dtype).contiguous()
     return F.layer_norm(x.to(dtype), normalized_shape, weight, bias, eps).to(out_dtype)
+
+
+def _level(x: Tensor, dims: Iterable[int]) -> Tensor | None:
+    """The one value that x has all along `dims`, for each place in the others, and 0 where it has several.
+
+    Stock's CPU kernels divide what rounding leaves of such values by √eps, and by its third power in the backward. Less
+    its level, such a row is exactly 0, and all others stay as they are. None where no place has a level, as a few
+    elements of each mostly tell.
+    """
+    values, dims = x.detach(), tuple(dims)
+    first, few = [slice(None)] * x.dim(), [slice(None)] * x.dim()
+    for dim in dims:
+        first[dim], few[dim] = slice(1), slice(None, None, max(1, x.shape[dim] // 3))
+    first, few = values[tuple(first)], values[tuple(few)]
+    if not (few == first).all(dims).any():
+        return None
+    is_level = (values == first).all(dims, keepdim=True)
+    return torch.where(is_level, first, 0) if is_level.any() else None
+
+
+def _can_be_looked_at(x: Tensor) -> bool:
+    """Whether Python may branch on what x holds, without waiting for a device: on the CPU, and with nobody tracing.
+    Modes are asked for first, as they see all that is asked of a tensor."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._len_torch_function_stack()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and x.layout is torch.strided
+        and not x.is_nested
+        and not x._is_zerotensor()
+        and x.device.type == "cpu"
+        and x.is_floating_point()
+        and x.numel() > 0
+    )
 
 
 def _lone(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -80,7 +120,9 @@ def batch_norm(
 ) -> Tensor:
     """y = relu((x − mean) · rstd · w + b + residual); in training, `running` (mean and variance) moves by momentum."""
     vectors: Sequence[Tensor | None] = (*(running or (None, None)), weight, bias)
-    mixes = _stock_mixes(x, weight, bias, *vectors[:2])
+    level = _level(x, _pooled_dims(x)) if training and _can_be_looked_at(x) and x.dim() > 1 else None
+    x = x if level is None else x - level
+    mixes = level is None and _stock_mixes(x, weight, bias, *vectors[:2])
     dtype = x.dtype if mixes else stat_dtype(x.dtype)
     if not mixes:
         vectors = [None if v is None else v.to(dtype) for v in vectors]
@@ -91,7 +133,8 @@ def batch_norm(
         vectors, factor = [*map(torch.zeros_like, vectors[:2]), *vectors[2:]], 1.0
     z = F.batch_norm(x.to(dtype), *vectors, training, factor, eps)
     if moves and x.numel():
-        move(running, vectors[:2], momentum)
+        mean, var = vectors[:2]
+        move(running, (mean if level is None else mean + level.flatten(), var), momentum)
     z = z if residual is None else z + residual
     z = z.to(x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
     return F.relu(z) if relu else z
@@ -116,10 +159,15 @@ def group_norm(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool, out_dtype: torch.dtype
 ) -> Tensor:
     """y = silu((x − mean) · rstd · w + b) over each sample's groups of channels."""
+    mixes = _stock_mixes(x, weight, bias)
     if weight is None and bias is not None:
         weight = torch.ones_like(bias)  # without one, stock's backward on the CPU raises before torch 2.13
     is_lone = x.shape[1] == groups and math.prod(x.shape[2:]) == 1
-    if not is_lone and out_dtype == x.dtype and _stock_mixes(x, weight, bias):
+    grouped = None if is_lone or not _can_be_looked_at(x) else x.unflatten(1, (groups, -1))
+    level = None if grouped is None else _level(grouped, range(2, grouped.dim()))
+    if level is not None:
+        x = x - level.expand(*grouped.shape[:3], *level.shape[3:]).flatten(1, 2)
+    if not is_lone and out_dtype == x.dtype and mixes:
         z = F.group_norm(x, groups, weight, bias, eps)
     else:
         dtype = stat_dtype(torch.promote_types(x.dtype, out_dtype))

@@ -90,12 +90,13 @@ BATCH_MIXTURES = [
     dict(running=None, activation="relu"),
     dict(activation="relu", dtype=torch.float16),
 ]
+GROUP_MIXTURES = [dict(dtype=torch.bfloat16, weight=None, bias=torch.float32, activation="silu")]
 
 
 @layouts
 @pytest.mark.parametrize(
     "op, changes", [(op, changes) for op in OPERATIONS
-                    for changes in (MIXTURES + BATCH_MIXTURES * (op == "batch_norm"))[few]],
+                    for changes in (MIXTURES + (BATCH_MIXTURES if op == "batch_norm" else GROUP_MIXTURES))[few]],
     ids=str,
 )  # fmt: skip
 def test_options_and_mixed_dtypes(op, changes, channels_last, device):
