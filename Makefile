@@ -17,7 +17,7 @@ STABILITY := $(filter-out %/common.py,$(wildcard examples/stability/*.py))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test test-models test-torch test-triton lint bench real-model examples gpu sanitize wheel clean distclean
+.PHONY: help install test test-codegen test-models test-torch test-triton lint bench real-model examples gpu sanitize wheel clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ install: $(NATIVE)  ## make the virtual environment, install in editable mode, b
 test: lint  ## lint, then all tests
 # One OpenMP thread each, or the workers fight for the cores; tests of threading set their own number.
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not models" $(PYTEST_ARGS)
+
+test-codegen: $(NATIVE)  ## what Triton's kernels are compiled to, on six architectures (`make test` looks at two)
+	FASTNORM_TEST_CODEGEN=all OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS) tests/test_codegen.py
 
 test-models: $(MODELS)  ## convert and clipping on real models and trainers: transformers, timm, Lightning, Accelerate
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m models $(PYTEST_ARGS) tests/test_models.py tests/test_trainers.py

@@ -1,4 +1,7 @@
-"""What the compilers make of the Triton kernels, read off the machine code; no GPU is needed."""
+"""What the compilers make of the Triton kernels, read off the machine code; no GPU is needed.
+
+Two architectures and the widths that have needed most registers, for `make test`; `make test-codegen` takes all.
+"""
 
 import importlib.util
 import os
@@ -16,6 +19,14 @@ pytest.importorskip("triton")
 from bench import codegen, control_flow, summary
 
 ROOT = Path(__file__).resolve().parents[1]
+ALL = os.environ.get("FASTNORM_TEST_CODEGEN") == "all"
+TARGETS = {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"} if ALL else {"sm_90", "gfx1100"}
+WIDTHS = "128,1024,4096,7168,16384,32768,65536"
+GREEDY = ["--targets", "sm_80,gfx1100", "--dtypes", "fp32", "--widths", "1793,7168,16384"]
+if ALL:
+    WIDTHS = "96,128,1024,1280,1536,2560,4096,5120,6144,7168,8192,12288,16384,32768,65536"
+    GREEDY = ["--targets", "sm_80,sm_120,gfx1100", "--dtypes", "fp32,mixed"]
+    GREEDY += ["--widths", "64,1793,4096,7168,12288,16384"]
 
 
 def compiled(factory: pytest.TempPathFactory, name: str, *options: str) -> list[dict]:
@@ -40,17 +51,17 @@ def bench(cache: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-WIDTHS = "96,128,1024,1280,1536,2560,4096,5120,6144,7168,8192,12288,16384,32768,65536"
+def targets() -> str:
+    return ",".join(sorted(TARGETS))
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory) -> list[dict]:
-    """The least and the most that a row norm does, at every number of tiles and rows of a program, on every
-    architecture; what takes most registers in other dtypes and at an odd width, on three; and wider rows than NVIDIA's
-    cards hold on gfx942. `python -m bench codegen` compiles all there is, which takes over half an hour."""
-    plain = ["--operations", "rms_norm,add_layer_norm", "--dtypes", "bf16", "--widths", WIDTHS]
-    greedy = ["--operations", "layer_norm,add_layer_norm", "--targets", "sm_80,sm_120,gfx1100"]
-    greedy += ["--dtypes", "fp32,mixed", "--widths", "64,1793,4096,7168,12288,16384"]
+    """The least and the most that a row norm does, at every number of tiles and rows of a program, on every target;
+    what takes most registers in other dtypes and at an odd width; and wider rows than NVIDIA's cards hold on gfx942.
+    `python -m bench codegen` compiles all there is, which takes over half an hour."""
+    plain = ["--operations", "rms_norm,add_layer_norm", "--targets", targets(), "--dtypes", "bf16", "--widths", WIDTHS]
+    greedy = ["--operations", "layer_norm,add_layer_norm", *GREEDY]
     held = ["--operations", "add_rms_norm", "--targets", "gfx942", "--dtypes", "bf16", "--widths", "24576"]
     kinds = {"plain": plain, "greedy": greedy, "held": held}
     return [kernel for kind, options in kinds.items() for kernel in compiled(tmp_path_factory, kind, *options)]
@@ -61,7 +72,7 @@ def name(kernel: dict) -> str:
 
 
 def test_every_architecture_and_kernel_is_there(kernels):
-    assert {k["target"] for k in kernels} == {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"}
+    assert {k["target"] for k in kernels} == TARGETS | {"sm_80", "gfx942"}
     norms = {f"{norm}_{kind}" for norm in ("rms_norm", "layer_norm") for kind in (
         "forward", "long_forward", "backward", "long_backward_rows", "long_backward_columns")}  # fmt: skip
     assert norms <= {k["kernel"].strip("_").removesuffix("_kernel") for k in kernels}
@@ -74,7 +85,7 @@ def test_row_kernels_do_not_spill(kernels):
     assert not spilled
 
 
-@pytest.mark.parametrize("target", ["sm_90", "gfx1100"])
+@pytest.mark.parametrize("target", ["sm_90", "gfx1100"] if ALL else ["sm_90"])
 def test_a_kernel_that_spills_is_seen_to(target, tmp_path):
     """A held row with far too few threads: the guards above must be able to fail."""
     source = (
@@ -116,8 +127,8 @@ CHANNEL_KERNELS = {f"{layout}_{kind}" for layout in ("planes", "pixels") for kin
 
 @pytest.fixture(scope="module")
 def channel_kernels(tmp_path_factory) -> list[dict]:
-    """batch_norm and group_norm at ResNet-50's and a UNet's images, in both layouts, on every architecture."""
-    options = ["--operations", "batch_norm,group_norm", "--dtypes", "bf16"]
+    """batch_norm and group_norm at ResNet-50's and a UNet's images, in both layouts, on every target."""
+    options = ["--operations", "batch_norm,group_norm", "--targets", targets(), "--dtypes", "bf16"]
     return compiled(tmp_path_factory, "channels", *options)
 
 
@@ -125,7 +136,7 @@ def test_channel_kernels_do_not_spill(channel_kernels):
     assert not {name(k): k["spilled"] for k in channel_kernels if k["spilled"]}
     for target in {k["target"] for k in channel_kernels}:
         assert {k["kernel"] for k in channel_kernels if k["target"] == target} >= CHANNEL_KERNELS
-    assert len({k["target"] for k in channel_kernels}) == 6
+    assert {k["target"] for k in channel_kernels} == TARGETS
 
 
 def test_channel_kernels_leave_room_for_several_programs(channel_kernels):
@@ -147,13 +158,14 @@ def test_aligned_images_are_read_and_written_16_bytes_at_a_time(channel_kernels)
 
 @pytest.fixture(scope="module")
 def clip_kernels(tmp_path_factory) -> list[dict]:
-    """The clips' on every architecture, for every kind of norm."""
-    options = ["--operations", "clip_grad_norm_,clip_grad_value_,adaptive_clip_grad_", "--dtypes", "bf16,fp32"]
+    """The clips' on every target, for every kind of norm."""
+    operations = "clip_grad_norm_,clip_grad_value_,adaptive_clip_grad_"
+    options = ["--operations", operations, "--targets", targets(), "--dtypes", "bf16,fp32"]
     return compiled(tmp_path_factory, "clips", *options)
 
 
 def test_clip_kernels_do_not_spill(clip_kernels):
-    assert len({k["target"] for k in clip_kernels}) == 6
+    assert {k["target"] for k in clip_kernels} == TARGETS
     norms = ("norm", "fold_tensor", "total", "held_units", "looped_unit")
     kinds = ("", "_magnitudes", "_maximum", "_powers")
     assert {k["kernel"] for k in clip_kernels} == {"change"} | {f"{norm}{kind}" for norm in norms for kind in kinds}
