@@ -224,10 +224,9 @@ def _group(
     firsts = list(accumulate(counts, initial=0))
     addresses = [address for pair in pairs for address in (pair.gradient.address, pair.parameter.address)]
     rows = [field for pair, first in zip(pairs, firsts, strict=False) for field in (pair.length, pair.units, first)]
-    places = torch.repeat_interleave(torch.arange(len(pairs)), torch.tensor(counts)).tolist()
     return Group(
         dtypes, tiles, is_aligned, firsts[-1], tables.upload(addresses, torch.int64, device),
-        tables.upload(rows, torch.int64, device), tables.upload(places, torch.int32, device),
+        tables.upload(rows, torch.int64, device), tables.upload(tables.repeated(counts), torch.int32, device),
     )  # fmt: skip
 
 

@@ -140,7 +140,7 @@ def disjoint(entries: Sequence[Entry]) -> list[list[int]]:
 
 def upload(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """(len(values),) on the device, in stream order. Raises RuntimeError while a graph is captured."""
-    host = torch.tensor(values, dtype=dtype)
+    host = torch.tensor(values, dtype=dtype, device="cpu")  # whatever torch.set_default_device says
     if device.type == "cpu":  # an interpreter's, or a virtual GPU's
         return host
     if _is_capturing(device):
@@ -149,6 +149,12 @@ def upload(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> T
             "same gradients before the capture, or build fastnorm's CUDA extension, whose kernels need no copy"
         )
     return host.pin_memory().to(device, non_blocking=True)
+
+
+def repeated(counts: Sequence[int]) -> list[int]:
+    """Each place as often as its count says: [2, 0, 1] makes [0, 0, 2]."""
+    places = torch.arange(len(counts), device="cpu")
+    return places.repeat_interleave(torch.tensor(counts, device="cpu")).tolist()
 
 
 def _stream(device: torch.device) -> int:
@@ -180,6 +186,5 @@ def _layout(entries: Sequence[Entry], device: torch.device) -> Layout:
     for first, i in zip(firsts, order, strict=False):
         rows += [entries[i].lead, entries[i].lead + entries[i].size, first, i]
     rows += [0, 0, firsts[-1], 0]
-    places = torch.repeat_interleave(torch.arange(len(order)), torch.tensor(counts))
     tensors = upload(rows, torch.int64, device).view(-1, FIELDS)
-    return Layout(order, groups, size, firsts[-1], tensors, upload(places.tolist(), torch.int32, device))
+    return Layout(order, groups, size, firsts[-1], tensors, upload(repeated(counts), torch.int32, device))
