@@ -269,7 +269,7 @@ class Cuda:
 
 def exact_norms(tensors: Sequence[Tensor], p: float) -> tuple[Tensor, Tensor]:
     """The total norm and the tensors' norms, in float64; of an empty tensor, what is neutral among the others."""
-    rest = torch.tensor(0.0 if p >= 0 else math.inf, dtype=F64)
+    rest = tensors[0].new_tensor(0.0 if p >= 0 else math.inf, dtype=F64)
     norms = torch.stack([torch.linalg.vector_norm(t.double(), p) if t.numel() else rest for t in tensors])
     return torch.linalg.vector_norm(norms, p), norms
 

@@ -39,7 +39,7 @@ def copied(tensor: Tensor) -> Tensor:
     """A copy with the same strides."""
     if tensor.layout is not torch.strided:
         return tensor.clone()
-    storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage().clone())
+    storage = tensor.new_empty(0).set_(tensor.untyped_storage().clone())
     return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 

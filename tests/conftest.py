@@ -1,13 +1,18 @@
 """What every test gets: a device for Triton, the backends, and memory that shows when it was never written."""
 
+import contextlib
+import gc
 import importlib.util
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 
+import card_selection
 import pytest
 import torch
+from filelock import FileLock
 
 
 def release(version: str) -> tuple[int, ...]:
@@ -36,6 +41,17 @@ def pytest_configure() -> None:
     if release(triton) < (3, 7) and release(numpy) >= (2, 4):
         reason = f"Triton {triton}'s interpreter takes arrays for numbers, which numpy {numpy} refuses"
         raise pytest.UsageError(f"{reason}: pip install 'numpy<2.4'")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items: list[pytest.Item]) -> None:
+    """Marks what a card must show; `-m card` takes it in the order in which it matters."""
+    chosen = card_selection.selected(items)
+    for item in chosen:
+        item.add_marker("card")
+    if re.search(r"\bcard\b", config.option.markexpr):
+        others = set(items) - set(chosen)
+        items[:] = [*chosen, *(item for item in items if item in others)]
 
 
 def _round_bfloat16_in_the_interpreter() -> None:
@@ -111,12 +127,21 @@ def backend_parameters(*names: str) -> list:
     return [pytest.param(name, id=name, marks=marks.get(name, [])) for name in names]
 
 
-def _on_backend(request) -> Iterator[str]:
+def has_cuda_clips() -> bool:
+    """Whether there is a card, and the extension has the clips' kernels for it; its norms are the CPU's alone."""
+    return torch.cuda.is_available() and "cuda" in backend._native_clip_devices and backend._native.covers(0)
+
+
+def _clip_device(name: str) -> str:
+    return "cuda" if name == "native" and has_cuda_clips() else _device(name)
+
+
+def _on_backend(request, device_of: Callable[[str], str] = _device) -> Iterator[str]:
     status = backend.statuses()[request.param]
     if not status.available:
         pytest.skip(f"{status.name} backend: {status.detail}")
     with fastnorm.use(request.param):
-        yield _device(request.param)
+        yield device_of(request.param)
 
 
 @pytest.fixture(params=backend_parameters("reference", "native", "triton"))
@@ -131,11 +156,59 @@ def kernel_device(request) -> Iterator[str]:
     yield from _on_backend(request)
 
 
+@pytest.fixture(params=backend_parameters("reference", "native", "triton"))
+def clip_device(request) -> Iterator[str]:
+    """As `device`, for the clips."""
+    yield from _on_backend(request, _clip_device)
+
+
+@pytest.fixture(params=["native", "triton"])
+def clip_backend(request) -> Iterator[str]:
+    """Each backend whose clips run on a card, named."""
+    status = backend.statuses()[request.param]
+    if not status.available or _clip_device(request.param) != "cuda":
+        pytest.skip(f"{status.name} backend: {status.detail}")
+    with fastnorm.use(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["automatic", "reference"])
+def served_by(request) -> Iterator[str]:
+    """Clips by the kernels where they are built, and by PyTorch's operations; on a card, where a test asks for it:
+    what the test makes lies there."""
+    if request.param == "card" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    with (
+        fastnorm.use("reference" if request.param == "reference" else None),
+        torch.device("cuda") if request.param == "card" else contextlib.nullcontext(),
+    ):
+        yield request.param
+
+
+on_a_card_too = pytest.mark.parametrize("served_by", ["automatic", "reference", "card"], indirect=True)
+
+
 @pytest.fixture
 def triton_device() -> Iterator[str]:
     """The device of Triton's kernels, with the Triton backend named. Tests that use it are marked triton."""
     with fastnorm.use("triton"):
         yield _device("triton")
+
+
+@pytest.fixture
+def card_memory(tmp_path_factory) -> Iterator[int]:
+    """The bytes that are free on a card, for a test that takes gigabytes of them: one such test at a time, of all
+    workers, and nothing of it is kept for the next. 0 where there is no card."""
+    if not torch.cuda.is_available():
+        yield 0
+        return
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder  # which all workers have in common
+    with FileLock(folder / "card_memory.lock"):
+        torch.cuda.empty_cache()
+        yield torch.cuda.mem_get_info()[0]
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(autouse=True)

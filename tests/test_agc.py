@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from clipping import give_gradient
+from conftest import backend_parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -60,16 +61,16 @@ def assert_clipped(params, before, formula, tolerance=1e-6):
 
 
 @pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf, 0.5, "2"])
-def test_timm_numbers(device, norm_type):
-    params = parameters(device=device)
+def test_timm_numbers(clip_device, norm_type):
+    params = parameters(device=clip_device)
     before = [p.grad.clone() for p in params]
     fastnorm.adaptive_clip_grad_(params, norm_type=norm_type)
     assert_clipped(params, before, lambda p, g: timm_formula(p, g, norm_type=float(norm_type)))
     assert any(not torch.equal(p.grad, g) for p, g in zip(params, before, strict=True))
 
 
-def test_paper_numbers(device):
-    params = parameters(device=device)
+def test_paper_numbers(clip_device):
+    params = parameters(device=clip_device)
     before = [p.grad.clone() for p in params]
     fastnorm.adaptive_clip_grad_(params, unit_dims="nfnets")
     assert_clipped(params, before, paper_formula)
@@ -78,25 +79,25 @@ def test_paper_numbers(device):
     assert not torch.allclose(column.grad, timm_formula(column.detach(), grad))
 
 
-def test_tensors_whole(device):
-    params = parameters(device=device)
+def test_tensors_whole(clip_device):
+    params = parameters(device=clip_device)
     before = [p.grad.clone() for p in params]
     fastnorm.adaptive_clip_grad_(params, 0.05, 1e-2, unit_dims="tensor")
     assert_clipped(params, before, lambda p, g: timm_formula(p.flatten(), g.flatten(), 0.05, 1e-2).view_as(g))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_dtypes_round_once(device, dtype):
-    params = parameters(device=device, dtype=dtype)
+def test_other_dtypes_round_once(clip_device, dtype):
+    params = parameters(device=clip_device, dtype=dtype)
     before = [p.grad.clone() for p in params]
     fastnorm.adaptive_clip_grad_(params)
     # half a unit in the last place, and a little for the float32 in which the scale is computed
     assert_clipped(params, before, timm_formula, 1e-12 if dtype == torch.float64 else 0.501 * torch.finfo(dtype).eps)
 
 
-def test_powers_of_long_16_bit_units(device):
+def test_powers_of_long_16_bit_units(clip_device):
     """Too long to be held by the threads of a program that takes logarithms in float64."""
-    params = parameters([(3, 12000), (2, 6000)], device=device, dtype=torch.bfloat16)
+    params = parameters([(3, 12000), (2, 6000)], device=clip_device, dtype=torch.bfloat16)
     before = [p.grad.clone() for p in params]
     fastnorm.adaptive_clip_grad_(params, norm_type=3.0)
     tolerance = 0.501 * torch.finfo(torch.bfloat16).eps
@@ -104,8 +105,8 @@ def test_powers_of_long_16_bit_units(device):
     assert all(not torch.equal(p.grad, g) for p, g in zip(params, before, strict=True))
 
 
-def test_gradients_of_another_dtype_than_the_parameters(device):
-    params = parameters(device=device, dtype=torch.bfloat16)
+def test_gradients_of_another_dtype_than_the_parameters(clip_device):
+    params = parameters(device=clip_device, dtype=torch.bfloat16)
     for p in params:
         give_gradient(p, p.grad.float())
     before = [p.grad.clone() for p in params]
@@ -113,8 +114,8 @@ def test_gradients_of_another_dtype_than_the_parameters(device):
     assert_clipped(params, before, timm_formula)
 
 
-def test_small_units_are_not_written(device):
-    param = parameters([(4, 8)], device)[0]
+def test_small_units_are_not_written(clip_device):
+    param = parameters([(4, 8)], clip_device)[0]
     param.grad = param.detach().clone()  # norms equal: clipped by 0.01
     param.grad[1:3] *= 1e-3
     before = param.grad.clone()
@@ -125,8 +126,8 @@ def test_small_units_are_not_written(device):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["grad", "param"])
-def test_a_bad_row_spoils_only_itself(device, bad, where):
-    params = parameters([(6, 33), (5,)], device)
+def test_a_bad_row_spoils_only_itself(clip_device, bad, where):
+    params = parameters([(6, 33), (5,)], clip_device)
     reference = [(p.detach().clone(), p.grad.clone()) for p in params]
     tensor = params[0].grad if where == "grad" else params[0].data
     tensor[2, 7] = bad
@@ -200,8 +201,9 @@ def test_channels_last_goes_to_the_kernels_as_it_lies(monkeypatch):
         assert taken == []
 
 
-def test_a_named_backend_refuses_what_it_cannot_read(kernel_device):
-    conv = parameters([(6, 4, 3, 3)], kernel_device)[0]
+@pytest.mark.parametrize("clip_device", backend_parameters("native", "triton"), indirect=True)
+def test_a_named_backend_refuses_what_it_cannot_read(clip_device):
+    conv = parameters([(6, 4, 3, 3)], clip_device)[0]
     conv.grad = conv.grad.to(memory_format=torch.channels_last)
     before = conv.grad.clone()
     with pytest.raises(RuntimeError, match=r"adaptive_clip_grad: fastnorm\.use.*strides .* differ"):

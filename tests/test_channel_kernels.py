@@ -132,7 +132,7 @@ def both_ways(*blocks, channels_last) -> list[Tensor | None]:
 @pytest.mark.triton
 @layouts
 @pytest.mark.parametrize("dimension", ["samples", "rows"])
-def test_offsets_beyond_31_bits(dimension, channels_last, triton_device):
+def test_offsets_beyond_31_bits(dimension, channels_last, triton_device, card_memory):
     """The stride has 31 bits, no power of two in it, and the last sample, or the last row of one, is beyond them."""
     rows, cols = (3, 16) if dimension == "rows" else (3, 4 * 16)
     inputs = far_apart(3, rows, cols, 2**30 + 17, triton_device)

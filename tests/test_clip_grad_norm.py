@@ -1,4 +1,7 @@
-"""Clipping by norm and by value against torch.nn.utils: odd inputs, numbers, errors, and what is written."""
+"""Clipping by norm and by value against torch.nn.utils: odd inputs, numbers, errors, and what is written.
+
+Lists and numbers by each backend, on a card too, are in test_clip_backends.
+"""
 
 import itertools
 import math
@@ -7,21 +10,15 @@ import warnings
 import pytest
 import torch
 from clipping import HALVES, assert_like_stock, copied, inf, nan, odd_lists, outcome, parameters_with
+from conftest import on_a_card_too
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastnorm
 
+pytestmark = pytest.mark.usefixtures("served_by")
 NORM_TYPES = (2.0, 1.0, inf, 0.0, -inf, -1.0, 0.5, 3.0, "2", 2)
-
-
-@pytest.fixture(params=["automatic", "reference"], autouse=True)
-def served_by(request):
-    """The kernels where they are built, and PyTorch's operations."""
-    with fastnorm.use(None if request.param == "automatic" else request.param):
-        yield request.param
-
 
 # (gradients, arguments) -> (total norm, all elements afterwards) by torch.nn.utils.clip_grad_norm_ of torch 2.14
 CAPTURED = [
@@ -167,6 +164,7 @@ def test_warnings_like_stock():
         fastnorm.clip_grads_with_norm_((p for p in ()), 1.0, torch.tensor(1.0))
 
 
+@on_a_card_too
 def test_generators_and_single_tensors():
     model = nn.Linear(3, 4)
     model(torch.ones(2, 3)).sum().backward()
@@ -175,9 +173,10 @@ def test_generators_and_single_tensors():
     fastnorm.clip_grad_norm_(model.weight, 0.5)
     torch.testing.assert_close(fastnorm.get_total_norm(model.weight.grad), torch.tensor(0.5), rtol=1e-5, atol=0)
     fastnorm.clip_grad_value_(model.weight, 0.1)
-    assert model.weight.grad.abs().max() == pytest.approx(0.1)
+    assert model.weight.grad.abs().max().item() == pytest.approx(0.1)
 
 
+@on_a_card_too
 @pytest.mark.parametrize("bad", [nan, inf, -inf])
 def test_non_finite_norms_raise_before_anything_is_written(bad):
     grads = [torch.randn(3), torch.tensor([1.0, bad]), torch.tensor([nan])]
@@ -196,6 +195,7 @@ def test_non_finite_norms_raise_before_anything_is_written(bad):
         fastnorm.clip_grad_norm_(finite, 1.0, 1.0, error_if_nonfinite=True)
 
 
+@on_a_card_too
 def test_names_change_nothing_else():
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     model(torch.ones(1, 3)).sum().backward()
@@ -204,6 +204,7 @@ def test_names_change_nothing_else():
     torch.testing.assert_close(fastnorm.get_total_norm([p.grad for p in model.parameters()]), torch.tensor(0.5))
 
 
+@on_a_card_too
 @pytest.mark.parametrize("max_norm", [1.0, 3e4])
 def test_half_norms_beyond_halfs_range_clip(max_norm):
     """Stock's norm is inf in float16, and its coefficient zero."""
@@ -216,6 +217,7 @@ def test_half_norms_beyond_halfs_range_clip(max_norm):
     assert after.norm().item() == pytest.approx(max_norm, rel=2e-3) and bool((after != 0).all())
 
 
+@on_a_card_too
 @pytest.mark.parametrize("max_norm", [1.0, 0.37])
 def test_bfloat16_gradients_land_on_max_norm(max_norm):
     grads = [torch.randn(300, 70).bfloat16(), torch.randn(70).bfloat16()]

@@ -1,5 +1,6 @@
-"""The clip's kernels over lists of tensors, against float64 and the reference: Triton's wherever Triton runs, and the
-CUDA ones, compiled without torch, on a virtual GPU together with the host code that plans their launches.
+"""The clip's kernels over lists of tensors, against float64 and the reference: Triton's wherever Triton runs, the
+extension's CUDA ones on a card, and on a virtual GPU those same ones, compiled without torch, together with the host
+code that plans their launches.
 """
 
 import itertools
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from clip_kernels import Cuda, assert_norms, randn
+from conftest import backend_parameters, has_cuda_clips
 from torch import Tensor
 
 from fastnorm import backend, reference
@@ -22,13 +24,28 @@ INF = math.inf
 CHANGED = {F32: 2e-6, F64: 1e-6, F16: 2**-10, BF16: 2**-7}
 
 
-@pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.cuda), pytest.param("triton", marks=pytest.mark.triton)])
+VIRTUAL, TRITON = pytest.param("virtual", id="cuda", marks=pytest.mark.cuda), *backend_parameters("triton")
+
+
+@pytest.fixture(params=[VIRTUAL, "native", TRITON])
 def kernels(request):
-    if request.param == "cuda":
-        return Cuda()
-    if triton_kernels is None or triton_kernels.device_type() != "cpu":
-        pytest.skip("Triton runs on no CPU tensors here: no interpreter, no virtual GPU")
-    return triton_kernels
+    """A backend's functions; what the test makes lies on the device whose tensors they take."""
+    if request.param == "virtual":
+        yield Cuda()
+        return
+    functions, device = triton_kernels, triton_kernels and triton_kernels.device_type()
+    if request.param == "native":
+        functions, device = backend._native, "cuda" if has_cuda_clips() else None
+    if device is None:
+        pytest.skip(f"no device for these kernels: {backend.statuses()[request.param].detail}")
+    with torch.device(device):
+        yield functions
+
+
+def scaled(x: Tensor, coefficient: Tensor) -> Tensor:
+    """The product, rounded once: torch rounds a coefficient that lies on a card to x's dtype first."""
+    wide = torch.promote_types(x.dtype, F32)
+    return (x.to(wide) * coefficient.to(wide)).to(x.dtype)
 
 
 def mixed_list() -> list[Tensor]:
@@ -84,9 +101,10 @@ def test_every_start_and_the_neighbours(kernels, dtype):
         for count in (1, 3, 16, 1029):
             storage = randn(count + offset + 9, dtype)
             before = storage.clone()
-            kernels.multi_tensor_scale_([storage[offset : offset + count]], torch.tensor(0.37))
-            before[offset : offset + count] *= 0.37 if dtype == F64 else torch.tensor(0.37)
-            torch.testing.assert_close(storage, before, rtol=1e-7 if dtype == F64 else 0, atol=0)
+            coefficient = torch.tensor(0.37)
+            kernels.multi_tensor_scale_([storage[offset : offset + count]], coefficient)
+            before[offset : offset + count] = scaled(before[offset : offset + count], coefficient)
+            torch.testing.assert_close(storage, before, rtol=0, atol=0)
         if triton_kernels is kernels:
             break  # it compiles nothing anew for another start
 
@@ -99,7 +117,7 @@ def test_scale_and_duplicates(kernels):
     coefficient = torch.tensor(0.37)
     kernels.multi_tensor_scale_(tensors, coefficient)
     for i in (*range(len(expected)), 1, 4, 1):
-        expected[i].mul_(coefficient)
+        expected[i].copy_(scaled(expected[i], coefficient))
     for tensor, right in zip(tensors, expected, strict=False):
         torch.testing.assert_close(tensor, right, rtol=0, atol=0)
 
@@ -191,11 +209,9 @@ def test_two_runs_are_bitwise_equal(kernels):
     assert all(map(torch.equal, first, again))
 
 
-@pytest.mark.triton
-def test_tables_are_kept(monkeypatch):
+@pytest.mark.parametrize("kernels", [TRITON], indirect=True)
+def test_tables_are_kept(kernels, monkeypatch):
     """The same list copies nothing; gradients that lie elsewhere copy their addresses and nothing else."""
-    if triton_kernels is None or triton_kernels.device_type() != "cpu":
-        pytest.skip("Triton runs on no CPU tensors here: no interpreter, no virtual GPU")
     from fastnorm.triton_kernels import tables
 
     copied, upload = [], tables.upload
@@ -208,8 +224,8 @@ def test_tables_are_kept(monkeypatch):
     sizes = (5, 4097, 300)
     kept = [[randn(n, F32) for n in sizes] for _ in range(2)]
     calls: list[Callable] = [
-        lambda tensors: triton_kernels.multi_tensor_norm(tensors, 2.0, 1.0),
-        lambda tensors: triton_kernels.multi_tensor_scale_(tensors, torch.tensor(0.5)),
+        lambda tensors: kernels.multi_tensor_norm(tensors, 2.0, 1.0),
+        lambda tensors: kernels.multi_tensor_scale_(tensors, torch.tensor(0.5)),
     ]
     for call in calls:
         call(kept[0])
@@ -220,6 +236,18 @@ def test_tables_are_kept(monkeypatch):
     assert not copied
     calls[0](kept[1])
     assert copied == [3]
+
+
+@pytest.mark.parametrize("kernels", ["native", TRITON], indirect=True)
+def test_a_default_device_is_for_factories_alone(kernels):
+    """The tables of a list are made on the host and read on the tensors' device."""
+    tensors = [randn(9, F32), randn(5000, BF16), randn(300, F32)]
+    grads, params = ([randn(12, F32), randn(40, F32)] for _ in range(2))
+    with torch.device("meta"):
+        found = kernels.multi_tensor_norm(tensors, 2.0, 1.0)
+        kernels.multi_tensor_agc_(grads, params, [3, 5], 0.01, 1e-3, 2.0)
+    assert all(map(torch.equal, found, kernels.multi_tensor_norm(tensors, 2.0, 1.0)))
+    assert all(grad.norm() < 0.02 * param.norm() for grad, param in zip(grads, params, strict=True))
 
 
 def test_launch_choices():

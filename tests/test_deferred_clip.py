@@ -63,7 +63,7 @@ def assert_same(first, second, **tolerance):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("norm_type", [2.0, math.inf])
 def test_parameters_equal_clip_then_step(kind, dtype, norm_type):
-    if dtype.itemsize == 2 and kind.startswith("sgd") and TORCH < (2, 12):
+    if DEVICE == "cpu" and dtype.itemsize == 2 and kind.startswith("sgd") and TORCH < (2, 12):
         pytest.skip("torch's fused SGD on the CPU is wrong there, with or without a clip")
     deferred, written = make(kind, dtype), make(kind, dtype)
     for step in range(5):

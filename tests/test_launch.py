@@ -165,7 +165,7 @@ def far_apart(tensors: int, rows: int, cols: int, stride: int, device: str) -> t
 @pytest.mark.triton
 @pytest.mark.parametrize("cols", [96, 40000])
 @pytest.mark.parametrize("op", ROW_NORMS)
-def test_offsets_beyond_31_bits(op, cols, triton_device):
+def test_offsets_beyond_31_bits(op, cols, triton_device, card_memory):
     """The row stride has 31 bits, and the last row starts beyond them."""
     kernels, adds, centers = backend._triton, op.startswith("add_"), op.endswith("layer_norm")
     inputs = far_apart(4, 3, cols, 2**30 + 16, triton_device)

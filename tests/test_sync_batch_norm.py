@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from conftest import backend_parameters
 from torch import nn
 
 import fastnorm
@@ -201,48 +200,44 @@ def test_equal_to_one_batch(tmp_path):
     mp.spawn(process, (tmp_path, names), nprocs=4)
 
 
-@pytest.fixture(params=backend_parameters("reference", "native", "triton"))
-def alone(request, tmp_path):
+@pytest.fixture
+def alone(device, tmp_path):
     """The device of each backend, in a process group of one whose every batch is all there is."""
-    if not backend.statuses()[request.param].available:
-        pytest.skip(f"{request.param} backend: {backend.statuses()[request.param].detail}")
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    with fastnorm.use(request.param):
-        yield (backend._triton.device_type() if request.param == "triton" else None) or "cpu"
+    collectives = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(collectives, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield device
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_steps_in_a_group_of_one(channels_last, alone):
     """Every backend's functions for the steps, without a fork, which not every driver of a GPU survives."""
-    if alone != "cpu":
-        pytest.skip("gloo takes tensors of the CPU")
     parts, residuals = (batches((4,), channels_last=channels_last) for _ in range(2))
     ours, stock = module_pair(activation="relu")
     expected, grads = stock_results(stock, parts, residuals, "relu")
-    given = [t[0].clone(memory_format=torch.preserve_format).requires_grad_() for t in (parts, residuals)]
+    given = [t[0].to(alone, copy=True).requires_grad_() for t in (parts, residuals)]
+    ours = ours.to(alone)
     running = ours.running_mean, ours.running_var
     y = sync_batch_norm(ours, given[0], running, ours.momentum, given[1], dist.group.WORLD)
     y.pow(3).sum().backward()
     for actual, wanted in zip([y.detach(), *(t.grad for t in given)], expected[0], strict=True):
-        close(actual, wanted)
+        assert actual.device.type == alone
+        close(actual.cpu(), wanted)
     for name, parameter in ours.named_parameters():
-        close(parameter.grad, grads[name])
-    close(ours.running_mean, stock.running_mean)
-    close(ours.running_var, stock.running_var)
+        close(parameter.grad.cpu(), grads[name])
+    close(ours.running_mean.cpu(), stock.running_mean)
+    close(ours.running_var.cpu(), stock.running_var)
 
 
 def test_constant_channels_leave_the_bias(alone):
     """Their mean is exact: what rounding it left would be divided by √eps."""
-    if alone != "cpu":
-        pytest.skip("gloo takes tensors of the CPU")
-    module = fastnorm.SyncBatchNorm(3)
+    module = fastnorm.SyncBatchNorm(3, device=alone)
     with torch.no_grad():
         module.bias.copy_(torch.tensor([0.3, -2.0, 5.0]))
-    x = torch.tensor([0.1, -1001.3, 1e20]).view(1, 3, 1, 1).expand(4, 3, 5, 5).clone().requires_grad_()
+    x = torch.tensor([0.1, -1001.3, 1e20]).view(1, 3, 1, 1).expand(4, 3, 5, 5).clone().to(alone).requires_grad_()
     running = module.running_mean, module.running_var
     y = sync_batch_norm(module, x, running, module.momentum, None, dist.group.WORLD)
-    y.backward(torch.randn(x.shape))
+    y.backward(torch.randn(x.shape, device=alone))
     assert torch.equal(y, module.bias.view(1, 3, 1, 1).expand_as(y)) and not module.weight.grad.any()
 
 
