@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -37,10 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
     device, facts = _start(parser, options)
     bench = Bench(_plan(parser, options, device))
     print(*filter(None, (report.ceiling_line(bench.ceilings.large()), report.absences(bench.absent))), sep="\n")
-    results = _run(bench)
-    print(report.LEGEND)
     stem = machine.slug(facts["device"]) + _suffix(options)
-    paths = report.write(options.output, stem, facts, bench, results)
+    for results in _run(bench):  # what is known is written at once: the machine may be lent for minutes
+        paths = report.write(options.output, stem, facts, bench, results)
+    print(report.LEGEND)
     if options.plots:
         from . import plots  # matplotlib takes a second to import, and --no-plots does without it
 
@@ -56,19 +57,23 @@ def _clip(arguments: list[str]) -> int:
         description="Check every way of clipping against float64, then time them interleaved in one process.",
     )
     add, known = parser.add_argument, tuple(clip.LISTS)
-    add("--lists", type=names(known, "list"), metavar="L", help=f"of: {', '.join(known)} (default: all)")
+    usual = tuple(name for name in known if name not in clip.HUGE)
+    add("--lists", type=names(known, "list"), metavar="L",
+        help=f"of: {', '.join(known)} (default: {', '.join(usual)})")
     add("--dtypes", type=names(DTYPES, "dtype"), metavar="D", default=("fp32",), help="default: fp32")
     _add_timing(parser, "the smaller lists, short rounds: under a minute on two cores")
     options = parser.parse_args(arguments)
     device, facts = _start(parser, options)
-    lists = options.lists or (("resnet50", "small") if options.quick else known)
+    lists = options.lists or (("resnet50", "small") if options.quick else usual)
     budget = _budget(options, QUICK if options.quick else {})
     bench = clip.Bench(clip.Plan(tuple(clip.OPERATIONS), lists, options.dtypes, device, budget))
     print(report.absences(bench.absent))
-    results = list(itertools.chain.from_iterable(tqdm(bench.run(), total=bench.cases(), unit="case")))
+    stem, results = f"clip-{machine.slug(facts['device'])}" + ("-quick" if options.quick else ""), []
+    for case in tqdm(bench.run(), total=bench.cases(), unit="case"):
+        results += case
+        paths = clip_report.write(options.output, stem, facts, bench, results)
     print(clip_report.tables(results), clip_report.LEGEND, sep="\n")
-    stem = f"clip-{machine.slug(facts['device'])}" + ("-quick" if options.quick else "")
-    print("wrote", *clip_report.write(options.output, stem, facts, bench, results), sep="\n  ")
+    print("wrote", *paths, sep="\n  ")
     return int(any(result.provider.startswith("fastnorm") and result.status != OK for result in results))
 
 
@@ -102,8 +107,9 @@ def _start(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tupl
     return device, facts
 
 
-def _run(bench: Bench) -> list[Result]:
-    """Run all cases under a progress bar, printing each operation's tables as soon as they are complete."""
+def _run(bench: Bench) -> Iterator[list[Result]]:
+    """Run all cases under a progress bar, printing each operation's tables as soon as they are complete; yield what is
+    known by then."""
     results: list[Result] = []
     with tqdm(total=bench.cases(), unit="case", dynamic_ncols=True) as progress:
         for name in bench.plan.shapes:
@@ -116,7 +122,7 @@ def _run(bench: Bench) -> list[Result]:
                 progress.update()
             progress.write(report.tables(sorted(mine, key=lambda result: bench.plan.modes.index(result.mode))))
             results += mine
-    return results
+            yield results
 
 
 def _plan(parser: argparse.ArgumentParser, options: argparse.Namespace, device: torch.device) -> Plan:

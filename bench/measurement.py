@@ -10,7 +10,8 @@ TIMED = (OK, INEXACT)
 
 @dataclass
 class Measurement:
-    """The verdict, and the times, which stay None if `status` is WRONG or FAILED; `detail` says what is off.
+    """The verdict, and the times, which stay None if `status` is WRONG or FAILED; `detail` says what is off. On a GPU
+    host_s is what the host takes for a call, beside the device's time.
 
     `backend` is the one of fastnorm's that served the case, "" for others. A result derives from this and, to have
     them filed first, from the fields that name the case.
@@ -23,6 +24,7 @@ class Measurement:
     median_s: float | None = None
     first_quartile_s: float | None = None
     third_quartile_s: float | None = None
+    host_s: float | None = None
     compulsory_bytes: int = 0
     gb_per_s: float | None = None
 

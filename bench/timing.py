@@ -11,6 +11,7 @@ import timeit
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -48,27 +49,49 @@ class CpuTimer:
         """Seconds per call."""
         return timeit.Timer(call, timer=time.perf_counter).timeit(calls) / calls
 
+    def host_seconds(self, call: Callable[[], object]) -> None:
+        """The host's share of a call: on a CPU the host does all of it."""
+
 
 class CudaTimer:
-    """Time between two events around each call, with the L2 cache flushed before it."""
+    """Device time: between two events around each call, with the L2 cache flushed before it.
+
+    The device sleeps before the first event until the host has launched the call, so that launches don't count as
+    device time. `cuda` stands for torch.cuda: a rehearsal without a card has another one.
+    """
 
     most_calls = 200
+    cycles_per_second = 2e9  # of torch.cuda._sleep, at most
+    most_ahead = 5e-3  # seconds; the first call of all compiles
+    host_calls = 50  # their launches fit into the device's queue, which holds about a thousand
 
-    def __init__(self, device: torch.device):
-        flush_bytes = 4 * torch.cuda.get_device_properties(device).L2_cache_size
-        # the flush also runs long enough for the host to get ahead, so that launches don't count as device time
-        self._flush = torch.empty(max(flush_bytes, 256 * 2**20), dtype=torch.uint8, device=device)
+    def __init__(self, device: torch.device, cuda: Any = torch.cuda):
+        self._cuda = cuda
+        flush_bytes = 4 * cuda.get_device_properties(device).L2_cache_size
+        self._flush = torch.empty(max(flush_bytes, 2**26), dtype=torch.uint8, device=device)
 
     def sample(self, call: Callable[[], object], calls: int) -> float:
         """Mean seconds per call."""
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+        started = time.perf_counter()
+        call()
+        ahead = min(self.most_ahead, 2 * (time.perf_counter() - started))
+        events = [[self._cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
         for start, stop in events:
             self._flush.zero_()
+            self._cuda._sleep(int(ahead * self.cycles_per_second))
             start.record()
             call()
             stop.record()
-        torch.cuda.synchronize(self._flush.device)
+        self._cuda.synchronize()
         return statistics.fmean(start.elapsed_time(stop) for start, stop in events) * 1e-3
+
+    def host_seconds(self, call: Callable[[], object]) -> float:
+        """Mean seconds that the host takes for a call while the device is busy with something else."""
+        self._cuda.synchronize()
+        self._cuda._sleep(int(0.02 * self.cycles_per_second))
+        seconds = timeit.Timer(call, timer=time.perf_counter).timeit(self.host_calls) / self.host_calls
+        self._cuda.synchronize()
+        return seconds
 
 
 def timer_for(device: torch.device) -> CpuTimer | CudaTimer:
