@@ -13,11 +13,13 @@ NATIVE := $(VENV)/.native
 MODELS := $(VENV)/.models
 OTHER_TORCH := $(abspath build/torch-$(TORCH))
 OTHER_TRITON := $(abspath build/triton-$(TRITON))
+OUT ?= build/card
+MINUTES ?= 9
 STABILITY := $(filter-out %/common.py,$(wildcard examples/stability/*.py))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test test-codegen test-models test-torch test-triton lint bench real-model examples gpu sanitize wheel clean distclean
+.PHONY: help install test test-codegen test-models test-torch test-triton lint bench real-model examples card gpu sanitize wheel clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,10 +68,14 @@ real-model: $(MODELS)  ## swap the norms of a real pretrained model; compare res
 examples: $(NATIVE)  ## what vanishes, explodes, diverges or trains: check every claim, draw the plots
 	set -e; for script in $(STABILITY); do echo; echo "== $$script"; $(PY) $$script; done
 
+# On a rented card nothing is installed but what is there: PY=python3 names an interpreter that has torch.
+card: $(if $(filter command line,$(origin PY)),,$(NATIVE))  ## the first MINUTES=9 on a card, into OUT= (REHEARSE=1: without one)
+	$(PY) -m bench.card --output $(OUT) --minutes $(MINUTES) $(if $(REHEARSE),--rehearse)
+
 gpu: $(NATIVE)  ## what only a GPU can tell: all tests on it, compute-sanitizer where it is, the full benchmarks
 	$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu: torch sees no GPU here')"
 	$(PY) -c "import sys, fastnorm._C as c; sys.exit(None if c.build_info()['cuda'] else 'make gpu: the extension was built without CUDA: is nvcc of torch\'s version on the PATH? then: make clean gpu')"
-	$(PY) -m pytest -q -m "not models"
+	$(PY) -m pytest -m "not models" -q -n $(WORKERS) --dist worksteal
 	@if command -v compute-sanitizer >/dev/null; then set -x; \
 	  compute-sanitizer --error-exitcode 1 $(PY) -m pytest -q -p no:cacheprovider tests/test_gpu.py -k "stream or clip"; \
 	else echo "make gpu: compute-sanitizer is not on the PATH: left out"; fi

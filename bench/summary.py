@@ -11,6 +11,9 @@ the file that `python -m bench clip` writes; instructions: those that the kernel
 architecture, Liger-Kernel's behind ours, of the operations, dtypes and widths that the line goes on to name:
 
     <!-- instructions NAME.json rms_norm,clip_grad_norm_ bf16 4096,any -->
+
+card, headline: what `make card` found on cards, whose card.json were put into bench/results as card-NAME.json; all of
+it, or rows of 4096 columns alone. As long as there is none, a sentence says so.
 """
 
 import json
@@ -22,14 +25,18 @@ from typing import Any
 
 from tabulate import tabulate
 
+from .card.summary import TIMES, clip_rows, norm_rows, question_rows
 from .report import mode_label
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-DOCUMENTS = (ROOT / "docs" / "results.md", ROOT / "docs" / "machine_code.md")
+DOCUMENTS = (ROOT / "docs" / "results.md", ROOT / "docs" / "machine_code.md", ROOT / "README.md")
 LOSS = 0.98  # what is slower than this is marked
 CLIPS = ("fastnorm", "fastnorm-deferred", "fastnorm-reference")  # fastnorm-native is what fastnorm takes on a CPU
-BLOCK = re.compile(r"(<!-- (cells|operations|spread|clip|instructions) ([^>]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+KINDS = "cells|operations|spread|clip|instructions|card|headline"
+BLOCK = re.compile(rf"(<!-- ({KINDS}) ([^>]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+NO_CARD = "GPU times have not been measured yet: `make card` does it on a card."
 
 Case = dict[str, Any]  # a result as the JSON has it
 
@@ -43,6 +50,9 @@ def fill(document: Path) -> bool:
 
 
 def _table(kind: str, names: Sequence[str]) -> str:
+    if kind in ("card", "headline"):
+        cards = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(names[0]))]
+        return "\n\n".join(_card(document, kind == "headline") for document in cards) or NO_CARD
     if kind == "instructions":
         name, *chosen = names
         operations, dtypes, widths = (part.split(",") for part in chosen)
@@ -54,6 +64,18 @@ def _table(kind: str, names: Sequence[str]) -> str:
         return _clip([result for result in results if result["provider"] in CLIPS])
     ours = [result for result in results if result["provider"] == "fastnorm"]
     return {"cells": _cells, "operations": _operations, "spread": _spread}[kind](ours)
+
+
+def _card(document: Case, is_headline: bool) -> str:
+    machine, results = document["machine"], document["results"]
+    if is_headline:
+        results = [result for result in results if result["shape"].endswith("x4096")]
+    tables = [_github(norm_rows(results), TIMES)]
+    if not is_headline:
+        tables += [_github(*clip_rows(document["clips"]))] if document["clips"] else []
+        choices = question_rows(document["questions"])
+        tables += [_github(*choices)] if choices else []
+    return "\n\n".join([f"{machine['device']}, torch {machine.get('torch')}, {machine.get('date')}:", *tables])
 
 
 def _cells(results: list[Case]) -> str:

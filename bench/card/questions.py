@@ -1,0 +1,136 @@
+"""What only a card can tell: whether the choices that shape the persistent backward pay, one at a time.
+
+`python -m bench.card.questions --records FILE`. Each variant is the backward as it is with one choice undone; what
+doesn't pay on a card can be deleted.
+"""
+
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from unittest.mock import patch
+
+import torch
+import triton
+import triton.language as tl  # noqa: F401 - Triton's interpreter asks for it where a kernel's functions are
+from torch import Tensor
+
+import fastnorm
+from fastnorm.triton_kernels import launch, layer_norm, rms_norm
+
+from ..operations import OPERATIONS
+from ..presets import DTYPES
+from ..timing import Runner, interleave
+from ..workload import Workload
+from .common import Stage
+
+WIDTHS = (4096, 12288, 7168, 16384)
+ELEMENTS = 2**25
+KERNELS = {
+    "rms_norm": (rms_norm, "_rms_norm_backward_kernel"),
+    "layer_norm": (layer_norm, "_layer_norm_backward_kernel"),
+}
+TOLERANCE = 0.02  # of the largest value: variants round elsewhere, in bfloat16
+
+
+@triton.jit
+def as_they_are(tiles, others, statistics, never, n_rows):
+    """In the place of tiles.settled: nothing keeps the compiler from putting the sums off."""
+    return tiles, others, statistics
+
+
+@contextmanager
+def unsettled(module, kernel_name: str) -> Iterator[None]:
+    """The module's kernel, compiled without `settled`."""
+    with patch.object(module, "settled", as_they_are), patch.object(module, kernel_name, _again(module, kernel_name)):
+        yield
+
+
+_made: dict[str, object] = {}
+
+
+def _again(module, kernel_name: str) -> object:
+    """The kernel as a new one, which finds the module's other functions anew; made once, to be compiled once."""
+    if kernel_name not in _made:
+        kernel = getattr(module, kernel_name)
+        _made[kernel_name] = triton.jit(kernel.fn, do_not_specialize=["n_rows", "n_blocks"])
+    return _made[kernel_name]
+
+
+def _held(cols, itemsize, sums, widest, backend="cuda"):
+    return launch.row_tiles(cols, itemsize, sums), True, False
+
+
+def _read_again(cols, itemsize, sums, widest, backend="cuda"):
+    return launch._summing_tiles(cols, itemsize, sums), False, False
+
+
+def _programs(factor, rows, tiles, *others, counted=launch.backward_programs) -> int:
+    """No more than there are blocks of rows, which the kernel relies on."""
+    return max(1, min(int(factor * counted(rows, tiles, *others)), triton.cdiv(rows, tiles.rows)))
+
+
+def _warps_alone(warps: int) -> dict[str, int]:
+    return {"num_warps": warps}
+
+
+def variants(operation: str) -> dict[str, Callable[[], AbstractContextManager]]:
+    """By name, what undoes one choice."""
+    change = partial(patch.object, launch)
+    return {
+        "as it is": ExitStack,
+        "without settled": lambda: unsettled(*KERNELS[operation]),
+        "row held": lambda: change("backward_row_tiles", _held),
+        "row read again": lambda: change("backward_row_tiles", _read_again),
+        "without maxnreg": lambda: change("options", _warps_alone),
+        "8-byte accesses": lambda: change("ACCESS_BYTES", 8),
+        "half the programs": lambda: change("backward_programs", partial(_programs, 0.5)),
+        "twice the programs": lambda: change("backward_programs", partial(_programs, 2.0)),
+    }
+
+
+def main() -> None:
+    """All widths of one operation, then of the other."""
+    stage = Stage(__doc__)
+    torch.manual_seed(0)
+    for cols in (96, 100) if stage.rehearse else WIDTHS:
+        for operation in KERNELS:
+            if stage.left <= 0:
+                stage.record(left_out=f"{operation} backward, {cols} columns")
+                continue
+            stage.attempt(f"{operation} {cols}", partial(_compare, operation, cols, stage))
+
+
+def _compare(operation: str, cols: int, stage: Stage) -> str | None:
+    shape = (8 if stage.rehearse else ELEMENTS // cols, cols)
+    workload = Workload.make(OPERATIONS[operation], shape, "contiguous", DTYPES[stage.dtype], stage.device)
+    with fastnorm.use("triton"):
+        leaves = [tensor.requires_grad_() for tensor in workload.inputs.values()]
+        y = OPERATIONS[operation].fused(*leaves)
+        backward = partial(torch.autograd.grad, y, leaves, workload.output_grads, retain_graph=True)
+        expected, wrong = backward(), []
+        runners, facts = {}, {"kind": "question", "operation": operation, "cols": cols}
+        for name, activate in variants(operation).items():
+            try:
+                with activate():
+                    found = backward()
+            except Exception as error:  # noqa: BLE001 - one that can't be launched is an answer too
+                stage.record(**facts, variant=name, failed=f"{type(error).__name__}: {error}"[:200])
+                continue
+            wrong += [] if _alike(found, expected) else [name]
+            runners[name] = Runner(backward, activate)
+        samples = interleave(runners, stage.timer(), stage.budget)
+    for name, seconds in samples.items():
+        stage.record(**facts, variant=name, median_s=statistics.median(seconds))
+    return f"other gradients: {', '.join(wrong)}" if wrong else None
+
+
+def _alike(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
+    return all(
+        torch.allclose(a.float(), e.float(), rtol=0, atol=TOLERANCE * float(e.abs().max()))
+        for a, e in zip(found, expected, strict=True)
+    )
+
+
+if __name__ == "__main__":
+    main()

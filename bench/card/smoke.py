@@ -1,0 +1,130 @@
+"""Every operation once, forward and backward, in bfloat16, against float64; the clips; a graph; a stream.
+
+`python -m bench.card.smoke --records FILE`; also what compute-sanitizer runs.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import fastnorm
+from fastnorm import backend
+
+from .. import clip
+from ..check import Reference
+from ..operations import OPERATIONS
+from ..presets import DTYPES
+from ..workload import Workload
+from .common import Stage
+
+SHAPES = {"row_norms": ((64, 1000), (33, 4096)), "batch_norm": ((8, 64, 14, 14),), "group_norm": ((2, 64, 14, 14),)}
+REHEARSED = {"row_norms": ((3, 40),), "batch_norm": ((2, 64, 3, 3),), "group_norm": ((2, 64, 3, 3),)}
+MODE = "forward_backward"
+
+
+def main() -> None:
+    """Run all checks."""
+    stage = Stage(__doc__)
+    stage.attempt("python -m fastnorm", partial(_backends, stage))
+    for name, operation in OPERATIONS.items():
+        for layout in operation.family.layouts:
+            stage.attempt(operation.label(layout), partial(_norm, name, layout, stage))
+    for kernels in ("native", "triton"):
+        for label in clip.OPERATIONS:
+            stage.attempt(f"{label}, {kernels}", partial(_clip, label, kernels, stage.device))
+        stage.attempt(f"clip_grad_value_, {kernels}", partial(_clamp, kernels, stage.device))
+    if not stage.rehearse:
+        for name in ("rms_norm", "batch_norm_training_add_relu", "group_norm_silu"):
+            stage.attempt(f"{name}, graph", partial(_graph, name, stage.device))
+            stage.attempt(f"{name}, stream", partial(_stream, name, stage.device))
+
+
+def _backends(stage: Stage) -> str | None:
+    done = subprocess.run([sys.executable, "-m", "fastnorm"], capture_output=True, text=True)
+    stage.record(name="backends", ok=True, detail=done.stdout)
+    if stage.rehearse or done.returncode:
+        return done.stderr or None
+    return None if "cuda" in backend._native_clip_devices else "the CUDA clip is not built"
+
+
+def _norm(name: str, layout: str, stage: Stage) -> str | None:
+    operation = OPERATIONS[name]
+    for shape in (REHEARSED if stage.rehearse else SHAPES)[operation.family.name]:
+        workload = Workload.make(operation, shape, layout, DTYPES[stage.dtype], stage.device)
+        with fastnorm.use("triton"):
+            verdict = Reference(workload, MODE).judge(operation.fused, MODE)
+        if not verdict.worst <= 1:
+            return f"{shape}: {verdict.detail}"
+    return None
+
+
+def _clip(label: str, kernels: str, device: torch.device) -> str | None:
+    operation = clip.OPERATIONS[label]
+    provider = clip.Provider(f"fastnorm-{kernels}", lambda _: operation.fused, lambda: fastnorm.use(kernels), ours=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        workload = clip.Workload([(3, 4), (300, 33), (7,), (4099,)], dtype, device)
+        for case, bound in operation.bounds(workload.norm).items():
+            result = clip.Result(label, case, "few", 4, workload.elements, str(dtype), provider.name)
+            clip.check(result, provider, operation, operation.fused, workload, bound)
+            if result.status != "ok":
+                return f"{case}, {dtype}: {result.status} {result.detail}"
+    return None
+
+
+def _clamp(kernels: str, device: torch.device) -> str | None:
+    ours, stock = (clip.Workload([(300, 33), (7,)], torch.bfloat16, device).params for _ in range(2))
+    bound = 1e-3
+    with fastnorm.use(kernels):
+        fastnorm.clip_grad_value_(ours, bound)
+    torch.nn.utils.clip_grad_value_(stock, bound)
+    return None if all(torch.equal(a.grad, b.grad) for a, b in zip(ours, stock, strict=True)) else "other values"
+
+
+def _call(name: str, device: torch.device) -> tuple[Callable[[], tuple[Tensor, ...]], Workload]:
+    operation = OPERATIONS[name]
+    shape = (512, 4096) if operation.family.name == "row_norms" else (8, 64, 28, 28)
+    workload = Workload.make(operation, shape, "contiguous", torch.bfloat16, device)
+    return workload.runner(operation.fused, MODE), workload
+
+
+def _graph(name: str, device: torch.device) -> str | None:
+    """Captured, then replayed on other values."""
+    call, workload = _call(name, device)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    workload.inputs["x"].mul_(0.5)
+    graph.replay()
+    return _difference(captured, call())
+
+
+def _stream(name: str, device: torch.device) -> str | None:
+    """On a stream that waits for its own work, while the default one is busy."""
+    call, _ = _call(name, device)
+    expected = call()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    torch.cuda._sleep(10_000_000)
+    with torch.cuda.stream(side):
+        found = call()
+    side.synchronize()
+    return _difference(found, expected)
+
+
+def _difference(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> str | None:
+    torch.cuda.synchronize()
+    off = [i for i, (a, e) in enumerate(zip(found, expected, strict=True)) if not torch.equal(a, e)]
+    return f"gradients {off} differ" if off else None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""One page of what the stages wrote: card.json for programs, card.md and the last lines of the output for people."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from tabulate import tabulate
+
+MOST_FAILURES = 12
+MOST_TIMES = 16
+
+
+def write(folder: Path, stages: list[dict], rehearsal: bool) -> None:
+    """card.json and card.md, as much as is known."""
+    found = {path.stem: _lines(path) for path in sorted(folder.glob("*.jsonl"))}
+    machine = next((line["machine"] for line in found.get("times", []) if "machine" in line), {})
+    document = {"rehearsal": rehearsal, "machine": machine, "stages": stages}
+    document["results"] = [line for line in found.get("times", []) if line.get("kind") == "norm"]
+    document["clips"] = [line for line in found.get("times", []) if line.get("kind") == "clip"]
+    document["questions"] = [line for line in found.get("questions", []) if line.get("kind") == "question"]
+    document["tests"] = dict(Counter(line["outcome"] for line in found.get("tests", [])))
+    document["checks"] = dict(Counter("passed" if line["ok"] else "failed" for line in found.get("smoke", [])))
+    document["failures"] = _failures(found)
+    (folder / "card.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "card.md").write_text(_markdown(document), encoding="utf-8")
+
+
+def text(folder: Path) -> str:
+    """At most 60 lines."""
+    document = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    times, questions = norm_rows(document["results"]), question_rows(document["questions"])
+    parts = [_headline(document), *_failure_lines(document["failures"], MOST_FAILURES)]
+    if times:
+        parts.append(tabulate(times[:MOST_TIMES], TIMES, tablefmt="plain", disable_numparse=True))
+    if questions:
+        parts.append(tabulate(*questions, tablefmt="plain", disable_numparse=True))
+    lines = "\n".join(parts).splitlines()
+    return "\n".join([*lines[:59], f"all of it: {folder / 'card.md'}"])
+
+
+def _lines(path: Path) -> list[dict]:
+    """A process that was ended may have left half a line."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def _failures(found: dict[str, list[dict]]) -> list[dict]:
+    failures = [
+        {"stage": stage, "what": line["name"], "why": line["detail"]}
+        for stage, lines in found.items()
+        for line in lines
+        if line.get("ok") is False
+    ]
+    failed = [line for line in found.get("tests", []) if line["outcome"] == "failed"]
+    failures += [{"stage": "tests", "what": line["test"], "why": " ".join(line["why"])} for line in failed]
+    for line in found.get("times", []):
+        if line.get("status", "ok") != "ok" and line["provider"].startswith("fastnorm"):
+            what = f"{line['operation']} {line.get('shape', line.get('list'))} {line['dtype']} {line['provider']}"
+            failures.append({"stage": "times", "what": what, "why": f"{line['status']}: {line['detail']}"})
+    return failures
+
+
+def _headline(document: dict) -> str:
+    kind = "REHEARSAL, no figures of a card" if document["rehearsal"] else document["machine"].get("device", "no times")
+    stages = ", ".join(f"{s['stage']} {s['ended']}" + (f" ({s['seconds']} s)" if "seconds" in s else "")
+                       for s in document["stages"])  # fmt: skip
+    counts = f"checks: {document['checks']}; tests: {document['tests']}"
+    return f"{kind}\n{stages}\n{counts}; failures: {len(document['failures'])}"
+
+
+def _failure_lines(failures: list[dict], most: int) -> list[str]:
+    lines = [f"FAILED {f['stage']}: {f['what']}: {f['why']}"[:240] for f in failures[:most]]
+    return lines + ([f"and {len(failures) - most} more"] if len(failures) > most else [])
+
+
+TIMES = ("operation", "shape", "dtype", "mode", "µs", "GB/s", "% of copy", "host µs", "stock", "compile", "liger")
+
+
+def norm_rows(results: list[dict]) -> list[tuple[str, ...]]:
+    """A row for each case of fastnorm's, with the speed-ups against stock torch, torch.compile and Liger-Kernel."""
+    cases: dict[tuple, dict[str, dict]] = {}
+    for result in results:
+        key = tuple(result[name] for name in ("operation", "shape", "layout", "dtype", "mode"))
+        cases.setdefault(key, {})[result["provider"]] = result
+    rows = []
+    for (operation, shape, layout, dtype, mode), providers in cases.items():
+        ours = providers.get("fastnorm", {})
+        if ours.get("median_s") is None:
+            continue
+        shape = shape if layout == "contiguous" else f"{shape} {layout}"
+        host = ours.get("host_s")
+        times = f"{ours['median_s'] * 1e6:.1f}", f"{ours['gb_per_s']:.0f}", f"{ours['percent_of_ceiling']:.0f}"
+        others = (providers.get(name, {}).get("median_s") for name in ("torch", "compile", "liger"))
+        ratios = (_ratio(other, ours["median_s"]) for other in others)
+        mode = "both" if mode == "forward_backward" else mode
+        rows.append((operation, shape, dtype, mode, *times, "" if host is None else f"{host * 1e6:.0f}", *ratios))
+    return rows
+
+
+def _ratio(other: float | None, ours: float) -> str:
+    return "" if other is None else f"{other / ours:.2f}×" + " ▼" * (other < 0.98 * ours)
+
+
+def question_rows(questions: list[dict]) -> tuple[list[tuple[str, ...]], list[str]] | None:
+    """A row for each operation and width: the time as it is, and of each variant what it takes beside that."""
+    cases: dict[tuple, dict[str, dict]] = {}
+    for line in questions:
+        cases.setdefault((line["operation"], line["cols"]), {})[line["variant"]] = line
+    names = list(dict.fromkeys(line["variant"] for line in questions if line["variant"] != "as it is"))
+    rows = []
+    for (operation, cols), variants in cases.items():
+        base = variants.get("as it is", {}).get("median_s")
+        if base is not None:
+            cells = [variants.get(name, {}) for name in names]
+            taken = [f"{c['median_s'] / base:.2f}" if "median_s" in c else "failed" if c else "" for c in cells]
+            rows.append((f"{operation} backward", str(cols), f"{base * 1e6:.1f}", *taken))
+    return (rows, ["operation", "columns", "µs as it is", *names]) if rows else None
+
+
+def _markdown(document: dict) -> str:
+    github = {"tablefmt": "github", "disable_numparse": True}
+    parts = [f"```\n{_headline(document)}\n{tabulate(document['machine'].items(), tablefmt='plain')}\n```"]
+    if failures := _failure_lines(document["failures"], 100):
+        parts += ["## Failures", "\n".join(f"- {line}" for line in failures)]
+    if times := norm_rows(document["results"]):
+        parts += ["## Times", "Against the others: their time / fastnorm's; ▼ slower."]
+        parts.append(tabulate(times, TIMES, **github))
+    if document["clips"]:
+        parts += ["## Clips", tabulate(*clip_rows(document["clips"]), **github)]
+    if questions := question_rows(document["questions"]):
+        parts += ["## Choices", "Time / the time as it is: above 1, the choice pays.", tabulate(*questions, **github)]
+    return "\n\n".join(parts) + "\n"
+
+
+def clip_rows(clips: list[dict]) -> tuple[list[tuple[str, ...]], list[str]]:
+    """A row for each list, case and provider that has a time."""
+    rows = []
+    for line in clips:
+        if line["median_s"] is not None:
+            host = "" if line["host_s"] is None else f"{line['host_s'] * 1e6:.0f}"
+            speedup = "" if line["speedup"] is None else f"{line['speedup']:.2f}×" + " ▼" * (line["speedup"] < 0.98)
+            names = line["operation"], line["list"], line["case"], line["dtype"], line["provider"]
+            rows.append((*names, f"{line['median_s'] * 1e6:.0f}", f"{line['gb_per_s']:.0f}", host, speedup))
+    headers = ["operation", "list", "case", "dtype", "provider", "µs", "GB/s", "host µs", "against the baseline"]
+    return rows, headers

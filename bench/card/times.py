@@ -1,0 +1,119 @@
+"""Device time, host time and GB/s of the norms and clips at the sizes of models, beside stock torch and its peers.
+
+`python -m bench.card.times --records FILE`. What matters most comes first; what no time is left for is named.
+"""
+
+import gc
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+
+from .. import clip, machine, report, run
+from ..operation import MODES, Shape
+from ..presets import SHAPES
+from .common import Stage
+
+PEERS = ("torch", "fastnorm", "liger", "quack", "apex")
+COMPILED = ("torch", "compile", "fastnorm", "liger", "quack", "apex")  # torch.compile takes seconds for each shape
+ROW_NORMS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
+SMALL = {2: (8, 256), 4: (2, 64, 4, 4)}  # in a rehearsal, by the number of dimensions
+
+
+@dataclass(frozen=True)
+class Section:
+    """Cases that are timed in a row: these operations at these shapes."""
+
+    operations: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    dtype: str = "bf16"
+    providers: tuple[str, ...] = PEERS
+    layouts: tuple[str, ...] = ("contiguous",)
+
+
+BOTH = ("contiguous", "channels_last")
+SECTIONS = (
+    Section(ROW_NORMS, ((8192, 4096),), providers=COMPILED),
+    Section(("batch_norm_training_add_relu",), ((32, 256, 56, 56),), providers=COMPILED, layouts=("channels_last",)),
+    Section(("group_norm_silu",), ((2, 320, 64, 64),), providers=COMPILED),
+    Section(("rms_norm", "layer_norm"), ((8192, 1024), (8192, 2048), (8192, 8192), (8192, 16384), (65536, 128))),
+    Section(("rms_norm", "layer_norm"), ((8192, 4096),), dtype="fp32"),
+    Section(("add_rms_norm", "add_layer_norm"), ((8192, 8192), (8192, 16384))),
+    Section(("batch_norm_training_add_relu",), SHAPES["resnet50"][1:], layouts=BOTH),
+    Section(("group_norm_silu",), SHAPES["unet"], layouts=BOTH),
+)
+CLIPS = (
+    (("clip_grad_norm_",), "llama-7b", "bf16"),
+    (("clip_grad_norm_", "adaptive_clip_grad_"), "small", "fp32"),
+    (("adaptive_clip_grad_", "clip and AdamW step"), "transformer", "fp32"),
+)
+
+
+def main() -> None:
+    """Time everything that there is time for: clips between the first norms and the others."""
+    stage = Stage(__doc__)
+    stage.record(machine=machine.describe(stage.device))
+    torch.manual_seed(0)
+    for section in SECTIONS[:3]:
+        _norms(section, stage)
+    for operations, name, dtype in CLIPS:
+        _clips(operations, name, dtype, stage)
+    for section in SECTIONS[3:]:
+        _norms(section, stage)
+
+
+def _norms(section: Section, stage: Stage) -> None:
+    shapes = tuple(dict.fromkeys(SMALL[len(shape)] for shape in section.shapes)) if stage.rehearse else section.shapes
+    dtype = stage.dtype if stage.rehearse else section.dtype
+    for name in section.operations:
+        label = f"{name} {dtype} {section.layouts}"
+        if stage.left <= 0:
+            stage.record(left_out=label)
+            continue
+        providers = PEERS if stage.rehearse else section.providers
+        plan = run.Plan({name: shapes}, section.layouts, (dtype,), MODES, providers, stage.device, stage.budget)
+        stage.attempt(label, partial(_timed, plan, name, stage))
+
+
+def _timed(plan: run.Plan, name: str, stage: Stage) -> str | None:
+    bench = run.Bench(plan, stage.timer())
+    if absent := report.absences(bench.absent):
+        stage.record(absent=absent)
+    for results in bench.run_operation(name):
+        _record("norm", results, stage)
+        if stage.left <= 0:
+            return "no time left for the shapes behind this one"
+    stage.record(ceilings=bench.ceilings.to_dicts())
+    return None
+
+
+def _clips(operations: tuple[str, ...], name: str, dtype: str, stage: Stage) -> None:
+    name = "rehearsal" if stage.rehearse else name
+    if stage.rehearse:
+        clip.LISTS[name] = lambda: [(4, 3), (5,)]
+    for case in _cases(operations, name, dtype, stage):
+        _record("clip", case, stage)
+    gc.collect()
+    if not stage.rehearse:
+        torch.cuda.empty_cache()  # a list of Llama's takes 54 GB
+
+
+def _cases(operations: tuple[str, ...], name: str, dtype: str, stage: Stage) -> Iterator[list[clip.Result]]:
+    if stage.left <= 0:
+        stage.record(left_out=f"{operations} {name} {dtype}")
+        return
+    try:
+        bench = clip.Bench(clip.Plan(operations, (name,), (dtype,), stage.device, stage.budget), stage.timer())
+        yield from bench.run()
+    except Exception as error:  # noqa: BLE001 - a card with less memory still times the rest
+        stage.record(name=f"{operations} {name}", ok=False, detail=f"{type(error).__name__}: {error}"[:300])
+
+
+def _record(kind: str, results: list, stage: Stage) -> None:
+    for result in results:
+        stage.record(kind=kind, **asdict(result))
+
+
+if __name__ == "__main__":
+    main()
