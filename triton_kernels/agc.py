@@ -96,7 +96,7 @@ def _rows(address, offsets, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr):
     return (tl.multiple_of(ptr, 16) if IS_ALIGNED else ptr) + offsets
 
 
-@triton.jit(do_not_specialize=["clip_factor", "eps"])
+@launch.jit(do_not_specialize=["clip_factor", "eps"])
 def _held_units_kernel(
     addresses_ptr, tensors_ptr, program_tensor_ptr, clip_factor: tl.int64, eps: tl.int64,
     GRADIENT: tl.constexpr, PARAMETER: tl.constexpr, KIND: tl.constexpr, P: tl.constexpr,
@@ -128,7 +128,7 @@ def _span(address, unit, length, DTYPE: tl.constexpr):
     return ptr, low, low + length.to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["clip_factor", "eps"])
+@launch.jit(do_not_specialize=["clip_factor", "eps"])
 def _looped_unit_kernel(
     addresses_ptr, tensors_ptr, program_tensor_ptr, clip_factor: tl.int64, eps: tl.int64,
     GRADIENT: tl.constexpr, PARAMETER: tl.constexpr, KIND: tl.constexpr, P: tl.constexpr,
@@ -220,7 +220,7 @@ def _group(
     dtypes: tuple[torch.dtype, torch.dtype], tiles: launch.UnitTiles, is_aligned: bool, pairs: list[Pair],
     device: torch.device,
 ) -> Group:  # fmt: skip
-    counts = [triton.cdiv(pair.units, tiles.rows) for pair in pairs]
+    counts = [launch.ceil_div(pair.units, tiles.rows) for pair in pairs]
     firsts = list(accumulate(counts, initial=0))
     addresses = [address for pair in pairs for address in (pair.gradient.address, pair.parameter.address)]
     rows = [field for pair, first in zip(pairs, firsts, strict=False) for field in (pair.length, pair.units, first)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,6 +31,16 @@ PARTIAL_ROWS = 4096
 INTERPRETER_PROGRAMS = 5  # Triton's interpreter has no device to ask; odd, so that rows divide unevenly
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own serves kernels as well, and takes the host microseconds."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least that is not below n, which is positive."""
+    return 1 << (n - 1).bit_length()
+
+
 class RowTiles(NamedTuple):
     """A row of `count` tiles with `tile` columns each; `rows` rows a program of `warps` warps."""
 
@@ -48,7 +58,7 @@ class RowTiles(NamedTuple):
 
 def padding(cols: int, tile: int) -> float:
     """Idle lanes per useful one when `cols` columns are cut into tiles of `tile`."""
-    return (triton.cdiv(cols, tile) * tile - cols) / cols
+    return (ceil_div(cols, tile) * tile - cols) / cols
 
 
 def row_tiles(cols: int, itemsize: int, sums: int = 0) -> RowTiles:
@@ -74,16 +84,16 @@ def row_tiles(cols: int, itemsize: int, sums: int = 0) -> RowTiles:
         warps //= 2
     tile = WARP * warps * vector
     rows = max(1, min_warps // warps)
-    return RowTiles(tile, triton.cdiv(cols, tile), rows, warps * rows, width)
+    return RowTiles(tile, ceil_div(cols, tile), rows, warps * rows, width)
 
 
 def _narrow_tiles(cols: int, vector: int, width: int, registers: int) -> RowTiles:
     """Rows shorter than one access of a warp: several rows a warp, four warps a program."""
-    tile = triton.next_power_of_2(cols)
+    tile = next_power_of_2(cols)
     while tile > 4 * vector and padding(cols, tile) > MAX_PADDING:
         tile //= 2
-    count = triton.cdiv(cols, tile)
-    rows = 4 * WARP * registers // (tile * triton.next_power_of_2(count) * width)
+    count = ceil_div(cols, tile)
+    rows = 4 * WARP * registers // (tile * next_power_of_2(count) * width)
     rows = max(rows, 4 * WARP * vector // tile)  # a thread has whole accesses
     return RowTiles(tile, count, rows, 4, width)
 
@@ -113,7 +123,7 @@ def _summing_tiles(cols: int, itemsize: int, sums: int) -> RowTiles:
     """For long rows, of which a thread holds nothing but the parameter sums: as many warps as there can be, or half of
     them where fewer lanes idle then."""
     vector, width = ACCESS_BYTES // itemsize, max(1, itemsize // 4)
-    most, half = (RowTiles(n * WARP * vector, triton.cdiv(cols, n * WARP * vector), 1, n, width) for n in (16, 8))
+    most, half = (RowTiles(n * WARP * vector, ceil_div(cols, n * WARP * vector), 1, n, width) for n in (16, 8))
     if padding(cols, most.tile) > MAX_PADDING and sums * half.registers <= SUMS_REGISTERS:
         return half
     return most
@@ -148,7 +158,7 @@ def backward_programs(rows: int, tiles: RowTiles, multiprocessors: int, itemsize
     """Programs of the persistent backward: fill the card, but keep `partials` sums a program, in float32 or the rows'
     float64, within PARTIAL_SHARE of the traffic (x and dy read, dx written)."""
     filling = multiprocessors * max(1, 16 // tiles.warps)
-    blocks = triton.cdiv(rows, tiles.rows)
+    blocks = ceil_div(rows, tiles.rows)
     if partials == 0:
         return min(filling, blocks)
     traffic = 3 * max(rows, PARTIAL_ROWS) * itemsize
@@ -158,7 +168,7 @@ def backward_programs(rows: int, tiles: RowTiles, multiprocessors: int, itemsize
 
 def long_row_chunks(rows: int, column_blocks: int, multiprocessors: int) -> int:
     """Row chunks of the looped backward's second kernel, which has a program for each chunk and column block."""
-    return max(1, min(rows, 2 * multiprocessors // column_blocks, triton.cdiv(rows, 16)))
+    return max(1, min(rows, 2 * multiprocessors // column_blocks, ceil_div(rows, 16)))
 
 
 def refines(cols: int, dtype: torch.dtype) -> bool:
@@ -172,7 +182,7 @@ def refines(cols: int, dtype: torch.dtype) -> bool:
 
 def access_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
     """The largest element among the tensors that are there: it bounds what one 16-byte access holds."""
-    return max(t.element_size() for t in tensors if t is not None)
+    return max([t.element_size() for t in tensors if t is not None])
 
 
 @functools.lru_cache(maxsize=16)
@@ -193,9 +203,11 @@ def backend() -> str:
 def options(warps: int) -> dict[str, int]:
     """The launch options for `warps` warps of 32 threads, on a card whose own may have 64. On NVIDIA's, every register
     that one program can have: left to itself the assembler spills some to let one more program in."""
-    if INTERPRETED:
-        return {"num_warps": warps}
-    target = _current_target()
+    return {"num_warps": warps} if INTERPRETED else _options(warps, _current_target())
+
+
+@functools.lru_cache(maxsize=64)
+def _options(warps: int, target: GPUTarget) -> dict[str, int]:
     if target.backend != "cuda":
         return {"num_warps": max(1, WARP * warps // target.warp_size)}
     return {"num_warps": warps, "maxnreg": min(255, 65536 // (WARP * warps))}
@@ -214,11 +226,84 @@ def multiprocessors() -> int:
     return _multiprocessors(driver, driver.get_current_device())
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """Makes the card of `x` current: Triton launches on the current device, wherever the pointers live."""
-    if x.device.type == "cpu":
-        return contextlib.nullcontext()
-    return torch.accelerator.device_index(x.device.index)
+    index = x.device.index
+    if index is None or index == torch.accelerator.current_device_index():
+        return _NOTHING
+    return torch.accelerator.device_index(index)
+
+
+class Kernel(triton.JITFunction):
+    """A kernel whose repeated launches cost the host less than Triton's JIT takes for each.
+
+    The first launch with arguments of some kind goes through the JIT, which compiles; what it compiled is kept by all
+    that Triton specialises on, and launched by itself from then on. Triton's check for changed globals is left to the
+    JIT, as are launches that somebody watches.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.plans: dict[tuple, tuple[Any, tuple]] = {}
+
+    def run(self, *arguments: Any, grid: tuple[int, ...], warmup: bool, **constants: Any) -> Any:
+        """kernel[grid](*arguments, **constants): constants are all constexprs, by name, and the launch options."""
+        if warmup or _is_watched():
+            return super().run(*arguments, grid=grid, warmup=warmup, **constants)
+        driver = triton.runtime.driver.active
+        device = driver.get_current_device()
+        key = (driver, device, *constants.values(), *traits(arguments, backend() == "hip"))
+        plan = self.plans.get(key)
+        if plan is None:
+            compiled = super().run(*arguments, grid=grid, warmup=False, **constants)
+            names = self.arg_names[len(arguments) :]
+            if isinstance(compiled, triton.compiler.CompiledKernel):  # and not one that other threads still compile
+                self.plans[key] = compiled, tuple(constants[name] for name in names)
+            return compiled
+        compiled, constexprs = plan
+        x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+        stream = driver.get_current_stream(device)
+        compiled.run(
+            x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments, *constexprs
+        )
+        return compiled
+
+
+def _is_watched() -> bool:
+    """Whether a profiler has asked to be called at launches."""
+    before, after = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
+
+
+def traits(arguments: tuple, is_hip: bool) -> list:
+    """What Triton specialises a kernel on: of a tensor its dtype, whether its address is a multiple of 16 and, on AMD's
+    cards, whether its storage ends below 2 GiB; of an integer its width, whether it is 1, and whether a multiple of 16.
+    """
+    found: list = []
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            found.append(argument.dtype)
+            found.append(argument.data_ptr() % 16 == 0)
+            if is_hip:
+                found.append(argument.untyped_storage().size() < 2**31)
+        elif argument.__class__ is int:
+            width = 0 if -(2**31) <= argument < 2**31 else 1 if argument < 2**63 else 2
+            found.append((width, argument == 1, argument % 16 == 0))
+        elif argument.__class__ is tuple:
+            found.append(tuple(traits(argument, is_hip)))
+        else:  # None, and dtypes by themselves
+            found.append(argument)
+    return found
+
+
+def jit(function: Callable | None = None, **options: Any) -> Any:
+    """triton.jit, for the kernels that are launched."""
+    if function is None:
+        return functools.partial(jit, **options)
+    return triton.jit(function, **options) if INTERPRETED else Kernel(function, **options)
 
 
 PIECES = 4096  # that a list of tensors is cut into at most, besides one for each tensor
@@ -254,7 +339,7 @@ def piece_tile(itemsize: int) -> tuple[int, int, int]:
 
 def unit_tiles(length: int, itemsize: int) -> UnitTiles:
     """The tiling of units with `length` elements, of which the larger one takes `itemsize` bytes."""
-    cols = max(16, triton.next_power_of_2(length))
+    cols = max(16, next_power_of_2(length))
     if cols * itemsize > HELD_UNIT_BYTES:
         return UnitTiles(HELD_UNIT_BYTES // (2 * itemsize), 1, 8, True)
     rows = max(1, HELD_UNIT_BYTES // 4 // (cols * itemsize))  # each thread of four warps has four accesses
@@ -303,17 +388,17 @@ def vector_width(cols: int, tensors: Iterable[torch.Tensor]) -> int:
 def unit_lanes(vectors: int, units: int, max_depth: int, multiprocessors: int) -> UnitLanes:
     """The tiling of `units` units with so many vectors. Several short ones share a program, which then has less to do
     for each besides its vectors, as long as there are programs for half of the multiprocessors."""
-    lanes = min(TILE_VECTORS, triton.next_power_of_2(vectors))
+    lanes = min(TILE_VECTORS, next_power_of_2(vectors))
     while lanes > WARP and lanes * max_depth >= 2 * vectors and units * lanes >= multiprocessors * TILE_VECTORS:
         lanes //= 2
-    return UnitLanes(TILE_VECTORS // lanes, lanes, min(max_depth, triton.next_power_of_2(triton.cdiv(vectors, lanes))))
+    return UnitLanes(TILE_VECTORS // lanes, lanes, min(max_depth, next_power_of_2(ceil_div(vectors, lanes))))
 
 
 def slice_length(length: int, step: int, blocks: int, multiprocessors: int) -> int:
     """How much of `length` a program takes, in whole steps, where `blocks` programs can work side by side anyway: few
     enough that the programs of all slices fill the card."""
     slices = max(1, CHANNEL_PROGRAMS * multiprocessors // blocks)
-    return step * triton.cdiv(triton.cdiv(length, step), slices)
+    return step * ceil_div(ceil_div(length, step), slices)
 
 
 CHANNEL_VECTORS = 8  # of a program, where channels are adjacent: whole cache lines
@@ -334,8 +419,8 @@ class ChannelVectors(NamedTuple):
 
 def channel_vectors(vectors: int, n_pixels: int, max_depth: int) -> ChannelVectors:
     """The tiling of pixels with so many vectors of channels."""
-    chosen = min(CHANNEL_VECTORS, triton.next_power_of_2(vectors))
+    chosen = min(CHANNEL_VECTORS, next_power_of_2(vectors))
     while chosen > 4 and padding(vectors, chosen) > MAX_PADDING:
         chosen //= 2
     pixels = TILE_VECTORS // chosen
-    return ChannelVectors(chosen, pixels, min(max_depth, triton.next_power_of_2(triton.cdiv(n_pixels, pixels))))
+    return ChannelVectors(chosen, pixels, min(max_depth, next_power_of_2(ceil_div(n_pixels, pixels))))

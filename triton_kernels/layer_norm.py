@@ -42,7 +42,7 @@ def keep_zero(c, t: tl.constexpr, lanes, N_COLS: tl.constexpr, TILE: tl.constexp
         return c
 
 
-@triton.jit(do_not_specialize=["n_rows"])  # one code for every batch, to the last bit
+@launch.jit(do_not_specialize=["n_rows"])  # one code for every batch, to the last bit
 def _layer_norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr, n_rows, x_stride, residual_stride,
     EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr, REFINE: tl.constexpr,
@@ -94,7 +94,7 @@ def _layer_norm_forward_kernel(
         store_tile(y_ptr + y_at + t * TILE, y, tile_mask(t, lanes, row_mask, N_COLS, TILE))
 
 
-@triton.jit
+@launch.jit
 def _layer_norm_long_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr, n_cols, x_stride, residual_stride,
     EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr, TILE: tl.constexpr,
@@ -158,7 +158,7 @@ def _add_tile(h, dy, statistics, t: tl.constexpr, dweight, dbias, weight_sums, b
     return c, g, weight_sums, bias_sums
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_blocks"])  # one code for every batch, to the last bit
+@launch.jit(do_not_specialize=["n_rows", "n_blocks"])  # one code for every batch, to the last bit
 def _layer_norm_backward_kernel(
     dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr,
     n_rows, n_blocks, dy_stride, dh_stride, h_stride,
@@ -247,7 +247,7 @@ def _layer_norm_backward_kernel(
     store_partials(dbias_ptr, dbias, N_COLS, TILE, N_TILES)
 
 
-@triton.jit
+@launch.jit
 def _layer_norm_long_backward_rows_kernel(
     dy_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, mean_product_ptr, mean_g_ptr, n_cols, dy_stride, h_stride,
     ZERO_CENTERED: tl.constexpr, TILE: tl.constexpr,
@@ -266,7 +266,7 @@ def _layer_norm_long_backward_rows_kernel(
     tl.store(mean_g_ptr + row, tl.sum(total) / tl.cast(n_cols, stat))
 
 
-@triton.jit(do_not_specialize=["n_rows"])  # one code for every batch, to the last bit
+@launch.jit(do_not_specialize=["n_rows"])  # one code for every batch, to the last bit
 def _layer_norm_long_backward_columns_kernel(
     dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, mean_product_ptr, mean_g_ptr,
     dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr, n_rows, n_cols, dy_stride, dh_stride, h_stride,
@@ -326,7 +326,7 @@ def add_layer_norm_forward(x, residual, dims, weight, bias, eps, zero_centered, 
         else:
             tiles = launch.row_tiles(cols, itemsize)
             # grid: one program for each tiles.rows rows
-            _layer_norm_forward_kernel[(triton.cdiv(rows, tiles.rows),)](
+            _layer_norm_forward_kernel[(launch.ceil_div(rows, tiles.rows),)](
                 *arguments, rows, *strides,
                 EPS=eps, ZERO_CENTERED=zero_centered, REFINE=launch.refines(cols, (x if h is None else h).dtype),
                 N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows, **launch.options(tiles.warps),
@@ -374,7 +374,7 @@ def _backward_resident(arguments, itemsize, dtypes, zero_centered):
     # grid: as many programs as the card holds, each takes every programs-th block of rows
     _layer_norm_backward_kernel[(programs,)](
         *arguments, *partials,
-        rows, triton.cdiv(rows, tiles.rows), dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0),
+        rows, launch.ceil_div(rows, tiles.rows), dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0),
         ZERO_CENTERED=zero_centered, HOLD=holds, HOLD_WEIGHT=holds_weight,
         N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows, **launch.options(tiles.warps),
     )  # fmt: skip
@@ -393,7 +393,7 @@ def _backward_long(arguments, itemsize, dtypes, zero_centered):
         ZERO_CENTERED=zero_centered, TILE=tile, **launch.options(warps),
     )  # fmt: skip
     tile, warps = launch.column_tile(itemsize)
-    blocks = triton.cdiv(cols, tile)
+    blocks = launch.ceil_div(cols, tile)
     chunks = launch.long_row_chunks(rows, blocks, launch.multiprocessors())
     partials = empty_partials(h, chunks, dtypes, rstd.dtype)
     # grid: (blocks of columns, chunks of rows)

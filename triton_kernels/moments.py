@@ -108,7 +108,7 @@ def _update(running_ptr, unit_mask, value, factor):
 _COUNTS = ["n_items", "n_units", "n_slices", "n_inner", "span", "n_partials", "length", "total", "count"]
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@launch.jit(do_not_specialize=_COUNTS)
 def _join_moments_kernel(
     partial_ptr, mean_ptr, spread_ptr, running_mean_ptr, running_var_ptr, factor_ptr,
     n_items, n_units, n_slices, n_inner, span, n_partials, length, total, count,
@@ -158,7 +158,7 @@ def _share(row, n_slices, length, total, n):
     return tl.minimum(total - (row % n_slices).to(tl.int64) * length, length).to(n.dtype) / n
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@launch.jit(do_not_specialize=_COUNTS)
 def _group_means_kernel(
     partial_ptr, weight_ptr, means_ptr, n_items, n_units, n_slices, n_inner, span, n_partials, count,
     ITEMS: tl.constexpr, UNITS: tl.constexpr,
@@ -194,7 +194,7 @@ def join_moments(partials, mean, spread, count, eps, groups=None, running=(None,
     Σ(x − mean)². Updates the running mean and variance by `factor`, a tensor, or `momentum`."""
     geometry = _geometry(partials, groups)
     # grid: one program for each block of units
-    _join_moments_kernel[(triton.cdiv(geometry[1], UNITS),)](
+    _join_moments_kernel[(launch.ceil_div(geometry[1], UNITS),)](
         partials.values, mean, spread, *running, factor, *geometry, partials.length, partials.total, count,
         EPS=eps, MOMENTUM=momentum, ITEMS=ITEMS, UNITS=UNITS, **launch.options(4),
     )  # fmt: skip
@@ -205,7 +205,7 @@ def group_means(partials, weight, count, groups):
     geometry = _geometry(partials, groups)
     means = partials.values.new_empty((2, geometry[1] // groups, groups))
     # grid: one program for each block of groups
-    _group_means_kernel[(triton.cdiv(geometry[1], UNITS),)](
+    _group_means_kernel[(launch.ceil_div(geometry[1], UNITS),)](
         partials.values, weight, means, *geometry, count, ITEMS=ITEMS, UNITS=UNITS, **launch.options(4)
     )  # fmt: skip
     return means

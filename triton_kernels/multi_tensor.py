@@ -78,7 +78,7 @@ def sum_span(ptr, low, high, KIND: tl.constexpr, P: tl.constexpr, ROWS: tl.const
     return decode(total, KIND)
 
 
-@triton.jit(do_not_specialize=["first"])
+@launch.jit(do_not_specialize=["first"])
 def _norm_kernel(
     addresses_ptr, tensors_ptr, piece_tensor_ptr, partials_ptr, first,
     DTYPE: tl.constexpr, KIND: tl.constexpr, P: tl.constexpr,
@@ -100,7 +100,7 @@ def _fold(ptr, start, stop, KIND: tl.constexpr, BLOCK: tl.constexpr):
     return decode(total, KIND)
 
 
-@triton.jit
+@launch.jit
 def _fold_tensor_kernel(tensors_ptr, partials_ptr, sums_ptr, norms_ptr, KIND: tl.constexpr, P: tl.constexpr,
                         BLOCK: tl.constexpr):  # fmt: skip
     """norm = (Σ partials)^(1/p) of one tensor."""
@@ -113,7 +113,7 @@ def _fold_tensor_kernel(tensors_ptr, partials_ptr, sums_ptr, norms_ptr, KIND: tl
     tl.store(sums_ptr + place, total)
 
 
-@triton.jit(do_not_specialize=["count", "max_norm"])
+@launch.jit(do_not_specialize=["count", "max_norm"])
 def _total_kernel(
     sums_ptr, total_ptr, coefficient_ptr, nonfinite_ptr, count, max_norm: tl.int64,
     KIND: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
@@ -161,7 +161,7 @@ def change_span(ptr, low, high, factor, bound, CLAMP: tl.constexpr, ROWS: tl.con
             _change_tile(ptr + offsets, (offsets >= low) & (offsets < high), factor, bound, CLAMP)
 
 
-@triton.jit(do_not_specialize=["first", "bound"])
+@launch.jit(do_not_specialize=["first", "bound"])
 def _change_kernel(
     addresses_ptr, tensors_ptr, piece_tensor_ptr, factors_ptr, first, bound: tl.int64,
     PER_TENSOR: tl.constexpr, DTYPE: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,

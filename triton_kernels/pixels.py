@@ -48,7 +48,7 @@ def _statistic_at(sample, channel, n_channels, span, GROUPED: tl.constexpr):
 _SIZES = ["n_pixels", "channel_steps", "n_blocks", "slice_pixels", "span"]
 
 
-@triton.jit(do_not_specialize=_SIZES)  # one code for every size
+@launch.jit(do_not_specialize=_SIZES)  # one code for every size
 def _pixels_moments_kernel(
     x_ptr, moments_ptr, x_strides, n_pixels, channel_steps, n_blocks, slice_pixels, span, GROUPED: tl.constexpr,
     ALIGN: tl.constexpr, WIDTH: tl.constexpr, VECTORS: tl.constexpr, PIXELS: tl.constexpr, DEPTH: tl.constexpr,
@@ -100,7 +100,7 @@ def _store_partials(partial_ptr, numbers, channel, n_blocks, n_channels):
         store_tile(partial_ptr + n_partials * i + at, numbers[i], channel < n_channels)
 
 
-@triton.jit(do_not_specialize=_SIZES)  # one code for every size
+@launch.jit(do_not_specialize=_SIZES)  # one code for every size
 def _pixels_normalize_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, mean_ptr, spread_ptr, y_ptr, mask_ptr,
     x_strides, residual_strides, y_strides, mask_strides, n_pixels, channel_steps, n_blocks, slice_pixels, span,
@@ -155,7 +155,7 @@ def _dz(
         return dy
 
 
-@triton.jit(do_not_specialize=_SIZES)  # one code for every size
+@launch.jit(do_not_specialize=_SIZES)  # one code for every size
 def _pixels_sums_kernel(
     dy_ptr, mask_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sums_ptr,
     dy_strides, mask_strides, x_strides, n_pixels, channel_steps, n_blocks, slice_pixels, span,
@@ -197,7 +197,7 @@ def _pixels_sums_kernel(
     _store_partials(sums_ptr, (total, product), _block_channels(n_blocks, VECTORS * WIDTH), n_blocks, n_channels)
 
 
-@triton.jit(do_not_specialize=_SIZES)  # one code for every size
+@launch.jit(do_not_specialize=_SIZES)  # one code for every size
 def _pixels_gradient_kernel(
     dy_ptr, mask_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, means_ptr, dx_ptr, dresidual_ptr,
     dy_strides, mask_strides, x_strides, dx_strides, n_pixels, channel_steps, n_blocks, slice_pixels, span,
@@ -268,14 +268,14 @@ def _walk(tensors, depth, mask=None, lone_samples=False):
     align = launch.vector_width(channels, tensors)
     width = align if mask is None else 8
     depth = max(1, depth * align // width)  # narrow accesses are many, and each needs its registers
-    tiling = launch.channel_vectors(triton.cdiv(channels, width), n_pixels, depth)
-    blocks = triton.cdiv(channels, width * tiling.vectors)
+    tiling = launch.channel_vectors(launch.ceil_div(channels, width), n_pixels, depth)
+    blocks = launch.ceil_div(channels, width * tiling.vectors)
     slice_pixels = launch.slice_length(
         n_pixels, tiling.step, blocks if lone_samples else samples * blocks, launch.multiprocessors()
     )
     return _Walk(
         align, (n_pixels, channels // align, blocks, slice_pixels),
-        (samples * blocks, triton.cdiv(n_pixels, slice_pixels)),
+        (samples * blocks, launch.ceil_div(n_pixels, slice_pixels)),
         dict(ALIGN=align, WIDTH=width, VECTORS=tiling.vectors, PIXELS=tiling.pixels, DEPTH=tiling.depth),
         channels % width > 0,
     )  # fmt: skip

@@ -71,7 +71,7 @@ def _element_mask(row_mask, vector, cols, row_cols, RAGGED: tl.constexpr):
 _SIZES = ["n_units", "n_inner", "n_vectors", "row_vectors", "row_steps", "slice_vectors", "n_segments", "span"]
 
 
-@triton.jit(do_not_specialize=_SIZES)  # one code for every size
+@launch.jit(do_not_specialize=_SIZES)  # one code for every size
 def _planes_moments_kernel(
     x_ptr, moments_ptr, x_strides, n_units, n_inner, n_vectors, row_vectors, row_steps, slice_vectors,
     ALIGN: tl.constexpr, WIDTH: tl.constexpr, UNITS: tl.constexpr, LANES: tl.constexpr, DEPTH: tl.constexpr,
@@ -112,7 +112,7 @@ def _store_partials(partial_ptr, numbers, n_units, n_inner, UNITS: tl.constexpr)
         store_tile(partial_ptr + tl.cast(n_units, tl.int64) * n_slices * i + at, numbers[i], unit < n_units)
 
 
-@triton.jit(do_not_specialize=_SIZES)  # one code for every size
+@launch.jit(do_not_specialize=_SIZES)  # one code for every size
 def _planes_normalize_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, mean_ptr, spread_ptr, y_ptr, mask_ptr,
     x_strides, residual_strides, y_strides, mask_strides,
@@ -174,7 +174,7 @@ def _dz(
         return dy
 
 
-@triton.jit(do_not_specialize=_SIZES)  # one code for every size
+@launch.jit(do_not_specialize=_SIZES)  # one code for every size
 def _planes_sums_kernel(
     dy_ptr, mask_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sums_ptr,
     dy_strides, mask_strides, x_strides,
@@ -219,7 +219,7 @@ def _planes_sums_kernel(
     _store_partials(sums_ptr, (total, product), n_units, n_inner, UNITS)
 
 
-@triton.jit(do_not_specialize=_SIZES)  # one code for every size
+@launch.jit(do_not_specialize=_SIZES)  # one code for every size
 def _planes_gradient_kernel(
     dy_ptr, mask_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, means_ptr, dx_ptr, dresidual_ptr,
     dy_strides, mask_strides, x_strides, dx_strides,
@@ -291,7 +291,7 @@ class _Walk(NamedTuple):
 
     @property
     def grid(self) -> tuple[int, int]:
-        return triton.cdiv(self.sizes[0], self.tiles["UNITS"]), self.slices
+        return launch.ceil_div(self.sizes[0], self.tiles["UNITS"]), self.slices
 
     def strides(self, t):
         """Of samples, units and segments, in `align` elements; zero where there is one of them."""
@@ -319,15 +319,15 @@ def _walk(tensors, groups, depth, mask=None, lone_samples=False):
     inner, segments = (channels, samples) if groups is None else (groups, channels // groups)
     outer = 1 if groups is None else samples
     depth = max(1, depth * align // width)  # narrow accesses are many, and each needs its registers
-    row_vectors = triton.cdiv(cols, width)
+    row_vectors = launch.ceil_div(cols, width)
     units, multiprocessors = inner if lone_samples else outer * inner, launch.multiprocessors()
     tiling = launch.unit_lanes(segments * row_vectors, units, depth, multiprocessors)
-    blocks = triton.cdiv(units, tiling.units)
+    blocks = launch.ceil_div(units, tiling.units)
     slice_vectors = launch.slice_length(segments * row_vectors, tiling.step, blocks, multiprocessors)
     return _Walk(
         groups, align,
         (outer * inner, inner, segments * row_vectors, row_vectors, cols // align, slice_vectors),
-        outer, triton.cdiv(segments * row_vectors, slice_vectors),
+        outer, launch.ceil_div(segments * row_vectors, slice_vectors),
         dict(ALIGN=align, WIDTH=width, UNITS=tiling.units, LANES=tiling.lanes, DEPTH=tiling.depth),
         cols % width > 0,
     )  # fmt: skip

@@ -31,7 +31,7 @@ from .tiles import (
 from .types import stat_dtype, triton_dtype
 
 
-@triton.jit(do_not_specialize=["n_rows"])  # one code for every batch, to the last bit
+@launch.jit(do_not_specialize=["n_rows"])  # one code for every batch, to the last bit
 def _rms_norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, h_ptr, rstd_ptr, n_rows, x_stride, residual_stride,
     EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr, CAST: tl.constexpr,
@@ -64,7 +64,7 @@ def _rms_norm_forward_kernel(
         store_tile(y_ptr + y_at + t * TILE, y, tile_mask(t, lanes, row_mask, N_COLS, TILE))
 
 
-@triton.jit
+@launch.jit
 def _rms_norm_long_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, h_ptr, rstd_ptr, n_cols, x_stride, residual_stride,
     EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr, CAST: tl.constexpr, TILE: tl.constexpr,
@@ -126,7 +126,7 @@ def _add_row_product(
     return product
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_blocks"])  # one code for every batch, to the last bit
+@launch.jit(do_not_specialize=["n_rows", "n_blocks"])  # one code for every batch, to the last bit
 def _rms_norm_backward_kernel(
     dy_ptr, dh_ptr, h_ptr, weight_ptr, rstd_ptr, dx_ptr, dresidual_ptr, dweight_ptr,
     n_rows, n_blocks, dy_stride, dh_stride, h_stride,
@@ -207,7 +207,7 @@ def _rms_norm_backward_kernel(
     store_partials(dweight_ptr, dweight, N_COLS, TILE, N_TILES)
 
 
-@triton.jit
+@launch.jit
 def _rms_norm_long_backward_rows_kernel(
     dy_ptr, h_ptr, weight_ptr, rstd_ptr, mean_product_ptr, n_cols, dy_stride, h_stride,
     ZERO_CENTERED: tl.constexpr, TILE: tl.constexpr,
@@ -224,7 +224,7 @@ def _rms_norm_long_backward_rows_kernel(
     tl.store(mean_product_ptr + row, tl.sum(product) / tl.cast(n_cols, stat))
 
 
-@triton.jit(do_not_specialize=["n_rows"])  # one code for every batch, to the last bit
+@launch.jit(do_not_specialize=["n_rows"])  # one code for every batch, to the last bit
 def _rms_norm_long_backward_columns_kernel(
     dy_ptr, dh_ptr, h_ptr, weight_ptr, rstd_ptr, mean_product_ptr, dx_ptr, dresidual_ptr, dweight_ptr,
     n_rows, n_cols, dy_stride, dh_stride, h_stride,
@@ -279,7 +279,7 @@ def add_rms_norm_forward(x, residual, dims, weight, eps, zero_centered, cast_dty
         else:
             tiles = launch.row_tiles(cols, itemsize)
             # grid: one program for each tiles.rows rows
-            _rms_norm_forward_kernel[(triton.cdiv(rows, tiles.rows),)](
+            _rms_norm_forward_kernel[(launch.ceil_div(rows, tiles.rows),)](
                 x, residual, weight, y, h, rstd, rows, x.stride(0), residual_stride,
                 **features, N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows,
                 **launch.options(tiles.warps),
@@ -326,7 +326,7 @@ def _backward_resident(arguments, itemsize, dweight_dtype, zero_centered, cast):
     # grid: as many programs as the card holds, each takes every programs-th block of rows
     _rms_norm_backward_kernel[(programs,)](
         dy, dh, h, weight, rstd, dx, dresidual, partial,
-        rows, triton.cdiv(rows, tiles.rows), dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0),
+        rows, launch.ceil_div(rows, tiles.rows), dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0),
         ZERO_CENTERED=zero_centered, CAST=cast, HOLD=holds, HOLD_WEIGHT=holds_weight,
         N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows, **launch.options(tiles.warps),
     )  # fmt: skip
@@ -345,7 +345,7 @@ def _backward_long(arguments, itemsize, dweight_dtype, zero_centered, cast):
         ZERO_CENTERED=zero_centered, TILE=tile, **launch.options(warps),
     )  # fmt: skip
     tile, warps = launch.column_tile(itemsize)
-    blocks = triton.cdiv(cols, tile)
+    blocks = launch.ceil_div(cols, tile)
     chunks = launch.long_row_chunks(rows, blocks, launch.multiprocessors())
     (partial,) = empty_partials(h, chunks, [dweight_dtype], rstd.dtype)
     # grid: (blocks of columns, chunks of rows)

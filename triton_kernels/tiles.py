@@ -266,7 +266,7 @@ def reciprocal_sqrt(v):
         return tl.where((r > 0.0) & (r < float("inf")), refined, r)
 
 
-@triton.jit
+@launch.jit
 def _column_sum_kernel(
     partial_ptr, sum_ptr, other_partial_ptr, other_sum_ptr, means_ptr, n_rows, n_cols, count,
     ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -313,7 +313,7 @@ def column_sums(
         n_rows, n_cols = pairs[0][0].shape
         first, second = pairs[0], pairs[1] if len(pairs) > 1 else (None, None)
         # grid: one program for each block of columns
-        _column_sum_kernel[(triton.cdiv(n_cols, SUM_COLS),)](
+        _column_sum_kernel[(launch.ceil_div(n_cols, SUM_COLS),)](
             *first, *second, means, n_rows, n_cols, count, ROWS=SUM_ROWS, COLS=SUM_COLS, **launch.options(4)
         )
     return sums
