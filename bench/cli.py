@@ -33,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _summary(arguments[1:])
     if arguments[:1] == ["codegen"]:
         return _codegen(arguments[1:])
+    if arguments[:1] == ["host"]:
+        return _host(arguments[1:])
     parser = _parser()
     options = parser.parse_args(arguments)
     device, facts = _start(parser, options)
@@ -84,6 +86,17 @@ def _summary(arguments: list[str]) -> int:
     for document in parser.parse_args(arguments).documents:
         print(document, "changed" if summary.fill(document) else "is up to date", sep=": ")
     return 0
+
+
+def _host(arguments: list[str]) -> int:
+    """`python -m bench host`: what calls cost the host."""
+    from . import host
+
+    parser = argparse.ArgumentParser(prog="python -m bench host", description=host.__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="few rounds: the best may be off")
+    add_output(parser)
+    options = parser.parse_args(arguments)
+    return host.main(options.output, Budget(repeats=3, min_time=0.01, max_time=0.5) if options.quick else host.BUDGET)
 
 
 def _codegen(arguments: list[str]) -> int:
@@ -190,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m bench",
         description="Check every provider of an operation against float64, then time them interleaved in one process.",
         epilog="Commands of their own: python -m bench clip --help (gradient clipping), python -m bench codegen --help "
-        "(what the GPU kernels are compiled to, without a GPU)",
+        "(what the GPU kernels are compiled to, without a GPU), python -m bench host --help (the host's time a call)",
     )
     add = parser.add_argument
     known = tuple(dict.fromkeys((*FAMILIES, *OPERATIONS)))

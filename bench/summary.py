@@ -14,6 +14,8 @@ architecture, Liger-Kernel's behind ours, of the operations, dtypes and widths t
 
 card, headline: what `make card` found on cards, whose card.json were put into bench/results as card-NAME.json; all of
 it, or rows of 4096 columns alone. As long as there is none, a sentence says so.
+
+host: the host's µs a call, best / median, of the file that `python -m bench host` writes.
 """
 
 import json
@@ -33,7 +35,7 @@ RESULTS = ROOT / "bench" / "results"
 DOCUMENTS = (ROOT / "docs" / "results.md", ROOT / "docs" / "machine_code.md", ROOT / "README.md")
 LOSS = 0.98  # what is slower than this is marked
 CLIPS = ("fastnorm", "fastnorm-deferred", "fastnorm-reference")  # fastnorm-native is what fastnorm takes on a CPU
-KINDS = "cells|operations|spread|clip|instructions|card|headline"
+KINDS = "cells|operations|spread|clip|instructions|card|headline|host"
 BLOCK = re.compile(rf"(<!-- ({KINDS}) ([^>]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 NO_CARD = "GPU times have not been measured yet: `make card` does it on a card."
@@ -60,6 +62,10 @@ def _table(kind: str, names: Sequence[str]) -> str:
         return _instructions([kernel for kernel in kernels if _width(kernel) in widths])
     documents = [json.loads((RESULTS / name).read_text(encoding="utf-8")) for name in names]
     results = [result for document in documents for result in document["results"]]
+    if kind == "host":
+        from .host import rows  # which imports much
+
+        return _github(*rows(results))
     if kind == "clip":
         return _clip([result for result in results if result["provider"] in CLIPS])
     ours = [result for result in results if result["provider"] == "fastnorm"]

@@ -290,10 +290,13 @@ def traits(arguments: tuple, is_hip: bool) -> list:
             if is_hip:
                 found.append(argument.untyped_storage().size() < 2**31)
         elif argument.__class__ is int:
-            width = 0 if -(2**31) <= argument < 2**31 else 1 if argument < 2**63 else 2
-            found.append((width, argument == 1, argument % 16 == 0))
+            kind = 1 if argument == 1 else 0 if argument % 16 else 16
+            if not -(2**31) <= argument < 2**31:
+                kind += 2 if argument < 2**63 else 4
+            found.append(kind)
         elif argument.__class__ is tuple:
-            found.append(tuple(traits(argument, is_hip)))
+            found.append(len(argument))
+            found += traits(argument, is_hip)
         else:  # None, and dtypes by themselves
             found.append(argument)
     return found
@@ -381,7 +384,9 @@ def vector_width(cols: int, tensors: Iterable[torch.Tensor]) -> int:
     for t in tensors:
         if t.data_ptr() % ACCESS_BYTES:
             return 1
-        width = math.gcd(width, *(stride for n, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True) if n > 1))
+        for n, stride in zip(t.shape[:-1], t.stride(), strict=False):
+            if n > 1:
+                width = math.gcd(width, stride)
     return width
 
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..views import as_rows, contiguous
+from ..views import as_rows, contiguous, empty_like
 from . import launch
 from .tiles import (
     add_row_products,
@@ -305,8 +305,8 @@ def layer_norm_forward(x, dims, weight, bias, eps, zero_centered, out_dtype):
 
 def add_layer_norm_forward(x, residual, dims, weight, bias, eps, zero_centered, out_dtype, residual_dtype):
     """residual: as x, or None. Returns y in out_dtype, h = x + residual in residual_dtype, mean and rstd: (rows,)."""
-    y = x.new_empty(x.shape, dtype=out_dtype)
-    h = None if residual is None else x.new_empty(x.shape, dtype=residual_dtype)
+    y = empty_like(x, out_dtype)
+    h = None if residual is None else empty_like(x, residual_dtype)
     x, residual, weight, bias = as_rows(x, dims), as_rows(residual, dims), contiguous(weight), contiguous(bias)
     rows, cols = x.shape
     rstd = x.new_empty(rows, dtype=stat_dtype(x, residual, h))
@@ -347,8 +347,8 @@ def add_layer_norm_backward(
 ):
     """dy, dh: as h. Returns dx, dresidual (None where dx serves as both), dweight, dbias."""
     shape, dtypes = h.shape[-dims:], [dweight_dtype, dbias_dtype]
-    dx = h.new_empty(h.shape, dtype=x_dtype)
-    dresidual = None if residual_dtype == x_dtype else h.new_empty(h.shape, dtype=residual_dtype)
+    dx = empty_like(h, x_dtype)
+    dresidual = None if residual_dtype == x_dtype else empty_like(h, residual_dtype)
     dy, dh, h, weight = as_rows(dy, dims), as_rows(dh, dims), as_rows(h, dims), contiguous(weight)
     rows, cols = h.shape
     if rows == 0:

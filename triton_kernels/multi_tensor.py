@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import launch, tables
 from .norms import bits_of, combine, decode, encode, identity, kind_of, number_of, root, sums_fit, tile_terms
-from .types import stat_dtype, triton_dtype
+from .types import triton_dtype
 
 FOLD = 1024  # partial results that a program adds at once
 _FIELDS = tl.constexpr(tables.FIELDS)
@@ -184,7 +184,8 @@ def multi_tensor_norm(
     tensors: Sequence[Tensor], norm_type: float, max_norm: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(total norm, coefficient, whether the total is not finite, every tensor's norm); see fastnorm.native."""
-    norms, sums = norms_of(tables.table_of(tensors), norm_type, stat_dtype(*tensors))
+    table = tables.table_of(tensors)
+    norms, sums = norms_of(table, norm_type, table.stat_dtype)
     return *clip_results(norms, sums, norm_type, max_norm), norms
 
 

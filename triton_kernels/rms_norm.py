@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..views import as_rows, contiguous
+from ..views import as_rows, contiguous, empty_like
 from . import launch
 from .tiles import (
     column_sums,
@@ -258,8 +258,8 @@ def rms_norm_forward(x, dims, weight, eps, zero_centered, cast_dtype, out_dtype)
 
 def add_rms_norm_forward(x, residual, dims, weight, eps, zero_centered, cast_dtype, out_dtype, residual_dtype):
     """residual: as x, or None. Returns y in out_dtype, h = x + residual in residual_dtype, rstd: (rows,)."""
-    y = x.new_empty(x.shape, dtype=out_dtype)
-    h = None if residual is None else x.new_empty(x.shape, dtype=residual_dtype)
+    y = empty_like(x, out_dtype)
+    h = None if residual is None else empty_like(x, residual_dtype)
     x, residual, weight = as_rows(x, dims), as_rows(residual, dims), contiguous(weight)
     rows, cols = x.shape
     rstd = x.new_empty(rows, dtype=stat_dtype(x, residual, h))
@@ -299,8 +299,8 @@ def add_rms_norm_backward(
 ):
     """dy, dh: as h. Returns dx, dresidual (None where dx serves as both), dweight."""
     shape = h.shape[-dims:]
-    dx = h.new_empty(h.shape, dtype=x_dtype)
-    dresidual = None if residual_dtype == x_dtype else h.new_empty(h.shape, dtype=residual_dtype)
+    dx = empty_like(h, x_dtype)
+    dresidual = None if residual_dtype == x_dtype else empty_like(h, residual_dtype)
     dy, dh, h, weight = as_rows(dy, dims), as_rows(dh, dims), as_rows(h, dims), contiguous(weight)
     rows, cols = h.shape
     if rows == 0:

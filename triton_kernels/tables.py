@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from itertools import accumulate
+from operator import attrgetter
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -67,6 +68,11 @@ class Table:
         starts = [entries[i].address - entries[i].lead * entries[i].dtype.itemsize for i in self.layout.order]
         self.addresses = upload(starts, torch.int64, device)
 
+    @property
+    def stat_dtype(self) -> torch.dtype:
+        """That the norms are computed in."""
+        return torch.float64 if any(g.dtype == torch.float64 for g in self.layout.groups) else torch.float32
+
     @cached_property
     def parts(self) -> list[Table]:
         """Tables none of which has a byte twice, empty tensors left out: a duplicate must be changed twice, one after
@@ -91,10 +97,13 @@ class _Recent:
         if _is_capturing(device):
             return self._get_captured((key, device), make)
         place = (key, device, _stream(device))
-        value = self.values.pop(place, None)
-        self.values[place] = value = make() if value is None else value
-        while len(self.values) > self.limit:
-            self.values.popitem(last=False)
+        value = self.values.get(place)
+        if value is None:
+            self.values[place] = value = make()
+            if len(self.values) > self.limit:
+                self.values.popitem(last=False)
+        else:
+            self.values.move_to_end(place)
         return value
 
     def _get_captured(self, key: tuple[Hashable, torch.device], make: Callable[[], T]) -> T:
@@ -119,8 +128,10 @@ def entries_of(tensors: Sequence[Tensor]) -> tuple[Entry, ...]:
 
 
 def table_of(tensors: Sequence[Tensor]) -> Table:
-    entries, device = entries_of(tensors), tensors[0].device
-    return recent(entries, device, lambda: Table(entries, device))
+    """Looked up by what its entries are made of: for a list that is known they are not made."""
+    device, dtypes = tensors[0].device, map(attrgetter("dtype"), tensors)
+    key = (*map(Tensor.data_ptr, tensors), *map(Tensor.numel, tensors), *dtypes)
+    return recent(key, device, lambda: Table(entries_of(tensors), device))
 
 
 def disjoint(entries: Sequence[Entry]) -> list[list[int]]:

@@ -15,4 +15,4 @@ def triton_dtype(dtype: torch.dtype | None) -> tl.dtype | None:
 
 def stat_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
     """float64 where any of the tensors is, float32 otherwise."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    return torch.float64 if torch.float64 in [t.dtype for t in tensors if t is not None] else torch.float32

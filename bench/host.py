@@ -1,0 +1,157 @@
+"""The host's time a call, apart from the device's: `python -m bench host`.
+
+On a GPU, of tiny tensors while the device is busy. Without one, of tiny CPU tensors, whose Triton kernels are compiled
+for sm_90 and launched by a driver that does nothing; stock torch's own time has its CPU kernels in it. Values are not
+looked at: on such a driver there are none.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+import fastnorm
+
+from . import clip, machine
+from .operation import MODES
+from .operations import OPERATIONS
+from .providers import PROVIDERS, Unavailable, one_line
+from .report import header, mode_label
+from .timing import Budget, CpuTimer, CudaTimer, Runner, interleave
+from .workload import Workload
+
+TARGET = "sm_90"
+NORMS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "batch_norm_training_add_relu", "group_norm_silu")
+SHAPES = {2: (4, 256), 4: (2, 64, 4, 4)}
+NAMES = ("torch", "fastnorm-triton", "fastnorm-native", "liger")
+CLIPPED = 300 * [(64,)]
+BUDGET = Budget(repeats=15, min_time=0.1, max_time=4.0, min_sample=5e-3)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One provider's µs a call, over the rounds; None and why, where there are none."""
+
+    operation: str
+    mode: str
+    provider: str
+    best_us: float | None
+    median_us: float | None
+    absent: str = ""
+
+
+class HostTimer(CpuTimer):
+    """Of a GPU's calls what the host takes."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = CudaTimer(device)
+        self.most_calls = self._cuda.host_calls
+
+    def sample(self, call: Callable[[], object], calls: int) -> float:
+        """Seconds per call."""
+        return self._cuda.host_seconds(call)
+
+
+def main(output: Path, budget: Budget = BUDGET) -> int:
+    """Print the table, and write it into the folder as host-MACHINE.json."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(1)  # autograd's and OpenMP's threads are not the host's time
+    if device.type == "cpu":
+        _launch_nothing()
+    facts = machine.describe(device)
+    print(header(facts), flush=True)
+    timer = HostTimer(device) if device.type == "cuda" else CpuTimer()
+    results: list[Result] = []
+    for case in itertools.chain(_norms(device), _clips(device)):
+        results += _timed(*case, timer, budget)
+    print(table(results))
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / f"host-{machine.slug(facts['device'])}.json"
+    document = {"machine": facts, "budget": asdict(budget), "results": [asdict(result) for result in results]}
+    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print("wrote", path)
+    return 0
+
+
+def table(results: list[Result]) -> str:
+    """A row for each operation and mode, and why providers are absent."""
+    cells, headers = rows([asdict(result) for result in results])
+    absent = sorted({f"{result.provider}: {result.absent}" for result in results if result.absent})
+    return "\n".join([tabulate(cells, headers, disable_numparse=True), *absent])
+
+
+def rows(results: list[dict]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+    """Cells and headers: best / median of each provider; the results as the JSON has them."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for result in results:
+        cell = "–" if result["best_us"] is None else f"{result['best_us']:.1f} / {result['median_us']:.1f}"
+        found.setdefault((result["operation"], mode_label(result["mode"])), {})[result["provider"]] = cell
+    cells = [(*case, *(row.get(name, "–") for name in NAMES)) for case, row in found.items()]
+    return cells, ("operation", "mode", *NAMES)
+
+
+def _launch_nothing() -> None:
+    import triton
+
+    from .compiled import CompilingDriver
+
+    triton.runtime.driver.set_active(CompilingDriver(TARGET))
+
+
+Case = tuple[str, str, dict[str, Callable[[], Runner]]]
+
+
+def _norms(device: torch.device) -> Iterator[Case]:
+    for name, mode in itertools.product(NORMS, MODES):
+        operation = OPERATIONS[name]
+        shape = SHAPES[operation.family.pattern.count("x") + 1]
+        workload = Workload.make(operation, shape, "contiguous", torch.float32, device)
+        yield name, mode, {who: partial(_norm, workload, mode, who) for who in NAMES}
+
+
+def _norm(workload: Workload, mode: str, who: str) -> Runner:
+    provider = PROVIDERS[who]
+    return Runner(workload.runner(provider.build(workload.operation), mode), provider.activate)
+
+
+def _clips(device: torch.device) -> Iterator[Case]:
+    workload = clip.Workload(CLIPPED, torch.float32, device)
+    bound = 2 * workload.norm
+
+    def ours(backend: str) -> Runner:
+        activate: Callable[[], AbstractContextManager] = partial(fastnorm.use, backend)
+        return Runner(lambda: fastnorm.clip_grad_norm_(workload.params, bound), activate)
+
+    yield f"clip_grad_norm_, {len(CLIPPED)} tensors", "forward", {
+        "torch": lambda: Runner(lambda: torch.nn.utils.clip_grad_norm_(workload.params, bound)),
+        "fastnorm-triton": partial(ours, "triton"),
+        "fastnorm-native": partial(ours, "native"),
+    }
+
+
+def _timed(
+    name: str, mode: str, makers: dict[str, Callable[[], Runner]], timer: CpuTimer, budget: Budget
+) -> list[Result]:
+    runners, absent = {}, {}
+    for who, make in makers.items():
+        try:
+            runner = make()
+            with runner.activate():
+                runner.call()
+            runners[who] = runner
+        except Unavailable as reason:
+            absent[who] = str(reason)
+        except Exception as error:  # noqa: BLE001 - another library may want a card; ours may not be built
+            absent[who] = one_line(error)
+    samples = interleave(runners, timer, budget)
+    found = [Result(name, mode, who, 1e6 * min(s), 1e6 * statistics.median(s)) for who, s in samples.items()]
+    return found + [Result(name, mode, who, None, None, reason) for who, reason in absent.items()]
