@@ -255,7 +255,7 @@ class Kernel(triton.JITFunction):
             return super().run(*arguments, grid=grid, warmup=warmup, **constants)
         driver = triton.runtime.driver.active
         device = driver.get_current_device()
-        key = (driver, device, *constants.values(), *traits(arguments, backend() == "hip"))
+        key = (driver, device, *constants, *constants.values(), *traits(arguments, backend() == "hip"))
         plan = self.plans.get(key)
         if plan is None:
             compiled = super().run(*arguments, grid=grid, warmup=False, **constants)
