@@ -29,8 +29,8 @@ def layer_norm(
     """y = (x − mean) · rstd · w + b over the last len(normalized_shape) dimensions."""
     is_lone = math.prod(normalized_shape) == 1
     looks = not is_lone and _can_be_looked_at(x)
-    level = _level(x, range(-len(normalized_shape), 0)) if looks else None
-    x = x if level is None else x - level
+    constants = _constants(x, range(-len(normalized_shape), 0)) if looks else None
+    x = x if constants is None else x - constants
     if not is_lone and not zero_centered and out_dtype == x.dtype and _stock_takes(x, weight, bias):
         return F.layer_norm(x, normalized_shape, weight, bias, eps)
     dtype = stat_dtype(torch.promote_types(x.dtype, out_dtype))
@@ -41,22 +41,24 @@ def layer_norm(
     return F.layer_norm(x.to(dtype), normalized_shape, weight, bias, eps).to(out_dtype)
 
 
-def _level(x: Tensor, dims: Iterable[int]) -> Tensor | None:
-    """The one value that x has all along `dims`, for each place in the others, and 0 where it has several.
+def _constants(x: Tensor, dims: Iterable[int]) -> Tensor | None:
+    """The value of each row that is constant along `dims`, 0 for the other rows; None where all of it would be 0.
 
-    Stock's CPU kernels divide what rounding leaves of such values by √eps, and by its third power in the backward. Less
-    its level, such a row is exactly 0, and all others stay as they are. None where no place has a level, as a few
-    elements of each mostly tell.
+    Stock's CPU kernels divide the rounding error of such a row's mean by √eps, and by √eps³ in the backward. With the
+    constant subtracted the row is exactly 0, as rows of zeros are anyway. Four neighbours of each row mostly tell that
+    it isn't constant.
     """
     values, dims = x.detach(), tuple(dims)
     first, few = [slice(None)] * x.dim(), [slice(None)] * x.dim()
     for dim in dims:
-        first[dim], few[dim] = slice(1), slice(None, None, max(1, x.shape[dim] // 3))
-    first, few = values[tuple(first)], values[tuple(few)]
-    if not (few == first).all(dims).any():
+        first[dim] = few[dim] = slice(1)
+    few[max(dims, key=lambda dim: x.shape[dim])] = slice(4)
+    first = values[tuple(first)]
+    alike = (values[tuple(few)] == first).all(dims, keepdim=True)
+    if not alike.any() or not (alike & (first != 0)).any():
         return None
-    is_level = (values == first).all(dims, keepdim=True)
-    return torch.where(is_level, first, 0) if is_level.any() else None
+    constants = torch.where((values == first).all(dims, keepdim=True), first, 0)
+    return constants if constants.any() else None
 
 
 def _can_be_looked_at(x: Tensor) -> bool:
@@ -120,9 +122,10 @@ def batch_norm(
 ) -> Tensor:
     """y = relu((x − mean) · rstd · w + b + residual); in training, `running` (mean and variance) moves by momentum."""
     vectors: Sequence[Tensor | None] = (*(running or (None, None)), weight, bias)
-    level = _level(x, _pooled_dims(x)) if training and _can_be_looked_at(x) and x.dim() > 1 else None
-    x = x if level is None else x - level
-    mixes = level is None and _stock_mixes(x, weight, bias, *vectors[:2])
+    looks = training and _can_be_looked_at(x) and x.dim() > 1
+    constants = _constants(x, _pooled_dims(x)) if looks else None
+    x = x if constants is None else x - constants
+    mixes = constants is None and _stock_mixes(x, weight, bias, *vectors[:2])
     dtype = x.dtype if mixes else stat_dtype(x.dtype)
     if not mixes:
         vectors = [None if v is None else v.to(dtype) for v in vectors]
@@ -134,7 +137,7 @@ def batch_norm(
     z = F.batch_norm(x.to(dtype), *vectors, training, factor, eps)
     if moves and x.numel():
         mean, var = vectors[:2]
-        move(running, (mean if level is None else mean + level.flatten(), var), momentum)
+        move(running, (mean if constants is None else mean + constants.flatten(), var), momentum)
     z = z if residual is None else z + residual
     z = z.to(x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
     return F.relu(z) if relu else z
@@ -164,9 +167,9 @@ def group_norm(
         weight = torch.ones_like(bias)  # without one, stock's backward on the CPU raises before torch 2.13
     is_lone = x.shape[1] == groups and math.prod(x.shape[2:]) == 1
     grouped = None if is_lone or not _can_be_looked_at(x) else x.unflatten(1, (groups, -1))
-    level = None if grouped is None else _level(grouped, range(2, grouped.dim()))
-    if level is not None:
-        x = x - level.expand(*grouped.shape[:3], *level.shape[3:]).flatten(1, 2)
+    constants = None if grouped is None else _constants(grouped, range(2, grouped.dim()))
+    if constants is not None:
+        x = x - constants.expand(*grouped.shape[:3], *constants.shape[3:]).flatten(1, 2)
     if not is_lone and out_dtype == x.dtype and mixes:
         z = F.group_norm(x, groups, weight, bias, eps)
     else:
