@@ -16,7 +16,7 @@ FIRST = ("test_row_norms.py", "test_channel_norms.py", "test_clip_kernels.py", "
          "test_gpu.py", "test_gpu_large.py")  # fmt: skip
 # only on a card; and every case of them
 ON_A_CARD, WHOLE = ("test_gpu.py", "test_gpu_large.py"), ("test_gpu_large.py",)
-# on the card, if there is one, by the automatic choice; the other tests beside these are stock's optimizers'
+# they name no backend and run on the card where there is one; the other tests in that file are about torch's optimizers
 AUTOMATIC = (
     "test_deferred_clip.py::test_parameters_equal_clip_then_step",
     "test_deferred_clip.py::test_nonfinite_steps_change_nothing",

@@ -31,6 +31,10 @@ PARTIAL_ROWS = 4096
 INTERPRETER_PROGRAMS = 5  # Triton's interpreter has no device to ask; odd, so that rows divide unevenly
 
 
+# for launch choices: computing them takes the host longer than the launch
+remembered = functools.lru_cache(maxsize=1024)
+
+
 def ceil_div(a: int, b: int) -> int:
     """a / b, rounded up. Triton's own serves kernels as well, and takes the host microseconds."""
     return -(-a // b)
@@ -61,6 +65,7 @@ def padding(cols: int, tile: int) -> float:
     return (ceil_div(cols, tile) * tile - cols) / cols
 
 
+@remembered
 def row_tiles(cols: int, itemsize: int, sums: int = 0) -> RowTiles:
     """The tiling of a row, beside so many parameter sums in the backward; it depends on nothing but the row, so that
     results do not depend on the batch.
@@ -98,6 +103,7 @@ def _narrow_tiles(cols: int, vector: int, width: int, registers: int) -> RowTile
     return RowTiles(tile, count, rows, 4, width)
 
 
+@remembered
 def backward_row_tiles(
     cols: int, itemsize: int, sums: int, widest: int, backend: str = "cuda"
 ) -> tuple[RowTiles, bool, bool]:
@@ -240,9 +246,9 @@ def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
 class Kernel(triton.JITFunction):
     """A kernel whose repeated launches cost the host less than Triton's JIT takes for each.
 
-    The first launch with arguments of some kind goes through the JIT, which compiles; what it compiled is kept by all
-    that Triton specialises on, and launched by itself from then on. Triton's check for changed globals is left to the
-    JIT, as are launches that somebody watches.
+    The JIT compiles and launches it the first time; the compiled kernel is cached by the specialisation key, and later
+    launches with that key call it directly. Triton's check for changed globals is the JIT's alone. So are launches with
+    a profiler's hook, in debug mode, and with a grid to be computed.
     """
 
     def __init__(self, *arguments: Any, **options: Any):
@@ -251,7 +257,7 @@ class Kernel(triton.JITFunction):
 
     def run(self, *arguments: Any, grid: tuple[int, ...], warmup: bool, **constants: Any) -> Any:
         """kernel[grid](*arguments, **constants): constants are all constexprs, by name, and the launch options."""
-        if warmup or _is_watched():
+        if warmup or self.pre_run_hooks or grid.__class__ is not tuple or _needs_jit():
             return super().run(*arguments, grid=grid, warmup=warmup, **constants)
         driver = triton.runtime.driver.active
         device = driver.get_current_device()
@@ -272,10 +278,16 @@ class Kernel(triton.JITFunction):
         return compiled
 
 
-def _is_watched() -> bool:
-    """Whether a profiler has asked to be called at launches."""
-    before, after = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
-    return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
+def _needs_jit() -> bool:
+    """Whether somebody watches launches or changes how kernels are compiled, as profilers and debuggers do."""
+    runtime = triton.knobs.runtime
+    before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(
+        getattr(before, "calls", before)
+        or getattr(after, "calls", after)
+        or runtime.debug
+        or getattr(runtime, "add_stages_inspection_hook", None)
+    )
 
 
 def traits(arguments: tuple, is_hip: bool) -> list:
@@ -290,15 +302,15 @@ def traits(arguments: tuple, is_hip: bool) -> list:
             if is_hip:
                 found.append(argument.untyped_storage().size() < 2**31)
         elif argument.__class__ is int:
-            kind = 1 if argument == 1 else 0 if argument % 16 else 16
+            kind = "1" if argument == 1 else "i" if argument % 16 else "i16"
             if not -(2**31) <= argument < 2**31:
-                kind += 2 if argument < 2**63 else 4
+                kind += " wide" if argument < 2**63 else " unsigned"
             found.append(kind)
         elif argument.__class__ is tuple:
             found.append(len(argument))
             found += traits(argument, is_hip)
-        else:  # None, and dtypes by themselves
-            found.append(argument)
+        else:  # None and dtypes; and no True for 1.0
+            found.append((argument.__class__, argument))
     return found
 
 

@@ -264,14 +264,20 @@ class _Walk(NamedTuple):
 def _walk(tensors, depth, mask=None, lone_samples=False):
     """A mask has a byte for each vector. lone_samples: slices as if there were one sample, so that what is summed in
     one does not depend on the others."""
-    samples, n_pixels, channels = tensors[0].shape
-    align = launch.vector_width(channels, tensors)
-    width = align if mask is None else 8
+    shape = tensors[0].shape
+    align = launch.vector_width(shape[2], tensors)
+    return _walk_of(shape, align, depth, mask is not None, lone_samples, launch.multiprocessors())
+
+
+@launch.remembered
+def _walk_of(shape, align, depth, has_mask, lone_samples, multiprocessors):
+    samples, n_pixels, channels = shape
+    width = 8 if has_mask else align
     depth = max(1, depth * align // width)  # narrow accesses are many, and each needs its registers
     tiling = launch.channel_vectors(launch.ceil_div(channels, width), n_pixels, depth)
     blocks = launch.ceil_div(channels, width * tiling.vectors)
     slice_pixels = launch.slice_length(
-        n_pixels, tiling.step, blocks if lone_samples else samples * blocks, launch.multiprocessors()
+        n_pixels, tiling.step, blocks if lone_samples else samples * blocks, multiprocessors
     )
     return _Walk(
         align, (n_pixels, channels // align, blocks, slice_pixels),

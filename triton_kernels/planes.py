@@ -313,14 +313,20 @@ class _Walk(NamedTuple):
 def _walk(tensors, groups, depth, mask=None, lone_samples=False):
     """Units are channels of all samples, or `groups` in each. A mask has a byte for each vector. lone_samples: slices
     as if there were one sample, so that what is summed in one does not depend on the others."""
-    samples, channels, cols = tensors[0].shape
-    align = launch.vector_width(cols, tensors)
-    width = align if mask is None else 8
+    shape = tensors[0].shape
+    align = launch.vector_width(shape[2], tensors)
+    return _walk_of(shape, align, groups, depth, mask is not None, lone_samples, launch.multiprocessors())
+
+
+@launch.remembered
+def _walk_of(shape, align, groups, depth, has_mask, lone_samples, multiprocessors):
+    samples, channels, cols = shape
+    width = 8 if has_mask else align
     inner, segments = (channels, samples) if groups is None else (groups, channels // groups)
     outer = 1 if groups is None else samples
     depth = max(1, depth * align // width)  # narrow accesses are many, and each needs its registers
     row_vectors = launch.ceil_div(cols, width)
-    units, multiprocessors = inner if lone_samples else outer * inner, launch.multiprocessors()
+    units = inner if lone_samples else outer * inner
     tiling = launch.unit_lanes(segments * row_vectors, units, depth, multiprocessors)
     blocks = launch.ceil_div(units, tiling.units)
     slice_vectors = launch.slice_length(segments * row_vectors, tiling.step, blocks, multiprocessors)

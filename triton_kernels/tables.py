@@ -97,13 +97,10 @@ class _Recent:
         if _is_capturing(device):
             return self._get_captured((key, device), make)
         place = (key, device, _stream(device))
-        value = self.values.get(place)
-        if value is None:
-            self.values[place] = value = make()
-            if len(self.values) > self.limit:
-                self.values.popitem(last=False)
-        else:
-            self.values.move_to_end(place)
+        value = self.values.pop(place, None)  # and put back as the newest, whatever other threads put in
+        self.values[place] = value = make() if value is None else value
+        while len(self.values) > self.limit:
+            self.values.popitem(last=False)
         return value
 
     def _get_captured(self, key: tuple[Hashable, torch.device], make: Callable[[], T]) -> T:
