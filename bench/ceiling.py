@@ -51,7 +51,7 @@ class Ceilings:
         return [asdict(self._measured[nbytes]) for nbytes in sorted(self._measured)]
 
     def _measure(self, nbytes: int) -> Ceiling:
-        source = torch.zeros(max(1, nbytes // 4), dtype=torch.float32, device=self._device)
+        source = torch.rand(max(1, nbytes // 4), dtype=torch.float32, device=self._device)
         target = torch.zeros_like(source)
         runners = {"copy": Runner(lambda: target.copy_(source)), "clone": Runner(source.clone)}
         samples = interleave(runners, self._timer, COPY_BUDGET)

@@ -54,6 +54,7 @@ def fill(document: Path) -> bool:
 def _table(kind: str, names: Sequence[str]) -> str:
     if kind in ("card", "headline"):
         cards = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(names[0]))]
+        cards = [card for card in cards if card["results"] and not card["rehearsal"]]
         return "\n\n".join(_card(document, kind == "headline") for document in cards) or NO_CARD
     if kind == "instructions":
         name, *chosen = names

@@ -57,13 +57,15 @@ class CudaTimer:
     """Device time: between two events around each call, with the L2 cache flushed before it.
 
     The device sleeps before the first event until the host has launched the call, so that launches don't count as
-    device time. `cuda` stands for torch.cuda: a rehearsal without a card has another one.
+    device time; of a call with more launches than the device's queue holds, about a thousand, some do. `cuda` stands
+    for torch.cuda: a rehearsal without a card has another one.
     """
 
     most_calls = 200
     cycles_per_second = 2e9  # of torch.cuda._sleep, at most
-    most_ahead = 5e-3  # seconds; the first call of all compiles
-    host_calls = 50  # their launches fit into the device's queue, which holds about a thousand
+    most_ahead = 50e-3  # seconds; the first call of all compiles
+    host_calls = 50
+    host_sample = 2e-3  # seconds, in which the host can't fill the device's queue
 
     def __init__(self, device: torch.device, cuda: Any = torch.cuda):
         self._cuda = cuda
@@ -87,9 +89,11 @@ class CudaTimer:
 
     def host_seconds(self, call: Callable[[], object]) -> float:
         """Mean seconds that the host takes for a call while the device is busy with something else."""
+        timer = timeit.Timer(call, timer=time.perf_counter)
+        calls = min(self.host_calls, max(1, int(self.host_sample / timer.timeit(1))))
         self._cuda.synchronize()
         self._cuda._sleep(int(0.02 * self.cycles_per_second))
-        seconds = timeit.Timer(call, timer=time.perf_counter).timeit(self.host_calls) / self.host_calls
+        seconds = timer.timeit(calls) / calls
         self._cuda.synchronize()
         return seconds
 

@@ -10,7 +10,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from . import summary
@@ -30,13 +30,15 @@ FITS = (
 
 @dataclass(frozen=True)
 class Command:
-    """name: also of its file of records; seconds: its limit, of nine minutes; command: what follows the program."""
+    """seconds: its limit, of nine minutes; command: what follows the program; is_vital: whether its failure is one of
+    the whole run."""
 
     name: str
     seconds: float
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
     program: list[str] = field(default_factory=lambda: [sys.executable])
+    is_vital: bool = True
 
 
 def planned(rehearse: bool, records: Path) -> Iterator[Command]:
@@ -45,13 +47,13 @@ def planned(rehearse: bool, records: Path) -> Iterator[Command]:
     system = {"FASTNORM_BUILD_NATIVE": "0", "PIP_BREAK_SYSTEM_PACKAGES": "1"}
     interpreted = {"TRITON_INTERPRET": "1"} if rehearse else {}
     if not rehearse:
-        yield Command("install", 30, INSTALL, system)
+        yield Command("install", 30, INSTALL, system, is_vital=False)
     if subprocess.run([sys.executable, "-c", FITS], cwd=ROOT, capture_output=True).returncode:
         yield Command("build", 100, ["-m", "fastnorm", "build"])
 
     def module(name: str, seconds: float, environment: dict[str, str] | None = None, file: str = "") -> Command:
-        options = ["--records", str(records / f"{file or name}.jsonl"), "--seconds", f"{seconds:.0f}"]
-        command = ["-m", f"bench.card.{name}", *options, *(["--rehearse"] if rehearse else [])]
+        options = ["--name", name, "--records", str(records), "--seconds", f"{seconds:.0f}"]
+        command = ["-m", f"bench.card.{file or name}", *options, *(["--rehearse"] if rehearse else [])]
         return Command(name, seconds, command, environment or {})
 
     yield module("smoke", 45, interpreted)
@@ -59,12 +61,12 @@ def planned(rehearse: bool, records: Path) -> Iterator[Command]:
     chosen = ["-n", str(min(WORKERS, os.cpu_count() or 1)), "-m", "card", *(["-k", "eps"] if rehearse else [])]
     pytest = ["-m", "pytest", "-q", "--dist", "load", "--tb=short", "-p", "no:cacheprovider", *chosen]
     pytest.append("--continue-on-collection-errors")  # files whose other tests need what isn't installed
-    tests = {"CARD_RECORDS": str(records / "tests.jsonl"), "OMP_NUM_THREADS": "1"}
+    tests = {"CARD_RECORDS": str(records), "OMP_NUM_THREADS": "1"}
     yield Command("tests", 240, [*pytest, "-p", "bench.card.outcomes", "tests"], tests | interpreted)
     yield module("times", 150)
     yield module("questions", 90, interpreted)
     if not rehearse:
-        yield from _profilers(module("smoke", 60, file="memcheck"))
+        yield from _profilers(module("memcheck", 60, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, file="smoke"))
 
 
 def _profilers(smoke: Command) -> Iterator[Command]:
@@ -72,29 +74,33 @@ def _profilers(smoke: Command) -> Iterator[Command]:
     if memcheck := shutil.which("compute-sanitizer"):
         # errors of calls that torch handles are not ours; and in torch's own pool nothing is out of bounds
         options = ["--report-api-errors", "no", "--error-exitcode", "9", sys.executable]
-        yield Command("memcheck", 60, smoke.command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, [memcheck, *options])
+        yield replace(smoke, program=[memcheck, *options])
     if ncu := shutil.which("ncu"):
         metrics = "dram__throughput.avg.pct_of_peak_sustained_elapsed,gpu__time_duration.sum"
-        options = ["--csv", "--metrics", metrics, "--kernel-name", "regex:norm|planes|pixels", sys.executable]
-        yield Command("profile", 40, ["-m", "bench.card.kernels"], program=[ncu, *options])
+        # left to itself it would set the card's clocks
+        options = ["--clock-control", "none", "--csv", "--metrics", metrics]
+        options += ["--kernel-name", "regex:norm|planes|pixels"]
+        yield Command("profile", 40, ["-m", "bench.card.kernels"], program=[ncu, *options, sys.executable])
 
 
 def run_all(options: Namespace) -> int:
     """Run every stage that there is time for, and write what they found after each; 0 if all went well."""
     options.output.mkdir(parents=True, exist_ok=True)
-    records = options.output.resolve()
-    for old in [*records.glob("*.jsonl"), *records.glob("card.*")]:
+    folder = options.output.resolve()
+    for old in folder.glob("card.*"):
         old.unlink()
     end = time.monotonic() + 60 * options.minutes - RESERVE
-    done: list[dict] = []
-    with (records / "card.log").open("w", encoding="utf-8") as log:
-        for stage in planned(options.rehearse, records):
+    done, is_well = [], True
+    (folder / "card.jsonl").touch()
+    with (folder / "card.log").open("w", encoding="utf-8") as log:
+        for stage in planned(options.rehearse, folder / "card.jsonl"):
             limit = min(stage.seconds * options.minutes / FULL, end - time.monotonic())
             done.append(_run(stage, limit, log) if limit > 1 else {"stage": stage.name, "ended": "not reached"})
+            is_well &= done[-1]["ended"] == "well" or not stage.is_vital
             print(json.dumps(done[-1]), flush=True)
-            summary.write(records, done, options.rehearse)
-    print(summary.text(records))
-    return int(any(stage["ended"] != "well" for stage in done))
+            summary.write(folder, done, options.rehearse)
+    print(summary.text(folder))
+    return int(not is_well)
 
 
 def _run(stage: Command, limit: float, log) -> dict:

@@ -12,7 +12,9 @@ MOST_TIMES = 16
 
 def write(folder: Path, stages: list[dict], rehearsal: bool) -> None:
     """card.json and card.md, as much as is known."""
-    found = {path.stem: _lines(path) for path in sorted(folder.glob("*.jsonl"))}
+    found: dict[str, list[dict]] = {}
+    for line in _lines(folder / "card.jsonl"):
+        found.setdefault(line["stage"], []).append(line)
     machine = next((line["machine"] for line in found.get("times", []) if "machine" in line), {})
     document = {"rehearsal": rehearsal, "machine": machine, "stages": stages}
     document["results"] = [line for line in found.get("times", []) if line.get("kind") == "norm"]
@@ -20,7 +22,10 @@ def write(folder: Path, stages: list[dict], rehearsal: bool) -> None:
     document["questions"] = [line for line in found.get("questions", []) if line.get("kind") == "question"]
     document["tests"] = dict(Counter(line["outcome"] for line in found.get("tests", [])))
     document["checks"] = dict(Counter("passed" if line["ok"] else "failed" for line in found.get("smoke", [])))
+    document["left_out"] = [f"{line['stage']}: {line['left_out']}" for lines in found.values() for line in lines
+                            if "left_out" in line]  # fmt: skip
     document["failures"] = _failures(found)
+    document["profile"] = _profile(folder / "card.log")
     (folder / "card.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "card.md").write_text(_markdown(document), encoding="utf-8")
 
@@ -49,6 +54,12 @@ def _lines(path: Path) -> list[dict]:
     return found
 
 
+def _profile(log: Path) -> list[str]:
+    """ncu's lines."""
+    _, _, told = log.read_text(encoding="utf-8").partition("== profile")
+    return [line for line in told.splitlines() if line.startswith('"')]
+
+
 def _failures(found: dict[str, list[dict]]) -> list[dict]:
     failures = [
         {"stage": stage, "what": line["name"], "why": line["detail"]}
@@ -70,7 +81,8 @@ def _headline(document: dict) -> str:
     stages = ", ".join(f"{s['stage']} {s['ended']}" + (f" ({s['seconds']} s)" if "seconds" in s else "")
                        for s in document["stages"])  # fmt: skip
     counts = f"checks: {document['checks']}; tests: {document['tests']}"
-    return f"{kind}\n{stages}\n{counts}; failures: {len(document['failures'])}"
+    ends = f"failures: {len(document['failures'])}; left out: {len(document['left_out'])}"
+    return f"{kind}\n{stages}\n{counts}; {ends}"
 
 
 def _failure_lines(failures: list[dict], most: int) -> list[str]:
@@ -132,6 +144,10 @@ def _markdown(document: dict) -> str:
         parts.append(tabulate(times, TIMES, **github))
     if document["clips"]:
         parts += ["## Clips", tabulate(*clip_rows(document["clips"]), **github)]
+    if document["profile"]:
+        parts += ["## ncu", "```\n" + "\n".join(document["profile"]) + "\n```"]
+    if document["left_out"]:
+        parts += ["## Left out, for want of time", "\n".join(f"- {what}" for what in document["left_out"])]
     if questions := question_rows(document["questions"]):
         parts += ["## Choices", "Time / the time as it is: above 1, the choice pays.", tabulate(*questions, **github)]
     return "\n\n".join(parts) + "\n"

@@ -4,8 +4,7 @@
 """
 
 import gc
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
@@ -13,7 +12,7 @@ import torch
 from .. import clip, machine, report, run
 from ..operation import MODES, Shape
 from ..presets import SHAPES
-from .common import Stage
+from .common import Stage, is_sticky
 
 PEERS = ("torch", "fastnorm", "liger", "quack", "apex")
 COMPILED = ("torch", "compile", "fastnorm", "liger", "quack", "apex")  # torch.compile takes seconds for each shape
@@ -33,12 +32,15 @@ class Section:
 
 
 BOTH = ("contiguous", "channels_last")
-SECTIONS = (
-    Section(ROW_NORMS, ((8192, 4096),), providers=COMPILED),
-    Section(("batch_norm_training_add_relu",), ((32, 256, 56, 56),), providers=COMPILED, layouts=("channels_last",)),
-    Section(("group_norm_silu",), ((2, 320, 64, 64),), providers=COMPILED),
+HEADLINES = (
+    Section(ROW_NORMS, ((8192, 4096),)),
+    Section(("batch_norm_training_add_relu",), ((32, 256, 56, 56),), layouts=("channels_last",)),
+    Section(("group_norm_silu",), ((2, 320, 64, 64),)),
+)
+OTHERS = (
     Section(("rms_norm", "layer_norm"), ((8192, 1024), (8192, 2048), (8192, 8192), (8192, 16384), (65536, 128))),
     Section(("rms_norm", "layer_norm"), ((8192, 4096),), dtype="fp32"),
+    *(replace(section, providers=COMPILED) for section in HEADLINES),
     Section(("add_rms_norm", "add_layer_norm"), ((8192, 8192), (8192, 16384))),
     Section(("batch_norm_training_add_relu",), SHAPES["resnet50"][1:], layouts=BOTH),
     Section(("group_norm_silu",), SHAPES["unet"], layouts=BOTH),
@@ -55,59 +57,58 @@ def main() -> None:
     stage = Stage(__doc__)
     stage.record(machine=machine.describe(stage.device))
     torch.manual_seed(0)
-    for section in SECTIONS[:3]:
+    for section in HEADLINES:
         _norms(section, stage)
     for operations, name, dtype in CLIPS:
-        _clips(operations, name, dtype, stage)
-    for section in SECTIONS[3:]:
+        stage.attempt(f"{operations} {name} {dtype}", partial(_clips, operations, name, dtype, stage))
+    for section in OTHERS:
         _norms(section, stage)
 
 
 def _norms(section: Section, stage: Stage) -> None:
     shapes = tuple(dict.fromkeys(SMALL[len(shape)] for shape in section.shapes)) if stage.rehearse else section.shapes
     dtype = stage.dtype if stage.rehearse else section.dtype
+    providers = PEERS if stage.rehearse else section.providers
     for name in section.operations:
-        label = f"{name} {dtype} {section.layouts}"
-        if stage.left <= 0:
-            stage.record(left_out=label)
-            continue
-        providers = PEERS if stage.rehearse else section.providers
         plan = run.Plan({name: shapes}, section.layouts, (dtype,), MODES, providers, stage.device, stage.budget)
-        stage.attempt(label, partial(_timed, plan, name, stage))
+        stage.attempt(f"{name} {dtype} {section.layouts}", partial(_timed, plan, name, stage))
 
 
 def _timed(plan: run.Plan, name: str, stage: Stage) -> str | None:
     bench = run.Bench(plan, stage.timer())
     if absent := report.absences(bench.absent):
         stage.record(absent=absent)
-    for results in bench.run_operation(name):
+    for done, results in enumerate(bench.run_operation(name), 1):
         _record("norm", results, stage)
-        if stage.left <= 0:
-            return "no time left for the shapes behind this one"
+        if broken := _broken(results):
+            return broken
+        if stage.left <= 0 and done < bench.cases():
+            stage.record(left_out=f"{name}: {bench.cases() - done} cases behind {results[0].shape}")
+            break
     stage.record(ceilings=bench.ceilings.to_dicts())
     return None
 
 
-def _clips(operations: tuple[str, ...], name: str, dtype: str, stage: Stage) -> None:
-    name = "rehearsal" if stage.rehearse else name
+def _clips(operations: tuple[str, ...], name: str, dtype: str, stage: Stage) -> str | None:
     if stage.rehearse:
+        name = "rehearsal"
         clip.LISTS[name] = lambda: [(4, 3), (5,)]
-    for case in _cases(operations, name, dtype, stage):
-        _record("clip", case, stage)
-    gc.collect()
-    if not stage.rehearse:
-        torch.cuda.empty_cache()  # a list of Llama's takes 54 GB
-
-
-def _cases(operations: tuple[str, ...], name: str, dtype: str, stage: Stage) -> Iterator[list[clip.Result]]:
-    if stage.left <= 0:
-        stage.record(left_out=f"{operations} {name} {dtype}")
-        return
+    bench = clip.Bench(clip.Plan(operations, (name,), (dtype,), stage.device, stage.budget), stage.timer())
     try:
-        bench = clip.Bench(clip.Plan(operations, (name,), (dtype,), stage.device, stage.budget), stage.timer())
-        yield from bench.run()
-    except Exception as error:  # noqa: BLE001 - a card with less memory still times the rest
-        stage.record(name=f"{operations} {name}", ok=False, detail=f"{type(error).__name__}: {error}"[:300])
+        for results in bench.run():
+            _record("clip", results, stage)
+            if broken := _broken(results):
+                return broken
+    finally:
+        gc.collect()
+        if not stage.rehearse:
+            torch.cuda.empty_cache()  # a list of Llama's takes 54 GB
+    return None
+
+
+def _broken(results: list) -> str | None:
+    """CUDA's own error, if one of the providers left one."""
+    return next((result.detail for result in results if is_sticky(result.detail)), None)
 
 
 def _record(kind: str, results: list, stage: Stage) -> None:
