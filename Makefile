@@ -76,8 +76,9 @@ gpu: $(NATIVE)  ## what only a GPU can tell: all tests on it, compute-sanitizer 
 	$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu: torch sees no GPU here')"
 	$(PY) -c "import sys, fastnorm._C as c; sys.exit(None if c.build_info()['cuda'] else 'make gpu: the extension was built without CUDA: is nvcc of torch\'s version on the PATH? then: make clean gpu')"
 	$(PY) -m pytest -m "not models" -q -n $(WORKERS) --dist worksteal
-	@if command -v compute-sanitizer >/dev/null; then set -x; \
-	  compute-sanitizer --error-exitcode 1 $(PY) -m pytest -q -p no:cacheprovider tests/test_gpu.py -k "stream or clip"; \
+	@if command -v compute-sanitizer >/dev/null; then set -x; mkdir -p build; \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --report-api-errors no --error-exitcode 1 \
+	  $(PY) -m bench.card.smoke --records build/memcheck.jsonl --seconds 600; \
 	else echo "make gpu: compute-sanitizer is not on the PATH: left out"; fi
 	$(PY) -m bench
 	$(PY) -m bench clip

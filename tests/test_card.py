@@ -62,6 +62,9 @@ def test_no_stage_stops_the_others_and_what_one_wrote_stays(monkeypatch, tmp_pat
     slow = f"open('{tmp_path}/card.jsonl', 'a').write({lines!r}); import time; time.sleep(60)"
     stubborn = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
     monkeypatch.setattr(stages, "GRACE", 0.5)
+    assert run(monkeypatch, tmp_path, ("well", 9, "pass"))[0] == 0
+    wrong = json.dumps({"stage": "smoke", "name": "a", "ok": False, "detail": "off"}) + "\n"
+    assert run(monkeypatch, tmp_path, ("wrong", 9, f"open('{tmp_path}/card.jsonl', 'a').write({wrong!r})"))[0] == 1
     status, document = run(
         monkeypatch, tmp_path, ("breaks", 9, "raise SystemExit(3)"), ("smoke", 5, slow), ("stubborn", 2, stubborn),
         ("last", 20, "print('reached')"),

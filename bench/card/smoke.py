@@ -35,8 +35,10 @@ def main() -> None:
         for layout in operation.family.layouts:
             stage.attempt(operation.label(layout), partial(_norm, name, layout, stage))
     for kernels in ("native", "triton"):
-        for label in clip.OPERATIONS:
-            stage.attempt(f"{label}, {kernels}", partial(_clip, label, kernels, stage.device))
+        for label, operation in clip.OPERATIONS.items():
+            stage.attempt(f"{label}, {kernels}", partial(_clip, operation, operation.fused, kernels, stage.device))
+        step = clip.OPERATIONS["clip and AdamW step"]
+        stage.attempt(f"deferred {step.label}, {kernels}", partial(_clip, step, clip.deferred, kernels, stage.device))
         stage.attempt(f"clip_grad_value_, {kernels}", partial(_clamp, kernels, stage.device))
     # without the cache of memory, which compute-sanitizer wants, nothing can be captured
     if not stage.rehearse and "PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ:
@@ -64,14 +66,13 @@ def _norm(name: str, layout: str, stage: Stage) -> str | None:
     return None
 
 
-def _clip(label: str, kernels: str, device: torch.device) -> str | None:
-    operation = clip.OPERATIONS[label]
-    provider = clip.Provider(f"fastnorm-{kernels}", lambda _: operation.fused, lambda: fastnorm.use(kernels), ours=True)
+def _clip(operation: clip.Operation, call: clip.Call, kernels: str, device: torch.device) -> str | None:
+    provider = clip.Provider(f"fastnorm-{kernels}", lambda _: call, lambda: fastnorm.use(kernels), ours=True)
     for dtype in (torch.float32, torch.bfloat16):
         workload = clip.Workload([(3, 4), (300, 33), (7,), (4099,)], dtype, device)
         for case, bound in operation.bounds(workload.norm).items():
-            result = clip.Result(label, case, "few", 4, workload.elements, str(dtype), provider.name)
-            clip.check(result, provider, operation, operation.fused, workload, bound)
+            result = clip.Result(operation.label, case, "few", 4, workload.elements, str(dtype), provider.name)
+            clip.check(result, provider, operation, call, workload, bound)
             if result.status != "ok":
                 return f"{case}, {dtype}: {result.status} {result.detail}"
     return None

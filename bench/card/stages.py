@@ -84,7 +84,7 @@ def _profilers(smoke: Command) -> Iterator[Command]:
 
 
 def run_all(options: Namespace) -> int:
-    """Run every stage that there is time for, and write what they found after each; 0 if all went well."""
+    """Run every stage that there is time for, and write what they found after each; 0 if all of it is right."""
     options.output.mkdir(parents=True, exist_ok=True)
     folder = options.output.resolve()
     for old in folder.glob("card.*"):
@@ -98,9 +98,9 @@ def run_all(options: Namespace) -> int:
             done.append(_run(stage, limit, log) if limit > 1 else {"stage": stage.name, "ended": "not reached"})
             is_well &= done[-1]["ended"] == "well" or not stage.is_vital
             print(json.dumps(done[-1]), flush=True)
-            summary.write(folder, done, options.rehearse)
+            failures = summary.write(folder, done, options.rehearse)["failures"]
     print(summary.text(folder))
-    return int(not is_well)
+    return int(bool(failures) or not is_well)
 
 
 def _run(stage: Command, limit: float, log) -> dict:

@@ -10,8 +10,8 @@ MOST_FAILURES = 12
 MOST_TIMES = 16
 
 
-def write(folder: Path, stages: list[dict], rehearsal: bool) -> None:
-    """card.json and card.md, as much as is known."""
+def write(folder: Path, stages: list[dict], rehearsal: bool) -> dict:
+    """card.json, which is returned, and card.md, as much as is known."""
     found: dict[str, list[dict]] = {}
     for line in _lines(folder / "card.jsonl"):
         found.setdefault(line["stage"], []).append(line)
@@ -28,6 +28,7 @@ def write(folder: Path, stages: list[dict], rehearsal: bool) -> None:
     document["profile"] = _profile(folder / "card.log")
     (folder / "card.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "card.md").write_text(_markdown(document), encoding="utf-8")
+    return document
 
 
 def text(folder: Path) -> str:
