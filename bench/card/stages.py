@@ -56,7 +56,7 @@ def planned(rehearse: bool, records: Path) -> Iterator[Command]:
         command = ["-m", f"bench.card.{file or name}", *options, *(["--rehearse"] if rehearse else [])]
         return Command(name, seconds, command, environment or {})
 
-    yield module("smoke", 45, interpreted)
+    yield module("smoke", 70, interpreted)  # compiles a hundred kernels, one after the other
     # in a rehearsal few: they are `make test`'s
     chosen = ["-n", str(min(WORKERS, os.cpu_count() or 1)), "-m", "card", *(["-k", "eps"] if rehearse else [])]
     pytest = ["-m", "pytest", "-q", "--dist", "load", "--tb=short", "-p", "no:cacheprovider", *chosen]
