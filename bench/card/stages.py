@@ -57,12 +57,13 @@ def planned(rehearse: bool, records: Path) -> Iterator[Command]:
         return Command(name, seconds, command, environment or {})
 
     yield module("smoke", 70, interpreted)  # compiles a hundred kernels, one after the other
-    # in a rehearsal few: they are `make test`'s
-    chosen = ["-n", str(min(WORKERS, os.cpu_count() or 1)), "-m", "card", *(["-k", "eps"] if rehearse else [])]
+    chosen = ["-n", str(min(WORKERS, os.cpu_count() or 1)), "-m", "card"]
+    chosen += ["-k", "eps and add_rms"] if rehearse else []  # the others are `make test`'s
     pytest = ["-m", "pytest", "-q", "--dist", "load", "--tb=short", "-p", "no:cacheprovider", *chosen]
     pytest.append("--continue-on-collection-errors")  # files whose other tests need what isn't installed
     tests = {"CARD_RECORDS": str(records), "OMP_NUM_THREADS": "1"}
-    yield Command("tests", 240, [*pytest, "-p", "bench.card.outcomes", "tests"], tests | interpreted)
+    where = "tests/test_row_norms.py" if rehearse else "tests"
+    yield Command("tests", 240, [*pytest, "-p", "bench.card.outcomes", where], tests | interpreted)
     yield module("times", 150)
     yield module("questions", 90, interpreted)
     if not rehearse:
