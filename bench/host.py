@@ -11,20 +11,18 @@ import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tabulate import tabulate
 
-import fastnorm
-
 from . import clip, machine
 from .operation import MODES
 from .operations import OPERATIONS
-from .providers import PROVIDERS, Unavailable, one_line
+from .providers import PROVIDERS, Provider, why_absent
 from .report import header, mode_label
 from .timing import Budget, CpuTimer, CudaTimer, Runner, interleave
 from .workload import Workload
@@ -70,9 +68,7 @@ def main(output: Path, budget: Budget = BUDGET) -> int:
     facts = machine.describe(device)
     print(header(facts), flush=True)
     timer = HostTimer(device) if device.type == "cuda" else CpuTimer()
-    results: list[Result] = []
-    for case in itertools.chain(_norms(device), _clips(device)):
-        results += _timed(*case, timer, budget)
+    results = [result for case in cases(device) for result in timed(case, timer, budget)]
     print(table(results))
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"host-{machine.slug(facts['device'])}.json"
@@ -107,51 +103,38 @@ def _launch_nothing() -> None:
     triton.runtime.driver.set_active(CompilingDriver(TARGET))
 
 
-Case = tuple[str, str, dict[str, Callable[[], Runner]]]
+@dataclass(frozen=True)
+class Case:
+    """What is called, and by whom: `make` gives the call of a provider's function."""
+
+    name: str
+    mode: str
+    operation: Any
+    providers: tuple[Provider, ...]
+    make: Callable[[Callable], Callable[[], object]]
 
 
-def _norms(device: torch.device) -> Iterator[Case]:
+def cases(device: torch.device) -> Iterator[Case]:
+    """Each norm, forward and with its backward; the clip of a list of small tensors."""
     for name, mode in itertools.product(NORMS, MODES):
         operation = OPERATIONS[name]
         shape = SHAPES[operation.family.pattern.count("x") + 1]
         workload = Workload.make(operation, shape, "contiguous", torch.float32, device)
-        yield name, mode, {who: partial(_norm, workload, mode, who) for who in NAMES}
+        yield Case(name, mode, operation, tuple(map(PROVIDERS.get, NAMES)), partial(workload.runner, mode=mode))
+    operation, workload = clip.OPERATIONS["clip_grad_norm_"], clip.Workload(CLIPPED, torch.float32, device)
+    providers = tuple(provider for provider in operation.providers() if provider.name in NAMES)
+    label = f"{operation.label}, {len(CLIPPED)} tensors"
+    yield Case(label, "forward", operation, providers, lambda call: partial(call, workload, 2 * workload.norm))
 
 
-def _norm(workload: Workload, mode: str, who: str) -> Runner:
-    provider = PROVIDERS[who]
-    return Runner(workload.runner(provider.build(workload.operation), mode), provider.activate)
-
-
-def _clips(device: torch.device) -> Iterator[Case]:
-    workload = clip.Workload(CLIPPED, torch.float32, device)
-    bound = 2 * workload.norm
-
-    def ours(backend: str) -> Runner:
-        activate: Callable[[], AbstractContextManager] = partial(fastnorm.use, backend)
-        return Runner(lambda: fastnorm.clip_grad_norm_(workload.params, bound), activate)
-
-    yield f"clip_grad_norm_, {len(CLIPPED)} tensors", "forward", {
-        "torch": lambda: Runner(lambda: torch.nn.utils.clip_grad_norm_(workload.params, bound)),
-        "fastnorm-triton": partial(ours, "triton"),
-        "fastnorm-native": partial(ours, "native"),
-    }
-
-
-def _timed(
-    name: str, mode: str, makers: dict[str, Callable[[], Runner]], timer: CpuTimer, budget: Budget
-) -> list[Result]:
-    runners, absent = {}, {}
-    for who, make in makers.items():
-        try:
-            runner = make()
-            with runner.activate():
-                runner.call()
-            runners[who] = runner
-        except Unavailable as reason:
-            absent[who] = str(reason)
-        except Exception as error:  # noqa: BLE001 - another library may want a card; ours may not be built
-            absent[who] = one_line(error)
-    samples = interleave(runners, timer, budget)
-    found = [Result(name, mode, who, 1e6 * min(s), 1e6 * statistics.median(s)) for who, s in samples.items()]
-    return found + [Result(name, mode, who, None, None, reason) for who, reason in absent.items()]
+def timed(case: Case, timer: CpuTimer, budget: Budget) -> list[Result]:
+    """A result for each provider, those that are absent last."""
+    reasons = {p.name: why_absent(p, case.operation, lambda call: case.make(call)()) for p in case.providers}
+    here = [provider for provider in case.providers if reasons[provider.name] is None]
+    runners = {p.name: Runner(case.make(p.build(case.operation)), p.activate) for p in here}
+    found = [
+        Result(case.name, case.mode, who, 1e6 * min(seconds), 1e6 * statistics.median(seconds))
+        for who, seconds in interleave(runners, timer, budget).items()
+    ]
+    absent = [Result(case.name, case.mode, who, None, None, reason) for who, reason in reasons.items() if reason]
+    return found + absent

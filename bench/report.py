@@ -13,6 +13,7 @@ from .ceiling import Ceiling
 from .check import FACTOR_FOR_OTHERS, STOCK_ERROR_FACTOR
 from .run import Bench, Result
 
+LOSS = 0.98  # what is slower than this is marked in documents
 TIMES = ("provider", "median", "IQR", "GB/s")  # the columns that every table has
 LEGEND = (
     "median: time of a call over the rounds; IQR: interquartile range as % of it.\n"
@@ -122,6 +123,11 @@ def ratio(speedup: float | None) -> str:
     if speedup is None:
         return "–"
     return f"{speedup:.2f}x" + (" ▼" if round(speedup, 2) < 1 else "")
+
+
+def speedup(value: float | None) -> str:
+    """A speed-up in a document, with a mark where it is a loss beyond noise."""
+    return "" if value is None else f"{value:.2f}×" + " ▼" * (value < LOSS)
 
 
 def header(machine: dict[str, str]) -> str:

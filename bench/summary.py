@@ -28,12 +28,11 @@ from typing import Any
 from tabulate import tabulate
 
 from .card.summary import TIMES, clip_rows, norm_rows, question_rows
-from .report import mode_label
+from .report import LOSS, mode_label, speedup
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 DOCUMENTS = (ROOT / "docs" / "results.md", ROOT / "docs" / "machine_code.md", ROOT / "README.md")
-LOSS = 0.98  # what is slower than this is marked
 CLIPS = ("fastnorm", "fastnorm-deferred", "fastnorm-reference")  # fastnorm-native is what fastnorm takes on a CPU
 KINDS = "cells|operations|spread|clip|instructions|card|headline|host"
 BLOCK = re.compile(rf"(<!-- ({KINDS}) ([^>]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -90,8 +89,8 @@ def _cells(results: list[Case]) -> str:
     rows = [
         (
             *(f"`{result['operation']}`", mode_label(result["mode"]), _shape(result), result["dtype"]),
-            *(f"{result['median_s'] * 1e3:.3g}", _speedup(result["speedup_vs_torch"])),
-            _speedup(result["speedup_vs_compile"]),
+            *(f"{result['median_s'] * 1e3:.3g}", speedup(result["speedup_vs_torch"])),
+            speedup(result["speedup_vs_compile"]),
         )
         for result in results
     ]
@@ -103,7 +102,7 @@ def _operations(results: list[Case]) -> str:
     rows: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
     for result in results:
         row = rows.setdefault((f"`{result['operation']}`", _shape(result)), {})
-        row[result["mode"], result["dtype"]] = _speedup(result["speedup_vs_torch"])
+        row[result["mode"], result["dtype"]] = speedup(result["speedup_vs_torch"])
     headers = ("operation", "shape", *(f"{mode_label(mode)} {dtype}" for mode, dtype in columns))
     return _github([(*key, *(row.get(column, "") for column in columns)) for key, row in rows.items()], headers)
 
@@ -158,7 +157,7 @@ def _clip(results: list[Case]) -> str:
         (
             *(f"`{result['operation']}`", f"{result['list']}: {result['tensors']:,} tensors, {_millions(result)}"),
             *(f"{result['case']}, {result['dtype']}", result["provider"], f"{result['median_s'] * 1e3:.3g}"),
-            *(result["baseline"], _speedup(result["speedup"])),
+            *(result["baseline"], speedup(result["speedup"])),
         )
         for result in results
     ]
@@ -172,10 +171,6 @@ def _millions(result: Case) -> str:
 def _shape(result: Case) -> str:
     shape = result["shape"].replace("x", " × ")
     return f"{shape}, {result['layout']}" if len(result["shape"].split("x")) > 2 else shape
-
-
-def _speedup(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}×" + " ▼" * (value < LOSS)
 
 
 def _github(rows: list[tuple[str, ...]], headers: tuple[str, ...]) -> str:

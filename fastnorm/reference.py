@@ -62,8 +62,10 @@ def _constants(x: Tensor, dims: Iterable[int]) -> Tensor | None:
 
 
 def _can_be_looked_at(x: Tensor) -> bool:
-    """Whether Python may branch on what x holds, without waiting for a device: on the CPU, and with nobody tracing.
-    Modes are asked for first, as they see all that is asked of a tensor."""
+    """Whether Python may branch on x's values, without waiting for a device: on the CPU, and with nobody tracing.
+
+    Not what backend.peculiarity and backend.onlooker ask for the kernels: in forward mode, and of a negative view,
+    values can be read. Modes are asked for first, as they see every question to a tensor."""
     return (
         not torch.compiler.is_compiling()
         and not torch._C._len_torch_function_stack()

@@ -11,7 +11,7 @@ import triton
 
 from bench import compiled, shipped
 from bench.problem import CLIPS, DIRECTIONS, IMAGES, OPERATIONS, Problem
-from fastnorm.triton_kernels import launch, multi_tensor, planes, rms_norm
+from fastnorm.triton_kernels import jit, launch, multi_tensor, planes, rms_norm
 
 PROBLEMS = [
     *(Problem("{}", op, direction, "bf16", 1000) for op in OPERATIONS for direction in DIRECTIONS),
@@ -116,7 +116,7 @@ def agreements(target: str, tries: int) -> dict:
         binder = kernel.device_caches[triton.runtime.driver.active.get_current_device()][4]
         constants = {p.name: 1 for p in kernel.params if p.is_constexpr}
         _, specialization, _ = binder(*arguments, **constants)
-        key = kernel.fn.__name__, str(launch.traits(tuple(arguments), is_hip))
+        key = kernel.fn.__name__, str(jit.traits(tuple(arguments), is_hip))
         groups.setdefault(key, set()).add(str(specialization))
         tried += 1
     distinct = {(kernel, s) for (kernel, _), found in groups.items() for s in found}

@@ -30,11 +30,11 @@ def test_the_command_times_every_operation(tmp_path):
 
 
 def test_a_provider_that_breaks_is_named_and_stops_nothing():
-    def breaks():
+    def breaks(operation):
         raise RuntimeError("wants a card")
 
-    makers = {"torch": lambda: host.Runner(lambda: None), "liger": breaks}
-    budget = host.Budget(repeats=2, min_time=1e-4, min_sample=1e-5)
-    found = host._timed("rms_norm", "forward", makers, host.CpuTimer(), budget)
+    providers = host.Provider("torch", lambda operation: len), host.Provider("liger", breaks)
+    case = host.Case("rms_norm", "forward", None, providers, lambda function: lambda: function(()))
+    found = host.timed(case, host.CpuTimer(), host.Budget(repeats=2, min_time=1e-4, min_sample=1e-5))
     assert [(r.provider, r.absent) for r in found] == [("torch", ""), ("liger", "RuntimeError: wants a card")]
     assert "liger: RuntimeError: wants a card" in host.table(found) and "–" in host.table(found)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, tables
+from .jit import jit
 from .multi_tensor import change, change_span, norms_of, sum_span
 from .norms import bits_of, kind_of, number, number_of, root, tile_terms
 from .types import triton_dtype
@@ -96,7 +97,7 @@ def _rows(address, offsets, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr):
     return (tl.multiple_of(ptr, 16) if IS_ALIGNED else ptr) + offsets
 
 
-@launch.jit(do_not_specialize=["clip_factor", "eps"])
+@jit(do_not_specialize=["clip_factor", "eps"])
 def _held_units_kernel(
     addresses_ptr, tensors_ptr, program_tensor_ptr, clip_factor: tl.int64, eps: tl.int64,
     GRADIENT: tl.constexpr, PARAMETER: tl.constexpr, KIND: tl.constexpr, P: tl.constexpr,
@@ -128,7 +129,7 @@ def _span(address, unit, length, DTYPE: tl.constexpr):
     return ptr, low, low + length.to(tl.int32)
 
 
-@launch.jit(do_not_specialize=["clip_factor", "eps"])
+@jit(do_not_specialize=["clip_factor", "eps"])
 def _looped_unit_kernel(
     addresses_ptr, tensors_ptr, program_tensor_ptr, clip_factor: tl.int64, eps: tl.int64,
     GRADIENT: tl.constexpr, PARAMETER: tl.constexpr, KIND: tl.constexpr, P: tl.constexpr,

@@ -6,13 +6,16 @@ import torch
 import triton
 import triton.language as tl
 
-from ..views import as_rows, contiguous, empty_like
+from ..views import as_rows, contiguous
 from . import launch
+from .jit import jit
 from .tiles import (
     add_row_products,
     column_sums,
+    empty_like,
     empty_partials,
     empty_sums,
+    keep_zero,
     lane_means,
     load_pair,
     load_pairs,
@@ -33,16 +36,7 @@ from .tiles import (
 from .types import stat_dtype
 
 
-@triton.jit
-def keep_zero(c, t: tl.constexpr, lanes, N_COLS: tl.constexpr, TILE: tl.constexpr):
-    """c, and 0 in masked lanes: (0 − mean)² would enter the variance."""
-    if (t + 1) * TILE > N_COLS:
-        return tl.where(tile_mask(t, lanes, None, N_COLS, TILE), c, 0.0)
-    else:
-        return c
-
-
-@launch.jit(do_not_specialize=["n_rows"])  # one code for every batch, to the last bit
+@jit(do_not_specialize=["n_rows"])  # one code for every batch, to the last bit
 def _layer_norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr, n_rows, x_stride, residual_stride,
     EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr, REFINE: tl.constexpr,
@@ -94,7 +88,7 @@ def _layer_norm_forward_kernel(
         store_tile(y_ptr + y_at + t * TILE, y, tile_mask(t, lanes, row_mask, N_COLS, TILE))
 
 
-@launch.jit
+@jit
 def _layer_norm_long_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr, n_cols, x_stride, residual_stride,
     EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr, TILE: tl.constexpr,
@@ -158,7 +152,7 @@ def _add_tile(h, dy, statistics, t: tl.constexpr, dweight, dbias, weight_sums, b
     return c, g, weight_sums, bias_sums
 
 
-@launch.jit(do_not_specialize=["n_rows", "n_blocks"])  # one code for every batch, to the last bit
+@jit(do_not_specialize=["n_rows", "n_blocks"])  # one code for every batch, to the last bit
 def _layer_norm_backward_kernel(
     dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr,
     n_rows, n_blocks, dy_stride, dh_stride, h_stride,
@@ -247,7 +241,7 @@ def _layer_norm_backward_kernel(
     store_partials(dbias_ptr, dbias, N_COLS, TILE, N_TILES)
 
 
-@launch.jit
+@jit
 def _layer_norm_long_backward_rows_kernel(
     dy_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, mean_product_ptr, mean_g_ptr, n_cols, dy_stride, h_stride,
     ZERO_CENTERED: tl.constexpr, TILE: tl.constexpr,
@@ -266,7 +260,7 @@ def _layer_norm_long_backward_rows_kernel(
     tl.store(mean_g_ptr + row, tl.sum(total) / tl.cast(n_cols, stat))
 
 
-@launch.jit(do_not_specialize=["n_rows"])  # one code for every batch, to the last bit
+@jit(do_not_specialize=["n_rows"])  # one code for every batch, to the last bit
 def _layer_norm_long_backward_columns_kernel(
     dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, mean_product_ptr, mean_g_ptr,
     dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr, n_rows, n_cols, dy_stride, dh_stride, h_stride,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from . import launch
+from .jit import jit
 from .tiles import load_tile, reciprocal_sqrt, store_tile, term
 
 ITEMS, UNITS = 32, 32  # partials of a step, and units of a program
@@ -108,7 +109,7 @@ def _update(running_ptr, unit_mask, value, factor):
 _COUNTS = ["n_items", "n_units", "n_slices", "n_inner", "span", "n_partials", "length", "total", "count"]
 
 
-@launch.jit(do_not_specialize=_COUNTS)
+@jit(do_not_specialize=_COUNTS)
 def _join_moments_kernel(
     partial_ptr, mean_ptr, spread_ptr, running_mean_ptr, running_var_ptr, factor_ptr,
     n_items, n_units, n_slices, n_inner, span, n_partials, length, total, count,
@@ -158,7 +159,7 @@ def _share(row, n_slices, length, total, n):
     return tl.minimum(total - (row % n_slices).to(tl.int64) * length, length).to(n.dtype) / n
 
 
-@launch.jit(do_not_specialize=_COUNTS)
+@jit(do_not_specialize=_COUNTS)
 def _group_means_kernel(
     partial_ptr, weight_ptr, means_ptr, n_items, n_units, n_slices, n_inner, span, n_partials, count,
     ITEMS: tl.constexpr, UNITS: tl.constexpr,

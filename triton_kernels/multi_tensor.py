@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, tables
+from .jit import jit
 from .norms import bits_of, combine, decode, encode, identity, kind_of, number_of, root, sums_fit, tile_terms
-from .types import triton_dtype
+from .types import stat_dtype, triton_dtype
 
 FOLD = 1024  # partial results that a program adds at once
 _FIELDS = tl.constexpr(tables.FIELDS)
@@ -78,7 +79,7 @@ def sum_span(ptr, low, high, KIND: tl.constexpr, P: tl.constexpr, ROWS: tl.const
     return decode(total, KIND)
 
 
-@launch.jit(do_not_specialize=["first"])
+@jit(do_not_specialize=["first"])
 def _norm_kernel(
     addresses_ptr, tensors_ptr, piece_tensor_ptr, partials_ptr, first,
     DTYPE: tl.constexpr, KIND: tl.constexpr, P: tl.constexpr,
@@ -100,7 +101,7 @@ def _fold(ptr, start, stop, KIND: tl.constexpr, BLOCK: tl.constexpr):
     return decode(total, KIND)
 
 
-@launch.jit
+@jit
 def _fold_tensor_kernel(tensors_ptr, partials_ptr, sums_ptr, norms_ptr, KIND: tl.constexpr, P: tl.constexpr,
                         BLOCK: tl.constexpr):  # fmt: skip
     """norm = (Σ partials)^(1/p) of one tensor."""
@@ -113,7 +114,7 @@ def _fold_tensor_kernel(tensors_ptr, partials_ptr, sums_ptr, norms_ptr, KIND: tl
     tl.store(sums_ptr + place, total)
 
 
-@launch.jit(do_not_specialize=["count", "max_norm"])
+@jit(do_not_specialize=["count", "max_norm"])
 def _total_kernel(
     sums_ptr, total_ptr, coefficient_ptr, nonfinite_ptr, count, max_norm: tl.int64,
     KIND: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
@@ -161,7 +162,7 @@ def change_span(ptr, low, high, factor, bound, CLAMP: tl.constexpr, ROWS: tl.con
             _change_tile(ptr + offsets, (offsets >= low) & (offsets < high), factor, bound, CLAMP)
 
 
-@launch.jit(do_not_specialize=["first", "bound"])
+@jit(do_not_specialize=["first", "bound"])
 def _change_kernel(
     addresses_ptr, tensors_ptr, piece_tensor_ptr, factors_ptr, first, bound: tl.int64,
     PER_TENSOR: tl.constexpr, DTYPE: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -185,7 +186,7 @@ def multi_tensor_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(total norm, coefficient, whether the total is not finite, every tensor's norm); see fastnorm.native."""
     table = tables.table_of(tensors)
-    norms, sums = norms_of(table, norm_type, table.stat_dtype)
+    norms, sums = norms_of(table, norm_type, stat_dtype(*table.layout.groups))
     return *clip_results(norms, sums, norm_type, max_norm), norms
 
 

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from . import launch
 from .activations import activated, affine, input_gradient, normalized, relu_gradient, silu_gradient, statistics
+from .jit import jit
 from .moments import Partials, add_tiles, join_lanes, load_centered, moment_numbers
 from .tiles import load_tile, store_tile, term
 from .types import stat_dtype
@@ -48,7 +49,7 @@ def _statistic_at(sample, channel, n_channels, span, GROUPED: tl.constexpr):
 _SIZES = ["n_pixels", "channel_steps", "n_blocks", "slice_pixels", "span"]
 
 
-@launch.jit(do_not_specialize=_SIZES)  # one code for every size
+@jit(do_not_specialize=_SIZES)  # one code for every size
 def _pixels_moments_kernel(
     x_ptr, moments_ptr, x_strides, n_pixels, channel_steps, n_blocks, slice_pixels, span, GROUPED: tl.constexpr,
     ALIGN: tl.constexpr, WIDTH: tl.constexpr, VECTORS: tl.constexpr, PIXELS: tl.constexpr, DEPTH: tl.constexpr,
@@ -100,7 +101,7 @@ def _store_partials(partial_ptr, numbers, channel, n_blocks, n_channels):
         store_tile(partial_ptr + n_partials * i + at, numbers[i], channel < n_channels)
 
 
-@launch.jit(do_not_specialize=_SIZES)  # one code for every size
+@jit(do_not_specialize=_SIZES)  # one code for every size
 def _pixels_normalize_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, mean_ptr, spread_ptr, y_ptr, mask_ptr,
     x_strides, residual_strides, y_strides, mask_strides, n_pixels, channel_steps, n_blocks, slice_pixels, span,
@@ -155,7 +156,7 @@ def _dz(
         return dy
 
 
-@launch.jit(do_not_specialize=_SIZES)  # one code for every size
+@jit(do_not_specialize=_SIZES)  # one code for every size
 def _pixels_sums_kernel(
     dy_ptr, mask_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sums_ptr,
     dy_strides, mask_strides, x_strides, n_pixels, channel_steps, n_blocks, slice_pixels, span,
@@ -197,7 +198,7 @@ def _pixels_sums_kernel(
     _store_partials(sums_ptr, (total, product), _block_channels(n_blocks, VECTORS * WIDTH), n_blocks, n_channels)
 
 
-@launch.jit(do_not_specialize=_SIZES)  # one code for every size
+@jit(do_not_specialize=_SIZES)  # one code for every size
 def _pixels_gradient_kernel(
     dy_ptr, mask_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, means_ptr, dx_ptr, dresidual_ptr,
     dy_strides, mask_strides, x_strides, dx_strides, n_pixels, channel_steps, n_blocks, slice_pixels, span,

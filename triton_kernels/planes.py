@@ -14,6 +14,7 @@ import triton.language as tl
 
 from . import launch
 from .activations import activated, affine, input_gradient, normalized, relu_gradient, silu_gradient, statistics
+from .jit import jit
 from .moments import Partials, add_tiles, join_lanes, load_centered, moment_numbers
 from .tiles import load_tile, store_tile, sum_pair, term
 from .types import stat_dtype
@@ -71,7 +72,7 @@ def _element_mask(row_mask, vector, cols, row_cols, RAGGED: tl.constexpr):
 _SIZES = ["n_units", "n_inner", "n_vectors", "row_vectors", "row_steps", "slice_vectors", "n_segments", "span"]
 
 
-@launch.jit(do_not_specialize=_SIZES)  # one code for every size
+@jit(do_not_specialize=_SIZES)  # one code for every size
 def _planes_moments_kernel(
     x_ptr, moments_ptr, x_strides, n_units, n_inner, n_vectors, row_vectors, row_steps, slice_vectors,
     ALIGN: tl.constexpr, WIDTH: tl.constexpr, UNITS: tl.constexpr, LANES: tl.constexpr, DEPTH: tl.constexpr,
@@ -112,7 +113,7 @@ def _store_partials(partial_ptr, numbers, n_units, n_inner, UNITS: tl.constexpr)
         store_tile(partial_ptr + tl.cast(n_units, tl.int64) * n_slices * i + at, numbers[i], unit < n_units)
 
 
-@launch.jit(do_not_specialize=_SIZES)  # one code for every size
+@jit(do_not_specialize=_SIZES)  # one code for every size
 def _planes_normalize_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, mean_ptr, spread_ptr, y_ptr, mask_ptr,
     x_strides, residual_strides, y_strides, mask_strides,
@@ -174,7 +175,7 @@ def _dz(
         return dy
 
 
-@launch.jit(do_not_specialize=_SIZES)  # one code for every size
+@jit(do_not_specialize=_SIZES)  # one code for every size
 def _planes_sums_kernel(
     dy_ptr, mask_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sums_ptr,
     dy_strides, mask_strides, x_strides,
@@ -219,7 +220,7 @@ def _planes_sums_kernel(
     _store_partials(sums_ptr, (total, product), n_units, n_inner, UNITS)
 
 
-@launch.jit(do_not_specialize=_SIZES)  # one code for every size
+@jit(do_not_specialize=_SIZES)  # one code for every size
 def _planes_gradient_kernel(
     dy_ptr, mask_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, means_ptr, dx_ptr, dresidual_ptr,
     dy_strides, mask_strides, x_strides, dx_strides,

@@ -6,10 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ..views import as_rows, contiguous, empty_like
+from ..views import as_rows, contiguous
 from . import launch
+from .jit import jit
 from .tiles import (
     column_sums,
+    empty_like,
     empty_partials,
     empty_sums,
     lane_means,
@@ -31,7 +33,7 @@ from .tiles import (
 from .types import stat_dtype, triton_dtype
 
 
-@launch.jit(do_not_specialize=["n_rows"])  # one code for every batch, to the last bit
+@jit(do_not_specialize=["n_rows"])  # one code for every batch, to the last bit
 def _rms_norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, h_ptr, rstd_ptr, n_rows, x_stride, residual_stride,
     EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr, CAST: tl.constexpr,
@@ -64,7 +66,7 @@ def _rms_norm_forward_kernel(
         store_tile(y_ptr + y_at + t * TILE, y, tile_mask(t, lanes, row_mask, N_COLS, TILE))
 
 
-@launch.jit
+@jit
 def _rms_norm_long_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, h_ptr, rstd_ptr, n_cols, x_stride, residual_stride,
     EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr, CAST: tl.constexpr, TILE: tl.constexpr,
@@ -126,7 +128,7 @@ def _add_row_product(
     return product
 
 
-@launch.jit(do_not_specialize=["n_rows", "n_blocks"])  # one code for every batch, to the last bit
+@jit(do_not_specialize=["n_rows", "n_blocks"])  # one code for every batch, to the last bit
 def _rms_norm_backward_kernel(
     dy_ptr, dh_ptr, h_ptr, weight_ptr, rstd_ptr, dx_ptr, dresidual_ptr, dweight_ptr,
     n_rows, n_blocks, dy_stride, dh_stride, h_stride,
@@ -207,7 +209,7 @@ def _rms_norm_backward_kernel(
     store_partials(dweight_ptr, dweight, N_COLS, TILE, N_TILES)
 
 
-@launch.jit
+@jit
 def _rms_norm_long_backward_rows_kernel(
     dy_ptr, h_ptr, weight_ptr, rstd_ptr, mean_product_ptr, n_cols, dy_stride, h_stride,
     ZERO_CENTERED: tl.constexpr, TILE: tl.constexpr,
@@ -224,7 +226,7 @@ def _rms_norm_long_backward_rows_kernel(
     tl.store(mean_product_ptr + row, tl.sum(product) / tl.cast(n_cols, stat))
 
 
-@launch.jit(do_not_specialize=["n_rows"])  # one code for every batch, to the last bit
+@jit(do_not_specialize=["n_rows"])  # one code for every batch, to the last bit
 def _rms_norm_long_backward_columns_kernel(
     dy_ptr, dh_ptr, h_ptr, weight_ptr, rstd_ptr, mean_product_ptr, dx_ptr, dresidual_ptr, dweight_ptr,
     n_rows, n_cols, dy_stride, dh_stride, h_stride,

@@ -68,11 +68,6 @@ class Table:
         starts = [entries[i].address - entries[i].lead * entries[i].dtype.itemsize for i in self.layout.order]
         self.addresses = upload(starts, torch.int64, device)
 
-    @property
-    def stat_dtype(self) -> torch.dtype:
-        """That the norms are computed in."""
-        return torch.float64 if any(g.dtype == torch.float64 for g in self.layout.groups) else torch.float32
-
     @cached_property
     def parts(self) -> list[Table]:
         """Tables none of which has a byte twice, empty tensors left out: a duplicate must be changed twice, one after
@@ -97,7 +92,7 @@ class _Recent:
         if _is_capturing(device):
             return self._get_captured((key, device), make)
         place = (key, device, _stream(device))
-        value = self.values.pop(place, None)  # and put back as the newest, whatever other threads put in
+        value = self.values.pop(place, None)  # out, so that no other thread evicts it meanwhile
         self.values[place] = value = make() if value is None else value
         while len(self.values) > self.limit:
             self.values.popitem(last=False)
@@ -125,7 +120,7 @@ def entries_of(tensors: Sequence[Tensor]) -> tuple[Entry, ...]:
 
 
 def table_of(tensors: Sequence[Tensor]) -> Table:
-    """Looked up by what its entries are made of: for a list that is known they are not made."""
+    """The list's table. A list that is known is found by its addresses, sizes and dtypes, before any entry is made."""
     device, dtypes = tensors[0].device, map(attrgetter("dtype"), tensors)
     key = (*map(Tensor.data_ptr, tensors), *map(Tensor.numel, tensors), *dtypes)
     return recent(key, device, lambda: Table(entries_of(tensors), device))

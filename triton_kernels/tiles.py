@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from . import launch
+from .jit import jit
 
 SUM_ROWS, SUM_COLS = 32, 32
 _INTERPRETED = tl.constexpr(launch.INTERPRETED)
@@ -27,6 +28,15 @@ def tile_mask(t: tl.constexpr, lanes, row_mask, N_COLS: tl.constexpr, TILE: tl.c
         return row_mask
     else:
         return (lanes < N_COLS - t * TILE) & row_mask
+
+
+@triton.jit
+def keep_zero(c, t: tl.constexpr, lanes, N_COLS: tl.constexpr, TILE: tl.constexpr):
+    """c, and 0 in masked lanes: (0 − mean)² would enter the variance."""
+    if (t + 1) * TILE > N_COLS:
+        return tl.where(tile_mask(t, lanes, None, N_COLS, TILE), c, 0.0)
+    else:
+        return c
 
 
 @triton.jit
@@ -266,7 +276,7 @@ def reciprocal_sqrt(v):
         return tl.where((r > 0.0) & (r < float("inf")), refined, r)
 
 
-@launch.jit
+@jit
 def _column_sum_kernel(
     partial_ptr, sum_ptr, other_partial_ptr, other_sum_ptr, means_ptr, n_rows, n_cols, count,
     ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -317,6 +327,11 @@ def column_sums(
             *first, *second, means, n_rows, n_cols, count, ROWS=SUM_ROWS, COLS=SUM_COLS, **launch.options(4)
         )
     return sums
+
+
+def empty_like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Of x's shape, contiguous. Takes the host half of new_empty's time."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def empty_partials(x: torch.Tensor, programs: int, dtypes: list[torch.dtype | None], dtype: torch.dtype):

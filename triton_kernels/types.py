@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton.language as tl
 
@@ -13,6 +15,6 @@ def triton_dtype(dtype: torch.dtype | None) -> tl.dtype | None:
     return None if dtype is None else _TRITON[dtype]
 
 
-def stat_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
-    """float64 where any of the tensors is, float32 otherwise."""
-    return torch.float64 if torch.float64 in [t.dtype for t in tensors if t is not None] else torch.float32
+def stat_dtype(*typed: Any) -> torch.dtype:
+    """float64 where any of them is, float32 otherwise: tensors, tables' groups, or None."""
+    return torch.float64 if torch.float64 in [t.dtype for t in typed if t is not None] else torch.float32

@@ -16,7 +16,7 @@ import triton.language as tl  # noqa: F401 - Triton's interpreter asks for it wh
 from torch import Tensor
 
 import fastnorm
-from fastnorm.triton_kernels import launch, layer_norm, rms_norm
+from fastnorm.triton_kernels import jit, launch, layer_norm, rms_norm
 
 from ..operations import OPERATIONS
 from ..presets import DTYPES
@@ -53,7 +53,7 @@ def _again(module, kernel_name: str) -> object:
     """The kernel as a new one, which finds the module's other functions anew; made once, to be compiled once."""
     if kernel_name not in _made:
         kernel = getattr(module, kernel_name)
-        _made[kernel_name] = launch.jit(kernel.fn, do_not_specialize=["n_rows", "n_blocks"])
+        _made[kernel_name] = jit.jit(kernel.fn, do_not_specialize=["n_rows", "n_blocks"])
     return _made[kernel_name]
 
 

@@ -20,7 +20,7 @@ FULL = 9  # minutes that the limits below are for
 RESERVE = 10  # seconds that the summary may take
 GRACE = 10  # seconds between the interrupt, at which pytest writes what it has, and the end
 WORKERS = 12
-INSTALL = [*("-m", "pip", "install", "-q", "--no-index", "--no-build-isolation", "--no-deps", "-e", ".")]
+INSTALL = ["-m", "pip", "install", "-q", "--no-index", "--no-build-isolation", "--no-deps", "-e", "."]
 FITS = (
     "import sys, torch; from fastnorm import backend, native;"
     "sys.exit('no build' if backend._native is None else None if not torch.cuda.is_available()"

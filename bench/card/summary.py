@@ -6,6 +6,8 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from ..report import speedup
+
 MOST_FAILURES = 12
 MOST_TIMES = 16
 
@@ -106,17 +108,16 @@ def norm_rows(results: list[dict]) -> list[tuple[str, ...]]:
         if ours.get("median_s") is None:
             continue
         shape = shape if layout == "contiguous" else f"{shape} {layout}"
-        host = ours.get("host_s")
         times = f"{ours['median_s'] * 1e6:.1f}", f"{ours['gb_per_s']:.0f}", f"{ours['percent_of_ceiling']:.0f}"
-        others = (providers.get(name, {}).get("median_s") for name in ("torch", "compile", "liger"))
-        ratios = (_ratio(other, ours["median_s"]) for other in others)
+        theirs = providers.get("liger", {}).get("median_s")
+        ratios = [ours["speedup_vs_torch"], ours["speedup_vs_compile"], theirs and theirs / ours["median_s"]]
         mode = "both" if mode == "forward_backward" else mode
-        rows.append((operation, shape, dtype, mode, *times, "" if host is None else f"{host * 1e6:.0f}", *ratios))
+        rows.append((operation, shape, dtype, mode, *times, _microseconds(ours["host_s"]), *map(speedup, ratios)))
     return rows
 
 
-def _ratio(other: float | None, ours: float) -> str:
-    return "" if other is None else f"{other / ours:.2f}×" + " ▼" * (other < 0.98 * ours)
+def _microseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds * 1e6:.0f}"
 
 
 def question_rows(questions: list[dict]) -> tuple[list[tuple[str, ...]], list[str]] | None:
@@ -159,9 +160,8 @@ def clip_rows(clips: list[dict]) -> tuple[list[tuple[str, ...]], list[str]]:
     rows = []
     for line in clips:
         if line["median_s"] is not None:
-            host = "" if line["host_s"] is None else f"{line['host_s'] * 1e6:.0f}"
-            speedup = "" if line["speedup"] is None else f"{line['speedup']:.2f}×" + " ▼" * (line["speedup"] < 0.98)
             names = line["operation"], line["list"], line["case"], line["dtype"], line["provider"]
-            rows.append((*names, f"{line['median_s'] * 1e6:.0f}", f"{line['gb_per_s']:.0f}", host, speedup))
+            times = _microseconds(line["median_s"]), f"{line['gb_per_s']:.0f}", _microseconds(line["host_s"])
+            rows.append((*names, *times, speedup(line["speedup"])))
     headers = ["operation", "list", "case", "dtype", "provider", "µs", "GB/s", "host µs", "against the baseline"]
     return rows, headers
