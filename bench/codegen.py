@@ -137,7 +137,10 @@ def _summary(run: Run, style: str) -> str:
     spills = Counter((kernel.provider, kernel.target) for kernel in run.kernels if kernel.spilled)
     lines = [(*key, number, spills[key]) for key, number in count.items()]
     text = [tabulate(sorted(lines), ("provider", "target", "kernels", "of them spill"), tablefmt=style), ""]
-    text += [f"{k.target} {k.kernel} {k.dtype} {k.cols or 'any'}: spills {k.spilled} bytes" for k in run.spilling]
+    text += [
+        f"{k.target} {k.operation} {k.kernel} {k.dtype} {k.cols or 'any'}: spills {k.spilled} bytes"
+        for k in run.spilling
+    ]
     reasons = Counter(failure.reason for failure in run.failures)
     return "\n".join((*text, *(f"{LIGER}, {number} calls: {reason}" for reason, number in reasons.items())))
 

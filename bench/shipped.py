@@ -33,19 +33,20 @@ def _call_with_rows(problem: Problem) -> None:
 
     parameter = torch.empty(problem.cols, dtype=types.parameters, device="meta")
     statistic = torch.empty(ROWS, dtype=torch.promote_types(types.x, torch.float32), device="meta")
-    zero_centered, cast, eps = [False], [] if centers else [None], [1e-6]
+    bias, stream = parameter if centers else None, types.stream if adds else None
     if problem.direction == "forward":
-        stream = [rows(types.stream)] if adds else []
-        affine = [parameter, parameter] if centers else [parameter]
-        dtypes = [types.x, types.stream] if adds else [types.x]
-        arguments = [rows(types.x), *stream, 1, *affine, *eps, *zero_centered, *cast, *dtypes]
+        residual = rows(stream) if adds else None
+        triton_kernels.row_norm_forward(
+            rows(types.x), residual, 1, parameter, bias, 1e-6, centers, False, None, types.x, stream
+        )
     else:
-        h = [rows(types.stream), rows(types.stream)] if adds else [rows(types.x)]
-        statistics = [statistic, statistic] if centers else [statistic]
-        dtypes = [types.x, types.stream] if adds else []
-        dtypes += [types.parameters, types.parameters] if centers else [types.parameters]
-        arguments = [rows(types.x), *h, 1, parameter, *statistics, *zero_centered, *cast, *dtypes]
-    getattr(triton_kernels, f"{problem.operation}_{problem.direction}")(*arguments)
+        dh, h, mean = (
+            rows(stream) if adds else None,
+            rows(types.stream if adds else types.x),
+            statistic if centers else None,
+        )
+        dtypes = types.x, stream, types.parameters, types.parameters if centers else None
+        triton_kernels.row_norm_backward(rows(types.x), dh, h, 1, parameter, mean, statistic, False, None, *dtypes)
 
 
 def _call_with_image(problem: Problem) -> None:

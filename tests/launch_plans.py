@@ -11,7 +11,7 @@ import triton
 
 from bench import compiled, shipped
 from bench.problem import CLIPS, DIRECTIONS, IMAGES, OPERATIONS, Problem
-from fastnorm.triton_kernels import jit, launch, multi_tensor, planes, rms_norm
+from fastnorm.triton_kernels import jit, launch, multi_tensor, planes, row_norm
 
 PROBLEMS = [
     *(Problem("{}", op, direction, "bf16", 1000) for op in OPERATIONS for direction in DIRECTIONS),
@@ -104,7 +104,7 @@ def agreements(target: str, tries: int) -> dict:
     """Lists with the same traits, and those of them that Triton specialises alike."""
     triton.runtime.driver.set_active(Driver(target))
     choose, is_hip = random.Random(0), launch.backend() == "hip"
-    kernels = [rms_norm._rms_norm_backward_kernel, multi_tensor._norm_kernel, planes._planes_normalize_kernel]
+    kernels = [row_norm._row_norm_backward_kernel, multi_tensor._norm_kernel, planes._planes_normalize_kernel]
     tried, groups = 0, {}
     for _ in range(tries):
         kernel = choose.choice(kernels)

@@ -69,12 +69,12 @@ def test_instructions(results):
     """Of what the line names, and of kernels whose work grows with x."""
     fields = ("provider", "target", "operation", "kernel", "dtype", "cols", "spilled", "instructions")
     kernels = [
-        ("fastnorm", "sm_90", "rms_norm", "rms_norm_forward", "bf16", 4096, 0, 8.06),
+        ("fastnorm", "sm_90", "rms_norm", "row_norm_forward", "bf16", 4096, 0, 8.06),
         ("liger", "sm_90", "rms_norm", "rms_norm_forward", "bf16", 4096, 16, 13.9),
-        ("fastnorm", "gfx942", "rms_norm", "rms_norm_forward", "bf16", 4096, 0, 12.0),
-        ("fastnorm", "sm_90", "rms_norm", "rms_norm_forward", "bf16", 1024, 0, 7.0),
-        ("fastnorm", "sm_90", "rms_norm", "rms_norm_forward", "fp32", 4096, 0, 7.0),
-        ("fastnorm", "sm_90", "layer_norm", "layer_norm_forward", "bf16", 4096, 0, 7.0),
+        ("fastnorm", "gfx942", "rms_norm", "row_norm_forward", "bf16", 4096, 0, 12.0),
+        ("fastnorm", "sm_90", "rms_norm", "row_norm_forward", "bf16", 1024, 0, 7.0),
+        ("fastnorm", "sm_90", "rms_norm", "row_norm_forward", "fp32", 4096, 0, 7.0),
+        ("fastnorm", "sm_90", "layer_norm", "row_norm_forward", "bf16", 4096, 0, 7.0),
         ("fastnorm", "sm_90", "clip_grad_norm_", "norm", "bf16", None, 0, 4.2),
         ("fastnorm", "sm_90", "clip_grad_norm_", "total", "bf16", None, 0, None),
     ]

@@ -21,8 +21,13 @@ TESTS = Path(__file__).parent
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # which of the selected tests, by their names, run the kernels in a file
 KERNELS_IN = {
-    "rms_norm.py": ["test_long_rows.*rms_norm", "test_values_and_gradients.*-rms_norm", "add_rms_norm"],
-    "layer_norm.py": ["test_long_rows.*layer_norm", "test_values_and_gradients.*-layer_norm", "add_layer_norm"],
+    "row_norm.py": [
+        "test_values_and_gradients.*-rms_norm",
+        "test_values_and_gradients.*-layer_norm",
+        "add_rms_norm",
+        "add_layer_norm",
+    ],
+    "long_row_norm.py": ["test_long_rows.*rms_norm", "test_long_rows.*layer_norm"],
     "tiles.py": ["test_values_and_gradients.*triton"],
     "planes.py": ["test_batch_norm_in_training.*contiguous", "test_group_norm.*contiguous"],
     "pixels.py": ["test_batch_norm_in_training.*channels_last", "test_group_norm.*channels_last"],

@@ -174,13 +174,26 @@ def test_offsets_beyond_31_bits(op, cols, triton_device, card_memory):
     gradient = bf16 if cols < 1000 else None  # sums over the rows take Triton's interpreter seconds
 
     def both_directions(x, residual, dy, dh):
-        stream, types = ([residual], [bf16, bf16]) if adds else ([], [bf16])
-        affine, cast = ([weight, weight], []) if centers else ([weight], [None])
-        y, *saved = getattr(kernels, f"{op}_forward")(x, *stream, 1, *affine, 1e-6, False, *cast, *types)
-        _, *statistics = saved if adds else (x, *saved)
-        given = [dy, dh, x] if adds else [dy, x]  # h, too, may be strided
-        types = ([bf16, bf16] if adds else []) + ([gradient, gradient] if centers else [gradient])
-        return y, *saved, *getattr(kernels, f"{op}_backward")(*given, 1, weight, *statistics, False, *cast, *types)
+        stream = bf16 if adds else None
+        saved = kernels.row_norm_forward(
+            x,
+            residual if adds else None,
+            1,
+            weight,
+            weight if centers else None,
+            1e-6,
+            centers,
+            False,
+            None,
+            bf16,
+            stream,
+        )
+        _, _, *statistics = saved
+        given = dy, dh if adds else None, x  # h, too, may be strided
+        gradients = kernels.row_norm_backward(
+            *given, 1, weight, *statistics, False, None, bf16, stream, gradient, gradient if centers else None
+        )
+        return *saved, *gradients
 
     for far, near in zip(both_directions(*inputs), both_directions(*inputs.contiguous()), strict=True):
         assert far is near is None or torch.equal(far, near)

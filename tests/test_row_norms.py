@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from norms import DTYPES, Case, call, check, inputs, plain_case
 
 import fastnorm
+from fastnorm import backend
 from fastnorm.backend import ROW_NORMS
 
 # (rows, columns): one row, one column, odd columns, fewer and more rows than programs, widths that models use
@@ -349,3 +350,22 @@ if not SIMULATED:  # hypothesis draws shapes at will, and each would be compiled
         tensors = inputs(case, device)
         tensors |= {name: relaid(t, layout) for name, t in tensors.items() if name in ("x", "residual")}
         check(case, tensors)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("cols", [96, 7168, 8193], ids=["held", "read again", "long"])
+def test_rms_norm_with_a_bias(cols, triton_device):
+    """The launchers take one, although no operation has it."""
+    dtype, kernels = torch.float64, backend._triton
+    x, dy = (torch.randn(2, cols, dtype=dtype, device=triton_device) for _ in range(2))
+    weight, bias = (torch.randn(cols, dtype=dtype, device=triton_device) for _ in range(2))
+    y, h, mean, rstd = kernels.row_norm_forward(x, None, 1, weight, bias, 1e-6, False, False, None, dtype, None)
+    assert h is None and mean is None
+    dx, dresidual, *gradients = kernels.row_norm_backward(
+        dy, None, x, 1, weight, None, rstd, False, None, dtype, None, dtype, dtype
+    )
+    assert dresidual is None
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    expected = torch.nn.functional.rms_norm(x, (cols,), weight, 1e-6) + bias
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close([dx, *gradients], list(torch.autograd.grad(expected, leaves, dy)))

@@ -64,18 +64,20 @@ def run(op: str, rows: int, cols: int, dtype: torch.dtype = torch.bfloat16, bias
     adds, centers = op.startswith("add_"), op.endswith("layer_norm")
     x, residual, dy, dh = (torch.randn(rows, cols).to(dtype) for _ in range(4))
     weight, bias = torch.randn(cols).to(dtype), torch.randn(cols).to(dtype) if bias and centers else None
-    affine, cast = ([weight, bias], []) if centers else ([weight], [None])
-    stream, types = ([residual], [dtype, dtype]) if adds else ([], [dtype])
+    stream = dtype if adds else None
     with virtual_gpu() as gpu:
-        y, *saved = getattr(kernels, f"{op}_forward")(x, *stream, 1, *affine, 1e-6, False, *cast, *types)
-        h, *statistics = saved if adds else (x, *saved)
-        given = [dy, dh, h] if adds else [dy, x]
-        types = [dtype, dtype] if adds else []
-        types += [dtype, None if bias is None else dtype] if centers else [dtype]
-        dx, *others = getattr(kernels, f"{op}_backward")(*given, 1, weight, *statistics, False, *cast, *types)
+        saved = kernels.row_norm_forward(
+            x, residual if adds else None, 1, weight, bias, 1e-6, centers, False, None, dtype, stream
+        )
+        _, h, *statistics = saved
+        given = dy, dh if adds else None, h if adds else x
+        dx, _, *others = kernels.row_norm_backward(
+            *given, 1, weight, *statistics, False, None, dtype, stream, dtype, None if bias is None else dtype
+        )
     forward, *backward, sums = gpu.launches
-    filled = {"forward": [y, *saved], "backward": [dx], "sums": [t for t in others if t is not None]}
-    return Run(op, x, weight, 2 - (bias is None), len(statistics), forward, backward, sums, filled)
+    filled = {"forward": saved, "backward": [dx], "sums": others}
+    filled = {name: [t for t in tensors if t is not None] for name, tensors in filled.items()}
+    return Run(op, x, weight, 2 - (bias is None), 1 + centers, forward, backward, sums, filled)
 
 
 @contextlib.contextmanager

@@ -15,16 +15,11 @@ from .batch_norm import (
 )
 from .group_norm import group_norm_backward, group_norm_forward
 from .launch import INTERPRETED
-from .layer_norm import add_layer_norm_backward, add_layer_norm_forward, layer_norm_backward, layer_norm_forward
 from .multi_tensor import multi_tensor_clamp_, multi_tensor_norm, multi_tensor_scale_
-from .rms_norm import add_rms_norm_backward, add_rms_norm_forward, rms_norm_backward, rms_norm_forward
+from .row_norm import row_norm_backward, row_norm_forward
 
 __all__ = [
     "INTERPRETED",
-    "add_layer_norm_backward",
-    "add_layer_norm_forward",
-    "add_rms_norm_backward",
-    "add_rms_norm_forward",
     "batch_norm_backward",
     "batch_norm_backward_apply",
     "batch_norm_backward_sums",
@@ -35,14 +30,12 @@ __all__ = [
     "device_type",
     "group_norm_backward",
     "group_norm_forward",
-    "layer_norm_backward",
-    "layer_norm_forward",
     "multi_tensor_agc_",
     "multi_tensor_clamp_",
     "multi_tensor_norm",
     "multi_tensor_scale_",
-    "rms_norm_backward",
-    "rms_norm_forward",
+    "row_norm_backward",
+    "row_norm_forward",
     "serves",
 ]
 

@@ -156,7 +156,7 @@ def load_pairs(h_row, dy_row, lanes, row_mask, N_COLS: tl.constexpr, TILE: tl.co
 
 @triton.jit
 def _raised(tiles):
-    """Other numbers."""
+    """Adds 1, so that LLVM can't drop the loop."""
     raised = ()
     for t in tl.static_range(len(tiles)):
         raised = raised + (tiles[t] + 1.0,)
@@ -214,20 +214,42 @@ def sum_pair(a, b):
 
 
 @triton.jit
+def rounded_to(x_hat, CAST: tl.constexpr):
+    """x̂ as it enters y, and therefore dweight: rounded to the type CAST, if there is one."""
+    if CAST is not None:
+        x_hat = x_hat.to(CAST).to(x_hat.dtype)
+    return x_hat
+
+
+@triton.jit
+def factors(h, dy, statistics):
+    """c and g with c · g = x̂ · dy; statistics: (rstd, mean) or, of RMSNorm, (rstd,). RMSNorm's are x̂ and dy, and its dx
+    needs no rstd², which overflows before x̂ does. LayerNorm's are h − mean and dy · rstd, and its dx needs no x̂."""
+    stat = statistics[0].dtype
+    if len(statistics) > 1:
+        return h.to(stat) - statistics[1], dy.to(stat) * statistics[0]
+    else:
+        h, dy = h.to(stat), dy.to(stat)
+        return h * statistics[0], dy
+
+
+@triton.jit
 def add_row_products(
-    product, total, h_ptr, dy_ptr, weight_ptr, mean, rstd, lanes, n_cols,
+    product, total, h_ptr, dy_ptr, weight_ptr, statistics, lanes, n_cols,
     ZERO_CENTERED: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """product + (h − mean) · g and total + g of each lane, g = w·dy · rstd, along the whole row. A loop at run time,
-    because compilers put off what an unrolled one has to do later, and hold all its tiles till then."""
+    """product + c · w·g of each lane along the whole row and, of LayerNorm, total + w·g: see `factors`. A loop at run
+    time, because compilers put off what an unrolled one has to do later, and hold all its tiles till then."""
     for start in range(0, n_cols, TILE):
         mask = loop_mask(start, lanes, n_cols, MASKED)
-        c = load_tile(h_ptr + start, mask, rstd.dtype) - mean
-        g = load_tile(dy_ptr + start, mask, rstd.dtype) * rstd
+        h = tl.load(h_ptr + start, mask=mask, other=0.0)
+        dy = tl.load(dy_ptr + start, mask=mask, other=0.0)
+        c, g = factors(h, dy, statistics)
         if weight_ptr is not None:
-            g *= load_weight(weight_ptr + lanes + start, mask, rstd.dtype, ZERO_CENTERED)
+            g *= load_weight(weight_ptr + lanes + start, mask, g.dtype, ZERO_CENTERED)
         product += c * g
-        total += g
+        if len(statistics) > 1:
+            total += g
     return product, total
 
 

@@ -4,6 +4,7 @@
 doesn't pay on a card can be deleted.
 """
 
+import functools
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -16,7 +17,7 @@ import triton.language as tl  # noqa: F401 - Triton's interpreter asks for it wh
 from torch import Tensor
 
 import fastnorm
-from fastnorm.triton_kernels import jit, launch, layer_norm, rms_norm
+from fastnorm.triton_kernels import jit, launch, row_norm
 
 from ..operations import OPERATIONS
 from ..presets import DTYPES
@@ -26,10 +27,8 @@ from .common import Stage
 
 WIDTHS = (4096, 12288, 7168, 16384)
 ELEMENTS = 2**25
-KERNELS = {
-    "rms_norm": (rms_norm, "_rms_norm_backward_kernel"),
-    "layer_norm": (layer_norm, "_layer_norm_backward_kernel"),
-}
+NORMS = ("rms_norm", "layer_norm")
+KERNEL = "_row_norm_backward_kernel"
 TOLERANCE = 0.02  # of the largest value: variants round elsewhere, in bfloat16
 
 
@@ -40,21 +39,16 @@ def as_they_are(tiles, others, statistics, never, n_rows):
 
 
 @contextmanager
-def unsettled(module, kernel_name: str) -> Iterator[None]:
-    """The module's kernel, compiled without `settled`."""
-    with patch.object(module, "settled", as_they_are), patch.object(module, kernel_name, _again(module, kernel_name)):
+def unsettled() -> Iterator[None]:
+    """The kernel, compiled without `settled`."""
+    with patch.object(row_norm, "settled", as_they_are), patch.object(row_norm, KERNEL, _again()):
         yield
 
 
-_made: dict[str, object] = {}
-
-
-def _again(module, kernel_name: str) -> object:
-    """The kernel as a new one, which finds the module's other functions anew; made once, to be compiled once."""
-    if kernel_name not in _made:
-        kernel = getattr(module, kernel_name)
-        _made[kernel_name] = jit.jit(kernel.fn, do_not_specialize=["n_rows", "n_blocks"])
-    return _made[kernel_name]
+@functools.cache  # made once, to be compiled once
+def _again() -> object:
+    """The kernel as a new one, which finds the module's other functions anew."""
+    return jit.jit(getattr(row_norm, KERNEL).fn, do_not_specialize=["n_rows", "n_blocks"])
 
 
 def _held(cols, itemsize, sums, widest, backend="cuda"):
@@ -90,12 +84,12 @@ def _forget() -> None:
     launch.backward_row_tiles.cache_clear()
 
 
-def variants(operation: str) -> dict[str, Callable[[], AbstractContextManager]]:
+def variants() -> dict[str, Callable[[], AbstractContextManager]]:
     """By name, what undoes one choice."""
     change = partial(patch.object, launch)
     return {
         "as it is": ExitStack,
-        "without settled": lambda: unsettled(*KERNELS[operation]),
+        "without settled": unsettled,
         "row held": lambda: change("backward_row_tiles", _held),
         "row read again": lambda: change("backward_row_tiles", _read_again),
         "without maxnreg": lambda: change("options", _warps_alone),
@@ -110,7 +104,7 @@ def main() -> None:
     stage = Stage(__doc__)
     torch.manual_seed(0)
     for cols in (96, 100) if stage.rehearse else WIDTHS:
-        for operation in KERNELS:
+        for operation in NORMS:
             stage.attempt(f"{operation} backward, {cols} columns", partial(_compare, operation, cols, stage))
 
 
@@ -123,7 +117,7 @@ def _compare(operation: str, cols: int, stage: Stage) -> str | None:
         backward = partial(torch.autograd.grad, y, leaves, workload.output_grads, retain_graph=True)
         expected, wrong = backward(), []
         runners, facts = {}, {"kind": "question", "operation": operation, "cols": cols}
-        for name, activate in variants(operation).items():
+        for name, activate in variants().items():
             try:
                 with activate():
                     found = backward()
