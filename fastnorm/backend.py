@@ -19,33 +19,40 @@ from torch.overrides import _get_current_function_mode_stack
 
 from . import operators, reference
 
-ROW_NORMS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
-CHANNEL_NORMS = ("batch_norm", "batch_norm_evaluation", "sync_batch_norm", "group_norm")
-CLIPS = ("clip_grad_norm", "adaptive_clip_grad")
-OPERATIONS = (*ROW_NORMS, *CHANNEL_NORMS, *CLIPS)
-_MODULES = {
-    "LayerNorm": "layer_norm",
-    "RMSNorm": "rms_norm",
-    "AddLayerNorm": "add_layer_norm",
-    "AddRMSNorm": "add_rms_norm",
-    "BatchNorm1d": "batch_norm",
-    "BatchNorm2d": "batch_norm",
-    "BatchNorm3d": "batch_norm",
-    "SyncBatchNorm": "sync_batch_norm",
-    "GroupNorm": "group_norm",
-}
-_CLIP_FUNCTIONS = {
-    "clip_grad_norm_": "clip_grad_norm",
-    "clip_grad_value_": "clip_grad_norm",
-    "clip_grads_with_norm_": "clip_grad_norm",
-    "clip_grad_norm_in_optimizer": "clip_grad_norm",
-    "get_total_norm": "clip_grad_norm",
-    "gradient_health": "clip_grad_norm",
-    "adaptive_clip_grad_": "adaptive_clip_grad",
-}
-# every name by which `explain` knows an operation
-_OPERATION_OF = {**{op: op for op in OPERATIONS}, **_MODULES, **_CLIP_FUNCTIONS}
-WITHOUT_FORMULA = ("sync_batch_norm", *CLIPS)  # in steps, or on lists: fastnorm.reference has a backend's functions
+
+@dataclass(frozen=True)
+class Operation:
+    """What is known of an operation here: `names` are the public functions and modules that take it, beside its own."""
+
+    family: str  # "row norm", "channel norm" or "clip"
+    names: tuple[str, ...] = ()
+    has_formula: bool = True  # in steps, or on lists, it has none: fastnorm.reference has a backend's functions
+
+
+OPERATIONS = {
+    "layer_norm": Operation("row norm", ("LayerNorm",)),
+    "rms_norm": Operation("row norm", ("RMSNorm",)),
+    "add_layer_norm": Operation("row norm", ("AddLayerNorm",)),
+    "add_rms_norm": Operation("row norm", ("AddRMSNorm",)),
+    "batch_norm": Operation("channel norm", ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")),
+    "batch_norm_evaluation": Operation("channel norm"),
+    "sync_batch_norm": Operation("channel norm", ("SyncBatchNorm",), has_formula=False),
+    "group_norm": Operation("channel norm", ("GroupNorm",)),
+    "clip_grad_norm": Operation(
+        "clip",
+        ("clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "clip_grad_norm_in_optimizer",
+         "get_total_norm", "gradient_health"),
+        has_formula=False,
+    ),
+    "adaptive_clip_grad": Operation("clip", ("adaptive_clip_grad_",), has_formula=False),
+}  # fmt: skip
+
+
+def _family(family: str) -> tuple[str, ...]:
+    return tuple(name for name, operation in OPERATIONS.items() if operation.family == family)
+
+
+ROW_NORMS, CHANNEL_NORMS, CLIPS = map(_family, ("row norm", "channel norm", "clip"))
 BACKENDS = ("triton", "native", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _KERNEL_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor)
@@ -212,11 +219,11 @@ def backward_needs_formula(*gradients: torch.Tensor | None) -> bool:
 def pick(op: str, x: torch.Tensor) -> Any | None:
     """What serves `op` on `x`, and on others like it, which `needs_formula` has let pass: the backend's functions.
 
-    None stands for the formula; for what has none (WITHOUT_FORMULA), fastnorm.reference has a backend's functions.
+    None stands for the formula; for what has none, fastnorm.reference has a backend's functions.
     """
     name, _ = _choose(op, x)
     if name == "reference":
-        return reference if op in WITHOUT_FORMULA else None
+        return None if OPERATIONS[op].has_formula else reference
     if name == "native":
         return _native
     # a compiled graph, or a dispatch mode that looks on, needs operators that the dispatcher knows
@@ -355,12 +362,14 @@ def explain(x: torch.Tensor | None = None, op: str = "rms_norm") -> Explanation:
 
     Raises ValueError for another name.
     """
-    if op not in _OPERATION_OF:
-        raise ValueError(f"op must be one of {', '.join(_OPERATION_OF)}, but got {op!r}")
+    known = {name: name for name in OPERATIONS}
+    known |= {alias: name for name, operation in OPERATIONS.items() for alias in operation.names}
+    if op not in known:
+        raise ValueError(f"op must be one of {', '.join(known)}, but got {op!r}")
     x = torch.empty(0) if x is None else x
     try:
-        if needs_formula(_OPERATION_OF[op], x):
+        if needs_formula(known[op], x):
             return Explanation(op, "reference", str(_obstacle(x)))
-        return Explanation(op, *_choose(_OPERATION_OF[op], x))
+        return Explanation(op, *_choose(known[op], x))
     except RuntimeError as error:
         return Explanation(op, "none", str(error))
