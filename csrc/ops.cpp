@@ -1,12 +1,10 @@
-// Operator schemas, and the Python module with the build information. Importing the module loads the library, which
-// registers the schemas here and the kernels of the other files; Python calls them through torch.ops.fastnorm.
+// The Python module. Loading it registers the kernels of the other files; fastnorm/operators.py has their schemas, with
+// which the dispatcher compares the functions' signatures, and Python calls them through torch.ops.fastnorm.
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <torch/library.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/version.h>
-
-#include <algorithm>
 
 #include "cpu/calls.h"
 #include "cpu/rows.h"
@@ -14,90 +12,32 @@
 
 namespace {
 
+bool is_readable(const at::Tensor& tensor, at::Device device) {
+  const auto type = tensor.scalar_type();
+  return tensor.layout() == at::kStrided && !tensor.is_nested() && !tensor.is_neg() && !tensor._is_zerotensor() &&
+         tensor.device() == device &&
+         (type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble) &&
+         tensor.is_non_overlapping_and_dense();
+}
+
 // A loop over a long list is ten times faster here than in Python, where it would take longer than the norms.
-bool all_readable(at::TensorList tensors) {
-  return std::all_of(tensors.begin(), tensors.end(), [&](const at::Tensor& tensor) {
-    const auto type = tensor.scalar_type();
-    return tensor.layout() == at::kStrided && !tensor.is_nested() && !tensor.is_neg() && !tensor._is_zerotensor() &&
-           tensor.device() == tensors[0].device() &&
-           (type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble) &&
-           tensor.is_non_overlapping_and_dense();
-  });
+bool all_readable(pybind11::handle tensors) {
+  const auto fast = pybind11::reinterpret_steal<pybind11::object>(
+      PySequence_Fast(tensors.ptr(), "all_readable(): expected a sequence of tensors"));
+  if (!fast) {
+    throw pybind11::error_already_set();
+  }
+  PyObject** const items = PySequence_Fast_ITEMS(fast.ptr());
+  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(fast.ptr()); ++i) {
+    if (!THPVariable_CheckExact(items[i]) && !THPVariable_Check(items[i])) {
+      throw pybind11::type_error("all_readable(): expected a sequence of tensors");
+    }
+    if (!is_readable(THPVariable_Unpack(items[i]), THPVariable_Unpack(items[0]).device())) {
+      return false;
+    }
+  }
+  return true;
 }
-
-}  // namespace
-
-// Outputs that may be absent (dresidual, dweight, dbias) are undefined tensors, which Python receives as None.
-TORCH_LIBRARY(fastnorm, m) {
-  m.def(
-      "rms_norm_forward(Tensor x, int dims, Tensor? weight, float eps, bool zero_centered, ScalarType? cast_dtype, "
-      "ScalarType out_dtype) -> (Tensor y, Tensor rstd)");
-  m.def(
-      "rms_norm_backward(Tensor dy, Tensor x, int dims, Tensor? weight, Tensor rstd, bool zero_centered, ScalarType? "
-      "cast_dtype, ScalarType? dweight_dtype) -> (Tensor dx, Tensor dweight)");
-  m.def(
-      "add_rms_norm_forward(Tensor x, Tensor residual, int dims, Tensor? weight, float eps, bool zero_centered, "
-      "ScalarType? cast_dtype, ScalarType out_dtype, ScalarType residual_dtype) -> (Tensor y, Tensor h, Tensor rstd)");
-  m.def(
-      "add_rms_norm_backward(Tensor dy, Tensor? dh, Tensor h, int dims, Tensor? weight, Tensor rstd, bool "
-      "zero_centered, ScalarType? cast_dtype, ScalarType x_dtype, ScalarType residual_dtype, ScalarType? "
-      "dweight_dtype) -> (Tensor dx, Tensor dresidual, Tensor dweight)");
-  m.def(
-      "layer_norm_forward(Tensor x, int dims, Tensor? weight, Tensor? bias, float eps, bool zero_centered, "
-      "ScalarType out_dtype) -> (Tensor y, Tensor mean, Tensor rstd)");
-  m.def(
-      "layer_norm_backward(Tensor dy, Tensor x, int dims, Tensor? weight, Tensor mean, Tensor rstd, bool "
-      "zero_centered, ScalarType? dweight_dtype, ScalarType? dbias_dtype) -> (Tensor dx, Tensor dweight, Tensor "
-      "dbias)");
-  m.def(
-      "add_layer_norm_forward(Tensor x, Tensor residual, int dims, Tensor? weight, Tensor? bias, float eps, bool "
-      "zero_centered, ScalarType out_dtype, ScalarType residual_dtype) -> (Tensor y, Tensor h, Tensor mean, Tensor "
-      "rstd)");
-  m.def(
-      "add_layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, int dims, Tensor? weight, Tensor mean, Tensor rstd, "
-      "bool zero_centered, ScalarType x_dtype, ScalarType residual_dtype, ScalarType? dweight_dtype, ScalarType? "
-      "dbias_dtype) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
-  m.def(
-      "batch_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
-      "Tensor(b!)? running_var, Tensor? factor, float momentum, float eps, MemoryFormat memory_format, bool relu, "
-      "ScalarType out_dtype) -> (Tensor y, Tensor mask, Tensor mean, Tensor rstd)");
-  m.def(
-      "batch_norm_backward(Tensor dy, Tensor? mask, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool "
-      "training, MemoryFormat memory_format, ScalarType? dresidual_dtype, ScalarType? dweight_dtype, ScalarType? "
-      "dbias_dtype) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
-  m.def(
-      "batch_norm_evaluation(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor "
-      "running_var, float eps, MemoryFormat memory_format, bool relu, bool wants_mask, ScalarType out_dtype) -> "
-      "(Tensor y, Tensor mask)");
-  m.def("batch_norm_statistics(Tensor x, MemoryFormat memory_format) -> Tensor");
-  m.def(
-      "batch_norm_normalize(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
-      "MemoryFormat memory_format, bool relu, ScalarType out_dtype) -> (Tensor y, Tensor mask)");
-  m.def(
-      "batch_norm_backward_sums(Tensor dy, Tensor? mask, Tensor x, Tensor mean, Tensor rstd, MemoryFormat "
-      "memory_format) -> Tensor");
-  m.def(
-      "batch_norm_backward_apply(Tensor dy, Tensor? mask, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, Tensor "
-      "means, MemoryFormat memory_format, ScalarType? dresidual_dtype) -> (Tensor dx, Tensor dresidual)");
-  m.def(
-      "group_norm_forward(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, MemoryFormat memory_format, "
-      "bool silu, ScalarType out_dtype) -> (Tensor y, Tensor mean, Tensor rstd)");
-  m.def(
-      "group_norm_backward(Tensor dy, Tensor x, int groups, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
-      "MemoryFormat memory_format, bool silu, ScalarType? dweight_dtype, ScalarType? dbias_dtype) -> (Tensor dx, "
-      "Tensor dweight, Tensor dbias)");
-  m.def(
-      "multi_tensor_norm(Tensor[] tensors, float norm_type, float max_norm) "
-      "-> (Tensor total_norm, Tensor coefficient, Tensor nonfinite, Tensor norms)");
-  m.def("multi_tensor_scale_(Tensor(a!)[] tensors, Tensor coefficient) -> ()");
-  m.def("multi_tensor_clamp_(Tensor(a!)[] tensors, float bound) -> ()");
-  m.def(
-      "multi_tensor_agc_(Tensor(a!)[] grads, Tensor[] params, int[] units, float clip_factor, float eps, "
-      "float norm_type) -> ()");
-  m.def("all_readable(Tensor[] tensors) -> bool", &all_readable);
-}
-
-namespace {
 
 constexpr const char* compiler() {
 #if defined(__clang__)
@@ -141,6 +81,7 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastnorm's compiled kernels (reached through torch.ops.fastnorm) and how they were built.";
   m.def("build_info", &build_info, "What this module was compiled with.");
+  m.def("all_readable", &all_readable, "Whether kernels can read all of the tensors as they lie, on one device.");
 #ifdef FASTNORM_CUDA
   m.def("cuda_covers", &fastnorm::cuda_covers, "Whether the CUDA kernels run on the device of this index.");
 #endif

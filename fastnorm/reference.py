@@ -17,28 +17,52 @@ from .operators import list_dtype
 from .views import ChannelView, suggested_format
 
 
-def layer_norm(
+def row_norm(
     x: Tensor,
-    normalized_shape: Sequence[int],
+    shape: Sequence[int],
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
+    subtract_mean: bool,
     zero_centered: bool,
+    cast_dtype: torch.dtype | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """y = (x − mean) · rstd · w + b over the last len(normalized_shape) dimensions."""
-    is_lone = math.prod(normalized_shape) == 1
-    looks = not is_lone and _can_be_looked_at(x)
-    constants = _constants(x, range(-len(normalized_shape), 0)) if looks else None
-    x = x if constants is None else x - constants
-    if not is_lone and not zero_centered and out_dtype == x.dtype and _stock_takes(x, weight, bias):
-        return F.layer_norm(x, normalized_shape, weight, bias, eps)
+    """y = x̂ · w + b over the last len(shape) dimensions; x̂ = (x − mean) · rstd, or x · rstd, is rounded to cast_dtype,
+    if given."""
+    is_lone = subtract_mean and math.prod(shape) == 1
+    if subtract_mean and not is_lone and _can_be_looked_at(x):
+        constants = _constants(x, range(-len(shape), 0))
+        x = x if constants is None else x - constants
+    is_stocks = not is_lone and not zero_centered and cast_dtype is None and _stock_takes(x, weight, bias)
+    if is_stocks and out_dtype == x.dtype:
+        return _stock_row_norm(x, shape, weight, bias, eps, subtract_mean)
     dtype = stat_dtype(torch.promote_types(x.dtype, out_dtype))
+    x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     weight = _applied(weight, zero_centered, dtype)
-    bias = None if bias is None else bias.to(dtype)
     if is_lone:
-        return _lone(x.to(dtype), weight, bias, eps).to(out_dtype).contiguous()
-    return F.layer_norm(x.to(dtype), normalized_shape, weight, bias, eps).to(out_dtype)
+        return _lone(x, weight, bias, eps).to(out_dtype).contiguous()
+    if cast_dtype is None and subtract_mean:
+        return _stock_row_norm(x, shape, weight, bias, eps, True).to(out_dtype)
+    x_hat = _stock_row_norm(x, shape, None, None, eps, subtract_mean)
+    if cast_dtype is not None:
+        # rounding with the identity's gradient: .to() alone would round the gradient as well
+        x_hat = x_hat + (x_hat.to(cast_dtype).to(dtype) - x_hat).detach()
+    return _scaled(x_hat, weight, bias).to(out_dtype)
+
+
+def _stock_row_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float, subtract_mean: bool
+) -> Tensor:
+    if subtract_mean:
+        return F.layer_norm(x, shape, weight, bias, eps)
+    y = F.rms_norm(x, shape, weight, eps)
+    return y if bias is None else y + bias
+
+
+def _scaled(x_hat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    y = x_hat if weight is None else x_hat * weight
+    return y if bias is None else y + bias
 
 
 def _constants(x: Tensor, dims: Iterable[int]) -> Tensor | None:
@@ -85,30 +109,7 @@ def _can_be_looked_at(x: Tensor) -> bool:
 def _lone(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """y of elements that are each a row, or a group, of its own: x̂ and its gradient are 0, where stock returns what its
     rounding leaves of them, times rstd."""
-    y = x * (0.0 if eps > 0 else math.nan)
-    y = y if weight is None else y * weight
-    return y if bias is None else y + bias
-
-
-def rms_norm(
-    x: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None,
-    eps: float,
-    zero_centered: bool,
-    cast_dtype: torch.dtype | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """y = x · rstd · w over the last len(normalized_shape) dimensions; x · rstd is rounded to cast_dtype, if given."""
-    if not zero_centered and cast_dtype is None and out_dtype == x.dtype and _stock_takes(x, weight, None):
-        return F.rms_norm(x, normalized_shape, weight, eps)
-    dtype = stat_dtype(torch.promote_types(x.dtype, out_dtype))
-    x_hat = F.rms_norm(x.to(dtype), normalized_shape, None, eps)
-    if cast_dtype is not None:
-        # rounding with the identity's gradient: .to() alone would round the gradient as well
-        x_hat = x_hat + (x_hat.to(cast_dtype).to(dtype) - x_hat).detach()
-    weight = _applied(weight, zero_centered, dtype)
-    return (x_hat if weight is None else x_hat * weight).to(out_dtype)
+    return _scaled(x * (0.0 if eps > 0 else math.nan), weight, bias)
 
 
 def batch_norm(
@@ -272,10 +273,10 @@ def stream(x: Tensor, residual: Tensor | None, residual_dtype: torch.dtype | Non
 
 
 def stream_gradients(
-    total: Tensor | None, x_dtype: torch.dtype, residual_dtype: torch.dtype
+    total: Tensor | None, x_dtype: torch.dtype, residual_dtype: torch.dtype | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradient of h, for x and for the residual; None where it is undefined."""
-    return (None, None) if total is None else (total.to(x_dtype), total.to(residual_dtype))
+    """The gradient of h, for x and for the residual, if there is one; None where it is undefined."""
+    return tuple(None if total is None or dtype is None else total.to(dtype) for dtype in (x_dtype, residual_dtype))
 
 
 def stat_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -292,20 +293,32 @@ def gradients(formula: Callable[..., Tensor], inputs: Sequence[Tensor | None], d
     return [next(found) if t is not None and t.requires_grad else None for t in inputs]
 
 
-def plain_gradients(
-    op: str, inputs: Sequence[Tensor | None], dy: Tensor, shape: Sequence[int], eps: float
+def row_norm_gradients(
+    inputs: Sequence[Tensor | None],
+    dy: Tensor,
+    shape: Sequence[int],
+    eps: float,
+    subtract_mean: bool,
+    zero_centered: bool,
+    cast_dtype: torch.dtype | None,
 ) -> list[Tensor | None]:
-    """`gradients` of layer_norm or rms_norm without options; csrc/cpu/calls.cpp asks for it when one is wanted."""
+    """The gradients of x or h, weight and bias, which are `inputs`, by the formula; csrc/cpu/calls.cpp asks for it."""
 
-    def formula(x: Tensor, *parameters: Tensor | None) -> Tensor:
-        if op == "layer_norm":
-            return layer_norm(x, shape, *parameters, eps, False, dy.dtype)
-        return rms_norm(x, shape, *parameters, eps, False, None, dy.dtype)
+    def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return row_norm(x, shape, weight, bias, eps, subtract_mean, zero_centered, cast_dtype, dy.dtype)
 
     # Aliases, because h itself is an output of the node whose backward this is, and that node is locked while it runs.
     with torch.enable_grad():
         inputs = [None if t is None else t.view_as(t) for t in inputs]
     return gradients(formula, inputs, dy)
+
+
+def plain_gradients(
+    op: str, inputs: Sequence[Tensor | None], dy: Tensor, shape: Sequence[int], eps: float
+) -> list[Tensor | None]:
+    """`row_norm_gradients` without options, as csrc/cpu/calls.cpp asks for them."""
+    inputs = (*inputs, None)[:3]
+    return row_norm_gradients(inputs, dy, shape, eps, op == "layer_norm", False, None)
 
 
 def _applied(weight: Tensor | None, zero_centered: bool, dtype: torch.dtype) -> Tensor | None:

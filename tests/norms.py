@@ -72,6 +72,25 @@ def call(case: Case, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return function(tensors["x"], case.normalized_shape, *affine, case.eps, **case.options), tensors["x"]
 
 
+def forward(
+    kernels, op: str, x, residual=None, weight=None, bias=None, eps=1e-5, dims=1, out_dtype=None, residual_dtype=None
+) -> tuple[Tensor | None, ...]:
+    """(y, h, mean, rstd) by a backend's operator as `op` calls it, without what `op` hasn't; None is x's dtype."""
+    adds, centers = op.startswith("add_"), op.endswith("layer_norm")
+    residual, residual_dtype = (residual, residual_dtype or x.dtype) if adds else (None, None)
+    types = out_dtype or x.dtype, residual_dtype
+    return kernels.row_norm_forward(
+        x, residual, dims, weight, bias if centers else None, eps, centers, False, None, *types
+    )
+
+
+def backward(kernels, op: str, dy, dh, h, weight, mean, rstd, *wanted) -> tuple[Tensor | None, ...]:
+    """(dx, dresidual, dweight, dbias), like `forward`, in h's dtype; wanted: the dtypes of dweight and dbias."""
+    adds, (dweight_dtype, dbias_dtype) = op.startswith("add_"), wanted or (h.dtype, h.dtype)
+    types = h.dtype, h.dtype if adds else None, dweight_dtype, None if mean is None else dbias_dtype
+    return kernels.row_norm_backward(dy, dh if adds else None, h, 1, weight, mean, rstd, False, None, *types)
+
+
 def formula(case: Case, h: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """y from h by stock PyTorch, in the dtype of its arguments."""
     if weight is not None and case.options.get("zero_centered"):

@@ -61,7 +61,7 @@ def ours(graphs) -> set[str]:
 def expected_operators(op: str, direction: str) -> set[str]:
     """What a graph holds of ours under the backend that is named now."""
     namespace = NAMESPACES[backend._forced or "reference"]
-    return {f"{namespace}.{op}_{direction}"} if namespace else set()
+    return {f"{namespace}.row_norm_{direction}"} if namespace else set()
 
 
 def results(function, case: Case, tensors: dict, used=("y", "h")) -> list[torch.Tensor]:
@@ -276,22 +276,17 @@ def operator_calls(op: str, shape: tuple, dims: int, device: str):
     x = torch.stack((x, x), -dims - 1).to(bf16).select(-dims - 1, 0)  # its rows are not adjacent
     rows = math.prod(shape[:-dims])
     rstd, mean = torch.rand(rows, device=device) + 0.5, torch.randn(rows, device=device)
-    adds = op.startswith("add_")
+    adds, centers = op.startswith("add_"), op.endswith("layer_norm")
     h = residual if adds else x
     for full in (True, False):
-        w, b = (weight, bias) if full else (None, None)
-        ahead = (x, residual, dims) if adds else (x, dims)
-        results = (bf16, f32) if adds else (bf16,)
-        given = (dy, dh if full else None, h, dims) if adds else (dy, h, dims)
-        dtypes = (bf16, f32 if full else bf16) if adds else ()
-        wanted = f32 if full else None
-        if op.endswith("layer_norm"):
-            yield f"{op}_forward", (*ahead, w, b, 1e-5, full, *results)
-            yield f"{op}_backward", (*given, w, mean, rstd, full, *dtypes, wanted, wanted)
-        else:
-            cast = bf16 if full else None
-            yield f"{op}_forward", (*ahead, w, 1e-5, full, cast, *results)
-            yield f"{op}_backward", (*given, w, rstd, full, cast, *dtypes, wanted)
+        w, b = (weight, bias if centers else None) if full else (None, None)
+        cast = bf16 if full and not centers else None
+        stream, types = (residual if adds else None), (bf16, f32 if adds else None)
+        yield "row_norm_forward", (x, stream, dims, w, b, 1e-5, centers, full, cast, *types)
+        moments, dstream = (mean if centers else None, rstd), (dh if full and adds else None)
+        types = (bf16, f32 if full else bf16) if adds else (h.dtype, None)
+        wanted = (f32, f32 if centers else None) if full else (None, None)
+        yield "row_norm_backward", (dy, dstream, h, dims, w, *moments, full, cast, *types, *wanted)
 
 
 @operations
@@ -303,17 +298,13 @@ def test_operators_keep_to_their_schemas(op, shape, dims, kernel_device):
     for name, arguments in operator_calls(op, shape, dims, kernel_device):
         torch.library.opcheck(getattr(namespace, name).default, arguments)
         names.add(name)
-    assert names == {f"{op}_forward", f"{op}_backward"}
+    assert names == {"row_norm_forward", "row_norm_backward"}
 
 
-@pytest.mark.parametrize("schema", operators.SCHEMAS, ids=lambda schema: schema.partition("(")[0])
+@pytest.mark.parametrize("operator", operators.OPERATORS.values(), ids=lambda operator: operator.name)
 @pytest.mark.triton
-def test_functions_have_the_arguments_of_their_schemas(schema):
+def test_functions_have_the_arguments_of_their_schemas(operator):
     """The operator is the Python function: the arguments come by position, so that their order must agree."""
-    name = schema.partition("(")[0]
-    declared = torch._C.parse_schema(f"fastnorm::{schema}")
-    parameters = inspect.signature(getattr(backend._triton, name)).parameters
-    assert [a.name for a in declared.arguments] == list(parameters) == list(
-        inspect.signature(operators._FAKES[name]).parameters
-    )  # fmt: skip
-    assert {schema.partition("(")[0] for schema in operators.SCHEMAS} == set(operators._FAKES)
+    declared = [a.name for a in torch._C.parse_schema(f"fastnorm::{operator.schema}").arguments]
+    for function in (operator.fake, getattr(backend._triton, operator.name)):
+        assert list(inspect.signature(function).parameters) == declared

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from norms import backward, forward
 
 from fastnorm import backend
 from fastnorm.backend import ROW_NORMS
@@ -167,33 +168,15 @@ def far_apart(tensors: int, rows: int, cols: int, stride: int, device: str) -> t
 @pytest.mark.parametrize("op", ROW_NORMS)
 def test_offsets_beyond_31_bits(op, cols, triton_device, card_memory):
     """The row stride has 31 bits, and the last row starts beyond them."""
-    kernels, adds, centers = backend._triton, op.startswith("add_"), op.endswith("layer_norm")
+    kernels = backend._triton
     inputs = far_apart(4, 3, cols, 2**30 + 16, triton_device)
     weight = torch.randn(cols, device=triton_device).bfloat16()
-    bf16 = torch.bfloat16
-    gradient = bf16 if cols < 1000 else None  # sums over the rows take Triton's interpreter seconds
+    gradient = torch.bfloat16 if cols < 1000 else None  # sums over the rows take Triton's interpreter seconds
 
     def both_directions(x, residual, dy, dh):
-        stream = bf16 if adds else None
-        saved = kernels.row_norm_forward(
-            x,
-            residual if adds else None,
-            1,
-            weight,
-            weight if centers else None,
-            1e-6,
-            centers,
-            False,
-            None,
-            bf16,
-            stream,
-        )
-        _, _, *statistics = saved
-        given = dy, dh if adds else None, x  # h, too, may be strided
-        gradients = kernels.row_norm_backward(
-            *given, 1, weight, *statistics, False, None, bf16, stream, gradient, gradient if centers else None
-        )
-        return *saved, *gradients
+        y, h, *moments = forward(kernels, op, x, residual, weight, weight, 1e-6)
+        gradients = backward(kernels, op, dy, dh, x, weight, *moments, gradient, gradient)  # h, too, may be strided
+        return y, h, *moments, *gradients
 
     for far, near in zip(both_directions(*inputs), both_directions(*inputs.contiguous()), strict=True):
         assert far is near is None or torch.equal(far, near)

@@ -4,7 +4,7 @@
 import pytest
 import torch
 from instruction_sets import AVAILABLE, run_with
-from norms import DTYPES, plain_case
+from norms import DTYPES, backward, forward
 
 import fastnorm
 from fastnorm.backend import ROW_NORMS
@@ -22,27 +22,6 @@ def threads():
     torch.set_num_threads(before)
 
 
-def forward(op, x, residual, weight, bias):
-    """(y, h, mean, rstd); mean is None for rms_norm, h is x for the plain norms."""
-    case = plain_case(op, tuple(x.shape), x.dtype)
-    stream = (x, residual) if case.adds else (x,)
-    options = (1, weight, bias, 1e-5, False) if case.centers else (1, weight, 1e-5, False, None)
-    dtypes = (x.dtype, x.dtype) if case.adds else (x.dtype,)
-    y, *rest = getattr(native, f"{op}_forward")(*stream, *options, *dtypes)
-    h = rest.pop(0) if case.adds else x
-    return y, h, rest[0] if case.centers else None, rest[-1]
-
-
-def backward(op, dy, dh, h, weight, mean, rstd):
-    """(dx, dweight) or (dx, dweight, dbias), all in the dtype of h."""
-    case, dtype = plain_case(op, tuple(h.shape), h.dtype), h.dtype
-    stream = (dy, dh, h) if case.adds else (dy, h)
-    options = (mean, rstd, False) if case.centers else (rstd, False, None)
-    dtypes = ((dtype, dtype) if case.adds else ()) + ((dtype, dtype) if case.centers else (dtype,))
-    results = getattr(native, f"{op}_backward")(*stream, 1, weight, *options, *dtypes)
-    return [result for result in results if result is not None]
-
-
 def random_rows(rows, cols, dtype=torch.float32):
     return torch.randn(rows, cols, dtype=torch.float64).to(dtype)
 
@@ -52,8 +31,10 @@ def everything(op, rows, cols, dtype):
     torch.manual_seed(1)
     x, residual, dy, dh = (random_rows(rows, cols, dtype) for _ in range(4))
     weight, bias = (random_rows(1, cols, dtype)[0] for _ in range(2))
-    y, h, mean, rstd = forward(op, x, residual, weight, bias)
-    return [y, h, rstd, *backward(op, dy, dh, h, weight, mean, rstd)]
+    y, h, *moments = forward(native, op, x, residual, weight, bias)
+    h = x if h is None else h
+    gradients = backward(native, op, dy, dh, h, weight, *moments)
+    return [t for t in (y, h, *moments, *gradients) if t is not None]
 
 
 @operations
@@ -71,12 +52,12 @@ def test_the_number_of_threads_changes_nothing(op, rows, cols, threads):
 @pytest.mark.parametrize("cols", [5, 31, 64, 67, 256, 1000])
 def test_a_row_is_the_same_wherever_it_lies(op, cols, dtype):
     row, residual, weight, bias = (random_rows(1, cols, dtype) for _ in range(4))
-    expected, *_ = forward(op, row, residual, weight[0], bias[0])
+    expected, *_ = forward(native, op, row, residual, weight[0], bias[0])
     for offset in range(17):
         x = torch.zeros(3 * cols + 40, dtype=dtype)[offset:].as_strided((3, cols), (cols + 3, 1))
         x[:] = random_rows(3, cols, dtype)
         x[1] = row[0]
-        y, *_ = forward(op, x, residual.expand(3, cols), weight[0], bias[0])
+        y, *_ = forward(native, op, x, residual.expand(3, cols), weight[0], bias[0])
         assert torch.equal(y[1], expected[0])
 
 
@@ -84,8 +65,8 @@ def test_a_row_is_the_same_wherever_it_lies(op, cols, dtype):
 def test_every_vector_tail(cols):
     x, dy, w, b = (random_rows(3, cols) for _ in range(4))
     w, b = w[0], b[0]
-    y, mean, rstd = native.layer_norm_forward(x, 1, w, b, 1e-5, False, torch.float32)
-    dx, dw, db = native.layer_norm_backward(dy, x, 1, w, mean, rstd, False, torch.float32, torch.float32)
+    y, _, mean, rstd = forward(native, "layer_norm", x, None, w, b)
+    dx, _, dw, db = backward(native, "layer_norm", dy, None, x, w, mean, rstd)
     leaves = [t.double().requires_grad_() for t in (x, w, b)]
     oracle = torch.nn.functional.layer_norm(leaves[0], (cols,), *leaves[1:], 1e-5)
     expected = [oracle, *torch.autograd.grad(oracle, leaves, dy.double())]
@@ -97,7 +78,7 @@ def test_every_vector_tail(cols):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_16_bit_value_is_read_exactly(dtype):
     x = ALL_BITS.view(dtype).view(512, 128)
-    _, h, _ = native.add_rms_norm_forward(x, torch.zeros_like(x), 1, None, 1e-5, False, None, dtype, torch.float32)
+    _, h, *_ = forward(native, "add_rms_norm", x, torch.zeros_like(x), None, None, residual_dtype=torch.float32)
     assert torch.equal(h.isnan(), x.isnan())
     assert torch.equal(h.nan_to_num(1.5), x.float().nan_to_num(1.5))
 
@@ -109,7 +90,7 @@ def test_16_bit_values_are_rounded_to_nearest_even(dtype, x_dtype):
     values = ALL_BITS.view(dtype).float().view(torch.int32)
     near = torch.stack([values + 2**shift + d for shift in (0, 11, 12, 13, 14, 15) for d in (-1, 0, 1)])
     x = near.view(torch.float32).to(x_dtype).view(-1, 1024)
-    _, h, _ = native.add_rms_norm_forward(x, torch.zeros_like(x), 1, None, 1e-5, False, None, dtype, dtype)
+    _, h, *_ = forward(native, "add_rms_norm", x, torch.zeros_like(x), None, None, residual_dtype=dtype)
     expected = x.to(dtype)
     assert torch.equal(h.isnan(), expected.isnan())
     assert torch.equal(h.nan_to_num(1.5), expected.nan_to_num(1.5))
@@ -119,9 +100,9 @@ def test_16_bit_values_are_rounded_to_nearest_even(dtype, x_dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_squares_that_fit_do_not_overflow_in_their_sum(cols, dtype):
     x = (random_rows(2, cols).sign() * 1.5e19).to(dtype)
-    y, _ = native.rms_norm_forward(x, 1, None, 1e-5, False, None, torch.float32)
+    y, *_ = forward(native, "rms_norm", x, out_dtype=torch.float32)
     torch.testing.assert_close(y, x.sign().float(), rtol=1e-6, atol=0)
-    y, _, _ = native.layer_norm_forward(x, 1, None, None, 1e-5, False, torch.float32)
+    y, *_ = forward(native, "layer_norm", x, out_dtype=torch.float32)
     torch.testing.assert_close(y.double(), torch.nn.functional.layer_norm(x.double(), (cols,)), rtol=1e-5, atol=1e-6)
 
 
@@ -130,14 +111,14 @@ def test_squares_that_fit_do_not_overflow_in_their_sum(cols, dtype):
 def test_constant_rows_whose_sums_overflow(cols, dtype):
     """Their mean is exact all the same; what it missed would be all that x̂ is made of."""
     x = torch.full((2, cols), 3e38).to(dtype)
-    y, mean, _ = native.layer_norm_forward(x, 1, None, None, 1e-5, False, torch.float32)
+    y, _, mean, _ = forward(native, "layer_norm", x, out_dtype=torch.float32)
     assert torch.equal(mean, x[:, 0].float()) and not y.any()
 
 
 @pytest.mark.parametrize("cols", [32, 40, 64, 128, 256, 1000, 5000])
 def test_a_mean_far_from_zero_costs_no_digits(cols):
     x = (random_rows(4, cols) + 1e4).float()
-    y, _, _ = native.layer_norm_forward(x, 1, None, None, 1e-5, False, torch.float32)
+    y, *_ = forward(native, "layer_norm", x, out_dtype=torch.float32)
     torch.testing.assert_close(y.double(), torch.nn.functional.layer_norm(x.double(), (cols,)), rtol=0, atol=3e-6)
 
 
@@ -155,7 +136,7 @@ class Normalised(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         x = torch.full((64, 1024), float(index + 1))
-        return native.rms_norm_forward(x, 1, None, 0.0, False, None, torch.float32)[0].mean()
+        return forward(native, "rms_norm", x, eps=0.0)[0].mean()
 
 
 def test_forked_workers(threads):
@@ -177,20 +158,36 @@ def test_inference_mode(op):
 
 def test_wrong_arguments_raise():
     x, w = random_rows(3, 8), random_rows(1, 8)[0]
-    f32 = torch.float32
     with pytest.raises(RuntimeError, match="weight of shape"):
-        native.rms_norm_forward(x, 1, w[:7], 1e-5, False, None, f32)
+        forward(native, "rms_norm", x, weight=w[:7])
     with pytest.raises(RuntimeError, match="rstd without gaps"):
-        native.rms_norm_backward(x, x, 1, w, torch.ones(6)[::2], False, None, f32)
+        backward(native, "rms_norm", x, None, x, w, None, torch.ones(6)[::2])
     for dims in (0, 3, -1):
         with pytest.raises(RuntimeError, match=f"in its last {dims} dimensions"):
-            native.rms_norm_forward(x, dims, None, 1e-5, False, None, f32)
+            forward(native, "rms_norm", x, dims=dims)
     with pytest.raises(TypeError, match="float32, bfloat16"):
-        native.rms_norm_forward(x.int(), 1, w, 1e-5, False, None, f32)
+        forward(native, "rms_norm", x.int(), weight=w, out_dtype=torch.float32)
     with pytest.raises(RuntimeError, match="rstd in Double"):
-        native.rms_norm_backward(x, x.double(), 1, w, torch.ones(3), False, None, f32)
+        backward(native, "rms_norm", x, None, x.double(), w, None, torch.ones(3))
     with pytest.raises(RuntimeError, match="dy of shape"):
-        native.rms_norm_backward(x[:2], x, 1, w, torch.ones(3), False, None, f32)
+        backward(native, "rms_norm", x[:2], None, x, w, None, torch.ones(3))
+
+
+def test_features_without_a_kernel_raise():
+    """The schema has them, and no functional asks for them."""
+    x, w = random_rows(3, 8), random_rows(1, 8)[0]
+    bf16, f32 = torch.bfloat16, torch.float32
+    for bias, subtract_mean, cast_dtype, residual_dtype, message in (
+        (w, False, None, None, "bias without subtract_mean"),
+        (w, True, bf16, None, "cast_dtype with subtract_mean"),
+        (w, True, None, f32, "residual_dtype with a residual"),
+    ):
+        options = 1e-5, subtract_mean, False, cast_dtype, f32, residual_dtype
+        with pytest.raises(RuntimeError, match=message):
+            native.row_norm_forward(x, None, 1, w, bias, *options)
+    options = False, None, f32, None, None, f32
+    with pytest.raises(RuntimeError, match="bias without subtract_mean"):
+        native.row_norm_backward(x, None, x, 1, w, None, torch.ones(3), *options)
 
 
 def test_build_info():

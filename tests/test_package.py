@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastnorm
-from fastnorm import backend, operators
+from fastnorm import backend
 from fastnorm.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -215,10 +215,3 @@ def test_build_info_describes_this_build():
     assert info["openmp"] is (sys.platform != "darwin")
     assert "-O3" in info["flags"] and info["compiler"].split()[0] in ("gcc", "clang")
     assert (info["cuda"] is None) == (info["cuda_archs"] == [])
-
-
-@needs_extension
-@pytest.mark.parametrize("schema", operators.SCHEMAS, ids=lambda schema: schema.partition("(")[0])
-def test_cpp_and_python_declare_the_same_operators(schema):
-    built = getattr(torch.ops.fastnorm, schema.partition("(")[0]).default._schema
-    assert built == torch._C.parse_schema(f"fastnorm::{schema}")

@@ -5,7 +5,7 @@ import torch
 from conftest import SIMULATED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from norms import DTYPES, Case, call, check, inputs, plain_case
+from norms import DTYPES, Case, call, check, forward, inputs, plain_case
 
 import fastnorm
 from fastnorm import backend
@@ -163,12 +163,10 @@ def test_kernels_take_zero_rows(op, triton_device):
     case = plain_case(op, (0, 40), torch.bfloat16)
     tensors = inputs(case, triton_device)
     kernels = fastnorm.backend._triton
-    affine = [tensors["weight"], tensors["bias"]] if case.centers else [tensors["weight"]]
-    rest = [case.eps, False] + ([] if case.centers else [None]) + [torch.bfloat16]
-    rows = [tensors["x"], tensors["residual"]] if case.adds else [tensors["x"]]
-    results = getattr(kernels, f"{op}_forward")(*rows, 1, *affine, *rest, *([torch.float32] if case.adds else []))
-    assert [tuple(t.shape) for t in results[: 2 if case.adds else 1]] == [(0, 40)] * (2 if case.adds else 1)
-    assert all(t.shape == (0,) for t in results[2 if case.adds else 1 :])
+    affine = tensors["weight"], tensors.get("bias")
+    results = forward(kernels, op, tensors["x"], tensors.get("residual"), *affine, residual_dtype=torch.float32)
+    shapes = [(0, 40), (0, 40) if case.adds else None, (0,) if case.centers else None, (0,)]
+    assert [None if t is None else tuple(t.shape) for t in results] == shapes
 
 
 @operations

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import norms
 import pytest
 import torch
 from torch import Tensor
@@ -64,18 +65,13 @@ def run(op: str, rows: int, cols: int, dtype: torch.dtype = torch.bfloat16, bias
     adds, centers = op.startswith("add_"), op.endswith("layer_norm")
     x, residual, dy, dh = (torch.randn(rows, cols).to(dtype) for _ in range(4))
     weight, bias = torch.randn(cols).to(dtype), torch.randn(cols).to(dtype) if bias and centers else None
-    stream = dtype if adds else None
     with virtual_gpu() as gpu:
-        saved = kernels.row_norm_forward(
-            x, residual if adds else None, 1, weight, bias, 1e-6, centers, False, None, dtype, stream
-        )
-        _, h, *statistics = saved
-        given = dy, dh if adds else None, h if adds else x
-        dx, _, *others = kernels.row_norm_backward(
-            *given, 1, weight, *statistics, False, None, dtype, stream, dtype, None if bias is None else dtype
-        )
+        y, h, mean, rstd = norms.forward(kernels, op, x, residual, weight, bias, 1e-6)
+        wanted = dtype, None if bias is None else dtype
+        h = h if adds else x
+        dx, _, *others = norms.backward(kernels, op, dy, dh, h, weight, mean, rstd, *wanted)
     forward, *backward, sums = gpu.launches
-    filled = {"forward": saved, "backward": [dx], "sums": others}
+    filled = {"forward": (y, h if adds else None, mean, rstd), "backward": (dx,), "sums": others}
     filled = {name: [t for t in tensors if t is not None] for name, tensors in filled.items()}
     return Run(op, x, weight, 2 - (bias is None), 1 + centers, forward, backward, sums, filled)
 

@@ -1,43 +1,17 @@
-"""Triton kernels. Every function here has its namesake, with the same signature, in fastnorm.native."""
+"""Triton kernels: the functions of fastnorm.operators, with the arguments of their schemas."""
+
+from collections import ChainMap
 
 import torch
 import triton
 
-from .agc import multi_tensor_agc_
-from .batch_norm import (
-    batch_norm_backward,
-    batch_norm_backward_apply,
-    batch_norm_backward_sums,
-    batch_norm_evaluation,
-    batch_norm_forward,
-    batch_norm_normalize,
-    batch_norm_statistics,
-)
-from .group_norm import group_norm_backward, group_norm_forward
-from .launch import INTERPRETED
-from .multi_tensor import multi_tensor_clamp_, multi_tensor_norm, multi_tensor_scale_
-from .row_norm import row_norm_backward, row_norm_forward
+from ..operators import OPERATORS
+from . import agc, batch_norm, group_norm, multi_tensor, row_norm
+from .launch import INTERPRETED as INTERPRETED
 
-__all__ = [
-    "INTERPRETED",
-    "batch_norm_backward",
-    "batch_norm_backward_apply",
-    "batch_norm_backward_sums",
-    "batch_norm_evaluation",
-    "batch_norm_forward",
-    "batch_norm_normalize",
-    "batch_norm_statistics",
-    "device_type",
-    "group_norm_backward",
-    "group_norm_forward",
-    "multi_tensor_agc_",
-    "multi_tensor_clamp_",
-    "multi_tensor_norm",
-    "multi_tensor_scale_",
-    "row_norm_backward",
-    "row_norm_forward",
-    "serves",
-]
+# every operator's function, whichever of these modules has it
+_functions = ChainMap(*map(vars, (agc, batch_norm, group_norm, multi_tensor, row_norm)))
+globals().update({name: _functions[name] for name in OPERATORS})
 
 
 def device_type() -> str | None:

@@ -1,4 +1,4 @@
-// What layer_norm and rms_norm, plain and with a residual added first, have in common: all but the row kernels.
+// The row norms, layer_norm and rms_norm, plain and with a residual added first: all but the kernels of single rows.
 #pragma once
 
 #include <ATen/core/Tensor.h>

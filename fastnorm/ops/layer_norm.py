@@ -9,72 +9,10 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from .. import backend, reference
-from .arguments import check, check_dtype, options_repr, result_dtype
-from .scripting import scriptable
+from .. import backend
+from .arguments import check_dtype
+from .row_norm import RowNorm, check_options, row_norm
 from .symbolic import Overridden
-
-
-class LayerNormFunction(torch.autograd.Function):
-    """y = (x − mean) · rstd · w + b with rstd = 1/√(var(x) + eps)."""
-
-    @staticmethod
-    def forward(ctx: Any, x, weight, bias, impl, shape, eps, zero_centered, out_dtype):
-        y, mean, rstd = impl.layer_norm_forward(x, len(shape), weight, bias, eps, zero_centered, out_dtype)
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
-        ctx.impl, ctx.shape, ctx.options = impl, shape, (eps, zero_centered, out_dtype)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy):
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        if backend.backward_needs_formula(dy):
-            gradients = reference.gradients(
-                lambda x, w, b: reference.layer_norm(x, ctx.shape, w, b, *ctx.options), (x, weight, bias), dy
-            )
-            return *gradients, None, None, None, None, None
-        dx, dweight, dbias = ctx.impl.layer_norm_backward(
-            dy, x, len(ctx.shape), weight, mean, rstd, ctx.options[1],
-            weight.dtype if ctx.needs_input_grad[1] else None, bias.dtype if ctx.needs_input_grad[2] else None,
-        )  # fmt: skip
-        return dx, dweight, dbias, None, None, None, None, None
-
-
-class AddLayerNormFunction(torch.autograd.Function):
-    """h = x + residual; y = (h − mean) · rstd · w + b with rstd = 1/√(var(h) + eps)."""
-
-    @staticmethod
-    def forward(ctx: Any, x, residual, weight, bias, impl, shape, eps, zero_centered, out_dtype, residual_dtype):
-        y, h, mean, rstd = impl.add_layer_norm_forward(
-            x, residual, len(shape), weight, bias, eps, zero_centered, out_dtype, residual_dtype
-        )
-        ctx.save_for_backward(h, weight, bias, mean, rstd)
-        ctx.impl, ctx.shape, ctx.options = impl, shape, (eps, zero_centered, out_dtype)
-        ctx.x_dtype, ctx.residual_dtype = x.dtype, residual.dtype
-        ctx.set_materialize_grads(False)  # the last block's h goes nowhere, and its gradient is then not read
-        return y, h
-
-    @staticmethod
-    def backward(ctx: Any, dy, dh):
-        return *_add_layer_norm_gradients(ctx, dy, dh), None, None, None, None, None, None
-
-
-def _add_layer_norm_gradients(ctx: Any, dy, dh):
-    """(dx, dresidual, dweight, dbias)."""
-    h, weight, bias, mean, rstd = ctx.saved_tensors
-    if dy is None:  # y was not used
-        return *reference.stream_gradients(dh, ctx.x_dtype, ctx.residual_dtype), None, None
-    if backend.backward_needs_formula(dy, dh):
-        dnorm, dweight, dbias = reference.gradients(
-            lambda h, w, b: reference.layer_norm(h, ctx.shape, w, b, *ctx.options), (h, weight, bias), dy
-        )
-        total = dnorm if dh is None else dnorm + dh
-        return *reference.stream_gradients(total, ctx.x_dtype, ctx.residual_dtype), dweight, dbias
-    dx, dresidual, dweight, dbias = ctx.impl.add_layer_norm_backward(
-        dy, dh, h, len(ctx.shape), weight, mean, rstd, ctx.options[1], ctx.x_dtype, ctx.residual_dtype,
-        weight.dtype if ctx.needs_input_grad[2] else None, bias.dtype if ctx.needs_input_grad[3] else None,
-    )  # fmt: skip
-    return dx, dx if dresidual is None else dresidual, dweight, dbias
 
 
 def layer_norm(
@@ -106,27 +44,12 @@ def layer_norm(
         y = backend.call_directly("layer_norm", input, normalized_shape, weight, bias, eps)
         if y is not NotImplemented:
             return y
-    if backend.needs_formula("layer_norm", input, weight, bias):
-        check_dtype("layer_norm", "out_dtype", out_dtype)
-        out_dtype = result_dtype("layer_norm", input, out_dtype)
-        return reference.layer_norm(input, normalized_shape, weight, bias, eps, zero_centered, out_dtype)
+    options = {"zero_centered": zero_centered, "out_dtype": out_dtype}
     try:
-        shape, eps = check("layer_norm", input, normalized_shape, eps, weight, bias)
+        return row_norm("layer_norm", input, None, normalized_shape, weight, bias, eps, **options)
     except Overridden:
-        return handle_torch_function(
-            layer_norm, (input, weight, bias), input, normalized_shape, weight, bias, eps,
-            zero_centered=zero_centered, out_dtype=out_dtype,
-        )  # fmt: skip
-    check_dtype("layer_norm", "out_dtype", out_dtype)
-    out_dtype = result_dtype("layer_norm", input, out_dtype)
-    return _layer_norm(input, shape, weight, bias, eps, zero_centered, out_dtype)
-
-
-def _layer_norm(x, shape, weight, bias, eps, zero_centered, out_dtype):
-    impl = backend.pick("layer_norm", x)
-    if impl is None or x.numel() == 0:
-        return reference.layer_norm(x, shape, weight, bias, eps, zero_centered, out_dtype)
-    return LayerNormFunction.apply(x, weight, bias, impl, shape, eps, zero_centered, out_dtype)
+        tensors = input, weight, bias
+        return handle_torch_function(layer_norm, tensors, input, normalized_shape, weight, bias, eps, **options)
 
 
 def add_layer_norm(
@@ -153,36 +76,17 @@ def add_layer_norm(
         outputs = backend.call_directly("add_layer_norm", x, residual, normalized_shape, weight, bias, eps)
         if outputs is not NotImplemented:
             return outputs
-    if backend.needs_formula("add_layer_norm", x, residual, weight, bias):
-        check_dtype("add_layer_norm", "out_dtype", out_dtype)
-        check_dtype("add_layer_norm", "residual_dtype", residual_dtype)
-        out_dtype = result_dtype("layer_norm", x, out_dtype)
-        h = reference.stream(x, residual, residual_dtype)
-        return reference.layer_norm(h, normalized_shape, weight, bias, eps, zero_centered, out_dtype), h
+    options = {"zero_centered": zero_centered, "out_dtype": out_dtype, "residual_dtype": residual_dtype}
     try:
-        shape, eps = check("add_layer_norm", x, normalized_shape, eps, weight, bias, residual=residual)
+        return row_norm("add_layer_norm", x, residual, normalized_shape, weight, bias, eps, **options)
     except Overridden:
+        tensors = x, residual, weight, bias
         return handle_torch_function(
-            add_layer_norm, (x, residual, weight, bias), x, residual, normalized_shape, weight, bias, eps,
-            zero_centered=zero_centered, out_dtype=out_dtype, residual_dtype=residual_dtype,
-        )  # fmt: skip
-    check_dtype("add_layer_norm", "out_dtype", out_dtype)
-    check_dtype("add_layer_norm", "residual_dtype", residual_dtype)
-    out_dtype = result_dtype("layer_norm", x, out_dtype)
-    if residual is None:
-        h = reference.stream(x, None, residual_dtype)
-        return _layer_norm(h, shape, weight, bias, eps, zero_centered, out_dtype), h
-    residual_dtype = residual_dtype or torch.promote_types(x.dtype, residual.dtype)
-    impl = backend.pick("add_layer_norm", x)
-    if impl is None or x.numel() == 0:
-        h = reference.stream(x, residual, residual_dtype)
-        return reference.layer_norm(h, shape, weight, bias, eps, zero_centered, out_dtype), h
-    return AddLayerNormFunction.apply(
-        x, residual, weight, bias, impl, shape, eps, zero_centered, out_dtype, residual_dtype
-    )
+            add_layer_norm, tensors, x, residual, normalized_shape, weight, bias, eps, **options
+        )
 
 
-class LayerNorm(torch.nn.LayerNorm):
+class LayerNorm(RowNorm, torch.nn.LayerNorm):
     """torch.nn.LayerNorm, fused: the same constructor, state_dict and errors.
 
     The keyword arguments zero_centered and out_dtype are those of `fastnorm.functional.layer_norm`; a zero-centred
@@ -201,25 +105,15 @@ class LayerNorm(torch.nn.LayerNorm):
         zero_centered: bool = False,
         out_dtype: torch.dtype | None = None,
     ) -> None:
-        check_dtype("LayerNorm", "out_dtype", out_dtype)
+        check_options("LayerNorm", out_dtype)  # wrong options show here, not in the forward
         self.zero_centered, self.out_dtype = zero_centered, out_dtype
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        if self.zero_centered and self.weight is not None:
-            torch.nn.init.zeros_(self.weight)
 
     def forward(self, input: Tensor) -> Tensor:
         return layer_norm(
             input, self.normalized_shape, self.weight, self.bias, self.eps,
             zero_centered=self.zero_centered, out_dtype=self.out_dtype,
         )  # fmt: skip
-
-    __prepare_scriptable__ = scriptable
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + options_repr(self, zero_centered=False, out_dtype=None)
 
 
 class AddLayerNorm(LayerNorm):
@@ -252,6 +146,3 @@ class AddLayerNorm(LayerNorm):
             x, residual, self.normalized_shape, self.weight, self.bias, self.eps,
             zero_centered=self.zero_centered, out_dtype=self.out_dtype, residual_dtype=self.residual_dtype,
         )  # fmt: skip
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + options_repr(self, residual_dtype=None)

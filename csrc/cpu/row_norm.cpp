@@ -1,9 +1,12 @@
-#include "norm.h"
-
+// The row norms on the CPU, all but the kernels of single rows, and the operators over them.
 #include <c10/util/Exception.h>
 #include <c10/util/accumulate.h>
+#include <torch/library.h>
 
 #include <memory>
+#include <tuple>
+
+#include "norm.h"
 
 #include "tensors.h"
 #include "views.h"
@@ -249,6 +252,11 @@ void check_input(const at::Tensor& x, int64_t dims) {
   check_tensor(x, "x", x.sizes());
 }
 
+void check_features(Norm norm, bool has_bias, std::optional<at::ScalarType> cast_dtype) {
+  TORCH_CHECK(norm == Norm::layer || !has_bias, "fastnorm: no kernel for a bias without subtract_mean");
+  TORCH_CHECK(norm == Norm::rms || !cast_dtype, "fastnorm: no kernel for cast_dtype with subtract_mean");
+}
+
 }  // namespace
 
 ForwardResult norm_forward(ForwardCall call) {
@@ -256,6 +264,9 @@ ForwardResult norm_forward(ForwardCall call) {
   if (call.residual.defined()) {
     check_tensor(call.residual, "residual", call.x.sizes());
   }
+  TORCH_CHECK(call.residual.defined() == call.residual_dtype.has_value(),
+              "fastnorm: expected residual_dtype with a residual, and only with one");
+  check_features(call.norm, call.bias.has_value(), call.cast_dtype);
   check_parameter(call.weight, "weight", normalized_sizes(call.x, call.dims));
   check_parameter(call.bias, "bias", normalized_sizes(call.x, call.dims));
   const bool in_double = is_double(call.x) || is_double(call.residual) || call.residual_dtype == at::kDouble;
@@ -274,6 +285,7 @@ BackwardResult norm_backward(BackwardCall call) {
   if (call.dh.defined()) {
     check_tensor(call.dh, "dh", call.x.sizes());
   }
+  check_features(call.norm, call.dbias_dtype.has_value(), call.cast_dtype);
   check_parameter(call.weight, "weight", normalized_sizes(call.x, call.dims));
   const bool in_double = is_double(call.x) || call.x_dtype == at::kDouble || call.residual_dtype == at::kDouble;
   const at::ScalarType moments = in_double ? at::kDouble : at::kFloat;
@@ -288,6 +300,41 @@ BackwardResult norm_backward(BackwardCall call) {
   call.weight = contiguous(call.weight);
   in_double ? backward_in<double>(call, result) : backward_in<float>(call, result);
   return result;
+}
+
+namespace {
+
+using at::ScalarType;
+using at::Tensor;
+using std::optional;
+using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Four row_norm_forward(const Tensor& x, const optional<Tensor>& residual, int64_t dims, const optional<Tensor>& weight,
+                      const optional<Tensor>& bias, double eps, bool subtract_mean, bool zero_centered,
+                      optional<ScalarType> cast_dtype, ScalarType out_dtype, optional<ScalarType> residual_dtype) {
+  auto [y, h, mean, rstd] =
+      norm_forward({subtract_mean ? Norm::layer : Norm::rms, x, dims, residual.value_or(Tensor()), weight, bias, eps,
+                    zero_centered, cast_dtype, out_dtype, residual_dtype});
+  return {y, h, mean, rstd};
+}
+
+Four row_norm_backward(const Tensor& dy, const optional<Tensor>& dh, const Tensor& h, int64_t dims,
+                       const optional<Tensor>& weight, const optional<Tensor>& mean, const Tensor& rstd,
+                       bool zero_centered, optional<ScalarType> cast_dtype, ScalarType x_dtype,
+                       optional<ScalarType> residual_dtype, optional<ScalarType> dweight_dtype,
+                       optional<ScalarType> dbias_dtype) {
+  auto [dx, dresidual, dweight, dbias] =
+      norm_backward({mean ? Norm::layer : Norm::rms, dy, dh.value_or(Tensor()), h, dims, weight,
+                     mean.value_or(Tensor()), rstd, zero_centered, cast_dtype, x_dtype, residual_dtype, dweight_dtype,
+                     dbias_dtype});
+  return {dx, dresidual, dweight, dbias};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastnorm, CPU, m) {
+  m.impl("row_norm_forward", &row_norm_forward);
+  m.impl("row_norm_backward", &row_norm_backward);
 }
 
 }  // namespace fastnorm::cpu

@@ -1,0 +1,126 @@
+"""What the row norms share: layer_norm and rms_norm, alone and behind a residual addition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backend, reference
+from .arguments import check, check_dtype, options_repr, result_dtype
+from .scripting import scriptable
+
+ROUNDINGS = ("torch", "llama")
+
+
+class RowNormFunction(torch.autograd.Function):
+    """h = x + residual; y = (h − mean) · rstd · w + b. Returns y and h, without a residual y alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x, residual, weight, bias, impl, shape, eps, subtract_mean, zero_centered, cast_dtype, out_dtype,
+        residual_dtype,
+    ):  # fmt: skip
+        y, h, mean, rstd = impl.row_norm_forward(
+            x, residual, len(shape), weight, bias, eps, subtract_mean, zero_centered, cast_dtype, out_dtype,
+            residual_dtype,
+        )  # fmt: skip
+        ctx.save_for_backward(x if residual is None else h, weight, bias, mean, rstd)
+        ctx.impl, ctx.shape, ctx.options = impl, shape, (eps, subtract_mean, zero_centered, cast_dtype)
+        ctx.dtypes = x.dtype, None if residual is None else residual.dtype
+        ctx.set_materialize_grads(False)  # the last block's h goes nowhere, and its gradient is then not read
+        return y if residual is None else (y, h)
+
+    @staticmethod
+    def backward(ctx: Any, dy, dh=None):
+        return *_gradients(ctx, dy, dh), None, None, None, None, None, None, None, None
+
+
+def _gradients(ctx: Any, dy, dh):
+    """(dx, dresidual, dweight, dbias)."""
+    h, weight, bias, mean, rstd = ctx.saved_tensors
+    if dy is None:  # y was not used
+        return *reference.stream_gradients(dh, *ctx.dtypes), None, None
+    _, _, zero_centered, cast_dtype = ctx.options
+    if backend.backward_needs_formula(dy, dh):
+        dnorm, dweight, dbias = reference.row_norm_gradients((h, weight, bias), dy, ctx.shape, *ctx.options)
+        total = dnorm if dh is None else dnorm + dh
+        return *reference.stream_gradients(total, *ctx.dtypes), dweight, dbias
+    dx, dresidual, dweight, dbias = ctx.impl.row_norm_backward(
+        dy, dh, h, len(ctx.shape), weight, mean, rstd, zero_centered, cast_dtype, *ctx.dtypes,
+        weight.dtype if ctx.needs_input_grad[2] else None, bias.dtype if ctx.needs_input_grad[3] else None,
+    )  # fmt: skip
+    if dresidual is None and ctx.needs_input_grad[1]:
+        dresidual = dx
+    return dx, dresidual, dweight, dbias
+
+
+def row_norm(
+    op: str,
+    x: Tensor,
+    residual: Tensor | None,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    *,
+    zero_centered: bool,
+    out_dtype: torch.dtype | None,
+    residual_dtype: torch.dtype | None = None,
+    rounding: str = "torch",
+):
+    """The functional with this name, from the checks on: y, or (y, h). Raises Overridden, as `check` does."""
+    stock = op.removeprefix("add_")
+    subtract_mean = stock == "layer_norm"
+    is_readable = not backend.needs_formula(op, x, residual, weight, bias)
+    if is_readable:
+        normalized_shape, eps = check(op, x, normalized_shape, eps, weight, bias, residual=residual)
+    check_options(op, out_dtype, residual_dtype, rounding)
+    cast_dtype = None
+    if rounding == "torch":
+        out_dtype = result_dtype(stock, x, out_dtype)
+    else:
+        cast_dtype = x.dtype
+        out_dtype = out_dtype or (x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype))
+    if residual is None:
+        x = reference.stream(x, None, residual_dtype)
+        residual_dtype, h_dtype = None, x.dtype
+    else:
+        h_dtype = residual_dtype = residual_dtype or torch.promote_types(x.dtype, residual.dtype)
+    if eps is None and not subtract_mean:
+        eps = torch.finfo(reference.stat_dtype(h_dtype)).eps
+    options = eps, subtract_mean, zero_centered, cast_dtype, out_dtype
+    impl = backend.pick(stock if residual is None else op, x) if is_readable else None
+    if impl is None or x.numel() == 0:
+        h = reference.stream(x, residual, residual_dtype)
+        y = reference.row_norm(h, normalized_shape, weight, bias, *options)
+    else:
+        h, y = x, RowNormFunction.apply(x, residual, weight, bias, impl, normalized_shape, *options, residual_dtype)
+        if residual is not None:
+            return y
+    return y if stock == op else (y, h)
+
+
+def check_options(op: str, out_dtype: Any, residual_dtype: Any = None, rounding: str = "torch") -> None:
+    """Raises what is wrong with the keyword arguments."""
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"{op}(): rounding must be one of {', '.join(ROUNDINGS)}, but got {rounding!r}")
+    check_dtype(op, "out_dtype", out_dtype)
+    check_dtype(op, "residual_dtype", residual_dtype)
+
+
+class RowNorm(torch.nn.Module):
+    """What our modules have beside torch.nn's: options, set before torch.nn's constructor runs."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.zero_centered and self.weight is not None:
+            torch.nn.init.zeros_(self.weight)
+
+    __prepare_scriptable__ = scriptable
+
+    def extra_repr(self) -> str:
+        defaults = {"zero_centered": False, "out_dtype": None, "rounding": "torch", "residual_dtype": None}
+        return super().extra_repr() + options_repr(self, **{k: v for k, v in defaults.items() if k in vars(self)})
