@@ -58,9 +58,10 @@ class CompilingDriver:
 
     def __init__(self, target: str):
         self.target, self.name = machine_code.TARGETS[target][0], target
+        self.handles = itertools.count(1)  # what Triton takes for the driver's function pointers
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: {"max_shared_mem": 2**20, "multiprocessor_count": MULTIPROCESSORS},
-            load_binary=lambda name, binary, shared, device: (object(), object(), 0, 0, 1024),
+            load_binary=lambda name, binary, shared, device: (object(), next(self.handles), 0, 0, 1024),
             unload_module=lambda module: None,
         )
 

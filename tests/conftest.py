@@ -43,6 +43,18 @@ def pytest_configure() -> None:
         raise pytest.UsageError(f"{reason}: pip install 'numpy<2.4'")
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if backend._triton is None or backend._triton.INTERPRETED:
+        return
+    from fastnorm.triton_kernels import plans
+
+    plans.CALLS_BEFORE = 0  # a test's one call is made by a plan
+    if SIMULATED:
+        import virtual_launches
+
+        virtual_launches.install(session.config._ptxsim)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items: list[pytest.Item]) -> None:
     """Marks what a card must show; `-m card` takes it in the order in which it matters."""

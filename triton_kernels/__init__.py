@@ -3,10 +3,11 @@
 from collections import ChainMap
 
 import torch
-import triton
+from triton.runtime import driver as driver
 
 from ..operators import OPERATORS
 from . import agc, batch_norm, group_norm, multi_tensor, row_norm
+from . import tables as tables
 from .launch import INTERPRETED as INTERPRETED
 
 # every operator's function, whichever of these modules has it
@@ -18,13 +19,13 @@ def device_type() -> str | None:
     """The type of the device that Triton's kernels run on: "cpu" in its interpreter, None where it finds no device."""
     if INTERPRETED:
         return "cpu"
-    if triton.runtime.driver._active is None and not torch.accelerator.is_available():
+    if driver._active is None and not torch.accelerator.is_available():
         return None
-    return triton.runtime.driver.active.get_active_torch_device().type
+    return driver.active.get_active_torch_device().type
 
 
 def serves(device: str) -> bool:
     """Whether tensors of this device type can be given to the kernels."""
-    if device == "cpu" and not INTERPRETED and triton.runtime.driver._active is None:
+    if device == "cpu" and not INTERPRETED and driver._active is None:
         return False  # a driver that runs on the CPU is set by hand; creating the card's only to ask it takes seconds
     return device_type() == device

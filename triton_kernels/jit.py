@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,15 @@ import torch
 import triton
 
 from . import launch
+
+
+class _Recorder(threading.local):
+    """Who is told of this thread's launches, note(compiled, grid, arguments), in the place of the device."""
+
+    note: Callable[[Any, tuple[int, ...], tuple], None] | None = None
+
+
+recorder = _Recorder()
 
 
 class Kernel(triton.JITFunction):
@@ -26,7 +36,11 @@ class Kernel(triton.JITFunction):
 
     def run(self, *arguments: Any, grid: tuple[int, ...], warmup: bool, **constants: Any) -> Any:
         """kernel[grid](*arguments, **constants): constants are all constexprs, by name, and the launch options."""
-        if warmup or self.pre_run_hooks or grid.__class__ is not tuple or _needs_jit():
+        if recorder.note is not None:
+            compiled = super().run(*arguments, grid=grid, warmup=True, **constants)
+            recorder.note(compiled, grid, arguments)
+            return compiled
+        if warmup or self.pre_run_hooks or grid.__class__ is not tuple or needs_jit():
             return super().run(*arguments, grid=grid, warmup=warmup, **constants)
         driver = triton.runtime.driver.active
         device = driver.get_current_device()
@@ -47,7 +61,7 @@ class Kernel(triton.JITFunction):
         return compiled
 
 
-def _needs_jit() -> bool:
+def needs_jit() -> bool:
     """Whether somebody watches launches or changes how kernels are compiled, as profilers and debuggers do."""
     runtime = triton.knobs.runtime
     before, after = runtime.launch_enter_hook, runtime.launch_exit_hook

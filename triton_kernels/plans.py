@@ -1,0 +1,213 @@
+"""Launch plans: what an operator does on the device, written down so that C++ can do it again (csrc/plans.cpp).
+
+The launcher runs once with its kernels compiled and not launched. What it allocates, copies and would launch is the
+plan. C++ keeps it by all that a launcher may look at: the operator, shapes, strides, dtypes, alignment, options, driver
+and device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import driver as drivers
+
+from .jit import needs_jit, recorder
+from .launch import INTERPRETED
+
+_EMPTY = {
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.new_empty_strided.default,
+}
+_LIBRARIES = {
+    "cuda": ("cuLaunchKernel", ("libcuda.so.1",)),
+    "hip": ("hipModuleLaunchKernel", ("libamdhip64.so", "libamdhip64.so.7", "libamdhip64.so.6")),
+}
+
+# What launches in place of the GPU's driver: the address of a C function with cuLaunchKernel's parameters, or a
+# function of Python, launcher(function, grid, values, tensors), whose values hold addresses in memory of the tensors.
+launcher: int | Callable[..., Any] | None = None
+
+# Calls of a combination that the launcher makes before its plan is worth making, which takes as long as five: the next
+# batch may have another number of rows.
+CALLS_BEFORE = 1
+
+
+class Plan(NamedTuple):
+    """What csrc/plans.cpp reads. Tensors are numbered: the call's, the results that are there, the temporaries.
+
+    results, temporaries: (shape, strides, dtype) of each; None for a result that is None.
+    steps: ("copy", to, from, offset, shape, strides) and ("launch", function, grid, threads, shared bytes, parameters);
+    a parameter is (−1, number), or (tensor, bytes from its first element).
+    kernels: what keeps the functions loaded.
+    """
+
+    results: list[tuple | None]
+    temporaries: list[tuple]
+    steps: list[tuple]
+    kernels: list[Any]
+
+
+class _NoPlan(Exception):
+    """The call does what C++ can't repeat."""
+
+
+class _Recording(TorchDispatchMode):
+    """Sees what a launcher allocates and copies; `note` is told what it would launch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Tensor] = []
+        self.steps: list[tuple] = []
+        self.is_plain = True
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function in _EMPTY:
+            self.made.append(result)
+        elif function is torch.ops.aten.clone.default:
+            self.made.append(result)
+            self.steps.append((args[0], result))
+        else:
+            self.is_plain &= function.is_view or function is torch.ops.aten._unsafe_view.default
+        return result
+
+    def note(self, compiled: Any, grid: tuple[int, ...], arguments: tuple) -> None:
+        if not isinstance(compiled, triton.compiler.CompiledKernel):  # another thread still compiles it
+            raise _NoPlan
+        self.steps.append((compiled, grid, arguments))
+
+
+def state(device_type: str) -> tuple | None:
+    """Driver, device, stream, launcher, CALLS_BEFORE of launches now; None where they must go through Triton's JIT."""
+    if INTERPRETED:
+        return None
+    driver = drivers.active
+    found = launcher if device_type == "cpu" or launcher is not None else _driver_launcher(driver)
+    if found is None or needs_jit():
+        return None
+    device = driver.get_current_device()
+    return driver, device, driver.get_current_stream(device), found, CALLS_BEFORE
+
+
+@functools.lru_cache(maxsize=4)
+def _driver_launcher(driver: Any) -> int | None:
+    """The address of the launch function in the GPU's driver, which Triton has loaded."""
+    name, libraries = _LIBRARIES[driver.get_current_target().backend]
+    for library in libraries:
+        try:
+            function = getattr(ctypes.CDLL(library, mode=os.RTLD_NOLOAD | os.RTLD_LAZY), name)
+        except (OSError, AttributeError):
+            continue
+        return ctypes.cast(function, ctypes.c_void_p).value
+    return None
+
+
+def launcher_of(name: str) -> Callable[..., Any]:
+    """The operator's launcher."""
+    from .. import triton_kernels
+
+    return getattr(triton_kernels, name)
+
+
+def record(name: str, arguments: tuple) -> Plan | None:
+    """The plan of an operator's call, which launches nothing; None where C++ can't repeat it."""
+    recording = _Recording()
+    try:
+        arguments = _apart(arguments)
+        recorder.note = recording.note
+        with recording:
+            results = launcher_of(name)(*arguments)
+        return _plan(recording, [a for a in arguments if isinstance(a, Tensor)], results)
+    except _NoPlan:
+        return None
+    finally:
+        recorder.note = None
+
+
+def _apart(arguments: tuple) -> tuple:
+    """The arguments; for tensors in memory of another one, which an address would not tell apart, some like them."""
+    storages = Counter(_storage(a) for a in arguments if isinstance(a, Tensor))
+    return tuple(_like(a) if isinstance(a, Tensor) and storages[_storage(a)] > 1 else a for a in arguments)
+
+
+def _like(tensor: Tensor) -> Tensor:
+    """Another tensor with the same shape, strides and alignment."""
+    if tensor.untyped_storage().nbytes() >= 2**31:
+        raise _NoPlan  # AMD's kernels are specialised on such a storage
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    offset = tensor.data_ptr() % 16 // tensor.element_size()
+    return tensor.new_empty(offset + extent).as_strided(tensor.shape, tensor.stride(), offset)
+
+
+def _plan(recording: _Recording, inputs: list[Tensor], results: Any) -> Plan:
+    results = results if isinstance(results, tuple) else (results,)
+    outputs = [result for result in results if result is not None]
+    made = {_storage(tensor): tensor for tensor in recording.made}
+    for output in outputs:
+        if made.pop(_storage(output), None) is None or output.nbytes != output.untyped_storage().nbytes():
+            raise _NoPlan  # a view, or an argument, or a part of memory with more in it
+    slots = [*inputs, *outputs, *made.values()]
+    place = {_storage(slot): i for i, slot in enumerate(slots)}
+    if not recording.is_plain or len(place) < len(slots):
+        raise _NoPlan
+    kernels = [step[0] for step in recording.steps if len(step) == 3]
+    steps = [_copy(place, slots, *step) if len(step) == 2 else _launch(place, slots, *step) for step in recording.steps]
+    layouts = [None if result is None else _layout(result) for result in results]
+    return Plan(layouts, [_layout(temporary) for temporary in made.values()], steps, kernels)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _layout(tensor: Tensor) -> tuple:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def _copy(place: dict[int, int], slots: list[Tensor], source: Tensor, target: Tensor) -> tuple:
+    origin = place[_storage(source)]
+    offset = source.storage_offset() - slots[origin].storage_offset()
+    return "copy", place[_storage(target)], origin, offset, tuple(source.shape), source.stride()
+
+
+def _launch(place: dict[int, int], slots: list[Tensor], compiled: Any, grid: tuple, arguments: tuple) -> tuple:
+    metadata = compiled.metadata
+    takes_more = ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl")
+    if any(getattr(metadata, name, None) for name in takes_more) or getattr(metadata, "num_ctas", 1) != 1:
+        raise _NoPlan
+    compiled.run  # noqa: B018  loads the function
+    parameters = [
+        (-1, int(value)) if not isinstance(value, Tensor) else _address(place, slots, value)
+        for value, kind in _flat(arguments, compiled.src.signature.values())
+    ]
+    grid = (*grid, 1, 1)[:3]
+    threads = metadata.target.warp_size * metadata.num_warps
+    return "launch", compiled.function, grid, threads, metadata.shared, parameters
+
+
+def _flat(arguments: Iterable, types: Iterable) -> Iterable[tuple[Any, str]]:
+    """The arguments that the compiled kernel takes, with their types: not those that it is specialised on."""
+    for argument, kind in zip(arguments, types, strict=False):  # constexprs come last, and are none of the arguments
+        if isinstance(kind, tuple):
+            yield from _flat(argument, kind)
+        elif kind != "constexpr":
+            if not kind.startswith(("*", "i", "u")):
+                raise _NoPlan  # a float's bits depend on the type
+            yield argument, kind
+
+
+def _address(place: dict[int, int], slots: list[Tensor], tensor: Tensor) -> tuple[int, int]:
+    slot = place[_storage(tensor)]
+    return slot, tensor.data_ptr() - slots[slot].data_ptr()
