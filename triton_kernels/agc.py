@@ -152,9 +152,13 @@ def multi_tensor_agc_(
     norm_type: float,
 ) -> None:  # fmt: skip
     """g = g · max_norm / max(‖g‖, 1e-6) for the units whose norm reaches max_norm = max(‖w‖, eps) · clip_factor."""
-    entries = zip(tables.entries_of(grads), tables.entries_of(params), units, strict=True)
-    pairs, device = tuple(Pair(*entry) for entry in entries), grads[0].device
-    for groups, long_units in tables.recent(pairs, device, lambda: parts(pairs, device)):
+    device, key = grads[0].device, (tables.list_key(grads), tables.list_key(params), tuple(units))
+
+    def make():
+        entries = zip(tables.entries_of(grads), tables.entries_of(params), units, strict=True)
+        return parts([Pair(*entry) for entry in entries], device)
+
+    for groups, long_units in tables.recent(key, device, make):
         for group in groups:
             launch_group(group, clip_factor, eps, norm_type)
         if long_units is not None:

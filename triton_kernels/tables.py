@@ -119,11 +119,15 @@ def entries_of(tensors: Sequence[Tensor]) -> tuple[Entry, ...]:
     return tuple(Entry(t.data_ptr(), t.numel(), t.dtype) for t in tensors)
 
 
+def list_key(tensors: Sequence[Tensor]) -> Hashable:
+    """A list's addresses, sizes and dtypes. fastnorm.backend puts the extension's, which is faster, in its place."""
+    return *map(Tensor.data_ptr, tensors), *map(Tensor.numel, tensors), *map(attrgetter("dtype"), tensors)
+
+
 def table_of(tensors: Sequence[Tensor]) -> Table:
-    """The list's table. A list that is known is found by its addresses, sizes and dtypes, before any entry is made."""
-    device, dtypes = tensors[0].device, map(attrgetter("dtype"), tensors)
-    key = (*map(Tensor.data_ptr, tensors), *map(Tensor.numel, tensors), *dtypes)
-    return recent(key, device, lambda: Table(entries_of(tensors), device))
+    """The list's table. A list that is known is found by its key, before any entry is made."""
+    device = tensors[0].device
+    return recent(list_key(tensors), device, lambda: Table(entries_of(tensors), device))
 
 
 def disjoint(entries: Sequence[Entry]) -> list[list[int]]:
@@ -177,9 +181,7 @@ def _layout(entries: Sequence[Entry], device: torch.device) -> Layout:
     order = sorted(range(len(entries)), key=lambda i: dtypes.index(entries[i].dtype))
     size = launch.piece_bytes(sum(entry.size * entry.dtype.itemsize for entry in entries))
     # at least one, so that every tensor gets its norm
-    counts = [
-        max(1, -(-(entries[i].lead + entries[i].size) * entries[i].dtype.itemsize // size)) for i in order
-    ]
+    counts = [max(1, -(-(entries[i].lead + entries[i].size) * entries[i].dtype.itemsize // size)) for i in order]
     firsts = list(accumulate(counts, initial=0))
     groups = []
     for dtype in dtypes:

@@ -1,0 +1,83 @@
+// What Python asks of lists of tensors: a loop in Python takes longer than the kernels that the answer is for.
+#include "lists.h"
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/object_ptr.h>
+
+#include <cstring>
+
+#include "arguments.h"
+
+namespace fastnorm {
+namespace {
+
+using at::Tensor;
+
+bool is_readable(const Tensor& tensor, const Tensor& first) {
+  return tensor.layout() == at::kStrided && !tensor.is_nested() && !tensor.is_neg() && !tensor._is_zerotensor() &&
+         tensor.device() == first.device() && takes(tensor.scalar_type()) && tensor.is_non_overlapping_and_dense();
+}
+
+// Calls visit(i, tensor) for each until it returns false; raises TypeError for what is no sequence of tensors.
+template <typename Visit>
+void each(PyObject* sequence, const Visit& visit) {
+  const THPObjectPtr fast(PySequence_Fast(sequence, "expected a sequence of tensors"));
+  if (!fast) {
+    throw python_error();
+  }
+  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(fast.get()); ++i) {
+    PyObject* const item = PySequence_Fast_GET_ITEM(fast.get(), i);
+    TORCH_CHECK_TYPE(THPVariable_Check(item), "expected tensors, but got ", Py_TYPE(item)->tp_name);
+    if (!visit(i, THPVariable_Unpack(item))) {
+      return;
+    }
+  }
+}
+
+PyObject* all_readable(PyObject*, PyObject* tensors) {
+  HANDLE_TH_ERRORS
+  bool found = true;
+  Tensor first;
+  each(tensors, [&](Py_ssize_t i, const Tensor& tensor) {
+    first = i == 0 ? tensor : first;
+    return found = is_readable(tensor, first);
+  });
+  return PyBool_FromLong(found);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* list_key(PyObject*, PyObject* tensors) {
+  HANDLE_TH_ERRORS
+  const Py_ssize_t count = PyObject_Size(tensors);
+  if (count < 0) {
+    throw python_error();
+  }
+  struct Entry {
+    const void* address;
+    int64_t size, type;
+  };
+  THPObjectPtr key(PyBytes_FromStringAndSize(nullptr, count * static_cast<Py_ssize_t>(sizeof(Entry))));
+  char* const bytes = PyBytes_AS_STRING(key.get());
+  each(tensors, [&](Py_ssize_t i, const Tensor& tensor) {
+    const Entry entry{tensor.data_ptr(), tensor.numel(), static_cast<int64_t>(tensor.scalar_type())};
+    std::memcpy(bytes + i * sizeof(Entry), &entry, sizeof(Entry));
+    return true;
+  });
+  return key.release();
+  END_HANDLE_TH_ERRORS
+}
+
+}  // namespace
+
+int add_list_functions(PyObject* module) {
+  static PyMethodDef methods[] = {
+      {"all_readable", all_readable, METH_O,
+       "all_readable(tensors): whether kernels can read all as they lie, and all are on one device"},
+      {"list_key", list_key, METH_O, "list_key(tensors): addresses, sizes and dtypes as bytes"},
+      {nullptr, nullptr, 0, nullptr}};
+  return PyModule_AddFunctions(module, methods);
+}
+
+}  // namespace fastnorm
