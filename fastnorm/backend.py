@@ -10,14 +10,17 @@ import importlib
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
+from functools import partial
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.compiler import is_compiling
 from torch.overrides import _get_current_function_mode_stack
 
 from . import operators, reference
+from .views import peculiarity
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,6 @@ def _family(family: str) -> tuple[str, ...]:
 ROW_NORMS, CHANNEL_NORMS, CLIPS = map(_family, ("row norm", "channel norm", "clip"))
 BACKENDS = ("triton", "native", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_KERNEL_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 # of torch.set_default_device, which minds factories alone, and of make_fx, which records operators
 _MODES_WITHOUT_INTEREST = ("torch.utils._device", "torch.fx.experimental.proxy_tensor")
 _REMEDIES = {
@@ -94,6 +96,13 @@ def _import(name: str, module: str) -> ModuleType | None:
         return None
 
 
+def _by_plans() -> SimpleNamespace:
+    plans = {name: partial(_native.call_operator, name) for name in operators.OPERATORS}
+    lists = {name: getattr(_triton, name) for name in plans if name.startswith("multi_tensor")}
+    _triton.tables.list_key = _native.list_key
+    return SimpleNamespace(**{**plans, **lists})
+
+
 _absent: dict[str, str] = {}
 _triton = _import("triton", ".triton_kernels")
 _native = _import("native", ".native")
@@ -102,6 +111,9 @@ _native_devices = () if _native is None else tuple(device for device in ("cpu", 
 _native_clip_devices = (
     () if _native is None else tuple(d for d in ("cpu", "cuda") if _native.serves(d, "multi_tensor_norm"))
 )
+_driver = None if _triton is None else _triton.driver
+# Triton's operators by their launch plans, which the extension keeps; lists of tensors have none
+_planned = None if _triton is None or _native is None else _by_plans()
 _library = None if _triton is None else operators.register("fastnorm_triton", _triton)
 
 
@@ -183,15 +195,42 @@ def _put_in_force() -> None:
         _forced = newest
 
 
+# who serves which device: Served in csrc/arguments.h
+_NATIVE_ON_CPU, _TRITON_ON_CPU, _TRITON_ON_GPU, _NATIVE_NAMED = 1, 2, 4, 8
+# the functions of native.calls for those that serve, with the setting and the driver that they hold for
+_served: tuple[str | None, object, dict[str, Callable[..., Any]]] | None = None
+
+
 def call_directly(op: str, *arguments: Any) -> Any:
-    """A native call with no option set, in one step; NotImplemented where another backend serves or `pick` must look.
+    """A norm in one step: one of csrc/calls.h's functions. NotImplemented where `pick` must look.
 
     What the arguments are is checked behind this, in C++: a short call costs more in Python than in its kernel.
     """
-    is_chosen = _forced == "native" or (_forced is None and not (_triton is not None and _triton.serves("cpu")))
-    if not is_chosen or "cpu" not in _native_devices or torch.compiler.is_compiling():
+    global _served
+    if is_compiling() or _native is None:
         return NotImplemented
-    return _native.direct[op](*arguments)
+    served, driver = _served, None if _driver is None else _driver._active
+    if served is None or served[0] is not _forced or served[1] is not driver:
+        served = _served = _forced, driver, _calls(_who_serves(driver))
+    return served[2][op](*arguments)
+
+
+def _calls(served: int) -> dict[str, Callable[..., Any]]:
+    return {op: partial(call, served) if served else lambda *_: NotImplemented for op, call in _native.calls.items()}
+
+
+def _who_serves(driver: object) -> int:
+    """Bits for the devices that C++ starts kernels on. Before Triton has a driver, it is left to `pick` to make one."""
+    if _triton is not None and _triton.INTERPRETED and _forced != "native":
+        return 0
+    by_triton = _forced in (None, "triton") and driver is not None
+    on = {
+        _TRITON_ON_CPU: by_triton and _triton.serves("cpu"),
+        _TRITON_ON_GPU: by_triton and _triton.serves("cuda"),
+        _NATIVE_ON_CPU: _forced in (None, "native") and "cpu" in _native_devices,
+        _NATIVE_NAMED: _forced == "native",
+    }
+    return sum(bit for bit, serves in on.items() if serves)
 
 
 def needs_formula(op: str, x: Any, *others: Any) -> bool:
@@ -229,7 +268,7 @@ def pick(op: str, x: torch.Tensor) -> Any | None:
     # a compiled graph, or a dispatch mode that looks on, needs operators that the dispatcher knows
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(x) is FakeTensor:
         return torch.ops.fastnorm_triton
-    return _triton
+    return _triton if _native is None or _triton.INTERPRETED else _planned
 
 
 def refuse_formula(op: str, reason: str) -> None:
@@ -287,24 +326,6 @@ def _obstacle(x: Any, *others: Any) -> str | None:
         elif tensor is not None or x is None:
             return None
     return obstacle
-
-
-def peculiarity(tensor: torch.Tensor, compiling: bool = False) -> str | None:
-    """Why a kernel can't read the tensor. Of a subclass, nothing but its type is asked."""
-    if type(tensor) not in _KERNEL_TYPES and not compiling:
-        return f"{type(tensor).__name__} is a subclass with its own dispatch"
-    if tensor.layout is not torch.strided:
-        return f"no kernel for the layout {tensor.layout}"
-    if tensor.is_nested:
-        return "no kernel for nested tensors"
-    if compiling:
-        return None
-    if tensor.is_neg():
-        return "its sign is still to be changed"
-    functorch = torch._C._functorch
-    if functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor):
-        return "batches of gradients need PyTorch's operations"
-    return "zeros that are nowhere in memory" if tensor._is_zerotensor() else None
 
 
 def onlooker() -> str | None:

@@ -145,7 +145,7 @@ def setup_arguments(csrc: str) -> dict[str, Any]:
     openmp = [flag for flag in flags() if flag == "-fopenmp"]
     extension = (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(
         "fastnorm._C",
-        [f"{csrc}/ops.cpp", *sorted(glob(f"{csrc}/cpu/*.cpp") + glob(f"{csrc}/cuda/*.c*[pu]") * cuda)],
+        [*sorted(glob(f"{csrc}/*.cpp") + glob(f"{csrc}/cpu/*.cpp") + glob(f"{csrc}/cuda/*.c*[pu]") * cuda)],
         define_macros=[("FASTNORM_CXX_FLAGS", f'"{" ".join(flags())}"'), *([("FASTNORM_CUDA", "1")] if cuda else [])],
         extra_compile_args={
             "cxx": [*flags(), CXX_STANDARD, "-g0", "-fvisibility=hidden"],

@@ -5,7 +5,7 @@ reason, where the extension isn't built. y, h and dx of a row do not depend on t
 the number of threads; between instruction sets results may differ in their last bits.
 """
 
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -39,10 +39,16 @@ def _misfit(difference: str) -> ImportError:
 
 
 globals().update({name: _define(operator) for name, operator in operators.OPERATORS.items()})
-all_readable = _C.all_readable  # whether kernels can read all tensors of a list as they lie, and all on one device
+all_readable, list_key = _C.all_readable, _C.list_key  # of lists of tensors: see csrc/lists.h
 
-# Whole calls on plain CPU tensors, autograd included; they return NotImplemented for what is wrong or not plain.
-direct = {name: getattr(_C, name) for name in ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")}
+# Whole calls, autograd included, as csrc/calls.h has them; NotImplemented for what is wrong or not plain.
+_row_norms = enumerate(("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"))
+calls = {name: partial(_C.row_norm, number) for number, name in _row_norms}
+calls |= {"batch_norm": _C.batch_norm, "group_norm": _C.group_norm}
+# an operator of the Triton backend by its launch plan, call_operator(name, *arguments), and how many plans there are
+call_operator, plan_count = _C.call_operator, _C.plan_count
+# the address of a C function with the parameters of cuLaunchKernel, for measuring the host's time
+LAUNCH_NOTHING = _C.LAUNCH_NOTHING
 
 
 def build_info() -> dict[str, object]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .operators import list_dtype
-from .views import ChannelView, suggested_format
+from .views import ChannelView, peculiarity, suggested_format
 
 
 def row_norm(
@@ -302,7 +302,7 @@ def row_norm_gradients(
     zero_centered: bool,
     cast_dtype: torch.dtype | None,
 ) -> list[Tensor | None]:
-    """The gradients of x or h, weight and bias, which are `inputs`, by the formula; csrc/cpu/calls.cpp asks for it."""
+    """The gradients of x or h, weight and bias, which are `inputs`, by the formula; csrc asks for it too."""
 
     def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return row_norm(x, shape, weight, bias, eps, subtract_mean, zero_centered, cast_dtype, dy.dtype)
@@ -313,12 +313,30 @@ def row_norm_gradients(
     return gradients(formula, inputs, dy)
 
 
-def plain_gradients(
-    op: str, inputs: Sequence[Tensor | None], dy: Tensor, shape: Sequence[int], eps: float
+def group_norm_gradients(
+    inputs: Sequence[Tensor | None], dy: Tensor, groups: int, eps: float, silu: bool
 ) -> list[Tensor | None]:
-    """`row_norm_gradients` without options, as csrc/cpu/calls.cpp asks for them."""
-    inputs = (*inputs, None)[:3]
-    return row_norm_gradients(inputs, dy, shape, eps, op == "layer_norm", False, None)
+    """`gradients` of group_norm for x, weight and bias; csrc asks for it too."""
+    return gradients(lambda x, w, b: group_norm(x, groups, w, b, eps, silu, dy.dtype), inputs, dy)
+
+
+def batch_norm_gradients(
+    inputs: Sequence[Tensor | None], dy: Tensor, mask: Tensor | None, running: tuple[Tensor, Tensor] | None,
+    memory_format: torch.memory_format, eps: float, residual_dtype: torch.dtype | None,
+) -> list[Tensor | None]:  # fmt: skip
+    """`gradients` of batch_norm for x, residual, weight and bias; csrc asks for it too.
+
+    inputs: x, weight and bias. running: None in training. residual_dtype: None where its gradient is not wanted.
+    """
+    dz = masked(dy, mask, memory_format)
+    if peculiarity(dz) is None:  # stock's backward misreads one of other strides where some sizes are 1
+        dz = dz.contiguous(memory_format=memory_format)
+
+    def formula(x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
+        return batch_norm(x, None, w, b, running, running is None, 0.0, eps, False)
+
+    dx, dweight, dbias = gradients(formula, inputs, dz.to(inputs[0].dtype))
+    return [dx, None if residual_dtype is None else dz.to(residual_dtype), dweight, dbias]
 
 
 def _applied(weight: Tensor | None, zero_centered: bool, dtype: torch.dtype) -> Tensor | None:

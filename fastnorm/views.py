@@ -10,9 +10,29 @@ import math
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
+_KERNEL_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 _CHANNELS_LAST = {4: (1, 3, 2, 0), 5: (1, 4, 3, 2, 0)}  # dimensions, from the one whose elements are adjacent
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def peculiarity(tensor: Tensor, compiling: bool = False) -> str | None:
+    """Why a kernel can't read the tensor. Of a subclass, nothing but its type is asked."""
+    if type(tensor) not in _KERNEL_TYPES and not compiling:
+        return f"{type(tensor).__name__} is a subclass with its own dispatch"
+    if tensor.layout is not torch.strided:
+        return f"no kernel for the layout {tensor.layout}"
+    if tensor.is_nested:
+        return "no kernel for nested tensors"
+    if compiling:
+        return None
+    if tensor.is_neg():
+        return "its sign is still to be changed"
+    functorch = torch._C._functorch
+    if functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor):
+        return "batches of gradients need PyTorch's operations"
+    return "zeros that are nowhere in memory" if tensor._is_zerotensor() else None
 
 
 def as_rows(x: Tensor | None, dims: int) -> Tensor | None:

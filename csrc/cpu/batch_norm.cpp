@@ -5,6 +5,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "channel_norms.h"
 #include "channel_passes.h"
 #include "views.h"
 
@@ -103,6 +104,8 @@ double update_factor(const optional<Tensor>& factor, double momentum) {
   return *factor->const_data_ptr<float>();
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
     const Tensor& x, const optional<Tensor>& residual, const optional<Tensor>& weight, const optional<Tensor>& bias,
     const optional<Tensor>& running_mean, const optional<Tensor>& running_var, const optional<Tensor>& factor,
@@ -144,6 +147,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
   });
 }
 
+
 std::tuple<Tensor, Tensor> batch_norm_evaluation(const Tensor& x, const optional<Tensor>& residual,
                                                  const optional<Tensor>& weight, const optional<Tensor>& bias,
                                                  const Tensor& running_mean, const Tensor& running_var, double eps,
@@ -169,6 +173,8 @@ std::tuple<Tensor, Tensor> batch_norm_evaluation(const Tensor& x, const optional
     return {call.y, call.mask};
   });
 }
+
+namespace {
 
 Tensor batch_norm_statistics(const Tensor& x, at::MemoryFormat memory_format) {
   const ChannelView view(x, memory_format, true);
@@ -291,6 +297,8 @@ void add_up_sums(const SumsPass<S>& sums, const Plan& plan, int64_t pool, const 
   });
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& dy, const optional<Tensor>& mask,
                                                                const Tensor& x, const optional<Tensor>& weight,
                                                                const Tensor& mean, const Tensor& rstd, bool training,
@@ -333,6 +341,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& dy,
             channel_tensor(found[0], channels, dbias_dtype)};
   });
 }
+
+namespace {
 
 Tensor batch_norm_backward_sums(const Tensor& dy, const optional<Tensor>& mask, const Tensor& x, const Tensor& mean,
                                 const Tensor& rstd, at::MemoryFormat memory_format) {

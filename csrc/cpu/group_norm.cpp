@@ -5,6 +5,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "channel_norms.h"
 #include "channel_passes.h"
 #include "views.h"
 
@@ -76,6 +77,8 @@ std::pair<double, double> merge_channels(const double* mean, const double* squar
   return {group_mean, group_square_sum};
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> group_norm_forward(const Tensor& x, int64_t groups, const optional<Tensor>& weight,
                                                       const optional<Tensor>& bias, double eps,
                                                       at::MemoryFormat memory_format, bool silu,
@@ -118,6 +121,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_forward(const Tensor& x, int64_t g
   });
 }
 
+namespace {
+
 // Σ_n of what each sample's channel has.
 template <typename S>
 void sum_samples(const Call<S>& call, const double* values, double* totals) {
@@ -126,6 +131,8 @@ void sum_samples(const Call<S>& call, const double* values, double* totals) {
     rows<double>().add_to_total(values + n * call.channels, totals, call.channels);
   }
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_backward(const Tensor& dy, const Tensor& x, int64_t groups,
                                                        const optional<Tensor>& weight, const optional<Tensor>& bias,
@@ -189,7 +196,6 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_backward(const Tensor& dy, const T
   });
 }
 
-}  // namespace
 
 TORCH_LIBRARY_IMPL(fastnorm, CPU, m) {
   m.impl("group_norm_forward", &group_norm_forward);

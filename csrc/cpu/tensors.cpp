@@ -84,6 +84,8 @@ void fault_in(void* data, size_t bytes) {
 void check_tensor(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes) {
   TORCH_CHECK(tensor.device().is_cpu(), "fastnorm: expected ", name, " on the CPU, got ", tensor.device());
   TORCH_CHECK(tensor.sizes() == sizes, "fastnorm: expected ", name, " of shape ", sizes, ", got ", tensor.sizes());
+  TORCH_CHECK(tensor.unsafeGetTensorImpl()->storage_initialized(), "fastnorm: the memory of ", name,
+              " is gone: its storage was resized to 0");
   dtype_from(tensor.scalar_type());
 }
 

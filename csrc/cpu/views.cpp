@@ -63,6 +63,7 @@ at::Tensor ChannelView::make_result(at::ScalarType type) const { return empty(sh
 at::Tensor ChannelView::make_mask(bool wanted) const { return wanted ? empty(mask_sizes_, at::kByte) : at::Tensor(); }
 
 void ChannelView::check_mask(const at::Tensor& mask) const {
+  TORCH_CHECK(mask.unsafeGetTensorImpl()->storage_initialized(), "fastnorm: the memory of mask is gone");
   TORCH_CHECK(mask.device().is_cpu() && mask.scalar_type() == at::kByte && mask.sizes() == mask_sizes() &&
                   (mask.size(2) <= 1 || mask.stride(2) == 1),
               "fastnorm: expected mask in uint8 on the CPU, without gaps in its rows, of shape ", mask_sizes(),

@@ -64,16 +64,11 @@ def _batch_norm_gradients(ctx: Any, dy: Tensor):
     """(dx, dresidual, dweight, dbias)."""
     x, weight, bias, mean, scale, mask = ctx.saved_tensors
     if backend.backward_needs_formula(dy):
-        dz = reference.masked(dy, mask, ctx.memory_format)
-        if backend.peculiarity(dz) is None:  # stock's backward misreads one of other strides where some sizes are 1
-            dz = dz.contiguous(memory_format=ctx.memory_format)
-        dx, dweight, dbias = reference.gradients(
-            lambda x, w, b: reference.batch_norm(
-                x, None, w, b, None if ctx.training else (mean, scale), ctx.training, 0.0, ctx.eps, False
-            ),
-            (x, weight, bias), dz.to(x.dtype),
-        )  # fmt: skip
-        return dx, dz.to(ctx.residual_dtype) if ctx.needs_input_grad[1] else None, dweight, dbias
+        running = None if ctx.training else (mean, scale)
+        residual_dtype = ctx.residual_dtype if ctx.needs_input_grad[1] else None
+        return reference.batch_norm_gradients(
+            (x, weight, bias), dy, mask, running, ctx.memory_format, ctx.eps, residual_dtype
+        )
     if not ctx.training:
         mean, scale = running_moments(mean, scale, ctx.eps, x)
     wants_residual = ctx.needs_input_grad[1]
@@ -127,6 +122,11 @@ def batch_norm(
     Source: torch.nn.functional.batch_norm; Ioffe & Szegedy, "Batch Normalization", 2015.
     """
     relu = check_activation("batch_norm", activation, "relu")
+    y = backend.call_directly(
+        "batch_norm", input, running_mean, running_var, weight, bias, training, momentum, eps, residual, relu
+    )
+    if y is not NotImplemented:
+        return y
     running = None if running_mean is None and running_var is None else (running_mean, running_var)
     if backend.needs_formula("batch_norm", input, residual, weight, bias, running_mean, running_var):
         input = autocast("batch_norm", input)

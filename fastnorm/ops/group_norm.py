@@ -31,17 +31,15 @@ class GroupNormFunction(torch.autograd.Function):
         memory_format = suggested_format(x)
         y, mean, rstd = impl.group_norm_forward(x, groups, weight, bias, eps, memory_format, silu, out_dtype)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
-        ctx.impl, ctx.memory_format, ctx.options = impl, memory_format, (groups, eps, silu, out_dtype)
+        ctx.impl, ctx.memory_format, ctx.options = impl, memory_format, (groups, eps, silu)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy):
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        groups, eps, silu, out_dtype = ctx.options
+        groups, eps, silu = ctx.options
         if backend.backward_needs_formula(dy):
-            gradients = reference.gradients(
-                lambda x, w, b: reference.group_norm(x, groups, w, b, eps, silu, out_dtype), (x, weight, bias), dy
-            )
+            gradients = reference.group_norm_gradients((x, weight, bias), dy, groups, eps, silu)
             return *gradients, None, None, None, None, None
         dx, dweight, dbias = ctx.impl.group_norm_backward(
             dy, x, groups, weight, bias, mean, rstd, ctx.memory_format, silu,
@@ -75,6 +73,9 @@ def group_norm(
     Source: torch.nn.functional.group_norm; Wu & He, "Group Normalization", 2018.
     """
     silu = check_activation("group_norm", activation, "silu")
+    y = backend.call_directly("group_norm", input, num_groups, weight, bias, eps, silu)
+    if y is not NotImplemented:
+        return y
     if backend.needs_formula("group_norm", input, weight, bias):
         out_dtype = result_dtype("group_norm", input, None)
         return reference.group_norm(input, num_groups, weight, bias, eps, silu, out_dtype)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from .. import backend
 from .arguments import check_dtype
 from .row_norm import RowNorm, check_options, row_norm
 from .symbolic import Overridden
@@ -40,16 +39,13 @@ def layer_norm(
     Raises what torch.nn.functional.layer_norm raises. A negative eps is no error: y is NaN where var + eps < 0.
     Source: torch.nn.functional.layer_norm; Ba, Kiros & Hinton, "Layer Normalization", 2016.
     """
-    if out_dtype is None and not zero_centered:
-        y = backend.call_directly("layer_norm", input, normalized_shape, weight, bias, eps)
-        if y is not NotImplemented:
-            return y
-    options = {"zero_centered": zero_centered, "out_dtype": out_dtype}
     try:
-        return row_norm("layer_norm", input, None, normalized_shape, weight, bias, eps, **options)
+        return row_norm("layer_norm", input, None, normalized_shape, weight, bias, eps, zero_centered, out_dtype)
     except Overridden:
-        tensors = input, weight, bias
-        return handle_torch_function(layer_norm, tensors, input, normalized_shape, weight, bias, eps, **options)
+        return handle_torch_function(
+            layer_norm, (input, weight, bias), input, normalized_shape, weight, bias, eps,
+            zero_centered=zero_centered, out_dtype=out_dtype,
+        )  # fmt: skip
 
 
 def add_layer_norm(
@@ -72,18 +68,16 @@ def add_layer_norm(
 
     Returns (y, h). y is computed from the rounded h. Gradients flow through both.
     """
-    if out_dtype is None and residual_dtype is None and not zero_centered:
-        outputs = backend.call_directly("add_layer_norm", x, residual, normalized_shape, weight, bias, eps)
-        if outputs is not NotImplemented:
-            return outputs
-    options = {"zero_centered": zero_centered, "out_dtype": out_dtype, "residual_dtype": residual_dtype}
     try:
-        return row_norm("add_layer_norm", x, residual, normalized_shape, weight, bias, eps, **options)
+        return row_norm(
+            "add_layer_norm", x, residual, normalized_shape, weight, bias, eps,
+            zero_centered, out_dtype, residual_dtype,
+        )  # fmt: skip
     except Overridden:
-        tensors = x, residual, weight, bias
         return handle_torch_function(
-            add_layer_norm, tensors, x, residual, normalized_shape, weight, bias, eps, **options
-        )
+            add_layer_norm, (x, residual, weight, bias), x, residual, normalized_shape, weight, bias, eps,
+            zero_centered=zero_centered, out_dtype=out_dtype, residual_dtype=residual_dtype,
+        )  # fmt: skip
 
 
 class LayerNorm(RowNorm, torch.nn.LayerNorm):

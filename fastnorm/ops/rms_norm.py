@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from .. import backend
 from .arguments import check_dtype
 from .row_norm import RowNorm, check_options, row_norm
 from .symbolic import Overridden
@@ -41,16 +40,15 @@ def rms_norm(
     Raises what torch.nn.functional.rms_norm raises. A negative eps is no error: y is NaN where mean(x²) + eps < 0.
     Source: torch.nn.functional.rms_norm; Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019.
     """
-    if out_dtype is None and rounding == "torch" and not zero_centered:
-        y = backend.call_directly("rms_norm", input, normalized_shape, weight, eps)
-        if y is not NotImplemented:
-            return y
-    options = {"zero_centered": zero_centered, "out_dtype": out_dtype, "rounding": rounding}
     try:
-        return row_norm("rms_norm", input, None, normalized_shape, weight, None, eps, **options)
+        return row_norm(
+            "rms_norm", input, None, normalized_shape, weight, None, eps, zero_centered, out_dtype, rounding=rounding
+        )
     except Overridden:
-        tensors = input, weight
-        return handle_torch_function(rms_norm, tensors, input, normalized_shape, weight, eps, **options)
+        return handle_torch_function(
+            rms_norm, (input, weight), input, normalized_shape, weight, eps,
+            zero_centered=zero_centered, out_dtype=out_dtype, rounding=rounding,
+        )  # fmt: skip
 
 
 def add_rms_norm(
@@ -73,17 +71,16 @@ def add_rms_norm(
 
     Returns (y, h). y is computed from the rounded h. Gradients flow through both.
     """
-    if out_dtype is None and residual_dtype is None and rounding == "torch" and not zero_centered:
-        outputs = backend.call_directly("add_rms_norm", x, residual, normalized_shape, weight, eps)
-        if outputs is not NotImplemented:
-            return outputs
-    options = {"zero_centered": zero_centered, "out_dtype": out_dtype, "residual_dtype": residual_dtype}
-    options["rounding"] = rounding
     try:
-        return row_norm("add_rms_norm", x, residual, normalized_shape, weight, None, eps, **options)
+        return row_norm(
+            "add_rms_norm", x, residual, normalized_shape, weight, None, eps,
+            zero_centered, out_dtype, residual_dtype, rounding,
+        )  # fmt: skip
     except Overridden:
-        tensors = x, residual, weight
-        return handle_torch_function(add_rms_norm, tensors, x, residual, normalized_shape, weight, eps, **options)
+        return handle_torch_function(
+            add_rms_norm, (x, residual, weight), x, residual, normalized_shape, weight, eps,
+            zero_centered=zero_centered, out_dtype=out_dtype, residual_dtype=residual_dtype, rounding=rounding,
+        )  # fmt: skip
 
 
 class RMSNorm(RowNorm, torch.nn.RMSNorm):

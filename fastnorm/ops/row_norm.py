@@ -19,42 +19,38 @@ class RowNormFunction(torch.autograd.Function):
     """h = x + residual; y = (h − mean) · rstd · w + b. Returns y and h, without a residual y alone."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x, residual, weight, bias, impl, shape, eps, subtract_mean, zero_centered, cast_dtype, out_dtype,
-        residual_dtype,
-    ):  # fmt: skip
-        y, h, mean, rstd = impl.row_norm_forward(
-            x, residual, len(shape), weight, bias, eps, subtract_mean, zero_centered, cast_dtype, out_dtype,
-            residual_dtype,
-        )  # fmt: skip
+    def forward(ctx: Any, x, residual, weight, bias, impl, shape, options, dtypes):
+        """options: eps, subtract_mean, zero_centered, cast_dtype. dtypes: of y and h."""
+        y, h, mean, rstd = impl.row_norm_forward(x, residual, len(shape), weight, bias, *options, *dtypes)
         ctx.save_for_backward(x if residual is None else h, weight, bias, mean, rstd)
-        ctx.impl, ctx.shape, ctx.options = impl, shape, (eps, subtract_mean, zero_centered, cast_dtype)
+        ctx.impl, ctx.shape, ctx.options = impl, shape, options
         ctx.dtypes = x.dtype, None if residual is None else residual.dtype
         ctx.set_materialize_grads(False)  # the last block's h goes nowhere, and its gradient is then not read
         return y if residual is None else (y, h)
 
     @staticmethod
     def backward(ctx: Any, dy, dh=None):
-        return *_gradients(ctx, dy, dh), None, None, None, None, None, None, None, None
+        if dy is None or backend.backward_needs_formula(dy, dh):
+            return *_gradients_by_formula(ctx, dy, dh), None, None, None, None
+        h, weight, bias, mean, rstd = ctx.saved_tensors
+        _, wants_dresidual, wants_dweight, wants_dbias, *_ = ctx.needs_input_grad
+        _, _, zero_centered, cast_dtype = ctx.options
+        dx, dresidual, dweight, dbias = ctx.impl.row_norm_backward(
+            dy, dh, h, len(ctx.shape), weight, mean, rstd, zero_centered, cast_dtype, *ctx.dtypes,
+            weight.dtype if wants_dweight else None, bias.dtype if wants_dbias else None,
+        )  # fmt: skip
+        if dresidual is None and wants_dresidual:
+            dresidual = dx
+        return dx, dresidual, dweight, dbias, None, None, None, None
 
 
-def _gradients(ctx: Any, dy, dh):
-    """(dx, dresidual, dweight, dbias)."""
-    h, weight, bias, mean, rstd = ctx.saved_tensors
-    if dy is None:  # y was not used
-        return *reference.stream_gradients(dh, *ctx.dtypes), None, None
-    _, _, zero_centered, cast_dtype = ctx.options
-    if backend.backward_needs_formula(dy, dh):
-        dnorm, dweight, dbias = reference.row_norm_gradients((h, weight, bias), dy, ctx.shape, *ctx.options)
-        total = dnorm if dh is None else dnorm + dh
-        return *reference.stream_gradients(total, *ctx.dtypes), dweight, dbias
-    dx, dresidual, dweight, dbias = ctx.impl.row_norm_backward(
-        dy, dh, h, len(ctx.shape), weight, mean, rstd, zero_centered, cast_dtype, *ctx.dtypes,
-        weight.dtype if ctx.needs_input_grad[2] else None, bias.dtype if ctx.needs_input_grad[3] else None,
-    )  # fmt: skip
-    if dresidual is None and ctx.needs_input_grad[1]:
-        dresidual = dx
-    return dx, dresidual, dweight, dbias
+def _gradients_by_formula(ctx: Any, dy, dh):
+    """(dx, dresidual, dweight, dbias); dy is None where y was not used."""
+    total, dweight, dbias = dh, None, None
+    if dy is not None:
+        total, dweight, dbias = reference.row_norm_gradients(ctx.saved_tensors[:3], dy, ctx.shape, *ctx.options)
+        total = total if dh is None else total + dh
+    return *reference.stream_gradients(total, *ctx.dtypes), dweight, dbias
 
 
 def row_norm(
@@ -65,46 +61,50 @@ def row_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float | None,
-    *,
     zero_centered: bool,
     out_dtype: torch.dtype | None,
     residual_dtype: torch.dtype | None = None,
     rounding: str = "torch",
-):
-    """The functional with this name, from the checks on: y, or (y, h). Raises Overridden, as `check` does."""
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The functional with this name: y, or (y, h). Raises Overridden, as `check` does."""
+    outputs = backend.call_directly(
+        op, x, residual, normalized_shape, weight, bias, eps, zero_centered, out_dtype, residual_dtype, rounding
+    )
+    if outputs is not NotImplemented:
+        return outputs
     stock = op.removeprefix("add_")
-    subtract_mean = stock == "layer_norm"
+    subtract_mean, cast_dtype = stock == "layer_norm", None
     is_readable = not backend.needs_formula(op, x, residual, weight, bias)
     if is_readable:
         normalized_shape, eps = check(op, x, normalized_shape, eps, weight, bias, residual=residual)
     check_options(op, out_dtype, residual_dtype, rounding)
-    cast_dtype = None
     if rounding == "torch":
         out_dtype = result_dtype(stock, x, out_dtype)
     else:
         cast_dtype = x.dtype
         out_dtype = out_dtype or (x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype))
-    if residual is None:
-        x = reference.stream(x, None, residual_dtype)
-        residual_dtype, h_dtype = None, x.dtype
-    else:
-        h_dtype = residual_dtype = residual_dtype or torch.promote_types(x.dtype, residual.dtype)
+    if residual is not None:
+        residual_dtype = residual_dtype or torch.promote_types(x.dtype, residual.dtype)
+    elif residual_dtype is not None:
+        x, residual_dtype = x.to(residual_dtype), None
     if eps is None and not subtract_mean:
-        eps = torch.finfo(reference.stat_dtype(h_dtype)).eps
-    options = eps, subtract_mean, zero_centered, cast_dtype, out_dtype
+        eps = torch.finfo(reference.stat_dtype(residual_dtype or x.dtype)).eps
+    options, dtypes = (eps, subtract_mean, zero_centered, cast_dtype), (out_dtype, residual_dtype)
     impl = backend.pick(stock if residual is None else op, x) if is_readable else None
     if impl is None or x.numel() == 0:
         h = reference.stream(x, residual, residual_dtype)
-        y = reference.row_norm(h, normalized_shape, weight, bias, *options)
+        y = reference.row_norm(h, normalized_shape, weight, bias, *options, out_dtype)
+    elif residual is None:
+        h, y = x, RowNormFunction.apply(x, None, weight, bias, impl, normalized_shape, options, dtypes)
     else:
-        h, y = x, RowNormFunction.apply(x, residual, weight, bias, impl, normalized_shape, *options, residual_dtype)
-        if residual is not None:
-            return y
+        return RowNormFunction.apply(x, residual, weight, bias, impl, normalized_shape, options, dtypes)
     return y if stock == op else (y, h)
 
 
 def check_options(op: str, out_dtype: Any, residual_dtype: Any = None, rounding: str = "torch") -> None:
     """Raises what is wrong with the keyword arguments."""
+    if rounding == "torch" and out_dtype is residual_dtype is None:
+        return
     if rounding not in ROUNDINGS:
         raise ValueError(f"{op}(): rounding must be one of {', '.join(ROUNDINGS)}, but got {rounding!r}")
     check_dtype(op, "out_dtype", out_dtype)

@@ -1,0 +1,360 @@
+// Whole calls of batch_norm and group_norm from Python, as row_norm_calls.cpp has them of the row norms.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/batch_norm.h>
+#include <ATen/ops/rsqrt.h>
+#include <ATen/record_function.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "arguments.h"
+#include "calls.h"
+#include "cpu/channel_norms.h"
+#include "plans.h"
+
+namespace fastnorm {
+namespace {
+
+using at::MemoryFormat;
+using at::ScalarType;
+using at::Tensor;
+using std::optional;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// The dtype of a parameter's gradient, if it is wanted; counts the tensors that were given.
+optional<ScalarType> wanted(AutogradContext* ctx, const Tensor& tensor, size_t& index) {
+  if (!tensor.defined()) {
+    return std::nullopt;
+  }
+  return ctx->needs_input_grad(index++) ? optional(tensor.scalar_type()) : std::nullopt;
+}
+
+// ---- group_norm
+
+struct GroupOptions {
+  bool on_triton, silu;
+  int64_t groups;
+  MemoryFormat format;
+  double eps;
+};
+
+struct GroupCall {
+  GroupOptions options;
+  Tensor x, weight, bias;
+  ScalarType out_dtype;
+};
+
+using GroupForward = std::tuple<Tensor, Tensor, Tensor>;  // y, mean, rstd
+
+GroupForward group_forward(const GroupCall& call) {
+  const GroupOptions& o = call.options;
+  if (!o.on_triton) {
+    return cpu::group_norm_forward(call.x, o.groups, given(call.weight), given(call.bias), o.eps, o.format, o.silu,
+                                   call.out_dtype);
+  }
+  const auto results = plans::call("group_norm_forward", {call.x, o.groups, call.weight, call.bias, o.eps, o.format,
+                                                          o.silu, optional(call.out_dtype)});
+  return {results.at(0), results.at(1), results.at(2)};
+}
+
+struct GroupNormFunction : torch::autograd::Function<GroupNormFunction> {
+  // The tensors are those of the call once more: this class finds only arguments of its own.
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const optional<Tensor>&, const optional<Tensor>&,
+                        const GroupCall* call) {
+    const auto [y, mean, rstd] = group_forward(*call);
+    const GroupOptions& o = call->options;
+    ctx->save_for_backward({x, call->weight, call->bias, mean, rstd});
+    ctx->saved_data["options"] = std::vector<int64_t>{o.on_triton, o.silu, o.groups, static_cast<int64_t>(o.format)};
+    ctx->saved_data["eps"] = o.eps;
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &dy = grads[0], &x = saved[0], &weight = saved[1], &bias = saved[2], &mean = saved[3],
+                 &rstd = saved[4];
+    const auto o = ctx->saved_data["options"].toIntVector();
+    const bool on_triton = o[0], silu = o[1];
+    const auto format = static_cast<MemoryFormat>(o[3]);
+    if (!kernels_take({dy, x, weight, bias, mean, rstd})) {
+      const pybind11::gil_scoped_acquire gil;
+      auto found = by_formula("group_norm_gradients", {x, weight, bias}, dy, o[2], ctx->saved_data["eps"].toDouble(),
+                              silu);
+      found.emplace_back();
+      return found;
+    }
+    size_t index = 1;
+    const auto dweight_dtype = wanted(ctx, weight, index), dbias_dtype = wanted(ctx, bias, index);
+    if (on_triton) {
+      auto found = plans::call("group_norm_backward", {dy, x, o[2], weight, bias, mean, rstd, format, silu,
+                                                       dweight_dtype, dbias_dtype});
+      found.emplace_back();
+      return found;
+    }
+    auto [dx, dweight, dbias] = cpu::group_norm_backward(dy, x, o[2], given(weight), given(bias), mean, rstd, format,
+                                                         silu, dweight_dtype, dbias_dtype);
+    return {dx, dweight, dbias, Tensor()};
+  }
+};
+
+// Reads (served, x, num_groups, weight, bias, eps, silu).
+bool read(PyObject* const* args, GroupCall& call) {
+  GroupOptions& o = call.options;
+  Tensor& x = call.x;
+  if (!unpack(args[1], x) || x.numel() == 0 || x.dim() < 2 || !PyLong_CheckExact(args[2])) {
+    return false;
+  }
+  o.groups = PyLong_AsLongLong(args[2]);
+  const auto triton = on_triton(PyLong_AsLongLong(args[0]), x);
+  if (PyErr_Occurred() || o.groups < 1 || x.size(1) % o.groups != 0 || x.numel() == x.size(0) * o.groups || !triton ||
+      !unpack_optional(args[3], {x.size(1)}, x.device(), call.weight) ||
+      !unpack_optional(args[4], {x.size(1)}, x.device(), call.bias) || !unpack_float(args[5], o.eps) ||
+      !unpack_bool(args[6], o.silu)) {
+    PyErr_Clear();  // a number beyond 64 bits
+    return false;
+  }
+  o.on_triton = *triton;
+  o.format = x.suggest_memory_format();
+  call.out_dtype = autocasts("aten::group_norm", x) ? at::kFloat : x.scalar_type();
+  return nobody_looks_on();
+}
+
+PyObject* group_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 7, "group_norm takes 7 arguments, but got ", count);
+  GroupCall call{};
+  if (!read(args, call)) {
+    Py_RETURN_NOTIMPLEMENTED;
+  }
+  Tensor y;
+  {
+    const pybind11::gil_scoped_release no_gil;
+    RECORD_FUNCTION("fastnorm::group_norm", std::vector<c10::IValue>({call.x}));
+    const GroupCall* that = &call;
+    y = any_requires_grad({call.x, call.weight, call.bias})
+            ? GroupNormFunction::apply(call.x, given(call.weight), given(call.bias), that)
+            : std::get<0>(group_forward(call));
+  }
+  return THPVariable_Wrap(std::move(y));
+  END_HANDLE_TH_ERRORS
+}
+
+// ---- batch_norm
+
+struct BatchOptions {
+  bool on_triton, training, relu;
+  MemoryFormat format;
+  double eps;
+  optional<ScalarType> residual_dtype;
+};
+
+struct BatchCall {
+  BatchOptions options;
+  Tensor x, residual, weight, bias, running_mean, running_var, factor;
+  double momentum;
+  ScalarType out_dtype;
+};
+
+// In training `scale` is rstd, in evaluation the running variance: rstd takes a launch, and only a backward needs it.
+struct BatchForward {
+  Tensor y, mask, mean, scale;
+};
+
+BatchForward batch_forward(const BatchCall& call, bool needs_gradients) {
+  const BatchOptions& o = call.options;
+  if (o.training && o.on_triton) {
+    auto found = plans::call("batch_norm_forward",
+                             {call.x, call.residual, call.weight, call.bias, call.running_mean, call.running_var,
+                              call.factor, call.momentum, o.eps, o.format, o.relu, optional(call.out_dtype)});
+    return {found.at(0), found.at(1), found.at(2), found.at(3)};
+  }
+  if (o.training) {
+    auto [y, mask, mean, rstd] = cpu::batch_norm_forward(
+        call.x, given(call.residual), given(call.weight), given(call.bias), given(call.running_mean),
+        given(call.running_var), given(call.factor), call.momentum, o.eps, o.format, o.relu, call.out_dtype);
+    return {y, mask, mean, rstd};
+  }
+  if (o.on_triton) {
+    auto found = plans::call("batch_norm_evaluation",
+                             {call.x, call.residual, call.weight, call.bias, call.running_mean, call.running_var,
+                              o.eps, o.format, o.relu, needs_gradients, optional(call.out_dtype)});
+    return {found.at(0), found.at(1), call.running_mean, call.running_var};
+  }
+  auto [y, mask] = cpu::batch_norm_evaluation(call.x, given(call.residual), given(call.weight), given(call.bias),
+                                              call.running_mean, call.running_var, o.eps, o.format, o.relu,
+                                              needs_gradients, call.out_dtype);
+  return {y, mask, call.running_mean, call.running_var};
+}
+
+struct BatchNormFunction : torch::autograd::Function<BatchNormFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const optional<Tensor>&, const optional<Tensor>&,
+                        const optional<Tensor>&, const BatchCall* call) {
+    const auto [y, mask, mean, scale] = batch_forward(*call, true);
+    const BatchOptions& o = call->options;
+    ctx->save_for_backward({x, call->weight, call->bias, mean, scale, mask});
+    ctx->saved_data["options"] =
+        std::vector<int64_t>{o.on_triton, o.training, static_cast<int64_t>(o.format),
+                             o.residual_dtype ? static_cast<int64_t>(*o.residual_dtype) : -1};
+    ctx->saved_data["eps"] = o.eps;
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &dy = grads[0], &x = saved[0], &weight = saved[1], &bias = saved[2], &mask = saved[5];
+    Tensor mean = saved[3], scale = saved[4];
+    const auto o = ctx->saved_data["options"].toIntVector();
+    const bool on_triton = o[0], training = o[1];
+    const auto format = static_cast<MemoryFormat>(o[2]);
+    const double eps = ctx->saved_data["eps"].toDouble();
+    optional<ScalarType> residual_dtype;
+    size_t index = 1;
+    if (o[3] >= 0 && ctx->needs_input_grad(index++)) {
+      residual_dtype = static_cast<ScalarType>(o[3]);
+    }
+    const auto dweight_dtype = wanted(ctx, weight, index), dbias_dtype = wanted(ctx, bias, index);
+    if (!kernels_take({dy, x, weight, bias, mean, scale, mask})) {
+      const pybind11::gil_scoped_acquire gil;
+      const auto dtype = residual_dtype ? pybind11::cast(*residual_dtype) : pybind11::none();
+      const auto object = [](const Tensor& t) { return t.defined() ? pybind11::cast(t) : pybind11::none(); };
+      const auto running = training ? pybind11::object(pybind11::none()) : pybind11::make_tuple(mean, scale);
+      auto found = by_formula("batch_norm_gradients", {x, weight, bias}, dy, object(mask), running, format, eps, dtype);
+      found.emplace_back();
+      return found;
+    }
+    if (!training) {
+      const auto stat = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+      mean = mean.to(stat);
+      scale = at::rsqrt(scale.to(stat) + eps);
+    }
+    const auto written_dtype = mask.defined() ? residual_dtype : std::nullopt;  // without a ReLU dresidual is dy
+    variable_list found(5);  // x, residual, weight, bias, call
+    if (on_triton) {
+      auto results = plans::call("batch_norm_backward", {dy, mask, x, weight, mean, scale, training, format,
+                                                         written_dtype, dweight_dtype, dbias_dtype});
+      std::move(results.begin(), results.end(), found.begin());
+    } else {
+      std::tie(found[0], found[1], found[2], found[3]) = cpu::batch_norm_backward(
+          dy, given(mask), x, given(weight), mean, scale, training, format, written_dtype, dweight_dtype, dbias_dtype);
+    }
+    if (residual_dtype && !written_dtype) {
+      found[1] = dy.to(*residual_dtype);
+    }
+    return found;
+  }
+};
+
+// torch.nn.functional.batch_norm's choice of y's memory format, as fastnorm.views.batch_norm_format.
+MemoryFormat batch_norm_format(const Tensor& x) {
+  if ((x.dim() != 4 && x.dim() != 5) || x.is_contiguous()) {
+    return MemoryFormat::Contiguous;
+  }
+  const auto last = x.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
+  return x.is_contiguous(last) ? last : x.suggest_memory_format();
+}
+
+// A number, or a tensor that a kernel reads beside x.
+bool unpack_momentum(PyObject* object, const Tensor& x, BatchCall& call) {
+  if (unpack_float(object, call.momentum)) {
+    return true;
+  }
+  return unpack(object, call.factor) && call.factor.dim() == 0 && call.factor.scalar_type() == at::kFloat &&
+         call.factor.device() == x.device() && !call.factor.requires_grad();
+}
+
+// Reads (served, x, running_mean, running_var, weight, bias, training, momentum, eps, residual, relu).
+bool read(PyObject* const* args, int64_t served, BatchCall& call) {
+  BatchOptions& o = call.options;
+  Tensor& x = call.x;
+  if (!unpack(args[1], x) || x.numel() == 0 || x.dim() < 2) {
+    return false;
+  }
+  const auto channels = x.size(1);
+  const auto device = x.device();
+  const auto triton = on_triton(served, x);
+  const auto is_statistic = [](const Tensor& t) { return !t.defined() || (t.is_contiguous() && !t.requires_grad()); };
+  if (!triton || !unpack_optional(args[2], {channels}, device, call.running_mean) ||
+      !unpack_optional(args[3], {channels}, device, call.running_var) ||
+      !unpack_optional(args[4], {channels}, device, call.weight) ||
+      !unpack_optional(args[5], {channels}, device, call.bias) || !unpack_bool(args[6], o.training) ||
+      !unpack_momentum(args[7], x, call) || !unpack_float(args[8], o.eps) ||
+      !unpack_optional(args[9], x.sizes(), device, call.residual) || !unpack_bool(args[10], o.relu) ||
+      !is_statistic(call.running_mean) || !is_statistic(call.running_var)) {
+    return false;
+  }
+  const bool has_statistics = call.running_mean.defined() && call.running_var.defined();
+  const bool has_one = call.running_mean.defined() != call.running_var.defined();
+  if (has_one || (o.training ? x.numel() == channels || o.eps <= 0 : !has_statistics || !(o.eps >= 0)) ||
+      autocasts("aten::batch_norm", x)) {
+    return false;
+  }
+  o.on_triton = *triton;
+  o.format = batch_norm_format(x);
+  call.out_dtype = x.scalar_type();
+  if (call.residual.defined()) {
+    o.residual_dtype = call.residual.scalar_type();
+    call.out_dtype = c10::promoteTypes(call.out_dtype, *o.residual_dtype);
+    if (call.out_dtype == at::kDouble && x.scalar_type() != at::kDouble) {
+      return false;  // statistics are wanted in float64 too
+    }
+  }
+  return nobody_looks_on();
+}
+
+bool all_alike(const BatchCall& call) {
+  const auto is_alike = [&](const Tensor& t) { return !t.defined() || t.scalar_type() == call.x.scalar_type(); };
+  return is_alike(call.running_mean) && is_alike(call.running_var) && is_alike(call.weight) && is_alike(call.bias);
+}
+
+PyObject* batch_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 11, "batch_norm takes 11 arguments, but got ", count);
+  const int64_t served = PyLong_AsLongLong(args[0]);
+  BatchCall call{};
+  if (!read(args, served, call)) {
+    Py_RETURN_NOTIMPLEMENTED;
+  }
+  const BatchOptions& o = call.options;
+  // evaluation without activation and residual is a copy's work in PyTorch's own CPU kernel
+  const bool is_stock = !o.on_triton && !o.training && !o.relu && !o.residual_dtype && !(served & native_named);
+  if (is_stock && !all_alike(call)) {
+    Py_RETURN_NOTIMPLEMENTED;
+  }
+  Tensor y;
+  {
+    const pybind11::gil_scoped_release no_gil;
+    RECORD_FUNCTION("fastnorm::batch_norm", std::vector<c10::IValue>({call.x}));
+    const BatchCall* that = &call;
+    if (is_stock) {
+      y = at::batch_norm(call.x, given(call.weight), given(call.bias), call.running_mean, call.running_var, false,
+                         0.0, o.eps, false);
+    } else if (any_requires_grad({call.x, call.residual, call.weight, call.bias})) {
+      y = BatchNormFunction::apply(call.x, given(call.residual), given(call.weight), given(call.bias), that);
+    } else {
+      y = batch_forward(call, false).y;
+    }
+  }
+  return THPVariable_Wrap(std::move(y));
+  END_HANDLE_TH_ERRORS
+}
+
+}  // namespace
+
+int add_channel_norm_calls(PyObject* module) {
+  static PyMethodDef methods[] = {
+      {"group_norm", as_method(&group_norm), METH_FASTCALL,
+       "group_norm(served, x, num_groups, weight, bias, eps, silu): NotImplemented for what is wrong or not plain"},
+      {"batch_norm", as_method(&batch_norm), METH_FASTCALL,
+       "batch_norm(served, x, running_mean, running_var, weight, bias, training, momentum, eps, residual, relu): "
+       "NotImplemented for what is wrong or not plain"},
+      {nullptr, nullptr, 0, nullptr}};
+  return PyModule_AddFunctions(module, methods);
+}
+
+}  // namespace fastnorm
