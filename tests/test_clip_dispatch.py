@@ -142,11 +142,19 @@ def test_a_named_backend_refuses_what_it_cannot_serve(served_by):
 @pytest.mark.parametrize("op", backend.CLIPS)
 def test_the_first_backend_that_serves(op, monkeypatch):
     """Compiled kernels, Triton's, PyTorch's operations; and what explain says is what is picked."""
-    both = SimpleNamespace(serves=lambda device: device == "cpu", multi_tensor_norm=None)
-    for name, devices, chosen in (("native", ("cpu",), both), ("triton", (), both), ("reference", (), reference)):
+    native, planned = SimpleNamespace(), SimpleNamespace()
+    compiled = SimpleNamespace(serves=lambda device: device == "cpu", INTERPRETED=False)
+    interpreted = SimpleNamespace(serves=compiled.serves, INTERPRETED=True)
+    for name, devices, triton, chosen in (
+        ("native", ("cpu",), compiled, native),
+        ("triton", (), compiled, planned),
+        ("triton", (), interpreted, interpreted),
+        ("reference", (), compiled, reference),
+    ):
         monkeypatch.setattr(backend, "_absent", {"triton": "gone"} if name == "reference" else {})
-        monkeypatch.setattr(backend, "_native", both)
-        monkeypatch.setattr(backend, "_triton", both)
+        monkeypatch.setattr(backend, "_native", native)
+        monkeypatch.setattr(backend, "_triton", triton)
+        monkeypatch.setattr(backend, "_planned", planned)
         monkeypatch.setattr(backend, "_native_clip_devices", devices)
         with fastnorm.use(None):
             assert fastnorm.explain(op=op).backend == name

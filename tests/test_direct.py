@@ -1,18 +1,31 @@
-"""Whole calls in C++: the same results as the way through Python, and a plain no to whatever is not plain."""
+"""Whole calls of the row norms in C++: the same results as the way through Python, and a plain no to what is not
+plain."""
 
 import pytest
 import torch
 from norms import DTYPES, Case, call, inputs, plain_case
-from torch.utils._python_dispatch import TorchDispatchMode
+from whole_calls import (
+    NATIVE_NAMED,
+    NATIVE_ON_CPU,
+    TRITON_ON_GPU,
+    assert_asks_the_right_one,
+    assert_declined_where_somebody_looks_on,
+    assert_keeps_no_references,
+    assert_same,
+    by_triton,
+    is_by_cpp,
+    native,
+    tensors_that_are_not_plain,
+    through_python,
+)
 
 import fastnorm
 from fastnorm import backend
 from fastnorm.backend import ROW_NORMS
+from fastnorm.ops import arguments as checks
 
-native = pytest.importorskip("fastnorm.native", exc_type=ImportError)
 operations = pytest.mark.parametrize("op", ROW_NORMS)
-DECLINED = dict.fromkeys(ROW_NORMS, lambda *arguments: NotImplemented)
-F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 
 @pytest.fixture(autouse=True)
@@ -21,25 +34,38 @@ def named():
         yield
 
 
-def positional(op: str, shape=(3, 8), dtype=F32, eps=1e-5, **changes):
-    """The arguments of a direct call: all plain but for `changes`."""
+def direct(op: str, served=NATIVE_ON_CPU, shape=(3, 8), dtype=F32, **changes):
+    """A call in C++, all plain but for `changes`."""
+    return native.calls[op](served, *positional(op, shape, dtype, **changes))
+
+
+def positional(op: str, shape=(3, 8), dtype=F32, **changes) -> list:
     case = plain_case(op, shape, dtype)
-    arguments = inputs(case) | {"normalized_shape": case.normalized_shape, "eps": eps} | changes
-    names = ["x", "residual"] if case.adds else ["x"]
-    names += ["normalized_shape", "weight", "bias", "eps"] if case.centers else ["normalized_shape", "weight", "eps"]
-    return [arguments[name] for name in names]
+    given = dict.fromkeys(("x", "residual", "normalized_shape", "weight", "bias")) | inputs(case)
+    given |= {"normalized_shape": case.normalized_shape, "eps": 1e-5}
+    given |= {"zero_centered": False, "out_dtype": None, "residual_dtype": None, "rounding": "torch"}
+    assert given.keys() >= changes.keys()
+    return list((given | changes).values())
 
 
-def everything(case: Case, tensors):
-    """Outputs and gradients of one call."""
+def everything(case: Case, tensors) -> list:
+    """Outputs and gradients of one call, and its outputs without autograd."""
     torch.manual_seed(2)
     leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
-    y, h = call(case, leaves)
-    outputs = (y, h) if case.adds else (y,)
+    outputs = call(case, leaves)
+    assert (outputs[1] is leaves["x"]) == ("residual" not in leaves)
     grads = torch.autograd.grad(outputs, list(leaves.values()), [torch.randn_like(output) for output in outputs])
     with torch.no_grad():
-        unrecorded, _ = call(case, tensors)
-    return [y, h, unrecorded, *grads]
+        unrecorded = call(case, tensors)
+    return [*outputs, *unrecorded, *grads]
+
+
+def assert_both_ways_agree(case: Case, tensors, monkeypatch) -> None:
+    found = everything(case, tensors)
+    assert is_by_cpp(found[0])
+    expected = through_python(monkeypatch, lambda: everything(case, tensors))
+    assert not is_by_cpp(expected[0])
+    assert_same(found, expected)
 
 
 def cases(op: str):
@@ -55,30 +81,77 @@ def cases(op: str):
         yield plain_case(op, (5, 33), BF16, eps=None)
 
 
+def cases_with_options(op: str):
+    options = [{"zero_centered": True}, *({"out_dtype": dtype} for dtype in DTYPES)]
+    if not op.endswith("layer_norm"):
+        llama = {"rounding": "llama"}
+        options += [llama, llama | {"zero_centered": True}, llama | {"out_dtype": F16}]
+    if op.startswith("add_"):
+        options += [*({"residual_dtype": dtype} for dtype in DTYPES), {"residual_dtype": BF16, "out_dtype": F32}]
+    for option in options:
+        mixed = plain_case(op, (5, 33), BF16, weight=F32, options=option)
+        yield from (plain_case(op, (5, 33), F32, options=option), mixed, mixed.alike(weight=None, bias=None))
+        if "residual_dtype" in option:
+            yield mixed.alike(residual=F64)
+            if op == "add_rms_norm":
+                yield mixed.alike(eps=None)
+        elif mixed.adds:
+            yield mixed.alike(residual=None)
+    if op.startswith("add_"):
+        yield plain_case(op, (5, 33), BF16, residual=None)
+        yield plain_case(op, (5, 33), BF16, residual=None, options={"residual_dtype": BF16})
+
+
 @operations
 def test_both_ways_give_the_same_bits(op, monkeypatch):
     for case in cases(op):
-        tensors = inputs(case)
-        direct = everything(case, tensors)
-        assert "CppNode" in direct[0].grad_fn.name()
-        with monkeypatch.context() as patched:
-            patched.setattr(native, "direct", DECLINED)
-            by_python = everything(case, tensors)
-        assert "CppNode" not in by_python[0].grad_fn.name()
-        for ours, expected in zip(direct, by_python, strict=True):
-            assert ours.dtype == expected.dtype and torch.equal(ours, expected)
+        assert_both_ways_agree(case, inputs(case), monkeypatch)
+
+
+@operations
+def test_options_give_the_same_bits(op, monkeypatch):
+    for case in cases_with_options(op):
+        assert_both_ways_agree(case, inputs(case), monkeypatch)
 
 
 @operations
 def test_rows_that_are_not_adjacent(op, monkeypatch):
     case = plain_case(op, (4, 6, 8), F32)
     tensors = inputs(case)
-    tensors["x"] = tensors["x"].transpose(0, 1).contiguous().transpose(0, 1)
     if case.adds:
         tensors["residual"] = torch.randn(4, 6, 16)[..., ::2]
-    direct = everything(case, tensors)
-    monkeypatch.setattr(native, "direct", DECLINED)
-    assert all(map(torch.equal, direct, everything(case, tensors)))
+    far, shifted = torch.zeros(4, 6, 24), torch.zeros(4 * 6 * 8 + 1)
+    places = [
+        torch.zeros(6, 4, 8).transpose(0, 1), far[..., 8:16], far[..., ::3], shifted[1:].view(4, 6, 8),
+        torch.zeros(8, 4, 6).permute(1, 2, 0),
+    ]  # fmt: skip
+    for place in places:
+        assert_both_ways_agree(case, tensors | {"x": place.copy_(tensors["x"])}, monkeypatch)
+    # one row for all, and the weight twice in one place
+    tensors["x"], tensors["weight"] = torch.randn(8).expand(4, 6, 8), torch.ones(1).expand(8)
+    assert_both_ways_agree(case, tensors, monkeypatch)
+
+
+@operations
+@pytest.mark.parametrize("autocast_dtype", [BF16, F16])
+def test_autocast(op, autocast_dtype, monkeypatch):
+    """PyTorch has no rule for the norms on the CPU. Where there is one, y is float32."""
+    stock = op.removeprefix("add_")
+    library = torch.library.Library("aten", "IMPL")
+    try:
+        for rule in (False, True):
+            if rule:
+                library.impl(stock, lambda *a: None, "AutocastCPU")
+                monkeypatch.setitem(checks._AUTOCAST_FLOAT32, stock, ("cpu",))
+            for case in (*cases(op), plain_case(op, (5, 33), BF16, options={"out_dtype": F16})):
+                with torch.autocast("cpu", autocast_dtype):
+                    assert_both_ways_agree(case, inputs(case), monkeypatch)
+                    y, _ = call(case, inputs(case))
+                is_cast = rule and case.dtype != F64
+                assert y.dtype == case.options.get("out_dtype", F32 if is_cast else case.dtype)
+                assert call(case, inputs(case))[0].dtype == case.options.get("out_dtype", case.dtype)
+    finally:
+        library._destroy()
 
 
 @operations
@@ -90,6 +163,15 @@ def test_the_backward_stays_native(op):
         y.sum().backward()
     names = {event.key for event in profile.key_averages()}
     assert any("NormFunction" in name for name in names) and not any("norm_backward" in name for name in names)
+
+
+@operations
+def test_a_profiler_sees_the_call(op):
+    """By its own name, with the shape."""
+    with torch.profiler.profile(record_shapes=True) as profile:
+        direct(op)
+    shapes = {event.key: event.input_shapes for event in profile.key_averages(group_by_input_shape=True)}
+    assert shapes[f"fastnorm::{op}"] == [[3, 8]]
 
 
 @operations
@@ -119,26 +201,48 @@ def test_one_of_two_outputs_used(op, used, create_graph):
 
 @operations
 def test_double_backward(op):
-    case = plain_case(op, (3, 5), F64)
-    leaves = {name: t.requires_grad_() for name, t in inputs(case).items()}
+    plain = plain_case(op, (3, 5), F64)
+    options = [{}, {"zero_centered": True}]
+    for case in (plain.alike(options=option) for option in options):
+        leaves = {name: t.requires_grad_() for name, t in inputs(case).items()}
 
-    def function(*tensors):
-        y, h = call(case, dict(zip(leaves, tensors, strict=True)))
-        return (y, h) if case.adds else y
+        def function(*tensors, case=case, names=tuple(leaves)):
+            y, h = call(case, dict(zip(names, tensors, strict=True)))
+            return (y, h) if case.adds else y
 
-    assert torch.autograd.gradgradcheck(function, tuple(leaves.values()))
+        assert is_by_cpp(call(case, leaves)[0])
+        assert torch.autograd.gradgradcheck(function, tuple(leaves.values()))
+
+
+@operations
+def test_a_graph_of_the_gradients(op, monkeypatch):
+    """With options: dtypes of the gradients, and what the gradients of the gradients are."""
+
+    def second(case: Case):
+        torch.manual_seed(2)
+        leaves = {name: t.requires_grad_() for name, t in inputs(case).items()}
+        outputs = call(case, leaves)[: 1 + case.adds]
+        dys = [torch.randn_like(output) for output in outputs]
+        grads = torch.autograd.grad(outputs, list(leaves.values()), dys, create_graph=True)
+        return [*grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), leaves["x"])]
+
+    for case in cases_with_options(op):
+        found = second(case)
+        assert_same(found, through_python(monkeypatch, lambda case=case: second(case)))
 
 
 @operations
 def test_what_was_saved_is_watched(op):
     """In-place writes between forward and backward are found, and hooks see what is saved."""
     case = plain_case(op, (3, 8), F32)
+    for name in ("weight", "h"):
+        leaves = {name: t.requires_grad_() for name, t in inputs(case).items()}
+        y, h = call(case, leaves)
+        with torch.no_grad():
+            (h if name == "h" else leaves["weight"]).mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
     leaves = {name: t.requires_grad_() for name, t in inputs(case).items()}
-    y, _ = call(case, leaves)
-    with torch.no_grad():
-        leaves["weight"].mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
     packed = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t.shape) or t, lambda t: t):
         y, _ = call(case, leaves)
@@ -155,59 +259,82 @@ def test_results_can_be_written_to(op):
     y.relu_().sum().backward()
 
 
-class Nothing(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return function(*args, **(kwargs or {}))
-
-
-class NothingAtAll(torch.overrides.TorchFunctionMode):
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return function(*args, **(kwargs or {}))
-
-
 @operations
 def test_modes_and_transforms_are_declined(op):
-    direct, arguments = native.direct[op], positional(op)
-    assert direct(*arguments) is not NotImplemented
-    for look in (Nothing, NothingAtAll, torch.autograd.forward_ad.dual_level):
-        with look():
-            assert direct(*arguments) is NotImplemented
-    assert direct(*arguments) is not NotImplemented
-    seen = []
-
-    def inside(x):
-        seen.append(direct(x, *arguments[1:]) is NotImplemented)
-        return x.sum()
-
-    torch.func.grad(inside)(arguments[0])
-    torch.func.vmap(inside)(arguments[0].expand(2, 3, 8))
-    torch.jit.trace(inside, arguments[0], check_trace=False)
-    assert all(seen) and len(seen) >= 3
+    arguments = positional(op)
+    assert_declined_where_somebody_looks_on(lambda x: native.calls[op](NATIVE_ON_CPU, x, *arguments[1:]), arguments[0])
 
 
 @operations
 def test_what_is_not_plain_is_declined(op):
-    direct, x = native.direct[op], torch.randn(3, 8)
-    wrong = [
-        {"x": None}, {"x": [1.0]}, {"x": x.to("meta")}, {"x": x.to(torch.complex64)}, {"x": x.long()},
-        {"x": x.to_sparse()}, {"x": x.to(torch.float8_e5m2)}, {"x": x.as_subclass(type("T", (torch.Tensor,), {}))},
-        {"x": torch.empty(0, 8), "residual": torch.empty(0, 8)}, {"x": torch.tensor(1.0)}, {"x": x[:2], "residual": x},
-        {"normalized_shape": 8}, {"normalized_shape": ()}, {"normalized_shape": (3,)}, {"normalized_shape": (8.0,)},
-        {"normalized_shape": (2, 3, 8)}, {"normalized_shape": (2**70,)}, {"normalized_shape": (True,)},
-        {"weight": torch.ones(7)}, {"weight": torch.ones(1, 8)}, {"weight": torch.ones(8).long()}, {"weight": 1.0},
-        {"eps": "1"}, {"eps": x},
-    ]  # fmt: skip
-    wrong += [{"bias": torch.ones(7)}, {"eps": None}] if op.endswith("layer_norm") else []
-    wrong += [{"residual": None}, {"residual": x[0]}] if op.startswith("add_") else []
+    x, adds = torch.randn(3, 8), op.startswith("add_")
+    wrong = [{"x": t} for t in tensors_that_are_not_plain(x)]
+    wrong += [{"x": torch.empty(0, 8)}, {"x": torch.tensor(1.0)}]
+    wrong += [{"normalized_shape": s} for s in (
+        8, None, (), [], (3,), (8.0,), (2, 3, 8), (1, 8), (2**70,), (-(2**70),), (True,), ("8",), torch.tensor([8]), "8"
+    )]  # fmt: skip
+    parameters = [torch.ones(7), torch.ones(1, 8), torch.ones(8).long(), 1.0, torch.ones(8, device="meta")]
+    parameters += [t for t in tensors_that_are_not_plain(torch.ones(8)) if t is not None]
+    wrong += [{name: p} for p in parameters for name in ("weight", "bias")]
+    wrong += [{"eps": eps} for eps in ("1", x, 1, True, torch.tensor(1e-5))]
+    wrong += [{"eps": None}] if op.endswith("layer_norm") else []
+    wrong += [{"zero_centered": z} for z in (1, 0, None, "True", torch.tensor(True))]
+    wrong += [{"rounding": r} for r in ("", "llama ", "Torch", None, 1, b"torch")]
+    others = "float32", float, 7, torch.int32, torch.bool, torch.complex64, torch.float8_e5m2, torch.strided
+    wrong += [{name: other} for other in others for name in ("out_dtype", "residual_dtype")]
+    if adds:
+        wrong += [{"residual": r} for r in (x[0], x[:2], x.T, *tensors_that_are_not_plain(x)[1:])]
+        wrong += [{"residual": None, "residual_dtype": F64}]  # h is x in another dtype
     for changes in wrong:
-        if "x" in changes and "residual" not in changes and op.startswith("add_"):
-            changes = changes | {"residual": x}
-        if "residual" in changes and not op.startswith("add_"):
-            changes = {name: value for name, value in changes.items() if name != "residual" and len(changes) > 1}
-            if changes.get("x") is not None and changes["x"].shape == (2, 8):
-                continue
-        assert direct(*positional(op, **changes)) is NotImplemented, changes
-    assert direct() is NotImplemented and direct(*positional(op), 1) is NotImplemented
+        assert direct(op, **changes) is NotImplemented, changes
+    for served in (0, TRITON_ON_GPU, NATIVE_NAMED):
+        assert direct(op, served) is NotImplemented
+    assert direct(op) is not NotImplemented
+    for count in (0, 1, 12):
+        with pytest.raises(TypeError, match="takes 12 arguments"):
+            native.calls[op](*range(count))
+
+
+@operations
+def test_what_is_plain_is_not_declined(op):
+    """But for these, the list above proves little."""
+    plain = [{"normalized_shape": [8]}, {"normalized_shape": (3, 8), "weight": None, "bias": None}, {"weight": None}]
+    plain += [{"weight": torch.nn.Parameter(torch.ones(8))}, {"weight": torch.ones(16, dtype=F64)[::2]}]
+    plain += [{"eps": eps} for eps in (0.0, -1.0, float("nan"), float("inf"))]
+    plain += [{"x": torch.randn(3, 16)[:, ::2]}, {"x": torch.randn(8, 3).T}, {"x": torch.randn(8).expand(3, 8)}]
+    plain += [{"zero_centered": True}, {"out_dtype": F64}] + [{"rounding": "llama"}] * op.endswith("rms_norm")
+    if op.startswith("add_"):
+        plain += [{"residual_dtype": BF16}, {"residual": None}, {"residual": None, "residual_dtype": F32}]
+    for changes in plain:
+        for served in (NATIVE_ON_CPU, NATIVE_ON_CPU | NATIVE_NAMED, NATIVE_ON_CPU | TRITON_ON_GPU):
+            assert direct(op, served, **changes) is not NotImplemented, changes
+
+
+@operations
+def test_no_references_are_kept(op):
+    mistakes = [{"normalized_shape": (2**70,)}, {"rounding": "up"}, {"out_dtype": torch.int32}, {"eps": "1"}]
+    mistakes = [[NATIVE_ON_CPU, *positional(op, **changes)] for changes in mistakes]
+    for changes in ({}, {"residual": None, "out_dtype": F64}):
+        arguments = positional(op, x=torch.randn(3, 8, requires_grad=True), **changes)
+        assert_keeps_no_references(native.calls[op], [NATIVE_ON_CPU, *arguments], mistakes)
+
+
+@operations
+def test_mistakes_are_explained(op):
+    """What C++ declines is not lost."""
+    for options, error in (({"rounding": "up"}, ValueError), ({"out_dtype": torch.int32}, NotImplementedError)):
+        if "rounding" not in options or op.endswith("rms_norm"):
+            case = plain_case(op, (3, 8), F32, options=options)
+            with pytest.raises(error, match=rf"{op}\(\): {next(iter(options))} must be"):
+                call(case, inputs(case))
+
+
+@pytest.mark.parametrize("op", ["add_layer_norm", "add_rms_norm"])
+def test_a_stream_that_starts_in_another_dtype(op):
+    """h is x, converted: Python serves this."""
+    case = plain_case(op, (3, 8), F32, residual=None, options={"residual_dtype": F64})
+    y, h = call(case, inputs(case))
+    assert y.dtype == F32 and h.dtype == F64
 
 
 @operations
@@ -218,56 +345,56 @@ def test_an_eps_that_is_not_positive(op, eps, monkeypatch):
     tensors = inputs(case)
     for name in {"x", "residual"} & set(tensors):
         tensors[name] *= torch.tensor([0.1, 0.1, 9, 9, 9, 9], dtype=F64).view(-1, 1)  # var + eps is negative, or large
-    direct = everything(case, tensors)
-    assert direct[0][:2].isnan().all() and direct[0][2:].isfinite().all() == (eps == -0.5)
-    monkeypatch.setattr(native, "direct", DECLINED)
-    for ways in (everything(case, tensors), by_reference(case, tensors)):
-        torch.testing.assert_close(direct, ways, equal_nan=True)
-
-
-def by_reference(case: Case, tensors):
+    found = everything(case, tensors)
+    assert found[0][:2].isnan().all() and found[0][2:].isfinite().all() == (eps == -0.5)
+    assert_same(found, through_python(monkeypatch, lambda: everything(case, tensors)))
     with fastnorm.use("reference"):
-        return everything(case, tensors)
+        torch.testing.assert_close(found, everything(case, tensors), equal_nan=True)
 
 
 @operations
 def test_who_is_asked_for_a_whole_call(op, monkeypatch):
-    """Native where it is named, or where it is what automatic takes for the CPU; nobody in any other case."""
-
-    class Triton:
-        serves = staticmethod(lambda device: True)
-
-    arguments, asked = positional(op), []
-    monkeypatch.setattr(native, "direct", {op: lambda *given: asked.append(given) or "y"})
-    for triton, name, expected in (
-        (None, None, True),
-        (None, "native", True),
-        (None, "reference", False),
-        (Triton, None, False),
-        (Triton, "native", True),
-        (Triton, "reference", False),
-    ):
-        monkeypatch.setattr(backend, "_triton", triton)
-        asked.clear()
-        with fastnorm.use(name):
-            assert (backend.call_directly(op, *arguments) == "y") == expected == bool(asked)
-    monkeypatch.setattr(backend, "_native_devices", ())
-    assert backend.call_directly(op, *arguments) is NotImplemented
+    assert_asks_the_right_one(op, positional(op), monkeypatch)
 
 
+@pytest.mark.triton
 @operations
-def test_options_go_the_other_way(op, monkeypatch):
-    """Those that a whole call in C++ does not know are never lost on it."""
+def test_both_ways_launch_the_same_kernels(op, monkeypatch):
+    """Triton's."""
+    device = by_triton(monkeypatch)
+    options = [{"zero_centered": True, "out_dtype": F32}] + [{"rounding": "llama"}] * op.endswith("rms_norm")
+    changes = [{}, {"weight": None, "bias": None}, *({"options": each} for each in options)]
+    for change in changes:
+        case = plain_case(op, (3, 33), BF16, **change)
+        assert_both_ways_agree(case, inputs(case, device), monkeypatch)
+    if case.adds:
+        case = plain_case(op, (3, 33), BF16, residual=F32, options={"residual_dtype": BF16})
+        assert_both_ways_agree(case, inputs(case, device), monkeypatch)
+        assert_both_ways_agree(case := plain_case(op, (3, 33), F32, residual=None), inputs(case, device), monkeypatch)
+
+
+@pytest.mark.triton
+@operations
+def test_what_a_launcher_raises(op, monkeypatch):
+    """Arrives, from a forward and from a backward, and does no harm to the next call."""
+    device = by_triton(monkeypatch)
+    case = plain_case(op, (3, 33), F32)
+    leaves = {name: t.requires_grad_() for name, t in inputs(case, device).items()}
+    y, _ = call(case, leaves)
 
     def refuse(*arguments):
-        raise AssertionError("an option was dropped")
+        raise ArithmeticError("no launch")
 
-    monkeypatch.setattr(native, "direct", {op: refuse})
-    case = plain_case(op, (3, 8), F32)
-    options = [{"zero_centered": True}, {"out_dtype": F64}]
-    options += [] if case.centers else [{"rounding": "llama"}]
-    options += [{"residual_dtype": F64}] if case.adds else []
-    for option in options:
-        call(case.alike(options=option), inputs(case))
-    with pytest.raises(AssertionError, match="dropped"):
-        call(case, inputs(case))
+    with monkeypatch.context() as patched:
+        for direction in ("forward", "backward"):
+            patched.setattr(backend._triton, f"row_norm_{direction}", refuse)
+        native._C.clear_plans()
+        with pytest.raises(ArithmeticError, match="no launch"):
+            call(case, leaves)
+        with pytest.raises(ArithmeticError, match="no launch"), torch.no_grad():
+            call(case, leaves)
+        with pytest.raises(ArithmeticError, match="no launch"):
+            y.sum().backward()
+    native._C.clear_plans()
+    assert all(t.grad is None for t in leaves.values())
+    assert_both_ways_agree(case, leaves, monkeypatch)

@@ -320,6 +320,25 @@ def test_gradcheck_and_gradgradcheck(op, affine, device):
     assert SIMULATED or torch.autograd.gradgradcheck(outputs, leaves)  # a double backward runs PyTorch's operations
 
 
+
+@operations
+@pytest.mark.parametrize("zero_centered", [False, True])
+def test_gradients_that_can_be_differentiated_are_the_same(op, zero_centered, device):
+    """gradgradcheck does not miss what they leave out, such as dh."""
+    case = plain_case(op, (3, 8), torch.float64, options={"zero_centered": zero_centered})
+    leaves = {name: t.requires_grad_() for name, t in inputs(case, device).items()}
+    y, h = call(case, leaves)
+    outputs = (y, h) if case.adds else (y,)
+    dy = [torch.randn_like(t) for t in outputs]
+    plain, differentiable = (
+        torch.autograd.grad(outputs, list(leaves.values()), dy, retain_graph=True, create_graph=create_graph)
+        for create_graph in (False, True)
+    )
+    for a, b in zip(plain, differentiable, strict=True):
+        assert b.requires_grad and not a.requires_grad
+        torch.testing.assert_close(a, b)
+
+
 if not SIMULATED:  # hypothesis draws shapes at will, and each would be compiled
 
     def subsets(draw, *names):
