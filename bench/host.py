@@ -98,9 +98,14 @@ def rows(results: list[dict]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
 def _launch_nothing() -> None:
     import triton
 
+    from fastnorm import backend
+    from fastnorm.triton_kernels import plans
+
     from .compiled import CompilingDriver
 
     triton.runtime.driver.set_active(CompilingDriver(TARGET))
+    if backend._native is not None:
+        plans.launcher = backend._native.LAUNCH_NOTHING
 
 
 @dataclass(frozen=True)

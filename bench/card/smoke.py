@@ -34,6 +34,7 @@ def main() -> None:
     for name, operation in OPERATIONS.items():
         for layout in operation.family.layouts:
             stage.attempt(operation.label(layout), partial(_norm, name, layout, stage))
+    stage.attempt("launch plans", partial(_plans, stage))
     for kernels in ("native", "triton"):
         for label, operation in clip.OPERATIONS.items():
             stage.attempt(f"{label}, {kernels}", partial(_clip, operation, operation.fused, kernels, stage.device))
@@ -59,11 +60,21 @@ def _norm(name: str, layout: str, stage: Stage) -> str | None:
     operation = OPERATIONS[name]
     for shape in (REHEARSED if stage.rehearse else SHAPES)[operation.family.name]:
         workload = Workload.make(operation, shape, layout, DTYPES[stage.dtype], stage.device)
-        with fastnorm.use("triton"):
-            verdict = Reference(workload, MODE).judge(operation.fused, MODE)
-        if not verdict.worst <= 1:
-            return f"{shape}: {verdict.detail}"
+        for launched in ("Triton's JIT", "a new launch plan", "a known launch plan"):
+            with fastnorm.use("triton"):
+                verdict = Reference(workload, MODE).judge(operation.fused, MODE)
+            if not verdict.worst <= 1:
+                return f"{shape}, by {launched}: {verdict.detail}"
     return None
+
+
+def _plans(stage: Stage) -> str | None:
+    """Whether C++ has launched anything: without the extension, or where no plan can be made, Python does it all."""
+    if stage.rehearse or backend._planned is None:
+        return None
+    count = backend._native.plan_count()
+    stage.record(name="launch plans", ok=count > 0, detail=f"{count} plans")
+    return None if count else "no call has become a launch plan"
 
 
 def _clip(operation: clip.Operation, call: clip.Call, kernels: str, device: torch.device) -> str | None:
