@@ -81,7 +81,7 @@ std::shared_ptr<const Plan> plan_from(const py::handle& described) {
     }
     plan->steps.emplace_back(std::move(launch));
   }
-  plan->kernels = described.attr("kernels");
+  plan->kernels = described.attr("launches");
   return plan;
 }
 

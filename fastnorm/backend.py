@@ -97,9 +97,12 @@ def _import(name: str, module: str) -> ModuleType | None:
 
 
 def _by_plans() -> SimpleNamespace:
-    plans = {name: partial(_native.call_operator, name) for name in operators.OPERATORS}
+    """Triton's operators by their launch plans, which lists of tensors don't have."""
+    call = _triton.plans.call if _native is None else _native.call_operator
+    plans = {name: partial(call, name) for name in operators.OPERATORS}
     lists = {name: getattr(_triton, name) for name in plans if name.startswith("multi_tensor")}
-    _triton.tables.list_key = _native.list_key
+    if _native is not None:
+        _triton.tables.list_key = _native.list_key
     return SimpleNamespace(**{**plans, **lists})
 
 
@@ -112,8 +115,7 @@ _native_clip_devices = (
     () if _native is None else tuple(d for d in ("cpu", "cuda") if _native.serves(d, "multi_tensor_norm"))
 )
 _driver = None if _triton is None else _triton.driver
-# Triton's operators by their launch plans, which the extension keeps; lists of tensors have none
-_planned = None if _triton is None or _native is None else _by_plans()
+_planned = None if _triton is None else _by_plans()
 _library = None if _triton is None else operators.register("fastnorm_triton", _triton)
 
 
@@ -268,7 +270,7 @@ def pick(op: str, x: torch.Tensor) -> Any | None:
     # a compiled graph, or a dispatch mode that looks on, needs operators that the dispatcher knows
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(x) is FakeTensor:
         return torch.ops.fastnorm_triton
-    return _triton if _native is None or _triton.INTERPRETED else _planned
+    return _triton if _triton.INTERPRETED else _planned
 
 
 def refuse_formula(op: str, reason: str) -> None:

@@ -37,6 +37,8 @@ def test_what_is_no_plain_repeated_launch(tmp_path):
     found = told("special", "sm_90", tmp_path)
     # [launches by C++, launches by Triton]
     assert found["plain"] == [[0, 1], [1, 0], [1, 0]]
+    assert [launches for launches, _ in found["by Python"]] == [1, 1, 1, 1]
+    assert [through for _, through in found["by Python"]][1:] == [[True], [], []]
     assert found["with a profiler's hook"] == found["without a launcher"] == [0, 1]
     assert found["unusual"] == [[0, 1], [0, 1]]
     assert found["stream"] == 7

@@ -7,6 +7,7 @@ from triton.runtime import driver as driver
 
 from ..operators import OPERATORS
 from . import agc, batch_norm, group_norm, multi_tensor, row_norm
+from . import plans as plans
 from . import tables as tables
 from .launch import INTERPRETED as INTERPRETED
 

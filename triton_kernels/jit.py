@@ -14,9 +14,9 @@ from . import launch
 
 
 class _Recorder(threading.local):
-    """Who is told of this thread's launches, note(compiled, grid, arguments), in the place of the device."""
+    """Who is told of this thread's launches, note(compiled, grid, arguments, constexprs), in the device's place."""
 
-    note: Callable[[Any, tuple[int, ...], tuple], None] | None = None
+    note: Callable[[Any, tuple[int, ...], tuple, tuple], None] | None = None
 
 
 recorder = _Recorder()
@@ -38,7 +38,7 @@ class Kernel(triton.JITFunction):
         """kernel[grid](*arguments, **constants): constants are all constexprs, by name, and the launch options."""
         if recorder.note is not None:
             compiled = super().run(*arguments, grid=grid, warmup=True, **constants)
-            recorder.note(compiled, grid, arguments)
+            recorder.note(compiled, grid, arguments, self._constexprs(arguments, constants))
             return compiled
         if warmup or self.pre_run_hooks or grid.__class__ is not tuple or needs_jit():
             return super().run(*arguments, grid=grid, warmup=warmup, **constants)
@@ -48,9 +48,8 @@ class Kernel(triton.JITFunction):
         plan = self.plans.get(key)
         if plan is None:
             compiled = super().run(*arguments, grid=grid, warmup=False, **constants)
-            names = self.arg_names[len(arguments) :]
             if isinstance(compiled, triton.compiler.CompiledKernel):  # and not one that other threads still compile
-                self.plans[key] = compiled, tuple(constants[name] for name in names)
+                self.plans[key] = compiled, self._constexprs(arguments, constants)
             return compiled
         compiled, constexprs = plan
         x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
@@ -59,6 +58,10 @@ class Kernel(triton.JITFunction):
             x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments, *constexprs
         )
         return compiled
+
+    def _constexprs(self, arguments: tuple, constants: dict[str, Any]) -> tuple:
+        """What a compiled kernel is given for its constexprs, which follow the arguments."""
+        return tuple(constants[name] for name in self.arg_names[len(arguments) :])
 
 
 def needs_jit() -> bool:

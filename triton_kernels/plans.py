@@ -1,8 +1,8 @@
-"""Launch plans: what an operator does on the device, written down so that C++ can do it again (csrc/plans.cpp).
+"""Launch plans: what an operator does on the device, written down so that it can be done again without its launcher.
 
 The launcher runs once with its kernels compiled and not launched. What it allocates, copies and would launch is the
-plan. C++ keeps it by all that a launcher may look at: the operator, shapes, strides, dtypes, alignment, options, driver
-and device.
+plan. It is kept by all that a launcher may look at: the operator, shapes, strides, dtypes, alignment, options, driver
+and device. csrc/plans.cpp keeps and repeats plans; without the extension `call` does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import driver as drivers
 
 from .jit import needs_jit, recorder
-from .launch import INTERPRETED
+from .launch import INTERPRETED, backend
 
 _EMPTY = {
     torch.ops.aten.empty.memory_format,
@@ -45,18 +45,19 @@ CALLS_BEFORE = 1
 
 
 class Plan(NamedTuple):
-    """What csrc/plans.cpp reads. Tensors are numbered: the call's, the results that are there, the temporaries.
+    """Tensors are numbered: the call's, the results that are there, the temporaries.
 
     results, temporaries: (shape, strides, dtype) of each; None for a result that is None.
     steps: ("copy", to, from, offset, shape, strides) and ("launch", function, grid, threads, shared bytes, parameters);
     a parameter is (−1, number), or (tensor, bytes from its first element).
-    kernels: what keeps the functions loaded.
+    launches: of each launch the compiled kernel, which stays loaded, and the parameters of Triton's own launcher, which
+        takes constexprs as well.
     """
 
     results: list[tuple | None]
     temporaries: list[tuple]
     steps: list[tuple]
-    kernels: list[Any]
+    launches: list[tuple[Any, list[tuple[int, Any]]]]
 
 
 class _NoPlan(Exception):
@@ -83,10 +84,10 @@ class _Recording(TorchDispatchMode):
             self.is_plain &= function.is_view or function is torch.ops.aten._unsafe_view.default
         return result
 
-    def note(self, compiled: Any, grid: tuple[int, ...], arguments: tuple) -> None:
+    def note(self, compiled: Any, grid: tuple[int, ...], arguments: tuple, constexprs: tuple) -> None:
         if not isinstance(compiled, triton.compiler.CompiledKernel):  # another thread still compiles it
             raise _NoPlan
-        self.steps.append((compiled, grid, arguments))
+        self.steps.append((compiled, grid, arguments, constexprs))
 
 
 def state(device_type: str) -> tuple | None:
@@ -162,10 +163,16 @@ def _plan(recording: _Recording, inputs: list[Tensor], results: Any) -> Plan:
     place = {_storage(slot): i for i, slot in enumerate(slots)}
     if not recording.is_plain or len(place) < len(slots):
         raise _NoPlan
-    kernels = [step[0] for step in recording.steps if len(step) == 3]
-    steps = [_copy(place, slots, *step) if len(step) == 2 else _launch(place, slots, *step) for step in recording.steps]
+    steps, launches = [], []
+    for step in recording.steps:
+        if len(step) == 2:
+            steps.append(_copy(place, slots, *step))
+            continue
+        compiled, grid, arguments, constexprs = step
+        steps.append(_launch(place, slots, compiled, grid, arguments))
+        launches.append((compiled, [_parameter(place, slots, a) for a in (*arguments, *constexprs)]))
     layouts = [None if result is None else _layout(result) for result in results]
-    return Plan(layouts, [_layout(temporary) for temporary in made.values()], steps, kernels)
+    return Plan(layouts, [_layout(temporary) for temporary in made.values()], steps, launches)
 
 
 def _storage(tensor: Tensor) -> int:
@@ -188,26 +195,83 @@ def _launch(place: dict[int, int], slots: list[Tensor], compiled: Any, grid: tup
     if any(getattr(metadata, name, None) for name in takes_more) or getattr(metadata, "num_ctas", 1) != 1:
         raise _NoPlan
     compiled.run  # noqa: B018  loads the function
-    parameters = [
-        (-1, int(value)) if not isinstance(value, Tensor) else _address(place, slots, value)
-        for value, kind in _flat(arguments, compiled.src.signature.values())
-    ]
+    parameters = [_parameter(place, slots, value) for value in _flat(arguments, compiled.src.signature.values())]
     grid = (*grid, 1, 1)[:3]
     threads = metadata.target.warp_size * metadata.num_warps
     return "launch", compiled.function, grid, threads, metadata.shared, parameters
 
 
-def _flat(arguments: Iterable, types: Iterable) -> Iterable[tuple[Any, str]]:
-    """The arguments that the compiled kernel takes, with their types: not those that it is specialised on."""
+def _flat(arguments: Iterable, types: Iterable) -> Iterable[Any]:
+    """The arguments that the compiled kernel takes: not those that it is specialised on."""
     for argument, kind in zip(arguments, types, strict=False):  # constexprs come last, and are none of the arguments
         if isinstance(kind, tuple):
             yield from _flat(argument, kind)
         elif kind != "constexpr":
             if not kind.startswith(("*", "i", "u")):
                 raise _NoPlan  # a float's bits depend on the type
-            yield argument, kind
+            yield argument
 
 
-def _address(place: dict[int, int], slots: list[Tensor], tensor: Tensor) -> tuple[int, int]:
-    slot = place[_storage(tensor)]
-    return slot, tensor.data_ptr() - slots[slot].data_ptr()
+def _parameter(place: dict[int, int], slots: list[Tensor], value: Any) -> tuple[int, Any]:
+    if not isinstance(value, Tensor):
+        return -1, value
+    slot = place[_storage(value)]
+    return slot, value.data_ptr() - slots[slot].data_ptr()
+
+
+_known: dict[tuple, list] = {}  # by key: how many calls there were, and the plan, None before there is one
+_MOST_KEYS = 4096
+
+
+def call(name: str, *arguments: Any) -> Any:
+    """An operator by its launch plan, as csrc/plans.cpp does it, but in Python."""
+    driver = drivers.active
+    device = driver.get_current_device()
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    if needs_jit() or tensors[0].device.index not in (None, device):  # the launcher makes another device current
+        return launcher_of(name)(*arguments)
+    is_hip = backend() == "hip"
+    key = name, driver, device, *(_trait(a, is_hip) if isinstance(a, Tensor) else a for a in arguments)
+    known = _known.get(key)
+    if known is None:
+        if len(_known) >= _MOST_KEYS:
+            _known.clear()
+        known = _known[key] = [0, None]
+    known[0] += 1
+    if known[0] == CALLS_BEFORE + 1:
+        known[1] = record(name, arguments)
+    if known[1] is None:
+        return launcher_of(name)(*arguments)
+    return _run(known[1], tensors, driver.get_current_stream(device))
+
+
+def _trait(tensor: Tensor, is_hip: bool) -> tuple:
+    is_large = is_hip and tensor.untyped_storage().nbytes() >= 2**31
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16, is_large
+
+
+def _run(plan: Plan, slots: list[Tensor], stream: int) -> Any:
+    device = slots[0].device
+    made = [
+        layout and torch.empty_strided(layout[0], layout[1], dtype=layout[2], device=device)
+        for layout in (*plan.results, *plan.temporaries)
+    ]
+    slots = [*slots, *(tensor for tensor in made if tensor is not None)]
+    launches = iter(plan.launches)
+    for kind, *step in plan.steps:
+        if kind == "copy":
+            to, origin, offset, shape, strides = step
+            slots[to].copy_(slots[origin].as_strided(shape, strides, slots[origin].storage_offset() + offset))
+            continue
+        compiled, parameters = next(launches)
+        values = [value if slot < 0 else _at(slots[slot], value) for slot, value in parameters]
+        compiled.run(*step[1], stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
+    results = made[: len(plan.results)]
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _at(tensor: Tensor, offset: int) -> Tensor:
+    """What begins so many bytes behind the tensor's beginning."""
+    if offset == 0:
+        return tensor
+    return tensor.as_strided((), (), tensor.storage_offset() + offset // tensor.element_size())

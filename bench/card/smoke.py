@@ -70,7 +70,7 @@ def _norm(name: str, layout: str, stage: Stage) -> str | None:
 
 def _plans(stage: Stage) -> str | None:
     """Whether C++ has launched anything: without the extension, or where no plan can be made, Python does it all."""
-    if stage.rehearse or backend._planned is None:
+    if stage.rehearse or backend._native is None:
         return None
     count = backend._native.plan_count()
     stage.record(name="launch plans", ok=count > 0, detail=f"{count} plans")
