@@ -185,13 +185,15 @@ py::object object_of(const Argument& argument) {
       argument);
 }
 
-// Nothing for an object of a kind that keys don't know.
+// Nothing for an object that keys don't know.
 std::optional<Argument> argument_from(PyObject* object) {
   if (object == Py_None) {
     return Tensor();
   }
   if (THPVariable_Check(object)) {
-    return THPVariable_Unpack(object);
+    const Tensor& tensor = THPVariable_Unpack(object);
+    const bool has_memory = tensor.is_cpu() || tensor.is_cuda();  // meta tensors have none
+    return has_memory ? std::optional<Argument>(tensor) : std::nullopt;
   }
   if (PyBool_Check(object)) {
     return object == Py_True;

@@ -40,6 +40,7 @@ def test_what_is_no_plain_repeated_launch(tmp_path):
     assert [launches for launches, _ in found["by Python"]] == [1, 1, 1, 1]
     assert [through for _, through in found["by Python"]][1:] == [[True], [], []]
     assert found["with a profiler's hook"] == found["without a launcher"] == [0, 1]
+    assert found["without memory"] == [0, 2, [[4, 64], [4, 64]]]
     assert found["unusual"] == [[0, 1], [0, 1]]
     assert found["stream"] == 7
     assert found["plans of another driver"] == 1

@@ -228,7 +228,8 @@ def call(name: str, *arguments: Any) -> Any:
     driver = drivers.active
     device = driver.get_current_device()
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-    if needs_jit() or tensors[0].device.index not in (None, device):  # the launcher makes another device current
+    # meta tensors have no memory; and the launcher makes another device current
+    if needs_jit() or tensors[0].is_meta or tensors[0].device.index not in (None, device):
         return launcher_of(name)(*arguments)
     is_hip = backend() == "hip"
     key = name, driver, device, *(_trait(a, is_hip) if isinstance(a, Tensor) else a for a in arguments)
