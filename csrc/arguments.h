@@ -4,7 +4,7 @@
 #include <Python.h>
 
 #include <ATen/core/Tensor.h>
-#include <torch/csrc/autograd/variable.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <initializer_list>
@@ -43,6 +43,10 @@ bool unpack_optional(PyObject* object, at::IntArrayRef sizes, at::Device device,
 bool unpack_bool(PyObject* object, bool& out);
 bool unpack_dtype(PyObject* object, std::optional<at::ScalarType>& out);  // a known one, or None
 bool unpack_float(PyObject* object, double& out);
+
+// The dtype of a parameter's gradient, if it is wanted; `index` counts the tensors that the node was given.
+std::optional<at::ScalarType> wanted(torch::autograd::AutogradContext* ctx, const at::Tensor& parameter,
+                                     size_t& index);
 
 std::optional<at::Tensor> given(const at::Tensor& tensor);
 

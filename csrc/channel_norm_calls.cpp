@@ -27,14 +27,6 @@ using std::optional;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// The dtype of a parameter's gradient, if it is wanted; counts the tensors that were given.
-optional<ScalarType> wanted(AutogradContext* ctx, const Tensor& tensor, size_t& index) {
-  if (!tensor.defined()) {
-    return std::nullopt;
-  }
-  return ctx->needs_input_grad(index++) ? optional(tensor.scalar_type()) : std::nullopt;
-}
-
 // ---- group_norm
 
 struct GroupOptions {

@@ -108,11 +108,8 @@ struct RowNormFunction : torch::autograd::Function<RowNormFunction> {
     const Tensor dy = grads[0], dh = adds ? grads[1] : Tensor();
     variable_list found(5);  // x, residual, weight, bias, call
     if (dy.defined() && kernels_take({dy, dh, x, weight, bias, saved[3], saved[4]})) {
-      const auto wanted = [&](const Tensor& parameter, size_t index) {
-        return parameter.defined() && ctx->needs_input_grad(index) ? optional(parameter.scalar_type()) : std::nullopt;
-      };
-      const size_t first = adds ? 2 : 1;  // parameter, among the tensors that were given
-      const auto dweight_dtype = wanted(weight, first), dbias_dtype = wanted(bias, first + weight.defined());
+      size_t index = adds ? 2 : 1;
+      const auto dweight_dtype = wanted(ctx, weight, index), dbias_dtype = wanted(ctx, bias, index);
       const auto [dx, dresidual, dweight, dbias] =
           fused(options, dy, dh, x, weight, saved[3], saved[4], dweight_dtype, dbias_dtype);
       found[0] = dx;
@@ -175,11 +172,7 @@ bool unpack_eps(PyObject* object, bool has_default, ScalarType type, double& eps
     eps = type == at::kDouble ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
     return has_default;
   }
-  if (!PyFloat_CheckExact(object)) {
-    return false;
-  }
-  eps = PyFloat_AS_DOUBLE(object);
-  return true;
+  return unpack_float(object, eps);
 }
 
 // Reads (operation, served, x, residual, shape, weight, bias, eps, zero_centered, out_dtype, residual_dtype, rounding).

@@ -18,16 +18,9 @@ from .views import ChannelView, peculiarity, suggested_format
 
 
 def row_norm(
-    x: Tensor,
-    shape: Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    subtract_mean: bool,
-    zero_centered: bool,
-    cast_dtype: torch.dtype | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
+    x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float, subtract_mean: bool,
+    zero_centered: bool, cast_dtype: torch.dtype | None, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """y = x̂ · w + b over the last len(shape) dimensions; x̂ = (x − mean) · rstd, or x · rstd, is rounded to cast_dtype,
     if given."""
     is_lone = subtract_mean and math.prod(shape) == 1
@@ -294,14 +287,9 @@ def gradients(formula: Callable[..., Tensor], inputs: Sequence[Tensor | None], d
 
 
 def row_norm_gradients(
-    inputs: Sequence[Tensor | None],
-    dy: Tensor,
-    shape: Sequence[int],
-    eps: float,
-    subtract_mean: bool,
-    zero_centered: bool,
-    cast_dtype: torch.dtype | None,
-) -> list[Tensor | None]:
+    inputs: Sequence[Tensor | None], dy: Tensor, shape: Sequence[int], eps: float, subtract_mean: bool,
+    zero_centered: bool, cast_dtype: torch.dtype | None,
+) -> list[Tensor | None]:  # fmt: skip
     """The gradients of x or h, weight and bias, which are `inputs`, by the formula; csrc asks for it too."""
 
     def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -1,12 +1,7 @@
 """What C++ launches for the Triton backend, without Triton's launcher, is what Triton's would."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from uninterpreted import told
 
 from fastnorm import backend
 
@@ -14,27 +9,18 @@ pytest.importorskip("triton")
 if backend._native is None:
     pytest.skip("launch plans are kept by the extension", allow_module_level=True)
 
-SCRIPT = Path(__file__).with_name("call_path.py")
 targets = pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-
-
-def told(what: str, target: str, cache: Path):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(SCRIPT.parents[1])}
-    done = subprocess.run([sys.executable, SCRIPT, what, target], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 @targets
 def test_plans_launch_what_triton_would_launch(target, tmp_path):
-    found = told("compared", target, tmp_path)
+    found = told("call_path.py", "compared", target, tmp_path)
     assert not found["different"]
     assert found["made"] >= 20 and found["reused"] >= 20
 
 
 def test_what_is_no_plain_repeated_launch(tmp_path):
-    found = told("special", "sm_90", tmp_path)
+    found = told("call_path.py", "special", "sm_90", tmp_path)
     # [launches by C++, launches by Triton]
     assert found["plain"] == [[0, 1], [1, 0], [1, 0]]
     assert [launches for launches, _ in found["by Python"]] == [1, 1, 1, 1]

@@ -12,10 +12,13 @@ from whole_calls import (
     NATIVE_NAMED,
     NATIVE_ON_CPU,
     TRITON_ON_GPU,
+    assert_a_launchers_error_arrives,
+    assert_a_profiler_sees,
     assert_asks_the_right_one,
     assert_declined_where_somebody_looks_on,
     assert_keeps_no_references,
     assert_same,
+    assert_stays_native,
     by_triton,
     is_by_cpp,
     native,
@@ -25,7 +28,6 @@ from whole_calls import (
 )
 
 import fastnorm
-from fastnorm import backend
 from fastnorm.ops import arguments as checks
 
 OPS = ("batch_norm", "group_norm")
@@ -215,19 +217,12 @@ def test_autocast(op, autocast_dtype, monkeypatch):
 def test_the_backward_stays_native(op):
     for case in variants(op, (3, 8, 5)):
         y = call(case, as_leaves(inputs(case)))
-        with fastnorm.use("reference"), torch.profiler.profile() as profile:
-            y.sum().backward()
-        names = {event.key for event in profile.key_averages()}
-        assert any("NormFunction" in name for name in names) and not any("norm_backward" in name for name in names)
+        assert_stays_native(y.sum().backward)
 
 
 @operations
 def test_a_profiler_sees_the_call(op):
-    """By its own name, with the shape."""
-    with torch.profiler.profile(record_shapes=True) as profile:
-        direct(op)
-    shapes = {event.key: event.input_shapes for event in profile.key_averages(group_by_input_shape=True)}
-    assert shapes[f"fastnorm::{op}"] == [[3, 8, 5]]
+    assert_a_profiler_sees(op, direct, [3, 8, 5])
 
 
 @operations
@@ -532,20 +527,6 @@ def test_what_a_launcher_raises(op, monkeypatch):
     tensors = inputs(case, device)
     leaves = as_leaves(tensors)
     y = call(case, leaves)
-
-    def refuse(*arguments):
-        raise ArithmeticError("no launch")
-
-    with monkeypatch.context() as patched:
-        for direction in ("forward", "backward"):
-            patched.setattr(backend._triton, f"{op}_{direction}", refuse)
-        native._C.clear_plans()
-        with pytest.raises(ArithmeticError, match="no launch"):
-            call(case, leaves)
-        with pytest.raises(ArithmeticError, match="no launch"), torch.no_grad():
-            call(case, leaves)
-        with pytest.raises(ArithmeticError, match="no launch"):
-            y.sum().backward()
-    native._C.clear_plans()
+    assert_a_launchers_error_arrives(op, lambda: call(case, leaves), y, monkeypatch)
     assert all(t.grad is None for t in trained(leaves))
     assert_both_ways_agree(case, tensors, monkeypatch)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastnorm
 from fastnorm import backend
 
 native = pytest.importorskip("fastnorm.native", exc_type=ImportError)
@@ -105,6 +106,41 @@ def assert_keeps_no_references(direct: Callable, arguments: list, mistakes: Iter
 
 class Subclass(Tensor):
     pass
+
+
+def assert_stays_native(backward: Callable[[], object]) -> None:
+    """A backward in C++, whatever is named meanwhile."""
+    with fastnorm.use("reference"), torch.profiler.profile() as profile:
+        backward()
+    names = {event.key for event in profile.key_averages()}
+    assert any("NormFunction" in name for name in names) and not any("norm_backward" in name for name in names)
+
+
+def assert_a_profiler_sees(op: str, direct: Callable, shape: list[int]) -> None:
+    """The call by its own name, with the shape."""
+    with torch.profiler.profile(record_shapes=True) as profile:
+        direct(op)
+    shapes = {event.key: event.input_shapes for event in profile.key_averages(group_by_input_shape=True)}
+    assert shapes[f"fastnorm::{op}"] == [shape]
+
+
+def assert_a_launchers_error_arrives(operators: str, forward: Callable, y: Tensor, monkeypatch) -> None:
+    """From a forward, with and without a graph, and from the backward of y."""
+
+    def refuse(*arguments):
+        raise ArithmeticError("no launch")
+
+    with monkeypatch.context() as patched:
+        for direction in ("forward", "backward"):
+            patched.setattr(backend._triton, f"{operators}_{direction}", refuse)
+        native._C.clear_plans()
+        with pytest.raises(ArithmeticError, match="no launch"):
+            forward()
+        with pytest.raises(ArithmeticError, match="no launch"), torch.no_grad():
+            forward()
+        with pytest.raises(ArithmeticError, match="no launch"):
+            y.sum().backward()
+    native._C.clear_plans()
 
 
 def tensors_that_are_not_plain(x: Tensor) -> list:

@@ -3,7 +3,6 @@
 #include <torch/library.h>
 
 #include <cmath>
-#include <tuple>
 
 #include "channel_norms.h"
 #include "channel_passes.h"
@@ -146,7 +145,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
     return {call.y, call.mask, mean, rstd};
   });
 }
-
 
 std::tuple<Tensor, Tensor> batch_norm_evaluation(const Tensor& x, const optional<Tensor>& residual,
                                                  const optional<Tensor>& weight, const optional<Tensor>& bias,

@@ -196,7 +196,6 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_backward(const Tensor& dy, const T
   });
 }
 
-
 TORCH_LIBRARY_IMPL(fastnorm, CPU, m) {
   m.impl("group_norm_forward", &group_norm_forward);
   m.impl("group_norm_backward", &group_norm_backward);
