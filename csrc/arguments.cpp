@@ -106,11 +106,8 @@ bool unpack_float(PyObject* object, double& out) {
   return true;
 }
 
-std::optional<at::ScalarType> wanted(torch::autograd::AutogradContext* ctx, const Tensor& parameter, size_t& index) {
-  if (!parameter.defined()) {
-    return std::nullopt;
-  }
-  return ctx->needs_input_grad(index++) ? std::optional(parameter.scalar_type()) : std::nullopt;
+std::optional<at::ScalarType> wanted(const torch::autograd::AutogradContext* ctx, size_t index, const Tensor& input) {
+  return input.defined() && ctx->needs_input_grad(index) ? std::optional(input.scalar_type()) : std::nullopt;
 }
 
 std::optional<Tensor> given(const Tensor& tensor) { return tensor.defined() ? std::optional(tensor) : std::nullopt; }

@@ -44,9 +44,9 @@ bool unpack_bool(PyObject* object, bool& out);
 bool unpack_dtype(PyObject* object, std::optional<at::ScalarType>& out);  // a known one, or None
 bool unpack_float(PyObject* object, double& out);
 
-// The dtype of a parameter's gradient, if it is wanted; `index` counts the tensors that the node was given.
-std::optional<at::ScalarType> wanted(torch::autograd::AutogradContext* ctx, const at::Tensor& parameter,
-                                     size_t& index);
+// The dtype of a gradient, if it is wanted: that of the node's input number `index`, which may be undefined.
+std::optional<at::ScalarType> wanted(const torch::autograd::AutogradContext* ctx, size_t index,
+                                     const at::Tensor& input);
 
 std::optional<at::Tensor> given(const at::Tensor& tensor);
 

@@ -15,6 +15,7 @@
 #include "arguments.h"
 #include "calls.h"
 #include "cpu/channel_norms.h"
+#include "node.h"
 #include "plans.h"
 
 namespace fastnorm {
@@ -56,14 +57,17 @@ GroupForward group_forward(const GroupCall& call) {
 }
 
 struct GroupNormFunction : torch::autograd::Function<GroupNormFunction> {
-  // The tensors are those of the call once more: this class finds only arguments of its own.
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const optional<Tensor>&, const optional<Tensor>&,
-                        const GroupCall* call) {
-    const auto [y, mean, rstd] = group_forward(*call);
-    const GroupOptions& o = call->options;
-    ctx->save_for_backward({x, call->weight, call->bias, mean, rstd});
-    ctx->saved_data["options"] = std::vector<int64_t>{o.on_triton, o.silu, o.groups, static_cast<int64_t>(o.format)};
-    ctx->saved_data["eps"] = o.eps;
+  static constexpr auto name = "GroupNormBackward";
+
+  static Tensor forward(const GroupCall& call) {
+    const auto [y, mean, rstd] = group_forward(call);
+    const auto save = [&, mean = mean, rstd = rstd](AutogradContext& ctx) {
+      const GroupOptions& o = call.options;
+      ctx.save_for_backward({call.x, call.weight, call.bias, mean, rstd});
+      ctx.saved_data["options"] = std::vector<int64_t>{o.on_triton, o.silu, o.groups, static_cast<int64_t>(o.format)};
+      ctx.saved_data["eps"] = o.eps;
+    };
+    attach<GroupNormFunction>({call.x, call.weight, call.bias}, {y}, save);
     return y;
   }
 
@@ -71,27 +75,24 @@ struct GroupNormFunction : torch::autograd::Function<GroupNormFunction> {
     const auto saved = ctx->get_saved_variables();
     const Tensor &dy = grads[0], &x = saved[0], &weight = saved[1], &bias = saved[2], &mean = saved[3],
                  &rstd = saved[4];
+    if (!dy.defined()) {
+      return variable_list(3);
+    }
     const auto o = ctx->saved_data["options"].toIntVector();
     const bool on_triton = o[0], silu = o[1];
     const auto format = static_cast<MemoryFormat>(o[3]);
     if (!kernels_take({dy, x, weight, bias, mean, rstd})) {
       const pybind11::gil_scoped_acquire gil;
-      auto found = by_formula("group_norm_gradients", {x, weight, bias}, dy, o[2], ctx->saved_data["eps"].toDouble(),
-                              silu);
-      found.emplace_back();
-      return found;
+      return by_formula("group_norm_gradients", {x, weight, bias}, dy, o[2], ctx->saved_data["eps"].toDouble(), silu);
     }
-    size_t index = 1;
-    const auto dweight_dtype = wanted(ctx, weight, index), dbias_dtype = wanted(ctx, bias, index);
+    const auto dweight_dtype = wanted(ctx, 1, weight), dbias_dtype = wanted(ctx, 2, bias);
     if (on_triton) {
-      auto found = plans::call("group_norm_backward", {dy, x, o[2], weight, bias, mean, rstd, format, silu,
-                                                       dweight_dtype, dbias_dtype});
-      found.emplace_back();
-      return found;
+      return plans::call("group_norm_backward",
+                         {dy, x, o[2], weight, bias, mean, rstd, format, silu, dweight_dtype, dbias_dtype});
     }
     auto [dx, dweight, dbias] = cpu::group_norm_backward(dy, x, o[2], given(weight), given(bias), mean, rstd, format,
                                                          silu, dweight_dtype, dbias_dtype);
-    return {dx, dweight, dbias, Tensor()};
+    return {dx, dweight, dbias};
   }
 };
 
@@ -128,9 +129,8 @@ PyObject* group_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   {
     const pybind11::gil_scoped_release no_gil;
     RECORD_FUNCTION("fastnorm::group_norm", std::vector<c10::IValue>({call.x}));
-    const GroupCall* that = &call;
     y = any_requires_grad({call.x, call.weight, call.bias})
-            ? GroupNormFunction::apply(call.x, given(call.weight), given(call.bias), that)
+            ? GroupNormFunction::forward(call)
             : std::get<0>(group_forward(call));
   }
   return THPVariable_Wrap(std::move(y));
@@ -185,40 +185,44 @@ BatchForward batch_forward(const BatchCall& call, bool needs_gradients) {
 }
 
 struct BatchNormFunction : torch::autograd::Function<BatchNormFunction> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const optional<Tensor>&, const optional<Tensor>&,
-                        const optional<Tensor>&, const BatchCall* call) {
-    const auto [y, mask, mean, scale] = batch_forward(*call, true);
-    const BatchOptions& o = call->options;
-    ctx->save_for_backward({x, call->weight, call->bias, mean, scale, mask});
-    ctx->saved_data["options"] =
-        std::vector<int64_t>{o.on_triton, o.training, static_cast<int64_t>(o.format),
-                             o.residual_dtype ? static_cast<int64_t>(*o.residual_dtype) : -1};
-    ctx->saved_data["eps"] = o.eps;
-    return y;
+  static constexpr auto name = "BatchNormBackward";
+
+  static Tensor forward(const BatchCall& call) {
+    const BatchForward result = batch_forward(call, true);
+    const auto save = [&](AutogradContext& ctx) {
+      const BatchOptions& o = call.options;
+      ctx.save_for_backward({call.x, call.weight, call.bias, result.mean, result.scale, result.mask});
+      ctx.saved_data["options"] =
+          std::vector<int64_t>{o.on_triton, o.training, static_cast<int64_t>(o.format),
+                               o.residual_dtype ? static_cast<int64_t>(*o.residual_dtype) : -1};
+      ctx.saved_data["eps"] = o.eps;
+    };
+    attach<BatchNormFunction>({call.x, call.residual, call.weight, call.bias}, {result.y}, save);
+    return result.y;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto saved = ctx->get_saved_variables();
     const Tensor &dy = grads[0], &x = saved[0], &weight = saved[1], &bias = saved[2], &mask = saved[5];
     Tensor mean = saved[3], scale = saved[4];
+    if (!dy.defined()) {
+      return variable_list(4);
+    }
     const auto o = ctx->saved_data["options"].toIntVector();
     const bool on_triton = o[0], training = o[1];
     const auto format = static_cast<MemoryFormat>(o[2]);
     const double eps = ctx->saved_data["eps"].toDouble();
     optional<ScalarType> residual_dtype;
-    size_t index = 1;
-    if (o[3] >= 0 && ctx->needs_input_grad(index++)) {
+    if (o[3] >= 0 && ctx->needs_input_grad(1)) {
       residual_dtype = static_cast<ScalarType>(o[3]);
     }
-    const auto dweight_dtype = wanted(ctx, weight, index), dbias_dtype = wanted(ctx, bias, index);
+    const auto dweight_dtype = wanted(ctx, 2, weight), dbias_dtype = wanted(ctx, 3, bias);
     if (!kernels_take({dy, x, weight, bias, mean, scale, mask})) {
       const pybind11::gil_scoped_acquire gil;
       const auto dtype = residual_dtype ? pybind11::cast(*residual_dtype) : pybind11::none();
       const auto object = [](const Tensor& t) { return t.defined() ? pybind11::cast(t) : pybind11::none(); };
       const auto running = training ? pybind11::object(pybind11::none()) : pybind11::make_tuple(mean, scale);
-      auto found = by_formula("batch_norm_gradients", {x, weight, bias}, dy, object(mask), running, format, eps, dtype);
-      found.emplace_back();
-      return found;
+      return by_formula("batch_norm_gradients", {x, weight, bias}, dy, object(mask), running, format, eps, dtype);
     }
     if (!training) {
       const auto stat = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -226,7 +230,7 @@ struct BatchNormFunction : torch::autograd::Function<BatchNormFunction> {
       scale = at::rsqrt(scale.to(stat) + eps);
     }
     const auto written_dtype = mask.defined() ? residual_dtype : std::nullopt;  // without a ReLU dresidual is dy
-    variable_list found(5);  // x, residual, weight, bias, call
+    variable_list found(4);  // x, residual, weight, bias
     if (on_triton) {
       auto results = plans::call("batch_norm_backward", {dy, mask, x, weight, mean, scale, training, format,
                                                          written_dtype, dweight_dtype, dbias_dtype});
@@ -322,12 +326,11 @@ PyObject* batch_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   {
     const pybind11::gil_scoped_release no_gil;
     RECORD_FUNCTION("fastnorm::batch_norm", std::vector<c10::IValue>({call.x}));
-    const BatchCall* that = &call;
     if (is_stock) {
       y = at::batch_norm(call.x, given(call.weight), given(call.bias), call.running_mean, call.running_var, false,
                          0.0, o.eps, false);
     } else if (any_requires_grad({call.x, call.residual, call.weight, call.bias})) {
-      y = BatchNormFunction::apply(call.x, given(call.residual), given(call.weight), given(call.bias), that);
+      y = BatchNormFunction::forward(call);
     } else {
       y = batch_forward(call, false).y;
     }

@@ -17,6 +17,7 @@
 #include "arguments.h"
 #include "calls.h"
 #include "cpu/norm.h"
+#include "node.h"
 #include "plans.h"
 
 namespace fastnorm {
@@ -90,14 +91,16 @@ variable_list gradients_by_formula(const Options& o, const Tensor& x, const Tens
 }
 
 struct RowNormFunction : torch::autograd::Function<RowNormFunction> {
-  // The tensors are those of the call once more: this class finds only arguments of its own.
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const optional<Tensor>& residual,
-                               const optional<Tensor>& weight, const optional<Tensor>& bias, const Call* call) {
-    cpu::ForwardResult result = fastnorm::forward(*call, true);
-    ctx->save_for_backward({residual ? result.h : x, call->weight, call->bias, result.mean, result.rstd});
-    ctx->saved_data["options"] = call->options.packed();
-    ctx->set_materialize_grads(false);
-    return residual ? variable_list{result.y, result.h} : variable_list{result.y};
+  static constexpr auto name = "RowNormBackward";
+
+  static cpu::ForwardResult forward(const Call& call) {
+    cpu::ForwardResult result = fastnorm::forward(call, true);
+    const auto save = [&](AutogradContext& ctx) {
+      ctx.save_for_backward({result.h.defined() ? result.h : call.x, call.weight, call.bias, result.mean, result.rstd});
+      ctx.saved_data["options"] = call.options.packed();
+    };
+    attach<RowNormFunction>({call.x, call.residual, call.weight, call.bias}, {result.y, result.h}, save);
+    return result;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -106,10 +109,9 @@ struct RowNormFunction : torch::autograd::Function<RowNormFunction> {
     const auto options = Options::unpacked(ctx->saved_data["options"].toIntVector());
     const bool adds = options.residual_dtype.has_value();
     const Tensor dy = grads[0], dh = adds ? grads[1] : Tensor();
-    variable_list found(5);  // x, residual, weight, bias, call
+    variable_list found(4);  // x, residual, weight, bias
     if (dy.defined() && kernels_take({dy, dh, x, weight, bias, saved[3], saved[4]})) {
-      size_t index = adds ? 2 : 1;
-      const auto dweight_dtype = wanted(ctx, weight, index), dbias_dtype = wanted(ctx, bias, index);
+      const auto dweight_dtype = wanted(ctx, 2, weight), dbias_dtype = wanted(ctx, 3, bias);
       const auto [dx, dresidual, dweight, dbias] =
           fused(options, dy, dh, x, weight, saved[3], saved[4], dweight_dtype, dbias_dtype);
       found[0] = dx;
@@ -228,16 +230,11 @@ PyObject* row_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   {
     pybind11::gil_scoped_release no_gil;
     RECORD_FUNCTION(names.at(operation), std::vector<c10::IValue>({call.x}));
-    if (any_requires_grad({call.x, call.residual, call.weight, call.bias})) {
-      const Call* that = &call;
-      auto outputs = RowNormFunction::apply(call.x, given(call.residual), given(call.weight), given(call.bias), that);
-      y = std::move(outputs[0]);
-      h = call.residual.defined() ? std::move(outputs[1]) : Tensor();
-    } else {
-      cpu::ForwardResult result = forward(call, false);
-      y = std::move(result.y);
-      h = std::move(result.h);
-    }
+    cpu::ForwardResult result = any_requires_grad({call.x, call.residual, call.weight, call.bias})
+                                    ? RowNormFunction::forward(call)
+                                    : forward(call, false);
+    y = std::move(result.y);
+    h = std::move(result.h);
   }
   if (!(operation & add)) {
     return THPVariable_Wrap(std::move(y));

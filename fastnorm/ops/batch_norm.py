@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function
 
 from .. import backend, reference
 from ..views import batch_norm_format
-from .arguments import as_float, autocast, options_repr
+from .arguments import apply, as_float, autocast, options_repr
 from .channels import (
     as_vector,
     check_activation,
@@ -149,9 +149,9 @@ def batch_norm(
     impl = backend.pick("batch_norm_evaluation" if is_plain else "batch_norm", input)
     if impl is None or input.numel() == 0:
         return reference.batch_norm(input, residual, weight, bias, running, training, momentum, eps, relu)
-    return BatchNormFunction.apply(
-        as_precise_as(input, residual), residual, as_vector(weight), as_vector(bias), running, impl, training, momentum,
-        eps, relu,
+    return apply(
+        BatchNormFunction, as_precise_as(input, residual), residual, as_vector(weight), as_vector(bias), running,
+        impl, training, momentum, eps, relu,
     )  # fmt: skip
 
 

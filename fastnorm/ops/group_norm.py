@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function
 
 from .. import backend, reference
 from ..views import suggested_format
-from .arguments import as_float, as_int, options_repr, result_dtype
+from .arguments import apply, as_float, as_int, options_repr, result_dtype
 from .channels import (
     check_activation,
     check_channels,
@@ -89,7 +89,7 @@ def group_norm(
     impl = backend.pick("group_norm", input)
     if impl is None or input.numel() == 0:
         return reference.group_norm(input, groups, weight, bias, eps, silu, out_dtype)
-    return GroupNormFunction.apply(input, weight, bias, impl, groups, eps, silu, out_dtype)
+    return apply(GroupNormFunction, input, weight, bias, impl, groups, eps, silu, out_dtype)
 
 
 def check_group_norm(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backend, reference
-from .arguments import check, check_dtype, options_repr, result_dtype
+from .arguments import apply, check, check_dtype, options_repr, result_dtype
 from .scripting import scriptable
 
 ROUNDINGS = ("torch", "llama")
@@ -95,9 +95,9 @@ def row_norm(
         h = reference.stream(x, residual, residual_dtype)
         y = reference.row_norm(h, normalized_shape, weight, bias, *options, out_dtype)
     elif residual is None:
-        h, y = x, RowNormFunction.apply(x, None, weight, bias, impl, normalized_shape, options, dtypes)
+        h, y = x, apply(RowNormFunction, x, None, weight, bias, impl, normalized_shape, options, dtypes)
     else:
-        return RowNormFunction.apply(x, residual, weight, bias, impl, normalized_shape, options, dtypes)
+        return apply(RowNormFunction, x, residual, weight, bias, impl, normalized_shape, options, dtypes)
     return y if stock == op else (y, h)
 
 

@@ -1,0 +1,64 @@
+// Autograd for whole calls: a torch::autograd::Function without what such calls don't need, which is half of its time.
+#pragma once
+
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+
+#include <initializer_list>
+#include <mutex>
+#include <string>
+#include <utility>
+
+namespace fastnorm {
+
+// A std::shared_ptr before torch 2.14, or so; a c10::intrusive_ptr since.
+using NodePtr = decltype(torch::autograd::Edge::function);
+
+// F, a torch::autograd::Function, has a backward that returns a gradient for each of the node's inputs, and a name.
+// Compiled autograd sees the CppNode.
+template <typename F>
+struct CallNode final : torch::autograd::CppNode<F> {
+  torch::autograd::variable_list apply(torch::autograd::variable_list&& gradients) override {
+    const std::lock_guard lock(this->mutex_);
+    return F::backward(&this->ctx_, std::move(gradients));
+  }
+
+  std::string name() const override { return F::name; }
+};
+
+// Templates for the sake of names that not every torch has.
+template <typename Pointer, typename Node>
+Pointer owned(Node* node) {
+  if constexpr (requires { Pointer::unsafe_steal_from_new(node); }) {
+    return Pointer::unsafe_steal_from_new(node);
+  } else {
+    return Pointer(node, [](Node* that) { deleteNode(that); });
+  }
+}
+
+template <typename Pointer>
+void announce(const Pointer& node) {
+  if constexpr (requires { fire_node_creation_hooks(node); }) {
+    fire_node_creation_hooks(node);
+  }
+}
+
+// Makes the outputs results of a node. Inputs that were not given are undefined, and so are their gradients.
+// save(ctx): what the backward needs; an output that is saved is one already.
+template <typename F, typename Save>
+void attach(const torch::autograd::variable_list& inputs, std::initializer_list<at::Tensor> outputs, const Save& save) {
+  auto* const made = new CallNode<F>();
+  const auto node = owned<NodePtr>(made);
+  made->set_next_edges(torch::autograd::collect_next_edges(inputs));
+  made->set_ctx_grad_fn(node);
+  made->is_variable_input_.assign(inputs.size(), true);
+  made->ctx_.set_materialize_grads(false);
+  for (const at::Tensor& output : outputs) {
+    torch::autograd::set_history(output, node);
+  }
+  save(made->ctx_);
+  made->save_variables_to_ctx();
+  announce(node);
+}
+
+}  // namespace fastnorm
