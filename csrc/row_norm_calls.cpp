@@ -211,7 +211,8 @@ bool read(PyObject* const* args, int64_t operation, Call& call) {
     const auto promoted = call.weight.defined() ? c10::promoteTypes(o.x_dtype, call.weight.scalar_type()) : o.x_dtype;
     call.out_dtype = out_dtype.value_or(promoted);
   } else if (PyUnicode_CompareWithASCIIString(args[11], "torch") == 0) {
-    call.out_dtype = out_dtype ? *out_dtype : autocasts(is_rms ? "aten::rms_norm" : "aten::layer_norm", call.x) ? at::kFloat : o.x_dtype;
+    const char* const stock = is_rms ? "aten::rms_norm" : "aten::layer_norm";
+    call.out_dtype = out_dtype.value_or(autocasts(stock, call.x) ? at::kFloat : o.x_dtype);
   } else {
     return false;
   }

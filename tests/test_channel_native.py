@@ -63,6 +63,7 @@ def everything(shape, channels_last, dtype=f32):
         ((16, 64, 400), False),  # a thread takes whole channels
         ((6, 3, 70001), False),  # channels are shared, and rows divided
         ((700, 5, 49), False),
+        ((5, 60, 25), False),  # a thread takes several groups
         ((1, 9000, 40), True),
         ((3, 1000, 67), True),
         ((40, 64, 256), True),
@@ -167,6 +168,43 @@ def test_blocks_about_different_means(channels_last):
 
 
 @layouts
+@pytest.mark.parametrize("level", [3.0, 1e4])
+def test_means_far_from_the_first_elements(level, channels_last):
+    """Statistics are taken about the mean of the first few, until that is seen to be too far off."""
+    n, few = (64, 4) if channels_last else (8000, 16)
+    x = random(1, 40, n) + level
+    x[:, :, :few] = 0
+    x[:, 7] = level
+    x[:, 9, 1:] = 0
+    exact = x.double()
+    x = as_image(x.transpose(1, 2), True) if channels_last else x
+    mean, square_sum = native.batch_norm_statistics(x, format_of(channels_last))
+    torch.testing.assert_close(mean.double(), exact.mean((0, 2)), rtol=3e-7, atol=0)
+    torch.testing.assert_close(square_sum.double() / n, exact.var((0, 2), unbiased=False), rtol=4e-7, atol=0)
+    assert square_sum[7] == 0
+
+
+@layouts
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_groups_of_small_images(dtype, channels_last):
+    """Where several rows, and groups, are worked on at once: all that may be left over."""
+    for channels, groups, n in ((6, 1, 2), (6, 3, 7), (40, 8, 25), (72, 4, 64), (30, 10, 65), (17, 1, 196), (60, 60, 9)):
+        x, dy = (random_image(3, channels, n, channels_last=False, dtype=dtype) for _ in range(2))
+        if channels_last:
+            x, dy = (as_image(t.transpose(1, 2).contiguous(), True) for t in (x, dy))
+        parameter = f64 if dtype == f64 else f32
+        weight, bias = random(channels, dtype=parameter), random(channels, dtype=parameter)
+        y, _, rstd, dx, dweight, dbias = group_norm(x, weight, bias, dy, groups, channels_last)
+        leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
+        expected_y = F.silu(F.group_norm(leaves[0], groups, *leaves[1:], 1e-5))
+        expected = (expected_y.detach(), *torch.autograd.grad(expected_y, leaves, dy.double()))
+        for actual, value in zip((y, dx, dweight, dbias), expected, strict=True):
+            tolerance = TOLERANCES[dtype if actual.shape == x.shape else parameter]
+            scale = max(1.0, rstd.max().item()) * max(1.0, value.abs().max().item())
+            torch.testing.assert_close(actual.double(), value, rtol=0, atol=tolerance * scale)
+
+
+@layouts
 @pytest.mark.parametrize("dtype", [f32, bf16])
 def test_outputs_that_are_written_past_the_caches(dtype, channels_last):
     # pixels are cut into pieces of 4096, and the last bits of dx depend on where
@@ -202,7 +240,7 @@ def test_silu_over_the_whole_range():
         torch.testing.assert_close(y[0, :, 0].double(), expected, rtol=tolerance, atol=5e-37)  # exp's end in float32
 
 
-NUMERIC = "tail or overflow or means or differ or range"
+NUMERIC = "tail or overflow or means or differ or range or groups"
 
 
 @pytest.mark.parametrize("name", AVAILABLE)

@@ -287,7 +287,7 @@ void add_up_sums(const SumsPass<S>& sums, const Plan& plan, int64_t pool, const 
                  const Body& body) {
   each_channels(plan.width(), plan.pieces(), [&](int64_t begin, int64_t end) {
     const int64_t first = pool + begin;
-    sums.add_up(pool, 0, plan.pieces(), begin, end, sum + first, product + first);
+    sums.add_up(pool, begin, end, sum + first, product + first);
     for (int64_t c = first; c < pool + end; ++c) {
       product[c] *= rstd[c];
       body(c);

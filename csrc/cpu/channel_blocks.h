@@ -1,6 +1,7 @@
 // Views of 3-D tensors that convert blocks on the way, and the memory that a call of batch_norm or group_norm needs.
 #pragma once
 
+#include <atomic>
 #include <memory>
 
 #include "channel_plan.h"
@@ -56,6 +57,13 @@ class Blocks3d {
     for (int64_t row = 0; row < block.rows; ++row) {
       const S* values = reinterpret_cast<const S*>(written.data + row * written.stride);
       rows<S>().store[static_cast<int>(dtype_)](values, here.data + row * here.stride, block.n);
+    }
+  }
+
+  // To be called when a piece of an output is written: other threads then see what went past the caches.
+  void publish() const {
+    if (streams_) {
+      std::atomic_thread_fence(std::memory_order_seq_cst);
     }
   }
 

@@ -88,18 +88,17 @@ INLINE V sigmoid(V z) {
 constexpr int word_size = 64;
 using FullWord = std::integral_constant<int, word_size>;
 
-// Calls body(first, count) for the words of a row. In hot loops count is FullWord for full words; elsewhere code of its
-// own for them does not pay.
+// Calls body(first, count) for the words of a row's elements [first, end). In hot loops count is FullWord for full
+// words; elsewhere code of its own for them does not pay.
 template <bool hot, typename Body>
-INLINE void each_word(int64_t n, Body body) {
-  int64_t first = 0;
+INLINE void each_word(int64_t first, int64_t end, Body body) {
   if constexpr (hot) {
-    for (; first + word_size <= n; first += word_size) {
+    for (; first + word_size <= end; first += word_size) {
       body(first, FullWord());
     }
   }
-  for (; first < n; first += word_size) {
-    body(first, static_cast<int>(std::min<int64_t>(n - first, word_size)));
+  for (; first < end; first += word_size) {
+    body(first, static_cast<int>(std::min<int64_t>(end - first, word_size)));
   }
 }
 
@@ -148,14 +147,14 @@ INLINE void write_word(char* row, int64_t first, Count count, uint64_t word) {
   }
 }
 
-// A channel's number in every lane, or the numbers of the lanes' channels.
+// A channel's number in every lane, or the numbers of the lanes' channels; `offset` leads to those of a row of planes.
 template <typename T, Layout LAYOUT>
 struct Parameter {
   using S = ComputeType<T>;
   using V = VecOf<T>;
-  explicit INLINE Parameter(const S* p) : values(p), value(V{}) {
+  INLINE Parameter(const S* p, int64_t offset) : values(p), value(V{}) {
     if (LAYOUT == Layout::planes && p != nullptr) {
-      value += *p;
+      value += p[offset];
     }
   }
   INLINE V at(int64_t i, Part part) const {
@@ -201,16 +200,18 @@ struct RowPointers {
   T* at[COUNT];
 };
 
-template <typename T, Layout LAYOUT, Activation ACTIVATION>
-void forward_block(const ForwardBlock<ComputeType<T>>& block) {
+// PLAIN blocks have no residual, and their results go through the caches. So what most calls don't need takes none of
+// the registers that hold addresses.
+template <typename T, Layout LAYOUT, Activation ACTIVATION, bool PLAIN>
+INLINE void forward_rows(const ForwardBlock<ComputeType<T>> b) {
   using V = VecOf<T>;
-  const auto b = block;  // a copy, which the stores below can't be thought to change
-  const Parameter<T, LAYOUT> means(b.mean), scales(b.scale), shifts(b.shift);
   each_rows<rows_at_once<LAYOUT, ACTIVATION>>(0, b.rows, [&](int64_t row, auto count) ALWAYS_INLINE {
     constexpr int R = decltype(count)::value;
+    const int64_t at = row * b.step;
+    const Parameter<T, LAYOUT> means(b.mean, at), scales(b.scale, at), shifts(b.shift, at);
     const RowPointers<T, R> x(b.x, row), residual(b.residual, row), y(b.y, row);
     const RowPointers<char, R> mask(b.mask, row);
-    each_word<R == rows_at_once<LAYOUT, ACTIVATION>>(b.n, [&](int64_t first, auto size) ALWAYS_INLINE {
+    each_word<R == rows_at_once<LAYOUT, ACTIVATION>>(0, b.n, [&](int64_t first, auto size) ALWAYS_INLINE {
       uint64_t words[R] = {};
       each_of_word<V>(size, [&](int offset, int, Part part) ALWAYS_INLINE {
         const int64_t i = first + offset;
@@ -219,7 +220,7 @@ void forward_block(const ForwardBlock<ComputeType<T>>& block) {
         for (int r = 0; r < R; ++r) {
           prefetch(x[r] + i, b.x.ahead);
           V z = (load(x[r] + i, part) - mean) * scale + shift;
-          if (b.residual.data != nullptr) {
+          if (!PLAIN && b.residual.data != nullptr) {
             prefetch(residual[r] + i, b.residual.ahead);
             z += load(residual[r] + i, part);
           }
@@ -230,7 +231,7 @@ void forward_block(const ForwardBlock<ComputeType<T>>& block) {
           } else if constexpr (ACTIVATION == Activation::silu) {
             z *= sigmoid(z);
           }
-          store_to(b.y, y[r] + i, z, part);
+          store_to<!PLAIN>(b.y, y[r] + i, z, part);
         }
       });
       if (ACTIVATION == Activation::relu && b.mask.data != nullptr) {
@@ -242,14 +243,26 @@ void forward_block(const ForwardBlock<ComputeType<T>>& block) {
   });
 }
 
-// Calls step(i, slot, part, dz, x − mean) for all vectors of R rows; without x the last is zero.
-template <typename T, Layout LAYOUT, Activation ACTIVATION, int R, typename Step>
-INLINE void each_gradient(const BackwardBlock<ComputeType<T>>& b, int64_t row, Step step) {
+template <typename T, Layout LAYOUT, Activation ACTIVATION>
+void forward_block(const ForwardBlock<ComputeType<T>>& block) {
+  // by value, as stores could be thought to change what a reference refers to
+  if (block.residual.data == nullptr && !block.y.streams) {
+    forward_rows<T, LAYOUT, ACTIVATION, true>(block);
+  } else {
+    forward_rows<T, LAYOUT, ACTIVATION, false>(block);
+  }
+}
+
+// Calls step(i, slot, part, dz, x − mean) for all vectors of R rows' elements [begin, end); without x, which HAS_X
+// rules out, the last is zero.
+template <typename T, Layout LAYOUT, Activation ACTIVATION, bool HAS_X, int R, typename Step>
+INLINE void each_gradient(const BackwardBlock<ComputeType<T>>& b, int64_t row, int64_t begin, int64_t end, Step step) {
   using V = VecOf<T>;
-  const Parameter<T, LAYOUT> means(b.mean), scales(b.scale), shifts(b.shift);
+  const int64_t at = row * b.step;
+  const Parameter<T, LAYOUT> means(b.mean, at), scales(b.scale, at), shifts(b.shift, at);
   const RowPointers<T, R> dy(b.dy, row), x(b.x, row);
   const RowPointers<char, R> mask(b.mask, row);
-  each_word<R == rows_at_once<LAYOUT, ACTIVATION>>(b.n, [&](int64_t first, auto size) ALWAYS_INLINE {
+  each_word<R == rows_at_once<LAYOUT, ACTIVATION>>(begin, end, [&](int64_t first, auto size) ALWAYS_INLINE {
     uint64_t words[R] = {};
     if constexpr (ACTIVATION == Activation::relu) {
       for (int r = 0; r < R; ++r) {
@@ -263,7 +276,7 @@ INLINE void each_gradient(const BackwardBlock<ComputeType<T>>& b, int64_t row, S
       for (int r = 0; r < R; ++r) {
         prefetch(dy[r] + i, b.dy.ahead);
         dz[r] = load(dy[r] + i, part);
-        if (b.x.data != nullptr) {
+        if (HAS_X || b.x.data != nullptr) {
           prefetch(x[r] + i, b.x.ahead);
           distance[r] = load(x[r] + i, part) - means.at(i, part);
         }
@@ -280,44 +293,54 @@ INLINE void each_gradient(const BackwardBlock<ComputeType<T>>& b, int64_t row, S
   });
 }
 
-template <typename T, Layout LAYOUT, Activation ACTIVATION>
-void backward_block(const BackwardBlock<ComputeType<T>>& block) {
+// PLAIN blocks have an x and no dresidual, and dx goes through the caches.
+template <typename T, Layout LAYOUT, Activation ACTIVATION, bool PLAIN>
+INLINE void backward_rows(const BackwardBlock<ComputeType<T>> b) {
   using V = VecOf<T>;
-  const auto b = block;  // as above
-  const Parameter<T, LAYOUT> gains(b.gain), slopes(b.slope), levels(b.level);
   each_rows<rows_at_once<LAYOUT, ACTIVATION>>(0, b.rows, [&](int64_t row, auto count) ALWAYS_INLINE {
     constexpr int R = decltype(count)::value;
+    const int64_t at = row * b.step;
+    const Parameter<T, LAYOUT> gains(b.gain, at), slopes(b.slope, at), levels(b.level, at);
     const RowPointers<T, R> dx(b.dx, row), dresidual(b.dresidual, row);
-    each_gradient<T, LAYOUT, ACTIVATION, R>(b, row, [&](int64_t i, int, Part part, const V(&dz)[R],
-                                                        const V(&distance)[R]) ALWAYS_INLINE {
+    each_gradient<T, LAYOUT, ACTIVATION, PLAIN, R>(b, row, 0, b.n, [&](int64_t i, int, Part part, const V(&dz)[R],
+                                                                       const V(&distance)[R]) ALWAYS_INLINE {
       const V gain = gains.at(i, part);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         V gradient = dz[r] * gain;
-        if (b.x.data != nullptr) {
+        if (PLAIN || b.x.data != nullptr) {
           gradient += distance[r] * slopes.at(i, part) + levels.at(i, part);
         }
-        store_to(b.dx, dx[r] + i, gradient, part);
-        if (b.dresidual.data != nullptr) {
-          store_to(b.dresidual, dresidual[r] + i, dz[r], part);
+        store_to<!PLAIN>(b.dx, dx[r] + i, gradient, part);
+        if (!PLAIN && b.dresidual.data != nullptr) {
+          store_to<true>(b.dresidual, dresidual[r] + i, dz[r], part);
         }
       }
     });
   });
 }
 
-// Calls add(row, first, last) for parts of rows of at most `size` elements, and flushes the sums about as often: the
-// error of a chain of additions grows with its length.
+template <typename T, Layout LAYOUT, Activation ACTIVATION>
+void backward_block(const BackwardBlock<ComputeType<T>>& block) {
+  if (block.x.data != nullptr && block.dresidual.data == nullptr && !block.dx.streams) {
+    backward_rows<T, LAYOUT, ACTIVATION, true>(block);
+  } else {
+    backward_rows<T, LAYOUT, ACTIVATION, false>(block);
+  }
+}
+
+// Calls add(row, first, last) for parts of rows [begin, end) of at most `size` elements, and flushes the sums about as
+// often: the error of a chain of additions grows with its length.
 template <typename V, int64_t size, typename Add, typename... Sums>
-INLINE void each_flushed(int64_t rows, int64_t n, Add add, Sums&... sums) {
+INLINE void each_flushed(int64_t begin, int64_t end, int64_t n, Add add, Sums&... sums) {
   constexpr int64_t longest = size / word_size;
   int64_t length = 0;  // of the first chain, which takes all that does not fill a word
-  for (int64_t row = 0; row < rows; ++row) {
+  for (int64_t row = begin; row < end; ++row) {
     for (int64_t first = 0; first < n; first += size) {
       const int64_t last = std::min(first + size, n);
       add(row, first, last);
       length += (last - first) / word_size + ((last - first) % word_size + lanes<V> - 1) / lanes<V>;
-      if (length >= longest || (row + 1 == rows && last == n)) {
+      if (length >= longest || (row + 1 == end && last == n)) {
         (sums.flush(), ...);
         length = 0;
       }
@@ -329,26 +352,39 @@ template <typename T, Layout LAYOUT, Activation ACTIVATION>
 void sums_of_block(const BackwardBlock<ComputeType<T>>& block) {
   using S = ComputeType<T>;
   using V = VecOf<T>;
-  const auto b = block;  // as above
+  const auto b = block;
   if constexpr (LAYOUT == Layout::planes) {
-    Sum<V> sum, product;
     constexpr int64_t size = 256;  // where signs differ, longer chains are far less exact than products are
-    each_flushed<V, size>(b.rows, b.n, [&](int64_t row, int64_t first, int64_t last) ALWAYS_INLINE {
-      BackwardBlock<S> part = b;
-      part.n = last - first;
-      part.dy.data += first * sizeof(T);
-      part.x.data += first * sizeof(T);
-      if constexpr (ACTIVATION == Activation::relu) {
-        part.mask.data += first / 8;
-      }
-      each_gradient<T, LAYOUT, ACTIVATION, 1>(part, row, [&](int64_t, int slot, Part, const V(&dz)[1],
-                                                             const V(&distance)[1]) ALWAYS_INLINE {
+    const auto add_rows = [&](int64_t begin, int64_t end, Sum<V>& sum, Sum<V>& product) ALWAYS_INLINE {
+      const auto add = [&](int64_t, int slot, Part, const V(&dz)[1], const V(&distance)[1]) ALWAYS_INLINE {
         sum.chain[slot] += dz[0];
         product.chain[slot] += dz[0] * distance[0];
-      });
-    }, sum, product);
-    *b.sum += sum.total();
-    *b.product += product.total();
+      };
+      each_flushed<V, size>(begin, end, b.n, [&](int64_t row, int64_t first, int64_t last) ALWAYS_INLINE {
+        each_gradient<T, LAYOUT, ACTIVATION, true, 1>(b, row, first, last, add);
+      }, sum, product);
+    };
+    if (b.step == 0) {
+      Sum<V> sum, product;
+      add_rows(0, b.rows, sum, product);
+      *b.sum += sum.total();
+      *b.product += product.total();
+      return;
+    }
+    constexpr int at_once = lanes<F64>;
+    for (int64_t begin = 0; begin < b.rows; begin += at_once) {
+      const int count = static_cast<int>(std::min<int64_t>(b.rows - begin, at_once));
+      F64 sums[at_once], products[at_once];
+      for (int r = 0; r < at_once; ++r) {
+        Sum<V> sum, product;
+        add_rows(begin + r, begin + r + (r < count), sum, product);
+        sums[r] = sum.flushed;
+        products[r] = product.flushed;
+      }
+      const Part part{count, 0};
+      store(b.sum + begin, load(b.sum + begin, part) + totals(sums), part);
+      store(b.product + begin, load(b.product + begin, part) + totals(products), part);
+    }
   } else {
     // Added up in double every few rows, as above.
     constexpr int64_t some_rows = 16;
@@ -359,8 +395,8 @@ void sums_of_block(const BackwardBlock<ComputeType<T>>& block) {
       const int64_t last = std::min(first + some_rows, b.rows);
       each_rows<rows_at_once<LAYOUT, ACTIVATION>>(first, last, [&](int64_t row, auto count) ALWAYS_INLINE {
         constexpr int R = decltype(count)::value;
-        each_gradient<T, LAYOUT, ACTIVATION, R>(b, row, [&](int64_t i, int, Part part, const V(&dz)[R],
-                                                            const V(&distance)[R]) ALWAYS_INLINE {
+        each_gradient<T, LAYOUT, ACTIVATION, true, R>(b, row, 0, b.n, [&](int64_t i, int, Part part, const V(&dz)[R],
+                                                                          const V(&distance)[R]) ALWAYS_INLINE {
           V dz_sum = dz[0], product_sum = dz[0] * distance[0];
           for (int r = 1; r < R; ++r) {
             dz_sum += dz[r];

@@ -1,7 +1,6 @@
 // The passes over the tensors of batch_norm and group_norm, piece by piece.
 #pragma once
 
-#include <atomic>
 #include <optional>
 
 #include "channel_blocks.h"
@@ -44,7 +43,7 @@ class SpreadPass {
     b.mean = partials_.at(pool, i, 0);
     b.square_sum = partials_.at(pool, i, 1);
     b.scratch = scratch.sums();
-    plan_.each_block(piece, true, [&](const Block& block) {
+    plan_.each_block(piece, [&](const Block& block) {
       b.x = x_.read(block, nullptr);
       b.rows = block.rows;
       b.n = block.n;
@@ -55,6 +54,11 @@ class SpreadPass {
 
   // Writes the means and the sums of squared differences from them of a pool's channels [begin, end).
   void merge(int64_t pool, int64_t begin, int64_t end, double* mean, double* square_sum) const {
+    if (plan_.pieces() == 1) {
+      std::copy_n(partials_.at(pool, 0, 0) + begin, end - begin, mean);
+      std::copy_n(partials_.at(pool, 0, 1) + begin, end - begin, square_sum);
+      return;
+    }
     std::fill(mean, mean + (end - begin), 0.0);
     std::fill(square_sum, square_sum + (end - begin), 0.0);
     Spreads all{0, mean, square_sum};
@@ -78,6 +82,10 @@ constexpr int64_t channels_at_once = 512;
 
 template <typename Body>
 void each_channels(int64_t channels, int64_t work, const Body& body) {
+  if (channels <= channels_at_once) {
+    body(0, channels);
+    return;
+  }
   const int64_t parts = (channels + channels_at_once - 1) / channels_at_once;
   parallel(parts, std::min(channels, channels_at_once) * work, [&](int64_t first, int64_t last) {
     for (int64_t part = first; part < last; ++part) {
@@ -98,7 +106,7 @@ class ForwardPass {
   void apply(const Region& piece, const S* mean, const S* scale, const S* shift) const {
     y_.prepare(piece);
     const BlockScratch<S> scratch(plan_, converts_ ? 3 : 0, 0);
-    plan_.each_block(piece, false, [&](const Block& block) {
+    plan_.each_block(piece, [&](const Block& block) {
       const int64_t at = plan_.parameters(block);
       ForwardBlock<S> b{};
       b.x = x_.read(block, scratch.block(0));
@@ -107,13 +115,14 @@ class ForwardPass {
       b.mask = mask_.strip(block);
       b.rows = block.rows;
       b.n = block.n;
+      b.step = plan_.step();
       b.mean = mean + at;
       b.scale = scale + at;
       b.shift = shift + at;
       forward_(b);
       y_.finish(block, b.y);
     });
-    std::atomic_thread_fence(std::memory_order_seq_cst);  // other threads see what went past the caches
+    y_.publish();
   }
 
  private:
@@ -153,13 +162,13 @@ class BackwardPass {
       : BackwardPass(plan, activation, tensors, parameters,
                      working_dtype<S>({&tensors.dy, &tensors.x, &tensors.dx, &tensors.dresidual})) {}
 
-  // Adds Σ dz and Σ dz · (x − mean) of a piece's channels.
+  // Adds Σ dz and Σ dz · (x − mean) of a piece's channels, which have their places in the plan's width.
   void measure(const Region& piece, double* sum, double* product) const {
     const BlockScratch<S> scratch(plan_, converts_ ? 4 : 0, 2);
-    plan_.each_block(piece, false, [&](const Block& block) {
+    plan_.each_block(piece, [&](const Block& block) {
       BackwardBlock<S> b = inputs(block, scratch);
-      b.sum = sum;
-      b.product = product;
+      b.sum = sum + plan_.place(block);
+      b.product = product + plan_.place(block);
       b.scratch = scratch.sums();
       sums_(b);
     });
@@ -169,7 +178,7 @@ class BackwardPass {
     dx_.prepare(piece);
     dresidual_.prepare(piece);
     const BlockScratch<S> scratch(plan_, converts_ ? 4 : 0, 0);
-    plan_.each_block(piece, false, [&](const Block& block) {
+    plan_.each_block(piece, [&](const Block& block) {
       BackwardBlock<S> b = inputs(block, scratch);
       b.dx = dx_.write(block, scratch.block(2));
       b.dresidual = dresidual_.write(block, scratch.block(3));
@@ -177,7 +186,8 @@ class BackwardPass {
       dx_.finish(block, b.dx);
       dresidual_.finish(block, b.dresidual);
     });
-    std::atomic_thread_fence(std::memory_order_seq_cst);  // as above
+    dx_.publish();
+    dresidual_.publish();
   }
 
  private:
@@ -203,6 +213,7 @@ class BackwardPass {
     b.mask = mask_.strip(block);
     b.rows = block.rows;
     b.n = block.n;
+    b.step = plan_.step();
     b.mean = here(parameters_.mean);
     b.scale = here(parameters_.scale);
     b.shift = here(parameters_.shift);
@@ -231,13 +242,12 @@ class SumsPass {
     pass_.measure(plan_.piece(pool, i), partials_.at(pool, i, 0), partials_.at(pool, i, 1));
   }
 
-  // Writes the sums over pieces [first, last) of a pool's channels [begin, end).
-  void add_up(int64_t pool, int64_t first, int64_t last, int64_t begin, int64_t end, double* sum,
-              double* product) const {
+  // Writes the sums over a pool's pieces of its channels [begin, end).
+  void add_up(int64_t pool, int64_t begin, int64_t end, double* sum, double* product) const {
     double* totals[] = {sum, product};
     for (int which = 0; which < 2; ++which) {
-      std::fill(totals[which], totals[which] + (end - begin), 0.0);
-      for (int64_t i = first; i < last; ++i) {
+      std::copy_n(partials_.at(pool, 0, which) + begin, end - begin, totals[which]);
+      for (int64_t i = 1; i < plan_.pieces(); ++i) {
         rows<double>().add_to_total(partials_.at(pool, i, which) + begin, totals[which], end - begin);
       }
     }

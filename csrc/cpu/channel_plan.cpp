@@ -11,7 +11,24 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t plane_block = 1 << 13;
 int64_t pixel_rows(int64_t channels) { return std::clamp<int64_t>((1 << 14) / channels, 32, 64); }
 
+// How many groups of a sample make up a pool: as many as fit into a block, or one.
+int64_t groups_at_once(int64_t groups, int64_t group_elements) {
+  int64_t count = std::clamp<int64_t>(plane_block / group_elements, 1, groups);
+  while (groups % count != 0) {
+    --count;
+  }
+  return count;
+}
+
 }  // namespace
+
+Grid::Grid(int64_t rows, int64_t n, int64_t row_step, int64_t col_step)
+    : rows(rows),
+      n(n),
+      row_step(row_step),
+      col_step(col_step),
+      across(divide_up(n, col_step)),
+      cells(divide_up(rows, row_step) * across) {}
 
 Grid Grid::of_cells(int64_t rows, int64_t n, int64_t elements) {
   if (n > elements) {
@@ -23,7 +40,8 @@ Grid Grid::of_cells(int64_t rows, int64_t n, int64_t elements) {
 }
 
 Region Grid::cell(const Region& region, int64_t i) const {
-  const int64_t row = i / across() * row_step, col = i % across() * col_step;
+  const int64_t row = across == 1 ? i * row_step : i / across * row_step;
+  const int64_t col = across == 1 ? 0 : i % across * col_step;
   Region cell = region;
   (region.axis == 0 ? cell.first : cell.second) += row;
   cell.rows = std::min(row_step, rows - row);
@@ -32,8 +50,14 @@ Region Grid::cell(const Region& region, int64_t i) const {
   return cell;
 }
 
-Plan::Plan(at::IntArrayRef sizes, Layout layout, int64_t groups, bool single_rows)
-    : layout_(layout), channels_(layout == Layout::pixels ? sizes[2] : sizes[1]), groups_(groups), bands_(1) {
+Plan::Plan(at::IntArrayRef sizes, Layout layout, int64_t groups, bool by_channel)
+    : layout_(layout),
+      channels_(layout == Layout::pixels ? sizes[2] : sizes[1]),
+      groups_(groups),
+      pools_in_sample_(1),
+      bands_(1),
+      grid_(1, 1, 1, 1),
+      blocks_(grid_) {
   const int64_t samples = sizes[0];
   if (layout == Layout::pixels) {
     const int64_t pixels = sizes[1];
@@ -43,30 +67,36 @@ Plan::Plan(at::IntArrayRef sizes, Layout layout, int64_t groups, bool single_row
     const int64_t rows = std::max<int64_t>(64, (1 << 17) / channels_);
     const int64_t cells = std::max(std::min<int64_t>(2, pixels), divide_up(pixels, rows));
     grid_ = {pixels, channels_, divide_up(pixels, cells), channels_};
-    pool_size_ = static_cast<double>(groups > 0 ? pixels * (channels_ / groups) : samples * pixels);
+    width_ = channels_;
+    pool_size_ = static_cast<double>(samples * pixels);
   } else {
-    const int64_t rows = groups > 0 ? channels_ / groups : samples;
-    pools_ = groups > 0 ? samples * groups : channels_;
-    grid_ = Grid::of_cells(rows, sizes[2], 1 << 16);
-    if (single_rows) {
-      grid_.row_step = 1;
+    int64_t rows = samples;
+    pools_ = channels_;
+    if (groups > 0) {
+      const int64_t in_group = channels_ / groups;
+      pools_in_sample_ = by_channel ? groups / groups_at_once(groups, in_group * sizes[2]) : groups;
+      rows = channels_ / pools_in_sample_;
+      pools_ = samples * pools_in_sample_;
     }
+    grid_ = Grid::of_cells(rows, sizes[2], 1 << 16);
+    width_ = groups > 0 && by_channel ? rows : 1;
     pool_size_ = static_cast<double>(rows * sizes[2]);
   }
+  blocks_ = blocks(std::min(grid_.row_step, grid_.rows), std::min(grid_.col_step, grid_.n));
 }
 
 Region Plan::piece(int64_t pool, int64_t i) const {
   Region region{0, 0, 1, grid_.rows, 0, grid_.n};
   if (layout_ == Layout::pixels) {
-    region.first = groups_ > 0 ? pool : i / grid_.cells();
+    region.first = groups_ > 0 ? pool : i / grid_.cells;
   } else if (groups_ > 0) {
-    region.first = pool / groups_;
-    region.second = pool % groups_ * grid_.rows;
+    region.first = pool / pools_in_sample_;
+    region.second = pool % pools_in_sample_ * grid_.rows;
   } else {
     region.second = pool;
     region.axis = 0;
   }
-  return grid_.cell(region, i % grid_.cells());
+  return pieces() == 1 ? region : grid_.cell(region, bands_ == 1 ? i : i % grid_.cells);
 }
 
 int64_t Plan::parameters(const Region& region) const {
@@ -75,16 +105,11 @@ int64_t Plan::parameters(const Region& region) const {
 
 // Blocks of planes stay in the first-level cache, those of pixels in the second; longer ones spread the cost of a block
 // over more rows.
-Grid Plan::blocks(const Region& piece, bool mixed) const {
+Grid Plan::blocks(int64_t rows, int64_t n) const {
   if (layout_ == Layout::pixels) {
-    const int64_t blocks = divide_up(piece.rows, pixel_rows(channels_));
-    return {piece.rows, piece.n, divide_up(piece.rows, blocks), piece.n};
+    return {rows, n, divide_up(rows, divide_up(rows, pixel_rows(channels_))), n};
   }
-  Grid grid = Grid::of_cells(piece.rows, piece.n, plane_block);
-  if (groups_ > 0 && !mixed) {
-    grid.row_step = 1;
-  }
-  return grid;
+  return Grid::of_cells(rows, n, plane_block);
 }
 
 int64_t Plan::block_elements() const {

@@ -25,43 +25,49 @@ struct Block : Region {
 
 // A division of a rectangle into cells of at most row_step × col_step.
 struct Grid {
-  int64_t rows, n;
-  int64_t row_step, col_step;
-
+  Grid(int64_t rows, int64_t n, int64_t row_step, int64_t col_step);
   // Cells of at most `elements`: several whole rows, or a part of one that starts at a word of a mask.
   static Grid of_cells(int64_t rows, int64_t n, int64_t elements);
-  int64_t down() const { return (rows + row_step - 1) / row_step; }
-  int64_t across() const { return (n + col_step - 1) / col_step; }
-  int64_t cells() const { return down() * across(); }
+
+  int64_t rows, n;
+  int64_t row_step, col_step;
+  int64_t across, cells;
+
   // `region` has this grid's rows and n.
   Region cell(const Region& region, int64_t i) const;
 };
 
 class Plan {
  public:
-  // sizes: (N, C, S) for planes, (N, S, C) for pixels. groups = 0 pools over the samples. With `single_rows` each piece
-  // of planes lies in one row.
-  Plan(at::IntArrayRef sizes, Layout layout, int64_t groups, bool single_rows);
+  // sizes: (N, C, S) for planes, (N, S, C) for pixels. groups = 0 pools over the samples. `by_channel`: a group's
+  // channels have statistics of their own, as those of pixels do anyway; a pool may then be several groups.
+  Plan(at::IntArrayRef sizes, Layout layout, int64_t groups, bool by_channel);
 
   int64_t pools() const { return pools_; }
-  int64_t pieces() const { return bands_ * grid_.cells(); }
+  // With groups.
+  int64_t pools_in_sample() const { return pools_in_sample_; }
+  int64_t pieces() const { return bands_ * grid_.cells; }
   int64_t channels() const { return channels_; }
   Layout layout() const { return layout_; }
-  // Elements of a pool.
+  // Elements of a pool, without groups.
   double pool_size() const { return pool_size_; }
-  // Channels whose statistics a piece has side by side.
-  int64_t width() const { return layout_ == Layout::pixels ? channels_ : 1; }
+  // Channels of a pool whose statistics lie side by side, and where among them those of a region's first channel do.
+  int64_t width() const { return width_; }
+  int64_t place(const Region& region) const { return layout_ == Layout::planes ? region.second % width_ : 0; }
   // Elements of each of these channels in a piece.
   double depth(const Region& piece) const { return layout_ == Layout::pixels ? piece.rows : piece.rows * piece.n; }
   Region piece(int64_t pool, int64_t i) const;
   // Where the parameters of a piece's or block's first channel lie, in arrays of (N, C) with groups, of (C) without.
   int64_t parameters(const Region& region) const;
+  // How far the next row's lie behind them.
+  int64_t step() const { return layout_ == Layout::planes && groups_ > 0 ? 1 : 0; }
 
-  // Calls body(block) for the blocks of a piece. Without `mixed` all elements of a block of planes have one channel.
+  // Calls body(block) for the blocks of a piece.
   template <typename Body>
-  void each_block(const Region& piece, bool mixed, const Body& body) const {
-    const Grid grid = blocks(piece, mixed);
-    const int64_t last = grid.cells() - 1;
+  void each_block(const Region& piece, const Body& body) const {
+    const bool is_whole = piece.rows == blocks_.rows && piece.n == blocks_.n;
+    const Grid grid = is_whole ? blocks_ : blocks(piece.rows, piece.n);
+    const int64_t last = grid.cells - 1;
     for (int64_t i = 0; i <= last; ++i) {
       body(Block{grid.cell(piece, i), grid.cell(piece, std::min(i + 1, last))});
     }
@@ -79,16 +85,16 @@ class Plan {
   void each_piece(const Apply& apply) const;
 
  private:
-  Grid blocks(const Region& piece, bool mixed) const;
+  Grid blocks(int64_t rows, int64_t n) const;
   int64_t piece_elements() const { return grid_.row_step * grid_.col_step; }
   // Whether threads take whole pools, each of which then comes from memory once if it fits into a core's cache.
   bool by_pool() const;
 
   Layout layout_;
   int64_t channels_, groups_;
-  int64_t pools_, bands_;
+  int64_t pools_, pools_in_sample_, bands_, width_;
   double pool_size_;
-  Grid grid_;
+  Grid grid_, blocks_;  // the pieces of a pool, and the blocks of all pieces but the last
 };
 
 template <typename Measure, typename Finish>

@@ -1,6 +1,6 @@
 // The work on blocks of rows for norms with statistics of channels, free of PyTorch; compiled like the rows.
-// In the layout `planes` all elements of a block's rows belong to one channel, in `pixels` each row's element i belongs
-// to channel i.
+// In the layout `planes` all elements of a row belong to one channel, in `pixels` each row's element i belongs to
+// channel i.
 #pragma once
 
 #include <cstdint>
@@ -32,21 +32,22 @@ struct SpreadBlock {
   S* scratch;  // 3 n elements, for pixels
 };
 
-// y = activation((x − mean) · scale + shift + residual). A relu without a mask writes none.
+// y = activation((x − mean) · scale + shift + residual). A relu without a mask writes none. Of planes, each row's
+// parameters lie `step` behind those of the row before: 0 where all rows belong to one channel.
 template <typename S>
 struct ForwardBlock {
   Strip x, residual, y, mask;
-  int64_t rows, n;
+  int64_t rows, n, step;
   const S *mean, *scale, *shift;
 };
 
 // dz = dy through the activation, whose z = (x − mean) · scale + shift silu needs.
 // Sums: sum += Σ dz, product += Σ dz · (x − mean). Gradient: dx = dz · gain + (x − mean) · slope + level, or dz · gain
-// where x is null; dresidual = dz.
+// where x is null; dresidual = dz. Sums lie as parameters do.
 template <typename S>
 struct BackwardBlock {
   Strip dy, mask, x, dx, dresidual;
-  int64_t rows, n;
+  int64_t rows, n, step;
   const S *mean, *scale, *shift;
   const S *gain, *slope, *level;
   double *sum, *product;

@@ -31,18 +31,19 @@ struct Call {
         bias(held[1], channels, 0, 0),
         forward(samples * channels) {}
 
-  Plan plan(bool single_rows) const { return Plan(view.sizes(), view.layout(), groups, single_rows); }
+  Plan plan(bool by_channel) const { return Plan(view.sizes(), view.layout(), groups, by_channel); }
 
   // The groups of a pool of a plan.
-  std::pair<int64_t, int64_t> groups_of(int64_t pool) const {
-    return view.layout() == Layout::pixels ? std::pair(pool * groups, (pool + 1) * groups) : std::pair(pool, pool + 1);
+  std::pair<int64_t, int64_t> groups_of(const Plan& plan, int64_t pool) const {
+    const int64_t count = groups / plan.pools_in_sample();
+    return {pool * count, (pool + 1) * count};
   }
 
   // Sets the forward parameters of a group of a sample; `lost` as in batch_norm.
   void set(int64_t group, S mean, S rstd, double lost) const {
-    for (int64_t k = 0; k < in_group; ++k) {
-      const int64_t at = group * in_group + k;
-      const int64_t c = at % channels;
+    const int64_t first = group % groups * in_group;
+    for (int64_t c = first; c < first + in_group; ++c) {
+      const int64_t at = group / groups * channels + c;
       forward[0][at] = mean;
       forward[1][at] = rstd * weight.get()[c];
       forward[2][at] = static_cast<S>(bias.get()[c] + lost * weight.get()[c]);
@@ -96,18 +97,20 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_forward(const Tensor& x, int64_t g
     const Plan plan = call.plan(false);
     const SpreadPass<S> spread(plan, blocks);
     const ForwardPass<S> forward(plan, silu ? Activation::silu : Activation::none, blocks, {}, view.blocks(y), {});
+    const ChannelArrays<double, 2> found(plan.pools() * plan.width());
     const double n = static_cast<double>(call.in_group) * static_cast<double>(call.size);
     const auto finish = [&](int64_t pool) {
-      const ChannelArrays<double, 2> found(plan.width());
+      double* const pool_mean = found[0] + pool * plan.width();
+      double* const pool_square_sum = found[1] + pool * plan.width();
       each_channels(plan.width(), plan.pieces(), [&](int64_t begin, int64_t end) {
-        spread.merge(pool, begin, end, found[0] + begin, found[1] + begin);
+        spread.merge(pool, begin, end, pool_mean + begin, pool_square_sum + begin);
       });
-      const auto [first, last] = call.groups_of(pool);
+      const auto [first, last] = call.groups_of(plan, pool);
       const int64_t parts = plan.width() / (last - first);
       for (int64_t group = first; group < last; ++group) {
         const int64_t at = (group - first) * parts;
         const auto [exact, square_sum] =
-            merge_channels(found[0] + at, found[1] + at, parts, static_cast<double>(call.size));
+            merge_channels(pool_mean + at, pool_square_sum + at, parts, static_cast<double>(call.size));
         const double inverse = 1 / std::sqrt(square_sum / n + eps);
         means[group] = static_cast<S>(exact);
         rstds[group] = static_cast<S>(inverse);
@@ -162,25 +165,22 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_backward(const Tensor& dy, const T
     const ChannelArrays<double, 2> found(call.samples * call.channels);  // Σ dz and Σ dz · x̂ in each sample
     const double n = static_cast<double>(call.in_group) * static_cast<double>(call.size);
     const auto finish = [&](int64_t pool) {
-      const auto [first, last] = call.groups_of(pool);
-      const int64_t width = plan.width(), start = first * call.in_group, rows = (last - first) * call.in_group / width;
-      const int64_t pieces = plan.pieces() / rows;
-      for (int64_t row = 0; row < rows; ++row) {
-        double* here[] = {found[0] + start + row * width, found[1] + start + row * width};
-        sums.add_up(pool, row * pieces, (row + 1) * pieces, 0, width, here[0], here[1]);
-      }
+      const auto [first, last] = call.groups_of(plan, pool);
+      const int64_t start = first * call.in_group;
+      sums.add_up(pool, 0, plan.width(), found[0] + start, found[1] + start);
       for (int64_t group = first; group < last; ++group) {
         const S inverse = n == 1 ? 0 : rstds[group];  // of one element, dx is 0 whatever is rounded
+        const S* weight = call.weight.get() + group % groups * call.in_group;
         double sum = 0, product = 0;
         for (int64_t k = 0; k < call.in_group; ++k) {
           const int64_t at = group * call.in_group + k;
           found[1][at] *= inverse;
-          sum += found[0][at] * call.weight.get()[at % call.channels];
-          product += found[1][at] * call.weight.get()[at % call.channels];
+          sum += found[0][at] * weight[k];
+          product += found[1][at] * weight[k];
         }
         for (int64_t k = 0; k < call.in_group; ++k) {
           const int64_t at = group * call.in_group + k;
-          parameters[0][at] = inverse * call.weight.get()[at % call.channels];
+          parameters[0][at] = inverse * weight[k];
           parameters[1][at] = static_cast<S>(-product / n * inverse * inverse);
           parameters[2][at] = static_cast<S>(-sum / n * inverse);
         }

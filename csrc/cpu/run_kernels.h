@@ -4,18 +4,6 @@ typedef uint64_t U64 __attribute__((vector_size(VECTOR_BYTES)));
 INLINE F32 magnitude(F32 v) { return reinterpret_cast<F32>(reinterpret_cast<U32>(v) & 0x7fffffffu); }
 INLINE F64 magnitude(F64 v) { return reinterpret_cast<F64>(reinterpret_cast<U64>(v) & 0x7fffffffffffffffull); }
 
-typedef float HalfOfF32 __attribute__((vector_size(VECTOR_BYTES / 2)));
-
-INLINE F64 to_double(HalfOfF32 v) {
-#if VECTOR_BYTES == 64  // gcc 12 converts in quarters and puts them together again
-  return reinterpret_cast<F64>(_mm512_maskz_cvtps_pd(0xff, reinterpret_cast<__m256>(v)));
-#elif VECTOR_BYTES == 32
-  return reinterpret_cast<F64>(_mm256_cvtps_pd(reinterpret_cast<__m128>(v)));
-#else
-  return __builtin_convertvector(v, F64);
-#endif
-}
-
 template <typename Step>
 INLINE void in_double(F64 v, int slot, Step step) {
   step(v, 2 * slot);

@@ -60,7 +60,7 @@ __attribute__((noinline)) void merge_in_double(const SpreadBlock<ComputeType<T>>
 // Calls step(x, i, slot, part) for all vectors of a block, and flushes the sums every so often.
 template <typename T, typename Step, typename... Sums>
 INLINE void each_of_plane(const SpreadBlock<ComputeType<T>>& b, Step step, Sums&... sums) {
-  each_flushed<VecOf<T>, 1024>(b.rows, b.n, [&](int64_t row, int64_t first, int64_t last) ALWAYS_INLINE {
+  each_flushed<VecOf<T>, 1024>(0, b.rows, b.n, [&](int64_t row, int64_t first, int64_t last) ALWAYS_INLINE {
     const T* x = reinterpret_cast<const T*>(b.x.data + row * b.x.stride);
     each_vector<VecOf<T>, Sum<VecOf<T>>::chains>(first, last, [&](int64_t i, int slot, Part part) ALWAYS_INLINE {
       step(x + i, slot, part);
@@ -68,35 +68,60 @@ INLINE void each_of_plane(const SpreadBlock<ComputeType<T>>& b, Step step, Sums&
   }, sums...);
 }
 
+// Σ (x − centre) and Σ (x − centre)² of a block.
+template <typename T>
+struct PlaneSums {
+  INLINE PlaneSums(const SpreadBlock<ComputeType<T>>& b, ComputeType<T> centre) {
+    using V = VecOf<T>;
+    Sum<V> sums, products;
+    each_of_plane<T>(b, [&](const T* x, int slot, Part part) ALWAYS_INLINE {
+      prefetch(x, b.x.ahead);
+      const V distance = keep(load(x, part) - centre, part);
+      sums.chain[slot] += distance;
+      products.chain[slot] += distance * distance;
+    }, sums, products);
+    sum = sums.total();
+    squares = products.total();
+  }
+  double sum, squares;
+};
+
+// About a centre that is near enough to the mean: that of the elements before, or else of the block's first few. Where
+// it turns out to be further off than elements are, which loses digits, all is done again about the mean.
 template <typename T>
 void spread_of_planes(const SpreadBlock<ComputeType<T>>& block) {
   using S = ComputeType<T>;
   using V = VecOf<T>;
-  const auto b = block;
+  auto b = block;
+  if (b.x.stride == b.n * static_cast<int64_t>(sizeof(T))) {  // its rows are one
+    b.n *= b.rows;
+    b.rows = 1;
+  }
+  const T* first = reinterpret_cast<const T*>(b.x.data);
   const double added = static_cast<double>(b.rows * b.n);
   S centre = static_cast<S>(*b.mean);
   if (b.count == 0) {
-    Sum<V> sum;
-    each_of_plane<T>(b, [&](const T* x, int slot, Part part) ALWAYS_INLINE {
-      sum.chain[slot] += keep(load(x, part), part);
-    }, sum);
-    centre = static_cast<S>(sum.total() / added);
+    V few;
+    if (b.n >= lanes<V>) {
+      few = load_vec(first);
+    } else {
+      few = V{} + load_first(first, 1)[0];
+    }
+    centre = static_cast<S>(Doubles<lanes<F64>>::sum(in_double(few)) / lanes<V>);
   }
-  Sum<V> sum, squares;
-  each_of_plane<T>(b, [&](const T* x, int slot, Part part) ALWAYS_INLINE {
-    prefetch(x, b.x.ahead);
-    const V distance = keep(load(x, part) - centre, part);
-    sum.chain[slot] += distance;
-    squares.chain[slot] += distance * distance;
-  }, sum, squares);
-  if (std::isfinite(squares.total())) {
-    merge_sums(Merge(b.count, added), added, centre, sum.total(), squares.total(), *b.mean, *b.square_sum);
+  PlaneSums<T> sums(b, centre);
+  if (b.count == 0 && sums.sum * sums.sum > added * sums.squares / 2) {
+    centre += static_cast<S>(sums.sum / added);
+    sums = PlaneSums<T>(b, centre);
+  }
+  if (std::isfinite(sums.squares)) {
+    merge_sums(Merge(b.count, added), added, centre, sums.sum, sums.squares, *b.mean, *b.square_sum);
   } else {
     merge_in_double<T>(b, 0, b.n, *b.mean, *b.square_sum);
   }
 }
 
-// sum += Σ (x − centre), and squares += Σ (x − centre)² where there are any.
+// sum += Σ (x − centre) and squares += Σ (x − centre)².
 template <typename T>
 INLINE void add_pixels(const SpreadBlock<ComputeType<T>>& b, const ComputeType<T>* centre, ComputeType<T>* sum,
                        ComputeType<T>* squares) {
@@ -105,7 +130,7 @@ INLINE void add_pixels(const SpreadBlock<ComputeType<T>>& b, const ComputeType<T
   each_rows<at_once>(0, b.rows, [&](int64_t row, auto count) ALWAYS_INLINE {
     constexpr int R = decltype(count)::value;
     const RowPointers<T, R> x(b.x, row);
-    each_word<R == at_once>(b.n, [&](int64_t first, auto size) ALWAYS_INLINE {
+    each_word<R == at_once>(0, b.n, [&](int64_t first, auto size) ALWAYS_INLINE {
       each_of_word<V>(size, [&](int offset, int, Part part) ALWAYS_INLINE {
         const int64_t i = first + offset;
         const V middle = load(centre + i, part);
@@ -118,14 +143,27 @@ INLINE void add_pixels(const SpreadBlock<ComputeType<T>>& b, const ComputeType<T
           square_sum += distance * distance;
         }
         store(sum + i, load(sum + i, part) + distance_sum, part);
-        if (squares != nullptr) {
-          store(squares + i, load(squares + i, part) + square_sum, part);
-        }
+        store(squares + i, load(squares + i, part) + square_sum, part);
       });
     });
   });
 }
 
+// The means of a block's first rows: a power of two of them, so that those of equal numbers are exact.
+template <typename T>
+INLINE void first_means(const SpreadBlock<ComputeType<T>>& b, ComputeType<T>* means) {
+  using V = VecOf<T>;
+  const int rows = b.rows >= 4 ? 4 : b.rows >= 2 ? 2 : 1;
+  each_vector<V, 1>(0, b.n, [&](int64_t i, int, Part part) ALWAYS_INLINE {
+    V sum = {};
+    for (int row = 0; row < rows; ++row) {
+      sum += load(reinterpret_cast<const T*>(b.x.data + row * b.x.stride) + i, part);
+    }
+    store(means + i, sum * (ComputeType<T>{1} / rows), part);
+  });
+}
+
+// As spread_of_planes.
 template <typename T>
 void spread_of_pixels(const SpreadBlock<ComputeType<T>>& block) {
   using S = ComputeType<T>;
@@ -134,19 +172,28 @@ void spread_of_pixels(const SpreadBlock<ComputeType<T>>& block) {
   S* centre = b.scratch;
   S* sum = b.scratch + b.n;
   S* squares = b.scratch + 2 * b.n;
-  std::fill_n(centre, 3 * b.n, S{0});
   if (b.count == 0) {
-    add_pixels<T>(b, centre, sum, nullptr);
-    for (int64_t i = 0; i < b.n; ++i) {
-      centre[i] = sum[i] / static_cast<S>(b.rows);
-      sum[i] = 0;
-    }
+    first_means<T>(b, centre);
   } else {
     for (int64_t i = 0; i < b.n; ++i) {
       centre[i] = static_cast<S>(b.mean[i]);
     }
   }
+  std::fill_n(sum, 2 * b.n, S{0});
   add_pixels<T>(b, centre, sum, squares);
+  if (b.count == 0) {
+    int is_off = 0;
+    for (int64_t i = 0; i < b.n; ++i) {
+      is_off |= sum[i] * sum[i] > 4 * static_cast<S>(b.rows) * squares[i] / 5;
+    }
+    if (is_off) {
+      for (int64_t i = 0; i < b.n; ++i) {
+        centre[i] += sum[i] / static_cast<S>(b.rows);
+      }
+      std::fill_n(sum, 2 * b.n, S{0});
+      add_pixels<T>(b, centre, sum, squares);
+    }
+  }
   int overflown = 0;
   for (int64_t i = 0; i < b.n; ++i) {
     overflown |= !(squares[i] - squares[i] == 0);

@@ -188,10 +188,11 @@ INLINE void stream_vec(double* p, F64 v) { stream(p, v); }
 INLINE void stream_vec(Bf16* p, F32 v) { stream(p, to_bf16(v)); }
 INLINE void stream_vec(Half* p, F32 v) { stream(p, to_half(v)); }
 
-// As store, for an element of a strip. Fetches what will be overwritten next, unless that goes past the caches.
-template <typename T>
+// As store, for an element of a strip. Fetches what will be overwritten next, unless that goes past the caches, as it
+// only may where MAY_STREAM.
+template <bool MAY_STREAM, typename T>
 INLINE void store_to(const Strip& strip, T* p, VecOf<T> v, Part part) {
-  if (strip.streams && part.count == lanes<VecOf<T>>) {
+  if (MAY_STREAM && strip.streams && part.count == lanes<VecOf<T>>) {
     stream_vec(p, v);
   } else {
     prefetch(p, strip.ahead);
@@ -274,16 +275,53 @@ struct Doubles<1> {
   static INLINE double sum(double v) { return v; }
 };
 
+// The sums of as many vectors as they have lanes, each as Doubles has it.
+INLINE F64 totals(const F64 (&vectors)[lanes<F64>]) {
+#if VECTOR_BYTES == 64
+  // Halves the sums of two vectors, which lie in turns of `width` lanes.
+  const auto folded = [](F64 a, F64 b, int width) ALWAYS_INLINE {
+    const I64 lane = {0, 1, 2, 3, 4, 5, 6, 7};
+    const I64 first = lane / width * 2 * width + lane % width;
+    return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, first + width);
+  };
+  F64 fours[4], twos[2];
+  for (int i = 0; i < 4; ++i) {
+    fours[i] = folded(vectors[2 * i], vectors[2 * i + 1], 4);
+  }
+  for (int i = 0; i < 2; ++i) {
+    twos[i] = folded(fours[2 * i], fours[2 * i + 1], 2);
+  }
+  return folded(twos[0], twos[1], 1);
+#else
+  F64 sums;
+  for (int i = 0; i < lanes<F64>; ++i) {
+    sums[i] = Doubles<lanes<F64>>::sum(vectors[i]);
+  }
+  return sums;
+#endif
+}
+
+typedef float HalfOfF32 __attribute__((vector_size(VECTOR_BYTES / 2)));
+
+INLINE F64 to_double(HalfOfF32 v) {
+#if VECTOR_BYTES == 64  // gcc 12 converts in quarters and puts them together again
+  return reinterpret_cast<F64>(_mm512_maskz_cvtps_pd(0xff, reinterpret_cast<__m256>(v)));
+#elif VECTOR_BYTES == 32
+  return reinterpret_cast<F64>(_mm256_cvtps_pd(reinterpret_cast<__m128>(v)));
+#else
+  return __builtin_convertvector(v, F64);
+#endif
+}
+
 // The sum of a vector's halves where its lanes are float.
 template <typename V>
 INLINE F64 in_double(V v) {
   if constexpr (sizeof(v[0]) == sizeof(double)) {
     return v;
   } else {
-    typedef float HalfOfF32 __attribute__((vector_size(VECTOR_BYTES / 2)));
     HalfOfF32 halves[2];
     __builtin_memcpy(halves, &v, sizeof v);
-    return __builtin_convertvector(halves[0], F64) + __builtin_convertvector(halves[1], F64);
+    return to_double(halves[0]) + to_double(halves[1]);
   }
 }
 
