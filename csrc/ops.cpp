@@ -5,6 +5,7 @@
 #include <torch/version.h>
 
 #include "calls.h"
+#include "cpu/pages.h"
 #include "cpu/rows.h"
 #include "cuda/build_info.h"
 #include "lists.h"
@@ -54,6 +55,7 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastnorm's compiled kernels (reached through torch.ops.fastnorm) and how they were built.";
   m.def("build_info", &build_info, "What this module was compiled with.");
+  m.def("new_pages", &fastnorm::cpu::how_pages_are_made, "How the pages of large new outputs are made here.");
 #ifdef FASTNORM_CUDA
   m.def("cuda_covers", &fastnorm::cuda_covers, "Whether the CUDA kernels run on the device of this index.");
 #endif

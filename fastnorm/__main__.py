@@ -55,6 +55,7 @@ def _extension(available: bool) -> Iterator[tuple[str, str]]:
     yield "file", native._C.__file__
     for key, value in native.build_info().items():
         yield key, (", ".join(value) or "none") if isinstance(value, list) else str(value)
+    yield "new pages", native.new_pages()
 
 
 def _operations() -> Iterator[tuple[str, str]]:

@@ -56,6 +56,11 @@ def build_info() -> dict[str, object]:
     return _C.build_info()
 
 
+def new_pages() -> str:
+    """How the memory of large new outputs is made on this machine, in words; tried out where nothing says it."""
+    return _C.new_pages()
+
+
 @cache
 def covers(cuda_device: int) -> bool:
     """Whether the CUDA kernels were built for the card with this index: its machine code, or PTX of an older one."""

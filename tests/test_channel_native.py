@@ -188,7 +188,8 @@ def test_means_far_from_the_first_elements(level, channels_last):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_groups_of_small_images(dtype, channels_last):
     """Where several rows, and groups, are worked on at once: all that may be left over."""
-    for channels, groups, n in ((6, 1, 2), (6, 3, 7), (40, 8, 25), (72, 4, 64), (30, 10, 65), (17, 1, 196), (60, 60, 9)):
+    shapes = ((6, 1, 2), (6, 3, 7), (40, 8, 25), (72, 4, 64), (30, 10, 65), (17, 1, 196), (60, 60, 9))
+    for channels, groups, n in shapes:
         x, dy = (random_image(3, channels, n, channels_last=False, dtype=dtype) for _ in range(2))
         if channels_last:
             x, dy = (as_image(t.transpose(1, 2).contiguous(), True) for t in (x, dy))

@@ -6,22 +6,8 @@
 
 #include <limits>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 namespace fastnorm::cpu {
 namespace {
-
-#ifdef __linux__
-size_t page_size() {
-  static const auto size = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  return size;
-}
-
-uintptr_t page_of(uintptr_t address) { return address / page_size() * page_size(); }
-#endif
 
 void check_gaps(const at::Tensor& tensor, const char* name) {
   const auto last = tensor.dim() - 1;
@@ -54,31 +40,6 @@ at::Tensor empty(at::IntArrayRef sizes, at::ScalarType type, at::MemoryFormat fo
     at::isFloatingType(type) ? tensor.fill_(std::numeric_limits<double>::quiet_NaN()) : tensor.fill_(255);
   }
   return tensor;
-}
-
-bool is_fresh(const at::Tensor& tensor) {
-#ifdef __linux__
-  constexpr size_t worthwhile = size_t{4} << 20;
-  if (tensor.nbytes() < worthwhile) {
-    return false;
-  }
-  // malloc gives memory back to the system, and extends it, at the end.
-  const uintptr_t last = page_of(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) + tensor.nbytes() - 1);
-  unsigned char is_present = 1;
-  mincore(reinterpret_cast<void*>(last), page_size(), &is_present);
-  return (is_present & 1) == 0;
-#else
-  return false;
-#endif
-}
-
-void fault_in(void* data, size_t bytes) {
-#ifdef __linux__
-  constexpr int populate_write = 23;  // MADV_POPULATE_WRITE, which older headers do not name
-  const auto start = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t first = page_of(start);
-  madvise(reinterpret_cast<void*>(first), start + bytes - first, populate_write);  // without it all works, more slowly
-#endif
 }
 
 void check_tensor(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes) {

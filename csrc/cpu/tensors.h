@@ -9,6 +9,7 @@
 #include <memory>
 #include <optional>
 
+#include "pages.h"
 #include "rows.h"
 
 namespace fastnorm::cpu {
@@ -18,14 +19,6 @@ Dtype dtype_from(at::ScalarType type);
 
 // An uninitialised CPU tensor without gaps.
 at::Tensor empty(at::IntArrayRef sizes, at::ScalarType type, at::MemoryFormat format = at::MemoryFormat::Contiguous);
-
-// Whether a new tensor's memory is large and came from the system just now, so that its pages are still to be made.
-bool is_fresh(const at::Tensor& tensor);
-
-// Makes the pages of fresh memory that will be written to, a MiB or so at a time. One fault a page takes 1.6 times as
-// long. Huge pages would be faster still on memory that the machine has, but several times slower where a hypervisor
-// takes free memory back.
-void fault_in(void* data, size_t bytes);
 
 // Raises unless the tensor has these sizes and one of the four dtypes, on the CPU.
 void check_tensor(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes);
