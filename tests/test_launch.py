@@ -18,8 +18,9 @@ HEAD_WIDTHS = (64, 80, 96, 128, 256)
 MODEL_WIDTHS = (768, 1024, 1280, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192, 12288, 16384)
 CHOICES = {
     "forward": launch.row_tiles,
-    "backward, one sum": lambda cols, itemsize: launch.backward_row_tiles(cols, itemsize, 1, itemsize)[0],
-    "backward, two sums": lambda cols, itemsize: launch.backward_row_tiles(cols, itemsize, 2, itemsize)[0],
+    "backward, one sum": lambda cols, itemsize: launch.backward_tiles(cols, itemsize, 1, False, itemsize)[0],
+    "backward, two sums": lambda cols, itemsize: launch.backward_tiles(cols, itemsize, 2, False, itemsize)[0],
+    "backward, two sums and a stream": lambda cols, itemsize: launch.backward_tiles(cols, itemsize, 2, True, itemsize)[0],
 }
 choices = pytest.mark.parametrize("choose", CHOICES.values(), ids=CHOICES)
 itemsizes = pytest.mark.parametrize("itemsize", [2, 4, 8])
@@ -36,7 +37,8 @@ def power_of_two(n: int) -> bool:
 @given(cols=columns)
 def test_tiles_cover_the_row_and_every_thread_has_work(choose, itemsize, cols):
     tiles = choose(cols, itemsize)
-    assert tiles.tile * (tiles.count - 1) < cols <= tiles.tile * tiles.count
+    parts = launch.parts(cols, tiles)
+    assert tiles.tile * tiles.count * (parts - 1) < cols <= tiles.tile * tiles.count * parts
     assert all(power_of_two(n) for n in (tiles.tile, tiles.rows, tiles.warps))
     assert tiles.warps <= 16
     assert tiles.tile * tiles.rows >= 32 * tiles.warps
@@ -47,7 +49,7 @@ def test_tiles_cover_the_row_and_every_thread_has_work(choose, itemsize, cols):
 @given(cols=columns)
 def test_a_thread_holds_a_bounded_part_of_the_row(choose, itemsize, cols):
     if not launch.is_long(cols, itemsize):
-        assert choose(cols, itemsize).registers <= 160
+        assert choose(cols, itemsize).registers <= (160 if choose is launch.row_tiles else 64)
 
 
 @choices
@@ -55,7 +57,7 @@ def test_a_thread_holds_a_bounded_part_of_the_row(choose, itemsize, cols):
 @pytest.mark.parametrize("cols", MODEL_WIDTHS)
 def test_padding_at_model_widths(choose, itemsize, cols):
     tiles = choose(cols, itemsize)
-    assert launch.padding(cols, tiles.tile) == tiles.tile * tiles.count / cols - 1
+    assert launch.padding(cols, tiles.tile) == tiles.tile * tiles.count * launch.parts(cols, tiles) / cols - 1
     assert launch.padding(cols, tiles.tile) <= 0.125
 
 
@@ -65,53 +67,55 @@ def test_padding_at_model_widths(choose, itemsize, cols):
 def test_padding_of_other_widths(choose, itemsize, cols):
     """Less than half of the row, or than what one warp takes at once."""
     tiles = choose(cols, itemsize)
-    assert tiles.tile * tiles.count - cols < max(cols / 2, 32 * 16 // itemsize)
+    idle = tiles.tile * tiles.count * launch.parts(cols, tiles) - cols
+    assert idle < max(cols / 2, 32 * 16 // itemsize)
 
 
 @choices
 @itemsizes
 @pytest.mark.parametrize("cols", HEAD_WIDTHS + MODEL_WIDTHS)
 def test_a_thread_has_whole_16_byte_accesses(choose, itemsize, cols):
-    """But for one width, of which it would not hold a whole row beside two sums of 16-byte accesses each."""
+    """But for a backward in 16 bits, where a sixth and more of the lanes would idle: half of that, whole cache lines."""
     tiles = choose(cols, itemsize)
-    access = 8 if (choose, cols, itemsize) == (CHOICES["backward, two sums"], 7168, 2) else 16
+    halved = itemsize == 2 and choose is not launch.row_tiles and cols in (1280, 2560, 5120, 7168)
+    access = 8 if halved else 16
     assert tiles.tile * tiles.rows * itemsize % (access * 32 * tiles.warps) == 0
 
 
 def test_the_tiling_knows_nothing_of_the_batch():
-    for choose in (launch.row_tiles, launch.backward_row_tiles, launch.long_tile, launch.column_tile):
+    for choose in (launch.row_tiles, launch.backward_tiles, launch.prefetches, launch.part_tiles, launch.long_tile):
         assert not {"rows", "n_rows", "multiprocessors"} & set(inspect.signature(choose).parameters)
 
 
 @itemsizes
-@given(cols=columns, rows=rows_of_a_batch, multiprocessors=st.integers(1, 304), partials=st.integers(0, 2))
-def test_backward_programs(itemsize, cols, rows, multiprocessors, partials):
-    tiles, *_ = launch.backward_row_tiles(cols, itemsize, max(1, partials), itemsize)
-    programs = launch.backward_programs(rows, tiles, multiprocessors, itemsize, partials)
+@pytest.mark.parametrize("adds", [False, True])
+@given(
+    cols=columns | st.integers(16385, 10**6), rows=rows_of_a_batch, multiprocessors=st.integers(1, 304),
+    partials=st.integers(0, 2),
+)  # fmt: skip
+def test_backward_programs(itemsize, adds, cols, rows, multiprocessors, partials):
+    """All of them resident at once, each with a row, and few enough for their partial sums."""
+    passes = 4 if adds else 3
+    tiles, _ = launch.backward_tiles(cols, itemsize, max(1, partials), adds, itemsize)
+    parts = launch.parts(cols, tiles)
+    programs = launch.backward_programs(rows, tiles, multiprocessors // parts, itemsize, partials, passes)
     assert 1 <= programs <= -(-rows // tiles.rows)
-    assert programs * tiles.warps <= max(16, tiles.warps) * multiprocessors
+    assert programs * parts <= max(parts, tiles.resident * multiprocessors)
+    assert tiles.resident * tiles.warps <= 16
     if rows >= 4096:
-        assert partial_share(rows, programs, partials, itemsize) <= 0.03
+        assert partial_share(rows, programs, partials, itemsize, passes) <= 0.03
 
 
-@itemsizes
-@given(cols=st.integers(16385, 10**6), rows=rows_of_a_batch, multiprocessors=st.integers(1, 304))
-def test_chunks_of_long_rows(itemsize, cols, rows, multiprocessors):
-    blocks = -(-cols // launch.column_tile(itemsize)[0])
-    chunks = launch.long_row_chunks(rows, blocks, multiprocessors)
-    assert 1 <= chunks <= rows
-    if rows >= 4096:
-        assert partial_share(rows, chunks, 2, itemsize) <= 0.03
-
-
-def partial_share(rows: int, programs: int, partials: int, itemsize: int) -> float:
-    """Partial sums that are written, as a part of x and dy read and dx written; float64 data has float64 sums."""
-    return programs * partials * max(4, itemsize) / (3 * rows * itemsize)
+def partial_share(rows: int, programs: int, partials: int, itemsize: int, passes: int) -> float:
+    """Partial sums that are written, as a part of x and dy, and dh, read and dx written; float64 data has float64
+    sums."""
+    return programs * partials * max(4, itemsize) / (passes * rows * itemsize)
 
 
 def test_a_card_is_filled_by_a_training_batch():
-    tiles, *_ = launch.backward_row_tiles(4096, 2, sums=1, widest=2)
-    assert launch.backward_programs(8192, tiles, 132, 2, 1) >= 132
+    """As often as registers allow, and no program has to wait for another one's end."""
+    tiles, _ = launch.backward_tiles(4096, 2, sums=1, adds=False, widest=2)
+    assert launch.backward_programs(8192, tiles, 132, 2, 1, 3) == 132
 
 
 @itemsizes
@@ -120,30 +124,31 @@ def test_rows_of_64_kib_are_held_and_longer_ones_are_not(itemsize):
     assert not launch.is_long(cols, itemsize)
     assert launch.is_long(cols + 1, itemsize)
     for sums in (1, 2):
-        assert launch.backward_is_long(cols + 1, itemsize, sums)
-        assert launch.backward_is_long(cols, itemsize, sums) == (cols * sums > 32768)
+        assert not launch.backward_tiles(cols + 1, itemsize, sums, False, itemsize)[1]
 
 
 @itemsizes
-@pytest.mark.parametrize(("backend", "registers"), [("cuda", 65536), ("hip", 131072)])
-@given(cols=st.integers(1, 16384), sums=st.sampled_from([1, 2]), weight=st.sampled_from([2, 4, 8]))
-def test_what_a_thread_holds_fits_its_registers(backend, registers, itemsize, cols, sums, weight):
-    """Of a multiprocessor's registers, a program's threads get equal parts, and at most 255 each."""
-    tiles, holds, holds_weight = launch.backward_row_tiles(cols, itemsize, sums, max(itemsize, weight), backend)
-    assert holds or (not holds_weight and tiles.rows == 1)
-    assert not holds or (2 + holds_weight + sums) * tiles.registers < min(255, registers // (32 * tiles.warps))
+@pytest.mark.parametrize("adds", [False, True])
+@given(cols=st.integers(1, 10**5), sums=st.sampled_from([1, 2]), weight=st.sampled_from([2, 4, 8]))
+def test_what_a_thread_holds_fits_its_registers(itemsize, adds, cols, sums, weight):
+    """Of a multiprocessor's registers, the resident programs' threads get equal parts, and at most 255 each."""
+    tiles, is_held = launch.backward_tiles(cols, itemsize, sums, adds, max(itemsize, weight))
+    held = (2 + sums) * tiles.registers if is_held else sums * tiles.registers
+    assert held < min(255, 65536 // (32 * tiles.warps * tiles.resident))
 
 
-READ_AGAIN = {("cuda", 2, 2): [16384], ("cuda", 1, 4): [16384], ("cuda", 2, 4): [12288, 16384]}
+# by the number of sums, whether a gradient of the stream is added, and the size of the elements
+READ_AGAIN = {(1, True, 2): [16384], (2, False, 2): [12288, 16384], (2, True, 2): [12288, 16384]}
+READ_AGAIN |= {(1, True, 4): [12288, 16384], (2, False, 4): [12288, 16384], (2, True, 4): [12288, 16384]}
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("sums", [1, 2], ids=["rms_norm", "layer_norm"])
-@pytest.mark.parametrize("backend", ["cuda", "hip"])
-def test_rows_of_models_are_read_once(backend, sums, itemsize):
-    """But for those that NVIDIA's registers have no room for."""
-    held = {cols: launch.backward_row_tiles(cols, itemsize, sums, itemsize, backend)[1] for cols in MODEL_WIDTHS}
-    assert [cols for cols in held if not held[cols]] == READ_AGAIN.get((backend, sums, itemsize), [])
+def test_rows_of_models_are_read_once(sums, adds, itemsize):
+    """But for those that registers have no room for."""
+    held = {cols: launch.backward_tiles(cols, itemsize, sums, adds, itemsize)[1] for cols in MODEL_WIDTHS}
+    assert [cols for cols in held if not held[cols]] == READ_AGAIN.get((sums, adds, itemsize), [])
 
 
 def test_access_bytes_is_the_largest_element():

@@ -17,14 +17,8 @@ WARP = 32
 ACCESS_BYTES = 16  # the widest load of a thread
 MAX_PADDING = 1 / 8  # idle lanes that a tiling may cost, as a part of the row
 RESIDENT_BYTES = 65536  # longer rows go through the looped kernels
-# registers of a thread that a row may take with its weight and parameter sums, by the number of warps; and without the
-# weight: when all is of 16 bits, it comes in half of the registers and is unpacked in steps. A thread has 255, with 16
-# warps NVIDIA's 128.
-HELD_REGISTERS = {"cuda": {4: 200, 8: 200, 16: 80}, "hip": {4: 200, 8: 200, 16: 160}}
-HELD_ROW_REGISTERS = {"cuda": {4: 160, 8: 160, 16: 80}, "hip": {4: 160, 8: 160, 16: 160}}
-HELD_16_BIT_ROW_REGISTERS = {"cuda": {4: 168, 8: 168, 16: 96}, "hip": {4: 168, 8: 168, 16: 168}}
-SUMS_REGISTERS = 112  # of a thread, for the parameter sums, where that leaves fewer idle lanes than most threads do
-RESIDENT_SUMS = 32768  # of a row; more no longer fit into one program's registers
+HELD_REGISTERS = 96  # of a thread with 16 warps, which has 128, that a row and its parameter sums may take
+PART_REGISTERS = 64  # of such a thread, for parameter sums of a row that isn't held
 NARROW_REGISTERS = 32  # of a thread, for rows shorter than a warp's access; half for each parameter sum beside them
 PARTIAL_SHARE = 0.03  # of the backward's traffic that partial sums may add, from PARTIAL_ROWS rows on
 PARTIAL_ROWS = 4096
@@ -46,13 +40,14 @@ def next_power_of_2(n: int) -> int:
 
 
 class RowTiles(NamedTuple):
-    """A row of `count` tiles with `tile` columns each; `rows` rows a program of `warps` warps."""
+    """A row, or a part of one, of `count` tiles with `tile` columns; `rows` rows a program of `warps` warps."""
 
     tile: int
     count: int
     rows: int
     warps: int
     width: int  # registers of an element: 2 in float64
+    resident: int = 1  # programs of the backward on a multiprocessor: as many as registers are left for
 
     @property
     def registers(self) -> int:
@@ -72,80 +67,84 @@ def row_tiles(cols: int, itemsize: int, sums: int = 0) -> RowTiles:
 
     A row gets more warps once it would take more than `max_registers` of a thread; a program gets more rows until it
     has `min_warps` warps: with one, the limit on programs would leave half of a multiprocessor's warp slots empty. The
-    backward has more: its sums allow few programs on a multiprocessor.
+    backward has more: its sums allow few programs on a multiprocessor. Where accesses of 16 bytes would leave too many
+    lanes idle, the forward has half of the warps; the backward, whose threads must not hold more, half of the bytes.
     """
     max_registers, min_warps = (32, 8) if sums else (80, 2)
     vector = ACCESS_BYTES // itemsize
     width = max(1, itemsize // 4)
     if cols <= WARP * vector:
-        return _narrow_tiles(cols, vector, width, NARROW_REGISTERS >> sums)
+        return _narrow_tiles(cols, vector, width, sums)
     warps = 1
     while warps < 16 and cols * width > WARP * warps * max_registers:
         warps *= 2
+    tile = WARP * warps * vector
     # once only: a row that takes four times the registers costs more than idle lanes, as does one that takes twice as
     # many where the forward can't read it 16 bytes at a time, which takes registers too
     can_halve = warps > 1 and (sums or cols * itemsize % ACCESS_BYTES == 0)
-    if can_halve and padding(cols, WARP * warps * vector) > MAX_PADDING:
-        warps //= 2
-    tile = WARP * warps * vector
+    if can_halve and padding(cols, tile) > MAX_PADDING:
+        tile //= 2
+        warps = warps if sums else warps // 2
     rows = max(1, min_warps // warps)
     return RowTiles(tile, ceil_div(cols, tile), rows, warps * rows, width)
 
 
-def _narrow_tiles(cols: int, vector: int, width: int, registers: int) -> RowTiles:
-    """Rows shorter than one access of a warp: several rows a warp, four warps a program."""
+def _narrow_tiles(cols: int, vector: int, width: int, sums: int) -> RowTiles:
+    """Rows shorter than one access of a warp: several rows a warp, four warps a program; in the backward eight, as
+    fewer programs leave fewer partial sums."""
+    warps = 8 if sums else 4
     tile = next_power_of_2(cols)
     while tile > 4 * vector and padding(cols, tile) > MAX_PADDING:
         tile //= 2
     count = ceil_div(cols, tile)
-    rows = 4 * WARP * registers // (tile * next_power_of_2(count) * width)
-    rows = max(rows, 4 * WARP * vector // tile)  # a thread has whole accesses
-    return RowTiles(tile, count, rows, 4, width)
+    rows = warps * WARP * (NARROW_REGISTERS >> sums) // (tile * next_power_of_2(count) * width)
+    rows = max(rows, warps * WARP * vector // tile)  # a thread has whole accesses
+    tiles = RowTiles(tile, count, rows, warps, width)
+    return tiles._replace(resident=2) if sums and tiles.registers <= NARROW_REGISTERS // 2 else tiles
 
 
 @remembered
-def backward_row_tiles(
-    cols: int, itemsize: int, sums: int, widest: int, backend: str = "cuda"
-) -> tuple[RowTiles, bool, bool]:
-    """The tiling of the backward; `widest` is as `itemsize`, with the weight's elements among them. Also whether a
-    thread can hold x̂ and w·dy beside `sums` parameter sums, and whether w as well: what it can't hold is read again
-    for each row, from the cache.
-
-    With half of the rows a thread holds half as much, and reads 8 bytes at a time, which still are whole cache lines
-    of a warp: LayerNorm's backward of 7168 columns in 16 bits takes that, and not a second reading."""
+def backward_tiles(cols: int, itemsize: int, sums: int, adds: bool, widest: int) -> tuple[RowTiles, bool]:
+    """The tiling of the backward with `sums` parameter sums and, where it `adds`, a gradient of the residual stream;
+    `widest` is as `itemsize`, with the weight's elements among them. Also whether a program holds whole rows: if not,
+    it reads a row twice, and the tiles are those of a part of it."""
     tiles = row_tiles(cols, itemsize, sums)
-    with_weight = HELD_REGISTERS[backend][tiles.warps]
-    without = (HELD_16_BIT_ROW_REGISTERS if widest == 2 else HELD_ROW_REGISTERS)[backend][tiles.warps]
-    for rows in (tiles.rows, tiles.rows // 2):
-        held = tiles._replace(rows=rows)
-        if rows and held.registers * (3 + sums) <= with_weight:
-            return held, True, True
-        if rows and held.registers * (2 + sums) <= without and cols * itemsize % ACCESS_BYTES == 0:
-            return held, True, False
-    return _summing_tiles(cols, itemsize, sums), False, False
+    if tiles.warps < 16:
+        if adds and sums == 2 and tiles.rows > 1 and tiles.registers == 32:
+            # twice the threads a row, which hold half as much
+            tiles = tiles._replace(tile=2 * tiles.tile, count=tiles.count // 2, rows=tiles.rows // 2)
+        return tiles, True
+    # x̂, w·dy and a sum; with two sums, dy as well
+    held = tiles.registers * (2 * sums + 1) + 8 * (widest > itemsize)
+    if adds:
+        held += tiles.registers * min(itemsize, 4) // 4 + 8
+    if held <= HELD_REGISTERS and not is_long(cols, itemsize):
+        return tiles, True
+    return part_tiles(cols, itemsize, sums, adds), False
 
 
-def _summing_tiles(cols: int, itemsize: int, sums: int) -> RowTiles:
-    """For long rows, of which a thread holds nothing but the parameter sums: as many warps as there can be, or half of
-    them where fewer lanes idle then."""
+def part_tiles(cols: int, itemsize: int, sums: int, adds: bool) -> RowTiles:
+    """The tiling of a row's parts, whose parameter sums alone are held; they are of one size, up to a tile."""
     vector, width = ACCESS_BYTES // itemsize, max(1, itemsize // 4)
-    most, half = (RowTiles(n * WARP * vector, ceil_div(cols, n * WARP * vector), 1, n, width) for n in (16, 8))
-    if padding(cols, most.tile) > MAX_PADDING and sums * half.registers <= SUMS_REGISTERS:
-        return half
-    return most
+    tile = 16 * WARP * vector
+    most = PART_REGISTERS // (max(sums, 1 + adds) * vector * width)
+    count = ceil_div(cols, tile)
+    return RowTiles(tile, ceil_div(count, ceil_div(count, most)), 1, 16, width)
+
+
+def parts(cols: int, tiles: RowTiles) -> int:
+    """That rows are cut into, each for another program."""
+    return ceil_div(cols, tiles.tile * tiles.count)
+
+
+def prefetches(tiles: RowTiles, itemsize: int) -> bool:
+    """Whether a program has registers for its next rows. Wider elements have enough bytes on their way without."""
+    return itemsize == 2 and tiles.warps < 16
 
 
 def is_long(cols: int, itemsize: int) -> bool:
     """Whether a row is too long for the forward to hold."""
     return cols * itemsize > RESIDENT_BYTES
-
-
-def backward_is_long(cols: int, itemsize: int, sums: int) -> bool:
-    """Whether a row's parameter sums are too long for one program. A row that can't be read 16 bytes at a time takes
-    more registers for the reading, and leaves fewer to the sums."""
-    width = max(1, itemsize // 4)
-    limit = RESIDENT_SUMS // sums if cols * itemsize % ACCESS_BYTES == 0 else RESIDENT_SUMS // (2 * sums * width)
-    return is_long(cols, itemsize) or cols > limit
 
 
 def long_tile(itemsize: int) -> tuple[int, int]:
@@ -154,27 +153,16 @@ def long_tile(itemsize: int) -> tuple[int, int]:
     return 2 * WARP * warps * ACCESS_BYTES // itemsize, warps
 
 
-def column_tile(itemsize: int) -> tuple[int, int]:
-    """Columns of one program of the looped backward's second kernel, and the number of warps."""
-    warps = 4
-    return WARP * warps * ACCESS_BYTES // itemsize, warps
-
-
-def backward_programs(rows: int, tiles: RowTiles, multiprocessors: int, itemsize: int, partials: int) -> int:
-    """Programs of the persistent backward: fill the card, but keep `partials` sums a program, in float32 or the rows'
-    float64, within PARTIAL_SHARE of the traffic (x and dy read, dx written)."""
-    filling = multiprocessors * max(1, 16 // tiles.warps)
-    blocks = ceil_div(rows, tiles.rows)
-    if partials == 0:
-        return min(filling, blocks)
-    traffic = 3 * max(rows, PARTIAL_ROWS) * itemsize
-    affordable = max(1, int(PARTIAL_SHARE * traffic / (max(4, itemsize) * partials)))
-    return min(filling, blocks, affordable)
-
-
-def long_row_chunks(rows: int, column_blocks: int, multiprocessors: int) -> int:
-    """Row chunks of the looped backward's second kernel, which has a program for each chunk and column block."""
-    return max(1, min(rows, 2 * multiprocessors // column_blocks, ceil_div(rows, 16)))
+def backward_programs(
+    rows: int, tiles: RowTiles, multiprocessors: int, itemsize: int, partials: int, passes: int
+) -> int:
+    """Programs of the persistent backward: as many as the multiprocessors hold, but keep `partials` sums a program, in
+    float32 or the rows' float64, within PARTIAL_SHARE of the traffic, which is so many passes over the rows."""
+    filling = min(max(1, multiprocessors) * tiles.resident, ceil_div(rows, tiles.rows))
+    if partials == 0 or rows < PARTIAL_ROWS:
+        return filling
+    affordable = int(PARTIAL_SHARE * passes * rows * itemsize / (max(4, itemsize) * partials))
+    return min(filling, affordable)
 
 
 def refines(cols: int, dtype: torch.dtype) -> bool:
@@ -206,17 +194,18 @@ def backend() -> str:
     return "hip" if not INTERPRETED and _current_target().backend == "hip" else "cuda"
 
 
-def options(warps: int) -> dict[str, int]:
+def options(warps: int, resident: int = 1) -> dict[str, int]:
     """The launch options for `warps` warps of 32 threads, on a card whose own may have 64. On NVIDIA's, every register
-    that one program can have: left to itself the assembler spills some to let one more program in."""
-    return {"num_warps": warps} if INTERPRETED else _options(warps, _current_target())
+    that a program can have where `resident` share a multiprocessor: left to itself the assembler spills some to let
+    one more program in."""
+    return {"num_warps": warps} if INTERPRETED else _options(warps, resident, _current_target())
 
 
 @functools.lru_cache(maxsize=64)
-def _options(warps: int, target: GPUTarget) -> dict[str, int]:
+def _options(warps: int, resident: int, target: GPUTarget) -> dict[str, int]:
     if target.backend != "cuda":
         return {"num_warps": max(1, WARP * warps // target.warp_size)}
-    return {"num_warps": warps, "maxnreg": min(255, 65536 // (WARP * warps))}
+    return {"num_warps": warps, "maxnreg": min(255, 65536 // (WARP * warps * resident))}
 
 
 @functools.lru_cache(maxsize=16)

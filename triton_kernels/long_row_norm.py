@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
 from . import launch
+from .compiler import materialize
 from .jit import jit
 from .tiles import (
-    add_row_products,
-    empty_partials,
-    load_stream,
+    empty_sums,
+    factors,
+    gradient,
     load_tile,
     load_weight,
     reciprocal_sqrt,
     rounded_to,
-    store_stream_gradient,
+    slope_and_offset,
+    store_gradient,
+    store_stream,
     store_tile,
 )
 
@@ -52,10 +54,10 @@ def _row_norm_long_forward_kernel(
     for start in range(0, n_cols, TILE):
         cols = start + tl.arange(0, TILE)
         mask = cols < n_cols
-        h = load_stream(
-            x_ptr, residual_ptr, h_ptr,
-            row * x_stride + cols, row * residual_stride + cols, row * n_cols + cols, mask, stat,
-        )  # fmt: skip
+        h = load_tile(x_ptr + row * x_stride + cols, mask, stat)
+        if residual_ptr is not None:
+            h += load_tile(residual_ptr + row * residual_stride + cols, mask, stat)
+            h = store_stream(h, h_ptr + row * n_cols + cols, mask)
         if mean_ptr is not None:
             step += 1.0
             delta = h - lane_mean
@@ -89,64 +91,75 @@ def _row_norm_long_forward_kernel(
         store_tile(y_ptr + row * n_cols + cols, y, mask)
 
 
-@jit
-def _row_norm_long_backward_rows_kernel(
-    dy_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, mean_product_ptr, mean_g_ptr, n_cols, dy_stride, h_stride,
-    ZERO_CENTERED: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """mean(x̂ · w·dy) of one row, and LayerNorm's mean(w·dy · rstd)."""
-    stat = rstd_ptr.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64)
-    if mean_ptr is not None:
-        mean = tl.load(mean_ptr + row)
-    rstd = tl.load(rstd_ptr + row)
-    statistics = (rstd, mean) if mean_ptr is not None else (rstd,)
-    lanes = tl.arange(0, TILE)
-    product, total = add_row_products(
-        tl.zeros((TILE,), stat), tl.zeros((TILE,), stat), h_ptr + (row * h_stride + lanes),
-        dy_ptr + (row * dy_stride + lanes), weight_ptr, statistics, lanes, n_cols, ZERO_CENTERED, True, TILE,
-    )  # fmt: skip
-    tl.store(mean_product_ptr + row, tl.sum(product) / tl.cast(n_cols, stat))
-    if mean_ptr is not None:
-        tl.store(mean_g_ptr + row, tl.sum(total) / tl.cast(n_cols, stat))
+@triton.jit
+def _row_sums(h_row, dy_row, weight_ptr, statistics, lanes, n_cols, ZERO_CENTERED: tl.constexpr, TILE: tl.constexpr):
+    """Σ c · w·g of each lane and, of LayerNorm, Σ w·g: see `factors`. Two tiles at once are on their way."""
+    product, total = tl.zeros((1, TILE), statistics[0].dtype), tl.zeros((1, TILE), statistics[0].dtype)
+    for start in range(0, n_cols, 2 * TILE):
+        h_tiles, dy_tiles = (), ()
+        for t in tl.static_range(2):
+            at = start + t * TILE
+            h_tiles = h_tiles + (tl.load(h_row + at, mask=lanes < n_cols - at, other=0.0),)
+            dy_tiles = dy_tiles + (tl.load(dy_row + at, mask=lanes < n_cols - at, other=0.0),)
+        for t in tl.static_range(2):
+            at = start + t * TILE
+            c, g = factors(h_tiles[t], dy_tiles[t], statistics)
+            if weight_ptr is not None:
+                g *= load_weight(weight_ptr + lanes + at, lanes < n_cols - at, g.dtype, ZERO_CENTERED)
+            product, total = product + c * g, total + g
+    return product, total
 
 
 @jit(do_not_specialize=["n_rows"])  # one code for every batch, to the last bit
-def _row_norm_long_backward_columns_kernel(
-    dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, mean_product_ptr, mean_g_ptr,
-    dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr, n_rows, n_cols, dy_stride, dh_stride, h_stride,
-    ZERO_CENTERED: tl.constexpr, CAST: tl.constexpr, TILE: tl.constexpr,
+def _row_norm_long_backward_kernel(
+    dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr,
+    n_rows, n_cols, dy_stride, dh_stride, h_stride,
+    ZERO_CENTERED: tl.constexpr, CAST: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr,
 ):  # fmt: skip
-    """dx as in _row_norm_backward_kernel, for one block of columns and every num_programs-th row; dweight, dbias over
-    those."""
+    """As _row_norm_backward_kernel, for one part of the columns and every num_programs-th row. A row's sums take all of
+    its columns; the part is then read again, from the cache."""
     stat = rstd_ptr.dtype.element_ty
-    cols = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    mask = cols < n_cols
-    dweight = tl.zeros((TILE,), stat)
-    dbias = tl.zeros((TILE,), stat)
+    lanes, first = tl.arange(0, TILE)[None, :], tl.program_id(0) * (N_TILES * TILE)
+    weight_sums, bias_sums = empty_sums(dweight_ptr, 1, TILE, N_TILES), empty_sums(dbias_ptr, 1, TILE, N_TILES)
     for r in range(tl.program_id(1), n_rows, tl.num_programs(1)):
         row = tl.cast(r, tl.int64)
-        rstd = tl.load(rstd_ptr + row)
-        h = load_tile(h_ptr + row * h_stride + cols, mask, stat)
+        h_row, dy_row = h_ptr + (row * h_stride + lanes), dy_ptr + (row * dy_stride + lanes)
+        statistics = (tl.load(rstd_ptr + row),)
         if mean_ptr is not None:
-            h -= tl.load(mean_ptr + row)
-        x_hat = h * rstd
-        dy = load_tile(dy_ptr + row * dy_stride + cols, mask, stat)
+            statistics = statistics + (tl.load(mean_ptr + row),)
+        product, total = _row_sums(h_row, dy_row, weight_ptr, statistics, lanes, n_cols, ZERO_CENTERED, TILE)
+        dh_tiles = ()
+        if dh_ptr is not None:  # before the first store, which might alias them
+            for t in tl.static_range(N_TILES):
+                at = first + t * TILE
+                dh = tl.load(dh_ptr + (row * dh_stride + at + lanes), mask=lanes < n_cols - at, other=0.0)
+                dh_tiles = dh_tiles + (dh,)
+        slope, offset = slope_and_offset(product, total, statistics, n_cols)
+        dweight, dbias = weight_sums, bias_sums
+        weight_sums, bias_sums = (), ()
+        for t in tl.static_range(N_TILES):
+            at = first + t * TILE
+            mask = lanes < n_cols - at
+            dy = tl.load(dy_row + at, mask=mask, other=0.0)
+            c, g = factors(tl.load(h_row + at, mask=mask, other=0.0), dy, statistics)
+            if dweight_ptr is not None:
+                weight_sums = weight_sums + (dweight[t] + g * rounded_to(c, CAST),)
+            if dbias_ptr is not None:
+                bias_sums = bias_sums + (dbias[t] + dy.to(stat),)
+            weight_sums, bias_sums, statistics = materialize(weight_sums, bias_sums, statistics, r - t, n_rows)
+            if weight_ptr is not None:
+                g *= load_weight(weight_ptr + lanes + at, mask, stat, ZERO_CENTERED)
+            dx = gradient(c, g, slope, offset, statistics[0])
+            if dh_ptr is not None:
+                dx += dh_tiles[t].to(stat)
+            store_gradient(dx_ptr, dresidual_ptr, row * n_cols + at + lanes, dx, mask)
+    for t in tl.static_range(N_TILES):
+        at = first + t * TILE
+        partial_at, mask = tl.program_id(1).to(tl.int64) * n_cols + at + lanes, lanes < n_cols - at
         if dweight_ptr is not None:
-            dweight += dy * rounded_to(x_hat, CAST)
+            store_tile(dweight_ptr + partial_at, weight_sums[t], mask)
         if dbias_ptr is not None:
-            dbias += dy
-        if weight_ptr is not None:
-            dy *= load_weight(weight_ptr + cols, mask, stat, ZERO_CENTERED)
-        dx = (dy - x_hat * tl.load(mean_product_ptr + row)) * rstd
-        if mean_ptr is not None:
-            dx -= tl.load(mean_g_ptr + row)
-        store_stream_gradient(dx, dx_ptr, dresidual_ptr, dh_ptr, row * n_cols + cols, row * dh_stride + cols, mask)
-    offsets = tl.program_id(1).to(tl.int64) * n_cols + cols
-    if dweight_ptr is not None:
-        store_tile(dweight_ptr + offsets, dweight, mask)
-    if dbias_ptr is not None:
-        store_tile(dbias_ptr + offsets, dbias, mask)
+            store_tile(dbias_ptr + partial_at, bias_sums[t], mask)
 
 
 def forward(arguments, strides, itemsize, features):
@@ -157,25 +170,11 @@ def forward(arguments, strides, itemsize, features):
     _row_norm_long_forward_kernel[(rows,)](*arguments, cols, *strides, **features, TILE=tile, **launch.options(warps))
 
 
-def backward(arguments, strides, itemsize, dtypes, features):
-    """Fills dx and dresidual; returns the (chunks, cols) partials of dweight and dbias, None where not wanted. Two
-    kernels: the means of the rows, then dx and the sums by blocks of columns."""
-    dy, dh, h, weight, mean, rstd, dx, dresidual = arguments
-    rows, cols = h.shape
-    mean_product, mean_g = torch.empty_like(rstd), None if mean is None else torch.empty_like(rstd)
-    tile, warps = launch.long_tile(itemsize)
-    # grid: one program for each row
-    _row_norm_long_backward_rows_kernel[(rows,)](
-        dy, h, weight, mean, rstd, mean_product, mean_g, cols, dy.stride(0), h.stride(0),
-        ZERO_CENTERED=features["ZERO_CENTERED"], TILE=tile, **launch.options(warps),
+def backward(arguments, partials, strides, tiles, programs, features):
+    """Fills dx, dresidual and the (programs, cols) partials of dweight and dbias, as far as they are there."""
+    rows, cols = arguments[2].shape
+    # grid: (parts of the columns, programs that share the rows)
+    _row_norm_long_backward_kernel[(launch.parts(cols, tiles), programs)](
+        *arguments, *partials, rows, cols, *strides,
+        **features, TILE=tiles.tile, N_TILES=tiles.count, **launch.options(tiles.warps),
     )  # fmt: skip
-    tile, warps = launch.column_tile(itemsize)
-    blocks = launch.ceil_div(cols, tile)
-    chunks = launch.long_row_chunks(rows, blocks, launch.multiprocessors())
-    partials = empty_partials(h, chunks, dtypes, rstd.dtype)
-    # grid: (blocks of columns, chunks of rows)
-    _row_norm_long_backward_columns_kernel[(blocks, chunks)](
-        dy, dh, h, weight, mean, rstd, mean_product, mean_g, dx, dresidual, *partials, rows, cols, *strides,
-        **features, TILE=tile, **launch.options(warps),
-    )  # fmt: skip
-    return partials

@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 
 from . import launch
+from .compiler import no_fma
 from .jit import jit
-from .tiles import load_tile, reciprocal_sqrt, store_tile, term
+from .tiles import load_tile, reciprocal_sqrt, store_tile
 
 ITEMS, UNITS = 32, 32  # partials of a step, and units of a program
 
@@ -74,7 +75,7 @@ def join_lanes(mean, variance, share, AXIS: tl.constexpr):
     """Chan's rule along an axis, each lane of which has a share of the elements; the axis is kept. In float64, like all
     that is done once a slice: a mean that is not rounded to the last bit shows in x − mean where std is small."""
     mean, variance = mean.to(tl.float64), variance.to(tl.float64)
-    joint = tl.sum(term(mean, share), axis=AXIS, keep_dims=True)
+    joint = tl.sum(no_fma(mean, share), axis=AXIS, keep_dims=True)
     deviation = tl.where(share > 0.0, mean - joint, 0.0)
     return joint, tl.sum(share * variance + share * deviation * deviation, axis=AXIS, keep_dims=True)
 

@@ -13,9 +13,10 @@ import triton.language as tl
 
 from . import launch
 from .activations import activated, affine, input_gradient, normalized, relu_gradient, silu_gradient, statistics
+from .compiler import no_fma
 from .jit import jit
 from .moments import Partials, add_tiles, join_lanes, load_centered, moment_numbers
-from .tiles import load_tile, store_tile, term
+from .tiles import load_tile, store_tile
 from .types import stat_dtype
 
 
@@ -194,7 +195,7 @@ def _pixels_sums_kernel(
     shape: tl.constexpr = (PIXELS, VECTORS * WIDTH)
     # a lane has few terms; those of all lanes together deserve more bits
     total = tl.sum(tl.reshape(total.to(tl.float64), shape), axis=0, keep_dims=True)
-    product = tl.sum(tl.reshape(term(product.to(tl.float64), rstd.to(tl.float64)), shape), axis=0, keep_dims=True)
+    product = tl.sum(tl.reshape(no_fma(product.to(tl.float64), rstd.to(tl.float64)), shape), axis=0, keep_dims=True)
     _store_partials(sums_ptr, (total, product), _block_channels(n_blocks, VECTORS * WIDTH), n_blocks, n_channels)
 
 

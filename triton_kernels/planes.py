@@ -14,9 +14,10 @@ import triton.language as tl
 
 from . import launch
 from .activations import activated, affine, input_gradient, normalized, relu_gradient, silu_gradient, statistics
+from .compiler import no_fma
 from .jit import jit
 from .moments import Partials, add_tiles, join_lanes, load_centered, moment_numbers
-from .tiles import load_tile, store_tile, sum_pair, term
+from .tiles import load_tile, store_tile, sum_pair
 from .types import stat_dtype
 
 
@@ -215,7 +216,7 @@ def _planes_sums_kernel(
             product += dz * c
     # a lane has few terms; those of all lanes together deserve more bits
     total = tl.sum(total, axis=1, keep_dims=True).to(tl.float64)
-    product = term(tl.sum(product, axis=1, keep_dims=True).to(tl.float64), rstd.to(tl.float64))
+    product = no_fma(tl.sum(product, axis=1, keep_dims=True).to(tl.float64), rstd.to(tl.float64))
     total, product = sum_pair(tl.reshape(total, (UNITS, LANES)), tl.reshape(product, (UNITS, LANES)))
     _store_partials(sums_ptr, (total, product), n_units, n_inner, UNITS)
 

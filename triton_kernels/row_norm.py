@@ -11,26 +11,23 @@ from ..views import as_rows, contiguous
 from . import launch, long_row_norm
 from .jit import jit
 from .tiles import (
-    add_row_products,
     column_sums,
     empty_like,
     empty_partials,
     empty_sums,
     factors,
+    gradient,
     keep_zero,
     lane_means,
-    load_pair,
-    load_pairs,
-    load_stream,
-    load_weight,
+    load_tiles,
     load_weight_tile,
-    load_weight_tiles,
     reciprocal_sqrt,
     rounded_to,
     row_mean,
-    settled,
+    slope_and_offset,
+    store_gradient,
     store_partials,
-    store_stream_gradient,
+    store_stream,
     store_tile,
     sum_pair,
     tile_mask,
@@ -80,11 +77,15 @@ def _row_norm_forward_kernel(
     lanes = tl.arange(0, TILE)[None, :]
     x_at, residual_at, y_at = rows * x_stride + lanes, rows * residual_stride + lanes, rows * N_COLS + lanes
     total, square_sum = tl.zeros((ROWS, TILE), stat), tl.zeros((ROWS, TILE), stat)
+    # all of them before the first store of h, which might alias them
+    x_tiles = load_tiles(x_ptr, x_at, lanes, row_mask, N_COLS, TILE, N_TILES)
+    residual_tiles = load_tiles(residual_ptr, residual_at, lanes, row_mask, N_COLS, TILE, N_TILES)
     tiles = ()
     for t in tl.static_range(N_TILES):
-        at = t * TILE
-        mask = tile_mask(t, lanes, row_mask, N_COLS, TILE)
-        h = load_stream(x_ptr, residual_ptr, h_ptr, x_at + at, residual_at + at, y_at + at, mask, stat)
+        h = x_tiles[t].to(stat)
+        if residual_ptr is not None:
+            mask = tile_mask(t, lanes, row_mask, N_COLS, TILE)
+            h = store_stream(h + residual_tiles[t].to(stat), h_ptr + y_at + t * TILE, mask)
         if mean_ptr is not None:
             total += h
         else:
@@ -107,129 +108,72 @@ def _row_norm_forward_kernel(
 
 
 @triton.jit
-def _add_tile(h, dy, statistics, t: tl.constexpr, dweight, dbias, weight_sums, bias_sums, CAST: tl.constexpr):
-    """The factors c and g of tile t, and the parameter sums with it, as far as they are wanted."""
-    c, g = factors(h, dy, statistics)
-    if len(dweight) > 0:
-        weight_sums = weight_sums + (dweight[t] + g * rounded_to(c, CAST),)
-    if len(dbias) > 0:
-        bias_sums = bias_sums + (dbias[t] + dy.to(c.dtype),)
-    return c, g, weight_sums, bias_sums
-
-
-@triton.jit
-def _add_products(c_tiles, g_tiles, zeros):
-    """Σ c · g and Σ g of each lane. Without zeros, terms are rounded, or not, where lanes are added: see `term`."""
-    product = tl.fma(c_tiles[0], g_tiles[0], zeros)
-    total = g_tiles[0] + zeros if len(g_tiles) == 1 else g_tiles[0]
-    for t in tl.static_range(1, len(g_tiles)):
-        product += c_tiles[t] * g_tiles[t]
-        total += g_tiles[t]
-    return product, total
-
-
-@triton.jit
-def _gradient(c, g, slope, offset, rstd, N_COLS: tl.constexpr):
-    """dx of a tile; slope: −mean(x̂ · w·dy) and, with an offset, which is mean(w·dy · rstd), times rstd²."""
-    if offset is None:
-        return (g + c * slope) * rstd
-    else:
-        dx = g - offset + c * slope
-        if N_COLS == 1:
-            dx *= 0.0  # x̂ is 0 whatever x is: what a fused product is not rounded by must not get through
-        return dx
+def _load_rows(
+    dy_ptr, h_ptr, mean_ptr, rstd_ptr, block, n_rows, dy_stride, h_stride,
+    N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The tiles of h and dy in the types of the memory, and (rstd, mean) or (rstd,); zeros beyond the last row."""
+    row_ids = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
+    mask = row_ids < n_rows
+    rows, row_mask, lanes = row_ids[:, None], mask[:, None], tl.arange(0, TILE)[None, :]
+    statistics = (tl.load(rstd_ptr + row_ids, mask=mask, other=0.0)[:, None],)
+    if mean_ptr is not None:
+        statistics = statistics + (tl.load(mean_ptr + row_ids, mask=mask, other=0.0)[:, None],)
+    h_tiles = load_tiles(h_ptr, rows * h_stride + lanes, lanes, row_mask, N_COLS, TILE, N_TILES)
+    dy_tiles = load_tiles(dy_ptr, rows * dy_stride + lanes, lanes, row_mask, N_COLS, TILE, N_TILES)
+    return h_tiles, dy_tiles, statistics
 
 
 @jit(do_not_specialize=["n_rows", "n_blocks"])  # one code for every batch, to the last bit
 def _row_norm_backward_kernel(
     dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr,
     n_rows, n_blocks, dy_stride, dh_stride, h_stride,
-    ZERO_CENTERED: tl.constexpr, CAST: tl.constexpr, HOLD: tl.constexpr, HOLD_WEIGHT: tl.constexpr,
+    ZERO_CENTERED: tl.constexpr, CAST: tl.constexpr, PREFETCH: tl.constexpr,
     N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """dx = (w·dy − mean(w·dy) − x̂ · mean(x̂ · w·dy)) · rstd + dh, of RMSNorm without mean(w·dy); dweight = Σ dy · x̂,
-    dbias = Σ dy over this program's rows."""
+    dbias = Σ dy over this program's rows. Its next rows are loaded before it stores, as stores might alias them."""
     stat = rstd_ptr.dtype.element_ty
     lanes = tl.arange(0, TILE)[None, :]
     dweight, dbias = empty_sums(dweight_ptr, ROWS, TILE, N_TILES), empty_sums(dbias_ptr, ROWS, TILE, N_TILES)
-    if HOLD_WEIGHT:
-        weight = load_weight_tiles(weight_ptr, lanes, stat, ZERO_CENTERED, N_COLS, TILE, N_TILES, ROWS)
-    # else the addresses where sums meet are worked out twice, here for a program without rows, and kept
+    # else what store_partials needs is worked out twice, once for a program without rows, and kept
     tl.assume(tl.program_id(0) < n_blocks)
+    ahead = _load_rows(
+        dy_ptr, h_ptr, mean_ptr, rstd_ptr, tl.program_id(0), n_rows, dy_stride, h_stride, N_COLS, TILE, N_TILES, ROWS
+    )
     for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
-        row_ids = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
-        row_mask = None
-        if ROWS > 1:
-            # the last row stands in for those beyond the end
-            row_mask = (row_ids < n_rows)[:, None]
-            row_ids = tl.minimum(row_ids, n_rows - 1)
-        rows = row_ids[:, None]
-        if mean_ptr is not None:
-            mean = tl.load(mean_ptr + row_ids)[:, None]
-        rstd = tl.load(rstd_ptr + row_ids)[:, None]
-        statistics = (rstd, mean) if mean_ptr is not None else (rstd,)
-        h_row, dy_row = h_ptr + (rows * h_stride + lanes), dy_ptr + (rows * dy_stride + lanes)
-        zeros = tl.zeros((ROWS, TILE), stat)
-        product, total = zeros, zeros
+        h_tiles, dy_tiles, statistics = ahead
+        rows = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+        dh_tiles = load_tiles(dh_ptr, rows * dh_stride + lanes, lanes, rows < n_rows, N_COLS, TILE, N_TILES)
+        product, total = tl.zeros((ROWS, TILE), stat), tl.zeros((ROWS, TILE), stat)
         weight_sums, bias_sums, c_tiles, g_tiles = (), (), (), ()
-        if HOLD:
-            h_tiles, dy_tiles = load_pairs(h_row, dy_row, lanes, row_mask, N_COLS, TILE, N_TILES)
-            for t in tl.static_range(N_TILES):
-                c, g, weight_sums, bias_sums = _add_tile(
-                    h_tiles[t], dy_tiles[t], statistics, t, dweight, dbias, weight_sums, bias_sums, CAST
-                )
-                if not HOLD_WEIGHT and (mean_ptr is None or t + 1 < N_TILES):  # LayerNorm's last sums settle below
-                    never = block - t if mean_ptr is None else block - t - 1  # the bounds of a row's loops differ
-                    weight_sums, bias_sums, statistics = settled(weight_sums, bias_sums, statistics, never, n_rows)
-                if weight_ptr is not None:
-                    if HOLD_WEIGHT:
-                        g *= weight[t]
-                    else:
-                        g *= load_weight_tile(weight_ptr, lanes, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
-                if mean_ptr is None:
-                    product += c * g
-                c_tiles, g_tiles = c_tiles + (c,), g_tiles + (g,)
-            if mean_ptr is not None:
-                weight_sums, bias_sums, _ = settled(weight_sums, bias_sums, (), block, n_rows)
-                product, total = _add_products(c_tiles, g_tiles, zeros)
-        else:
-            n_cols = N_COLS + (n_rows >> 31 << 4)  # N_COLS, which compilers can't know: or they unroll the whole row
-            product, total = add_row_products(
-                product, total, h_row, dy_row, weight_ptr, statistics, lanes, n_cols,
-                ZERO_CENTERED, N_COLS % TILE > 0, TILE,
-            )  # fmt: skip
-        if mean_ptr is not None:
-            product_sum, total_sum = sum_pair(product, total)
-            slope = product_sum * (-1.0 / N_COLS) * rstd * rstd  # negated once a row, not once an element
-            offset = total_sum * (1.0 / N_COLS)
-        else:
-            slope = tl.sum(product, axis=1, keep_dims=True) * (-1.0 / N_COLS)
-            offset = None
-        lane = lanes
-        if not HOLD:
-            lane += (rstd < 0.0).to(tl.int32) << 4  # zero, which compilers can't know: or they keep the tiles
-            h_row, dy_row = h_ptr + (rows * h_stride + lane), dy_ptr + (rows * dy_stride + lane)
-            h_tile, dy_tile = load_pair(h_row, dy_row, 0, lanes, None, N_COLS, TILE)
         for t in tl.static_range(N_TILES):
-            mask = tile_mask(t, lanes, row_mask, N_COLS, TILE)
-            if HOLD:
-                c, g = c_tiles[t], g_tiles[t]
-            else:  # this wide, one row a program, registers go to the sums, and the row is still in the cache
-                c, g, weight_sums, bias_sums = _add_tile(
-                    h_tile, dy_tile, statistics, t, dweight, dbias, weight_sums, bias_sums, CAST
-                )
-                if t + 1 < N_TILES:
-                    weight_sums, bias_sums, statistics = settled(weight_sums, bias_sums, statistics, block - t, n_rows)
-                    h_tile, dy_tile = load_pair(h_row, dy_row, t + 1, lanes, None, N_COLS, TILE)
-                if weight_ptr is not None:
-                    col_mask = tile_mask(t, lane, None, N_COLS, TILE)
-                    g *= load_weight(weight_ptr + lane + t * TILE, col_mask, stat, ZERO_CENTERED)
-            dx = _gradient(c, g, slope, offset, rstd, N_COLS)
-            store_stream_gradient(
-                dx, dx_ptr, dresidual_ptr, dh_ptr,
-                rows * N_COLS + lane + t * TILE, rows * dh_stride + lane + t * TILE, mask,
-            )  # fmt: skip
+            c, g = factors(h_tiles[t], dy_tiles[t], statistics)
+            if dweight_ptr is not None:
+                weight_sums = weight_sums + (dweight[t] + g * rounded_to(c, CAST),)
+            if dbias_ptr is not None:
+                bias_sums = bias_sums + (dbias[t] + dy_tiles[t].to(stat),)
+            if weight_ptr is not None:
+                g *= load_weight_tile(weight_ptr, lanes, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
+            product, total = tl.fma(c, g, product), total + g
+            c_tiles, g_tiles = c_tiles + (c,), g_tiles + (g,)
         dweight, dbias = weight_sums, bias_sums
+        next_block = block + tl.num_programs(0)
+        if PREFETCH:
+            ahead = _load_rows(
+                dy_ptr, h_ptr, mean_ptr, rstd_ptr, next_block, n_rows, dy_stride, h_stride, N_COLS, TILE, N_TILES, ROWS
+            )
+        slope, offset = slope_and_offset(product, total, statistics, N_COLS)
+        for t in tl.static_range(N_TILES):
+            dx = gradient(c_tiles[t], g_tiles[t], slope, offset, statistics[0], N_COLS)
+            if dh_ptr is not None:
+                dx += dh_tiles[t].to(stat)
+            at, mask = rows * N_COLS + lanes + t * TILE, tile_mask(t, lanes, rows < n_rows, N_COLS, TILE)
+            store_gradient(dx_ptr, dresidual_ptr, at, dx, mask)
+        if not PREFETCH:  # for want of registers
+            ahead = _load_rows(
+                dy_ptr, h_ptr, mean_ptr, rstd_ptr, next_block, n_rows, dy_stride, h_stride, N_COLS, TILE, N_TILES, ROWS
+            )
     store_partials(dweight_ptr, dweight, N_COLS, TILE, N_TILES)
     store_partials(dbias_ptr, dbias, N_COLS, TILE, N_TILES)
 
@@ -284,30 +228,22 @@ def row_norm_backward(
     arguments = (dy, dh, h, weight, mean, rstd, dx, dresidual)
     strides = (dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0))
     features = dict(ZERO_CENTERED=zero_centered, CAST=triton_dtype(cast_dtype))
-    # LayerNorm's room is for two, wanted or not: dx does not depend on which gradients are
+    # LayerNorm's room is for two sums, wanted or not: dx does not depend on which gradients are
     sums = 1 if mean is None and dbias_dtype is None else 2
+    widest = launch.access_bytes((dy, dh, h, weight, dx, dresidual))
+    tiles, is_held = launch.backward_tiles(cols, itemsize, sums, dh is not None, widest)
+    multiprocessors, wanted = launch.multiprocessors() // launch.parts(cols, tiles), sum(d is not None for d in dtypes)
+    programs = launch.backward_programs(rows, tiles, multiprocessors, itemsize, wanted, 3 + (dh is not None))
+    partials = empty_partials(h, programs, dtypes, rstd.dtype)
     with launch.on_device(h):
-        if launch.backward_is_long(cols, itemsize, sums):
-            partials = long_row_norm.backward(arguments, strides, itemsize, dtypes, features)
+        if is_held:
+            # grid: as many programs as the card holds, each takes every programs-th block of rows
+            _row_norm_backward_kernel[(programs,)](
+                *arguments, *partials, rows, launch.ceil_div(rows, tiles.rows), *strides, **features,
+                PREFETCH=launch.prefetches(tiles, itemsize), N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count,
+                ROWS=tiles.rows, **launch.options(tiles.warps, tiles.resident),
+            )  # fmt: skip
         else:
-            partials = _backward_resident(arguments, strides, itemsize, dtypes, sums, features)
+            long_row_norm.backward(arguments, partials, strides, tiles, programs, features)
         dweight, dbias = column_sums(partials, dtypes, shape=shape)
     return dx, dresidual, dweight, dbias
-
-
-def _backward_resident(arguments, strides, itemsize, dtypes, sums, features):
-    """Fills dx and dresidual; returns the (programs, cols) partials of dweight and dbias, None where not wanted."""
-    dy, dh, h, weight, _, rstd, dx, dresidual = arguments
-    rows, cols = h.shape
-    widest = launch.access_bytes((dy, dh, h, weight, dx, dresidual))
-    tiles, holds, holds_weight = launch.backward_row_tiles(cols, itemsize, sums, widest, launch.backend())
-    wanted = sum(d is not None for d in dtypes)
-    programs = launch.backward_programs(rows, tiles, launch.multiprocessors(), itemsize, wanted)
-    partials = empty_partials(h, programs, dtypes, rstd.dtype)
-    # grid: as many programs as the card holds, each takes every programs-th block of rows
-    _row_norm_backward_kernel[(programs,)](
-        *arguments, *partials, rows, launch.ceil_div(rows, tiles.rows), *strides,
-        **features, HOLD=holds, HOLD_WEIGHT=holds_weight,
-        N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows, **launch.options(tiles.warps),
-    )  # fmt: skip
-    return partials

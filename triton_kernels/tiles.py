@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from . import launch
+from .compiler import no_fma
 from .jit import jit
 
 SUM_ROWS, SUM_COLS = 32, 32
@@ -37,15 +38,6 @@ def keep_zero(c, t: tl.constexpr, lanes, N_COLS: tl.constexpr, TILE: tl.constexp
         return tl.where(tile_mask(t, lanes, None, N_COLS, TILE), c, 0.0)
     else:
         return c
-
-
-@triton.jit
-def loop_mask(start, lanes, n_cols, MASKED: tl.constexpr):
-    """As tile_mask, in a loop along one row, whose steps may pass its end where MASKED."""
-    if not MASKED:
-        return all_lanes(lanes)
-    else:
-        return lanes < n_cols - start
 
 
 @triton.jit
@@ -84,44 +76,25 @@ def load_weight_tile(
 
 
 @triton.jit
-def load_weight_tiles(
-    weight_ptr, lanes, dtype: tl.constexpr, ZERO_CENTERED: tl.constexpr,
-    N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """All of them, or none without a weight."""
-    tiles = ()
-    if weight_ptr is not None:
-        for t in tl.static_range(N_TILES):
-            tiles = tiles + (load_weight_tile(weight_ptr, lanes, t, dtype, ZERO_CENTERED, N_COLS, TILE, ROWS),)
-    return tiles
-
-
-@triton.jit
 def store_tile(ptr, value, mask):
     """One rounding, to the type of the memory."""
     tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def load_stream(x_ptr, residual_ptr, h_ptr, x_at, residual_at, h_at, mask, dtype: tl.constexpr):
-    """x, or h = x + residual, which is stored, and rounded first: y is the norm of what the next layer will read."""
-    h = load_tile(x_ptr + x_at, mask, dtype)
-    if residual_ptr is not None:
-        h += load_tile(residual_ptr + residual_at, mask, dtype)
-        h = h.to(h_ptr.dtype.element_ty)
-        store_tile(h_ptr + h_at, h, mask)
-        h = h.to(dtype)
-    return h
+def store_stream(h, ptr, mask):
+    """Stores h, and returns it rounded as it was stored: y is the norm of what the next layer will read."""
+    rounded = h.to(ptr.dtype.element_ty)
+    tl.store(ptr, rounded, mask=mask)
+    return rounded.to(h.dtype)
 
 
 @triton.jit
-def store_stream_gradient(dx, dx_ptr, dresidual_ptr, dh_ptr, dx_at, dh_at, mask):
-    """dx + dh, for x and, where it has another type, for the residual."""
-    if dh_ptr is not None:
-        dx += load_tile(dh_ptr + dh_at, mask, dx.dtype)
-    store_tile(dx_ptr + dx_at, dx, mask)
+def store_gradient(dx_ptr, dresidual_ptr, at, dx, mask):
+    """For x and, where it has another type, for the residual."""
+    store_tile(dx_ptr + at, dx, mask)
     if dresidual_ptr is not None:
-        store_tile(dresidual_ptr + dx_at, dx, mask)
+        store_tile(dresidual_ptr + at, dx, mask)
 
 
 @triton.jit
@@ -135,63 +108,20 @@ def empty_sums(ptr, ROWS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexp
 
 
 @triton.jit
-def load_pair(h_row, dy_row, t: tl.constexpr, lanes, row_mask, N_COLS: tl.constexpr, TILE: tl.constexpr):
-    """Tile t of h and dy in the types of the memory. Rows that row_mask leaves out must exist all the same: with dy
-    masked, h need not be, which spares the zeroing of registers."""
-    h = tl.load(h_row + t * TILE, mask=tile_mask(t, lanes, None, N_COLS, TILE), other=0.0)
-    dy = tl.load(dy_row + t * TILE, mask=tile_mask(t, lanes, row_mask, N_COLS, TILE), other=0.0)
-    return h, dy
-
-
-@triton.jit
-def load_pairs(h_row, dy_row, lanes, row_mask, N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr):
-    """All of them: compilers don't move a load across the loops of `settled`, and one would wait for the other."""
-    h_tiles, dy_tiles = (), ()
-    for t in tl.static_range(N_TILES):
-        h, dy = load_pair(h_row, dy_row, t, lanes, row_mask, N_COLS, TILE)
-        h_tiles = h_tiles + (h,)
-        dy_tiles = dy_tiles + (dy,)
-    return h_tiles, dy_tiles
-
-
-@triton.jit
-def _raised(tiles):
-    """Adds 1, so that LLVM can't drop the loop."""
-    raised = ()
-    for t in tl.static_range(len(tiles)):
-        raised = raised + (tiles[t] + 1.0,)
-    return raised
-
-
-@triton.jit
-def settled(tiles, others, statistics, never, n_rows):
-    """Tiles of sums as they are, computed where this is written, and before what is made of the statistics: compilers
-    put off sums that only the next row needs, and hold all that they are made of till then, for which there are no
-    registers. A loop that would change all of them never turns, as never < n_rows; where that is the same for two
-    calls, compilers decide once, and leave out the loops. They can't tell how often one with an unknown step turns, and
-    so don't unroll it."""
-    for _ in range(n_rows, never, n_rows):
-        tiles = _raised(tiles)
-        others = _raised(others)
-        statistics = _raised(statistics)
-    return tiles, others, statistics
-
-
-@triton.jit
-def term(a, b):
-    """a · b, to be summed over lanes. Compilers would fuse a plain product into the sum on one side of an exchange, and
-    lanes that should have the same sum would differ in the last bit."""
-    zero = tl.zeros_like(a)
-    return tl.fma(a, b + zero, zero)
+def load_tiles(ptr, at, lanes, row_mask, N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr):
+    """Rows as tiles in the type of the memory, zeros where masked; none, where there is no memory."""
+    tiles = ()
+    if ptr is not None:
+        for t in tl.static_range(N_TILES):
+            mask = tile_mask(t, lanes, row_mask, N_COLS, TILE)
+            tiles = tiles + (tl.load(ptr + at + t * TILE, mask=mask, other=0.0),)
+    return tiles
 
 
 @triton.jit
 def lane_means(sums, N_COLS: tl.constexpr):
-    """What lanes add to a row's mean. Where rows share a program, a thread may have one lane: see `term`."""
-    if sums.shape[0] > 1:
-        return term(sums, 1.0 / N_COLS)
-    else:
-        return sums * (1.0 / N_COLS)
+    """What lanes add to a row's mean."""
+    return no_fma(sums, 1.0 / N_COLS)
 
 
 @triton.jit
@@ -234,23 +164,26 @@ def factors(h, dy, statistics):
 
 
 @triton.jit
-def add_row_products(
-    product, total, h_ptr, dy_ptr, weight_ptr, statistics, lanes, n_cols,
-    ZERO_CENTERED: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """product + c · w·g of each lane along the whole row and, of LayerNorm, total + w·g: see `factors`. A loop at run
-    time, because compilers put off what an unrolled one has to do later, and hold all its tiles till then."""
-    for start in range(0, n_cols, TILE):
-        mask = loop_mask(start, lanes, n_cols, MASKED)
-        h = tl.load(h_ptr + start, mask=mask, other=0.0)
-        dy = tl.load(dy_ptr + start, mask=mask, other=0.0)
-        c, g = factors(h, dy, statistics)
-        if weight_ptr is not None:
-            g *= load_weight(weight_ptr + lanes + start, mask, g.dtype, ZERO_CENTERED)
-        product += c * g
-        if len(statistics) > 1:
-            total += g
-    return product, total
+def slope_and_offset(product, total, statistics, n_cols):
+    """What `gradient` takes, from each lane's Σ c · w·g and Σ w·g."""
+    inverse = 1.0 / tl.cast(n_cols, product.dtype)
+    if len(statistics) > 1:
+        product, total = sum_pair(product, total)
+        return product * -inverse * statistics[0] * statistics[0], total * inverse
+    else:
+        return tl.sum(product, axis=1, keep_dims=True) * -inverse, None  # negated once a row, not once an element
+
+
+@triton.jit
+def gradient(c, g, slope, offset, rstd, N_COLS: tl.constexpr = 0):
+    """dx of a tile; slope: −mean(x̂ · w·dy) and, with an offset, which is mean(w·dy · rstd), times rstd²."""
+    if offset is None:
+        return (g + c * slope) * rstd
+    else:
+        dx = g - offset + c * slope
+        if N_COLS == 1:
+            dx *= 0.0  # x̂ is 0 whatever x is: what a fused product is not rounded by must not get through
+        return dx
 
 
 @triton.jit

@@ -4,7 +4,6 @@
 doesn't pay on a card can be deleted.
 """
 
-import functools
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -13,11 +12,10 @@ from unittest.mock import patch
 
 import torch
 import triton
-import triton.language as tl  # noqa: F401 - Triton's interpreter asks for it where a kernel's functions are
 from torch import Tensor
 
 import fastnorm
-from fastnorm.triton_kernels import jit, launch, row_norm
+from fastnorm.triton_kernels import launch
 
 from ..operations import OPERATIONS
 from ..presets import DTYPES
@@ -28,35 +26,15 @@ from .common import Stage
 WIDTHS = (4096, 12288, 7168, 16384)
 ELEMENTS = 2**25
 NORMS = ("rms_norm", "layer_norm")
-KERNEL = "_row_norm_backward_kernel"
 TOLERANCE = 0.02  # of the largest value: variants round elsewhere, in bfloat16
 
 
-@triton.jit
-def as_they_are(tiles, others, statistics, never, n_rows):
-    """In the place of tiles.settled: nothing keeps the compiler from putting the sums off."""
-    return tiles, others, statistics
+def _held(cols, itemsize, sums, adds, widest):
+    return launch.row_tiles(cols, itemsize, sums), True
 
 
-@contextmanager
-def unsettled() -> Iterator[None]:
-    """The kernel, compiled without `settled`."""
-    with patch.object(row_norm, "settled", as_they_are), patch.object(row_norm, KERNEL, _again()):
-        yield
-
-
-@functools.cache  # made once, to be compiled once
-def _again() -> object:
-    """The kernel as a new one, which finds the module's other functions anew."""
-    return jit.jit(getattr(row_norm, KERNEL).fn, do_not_specialize=["n_rows", "n_blocks"])
-
-
-def _held(cols, itemsize, sums, widest, backend="cuda"):
-    return launch.row_tiles(cols, itemsize, sums), True, False
-
-
-def _read_again(cols, itemsize, sums, widest, backend="cuda"):
-    return launch._summing_tiles(cols, itemsize, sums), False, False
+def _read_again(cols, itemsize, sums, adds, widest):
+    return launch.part_tiles(cols, itemsize, sums, adds), False
 
 
 def _programs(factor, rows, tiles, *others, counted=launch.backward_programs) -> int:
@@ -64,7 +42,7 @@ def _programs(factor, rows, tiles, *others, counted=launch.backward_programs) ->
     return max(1, min(int(factor * counted(rows, tiles, *others)), triton.cdiv(rows, tiles.rows)))
 
 
-def _warps_alone(warps: int) -> dict[str, int]:
+def _warps_alone(warps: int, resident: int = 1) -> dict[str, int]:
     return {"num_warps": warps}
 
 
@@ -81,7 +59,7 @@ def eight_byte_accesses() -> Iterator[None]:
 
 def _forget() -> None:
     launch.row_tiles.cache_clear()
-    launch.backward_row_tiles.cache_clear()
+    launch.backward_tiles.cache_clear()
 
 
 def variants() -> dict[str, Callable[[], AbstractContextManager]]:
@@ -89,9 +67,9 @@ def variants() -> dict[str, Callable[[], AbstractContextManager]]:
     change = partial(patch.object, launch)
     return {
         "as it is": ExitStack,
-        "without settled": unsettled,
-        "row held": lambda: change("backward_row_tiles", _held),
-        "row read again": lambda: change("backward_row_tiles", _read_again),
+        "without prefetch": lambda: change("prefetches", lambda tiles, itemsize: False),
+        "row held": lambda: change("backward_tiles", _held),
+        "row read again": lambda: change("backward_tiles", _read_again),
         "without maxnreg": lambda: change("options", _warps_alone),
         "8-byte accesses": eight_byte_accesses,
         "half the programs": lambda: change("backward_programs", partial(_programs, 0.5)),

@@ -1,0 +1,36 @@
+"""What only makes compilers emit good code, each under the name of what it does."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def no_fma(a, b):
+    """a · b, rounded, to be summed over lanes.
+
+    LLVM and ptxas, of all versions, fuse a plain product into the sum on one side of an exchange between lanes, and
+    lanes that should have the same sum differ in the last bit."""
+    zero = tl.zeros_like(a)
+    return tl.fma(a, b + zero, zero)
+
+
+@triton.jit
+def _raised(tiles):
+    raised = ()
+    for t in tl.static_range(len(tiles)):
+        raised = raised + (tiles[t] + 1.0,)
+    return raised
+
+
+@triton.jit
+def materialize(sums, others, statistics, never, n_rows):
+    """The same tiles, computed where this is written.
+
+    LLVM and ptxas (of Triton 3.8, CUDA 13) put off sums that only the next row needs, and keep all that they are made
+    of till then. They can't where a loop may change the sums: this one never turns, as never < n_rows, which compilers
+    can't know. Each call needs another `never`, or they decide once for all. A step that they don't know keeps them
+    from unrolling it.
+    """
+    for _ in range(n_rows, never, n_rows):
+        sums, others, statistics = _raised(sums), _raised(others), _raised(statistics)
+    return sums, others, statistics
