@@ -49,7 +49,7 @@ def test_tiles_cover_the_row_and_every_thread_has_work(choose, itemsize, cols):
 @given(cols=columns)
 def test_a_thread_holds_a_bounded_part_of_the_row(choose, itemsize, cols):
     if not launch.is_long(cols, itemsize):
-        assert choose(cols, itemsize).registers <= (160 if choose is launch.row_tiles else 64)
+        assert choose(cols, itemsize).registers <= 64
 
 
 @choices

@@ -70,7 +70,7 @@ def row_tiles(cols: int, itemsize: int, sums: int = 0) -> RowTiles:
     backward has more: its sums allow few programs on a multiprocessor. Where accesses of 16 bytes would leave too many
     lanes idle, the forward has half of the warps; the backward, whose threads must not hold more, half of the bytes.
     """
-    max_registers, min_warps = (32, 8) if sums else (80, 2)
+    max_registers, min_warps = (32, 8) if sums else (32, 2)
     vector = ACCESS_BYTES // itemsize
     width = max(1, itemsize // 4)
     if cols <= WARP * vector:

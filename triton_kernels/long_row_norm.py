@@ -119,7 +119,7 @@ def _row_norm_long_backward_kernel(
     """As _row_norm_backward_kernel, for one part of the columns and every num_programs-th row. A row's sums take all of
     its columns; the part is then read again, from the cache."""
     stat = rstd_ptr.dtype.element_ty
-    lanes, first = tl.arange(0, TILE)[None, :], tl.program_id(0) * (N_TILES * TILE)
+    lanes, first = tl.arange(0, TILE)[None, :], tl.program_id(0).to(tl.int64) * (N_TILES * TILE)
     weight_sums, bias_sums = empty_sums(dweight_ptr, 1, TILE, N_TILES), empty_sums(dbias_ptr, 1, TILE, N_TILES)
     for r in range(tl.program_id(1), n_rows, tl.num_programs(1)):
         row = tl.cast(r, tl.int64)
