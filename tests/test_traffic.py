@@ -34,9 +34,9 @@ PASSES = {"plain": ((1, 1), (2, 1)), "add": ((2, 2), (3, 1))}
 # that an H100 takes for the bytes.
 INSTRUCTIONS = {
     "rms_norm": (10.7, 16.5),
-    "layer_norm": (14.1, 20.7),
+    "layer_norm": (15.8, 20.7),
     "add_rms_norm": (12.5, 19.6),
-    "add_layer_norm": (15.7, 24.3),
+    "add_layer_norm": (17.6, 24.3),
 }
 
 
@@ -184,7 +184,7 @@ def test_wide_rows_are_read_once(op, cols):
 def test_wider_rows_are_read_again_from_the_cache_only(op, cols):
     """Registers go to the parameter sums of a part; its program reads the row, and then the part again."""
     seen = run(op, 4, cols)
-    (reads, writes), (backward_reads, backward_writes) = seen.passes
+    (reads, _), _ = seen.passes
     assert seen.forward.loads.bytes == reads * seen.x.nbytes + 4 * seen.parameters * seen.weight.nbytes
     assert_read_once_from_memory(seen, 4)
     assert seen.backward[0].local_bytes == 0

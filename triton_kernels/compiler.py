@@ -1,5 +1,7 @@
 """What only makes compilers emit good code, each under the name of what it does."""
 
+from __future__ import annotations
+
 import triton
 import triton.language as tl
 
@@ -26,8 +28,11 @@ def _raised(tiles):
 def materialize(sums, others, statistics, never, n_rows):
     """The same tiles, computed where this is written.
 
-    LLVM and ptxas (of Triton 3.8, CUDA 13) put off sums that only the next row needs, and keep all that they are made
-    of till then. They can't where a loop may change the sums: this one never turns, as never < n_rows, which compilers
+    LLVM and ptxas (seen with Triton 3.8) put off sums that only the next row needs, and keep all that they are made of
+    till then. Without this, add_layer_norm's backward of 16384 columns in bfloat16 spills 112 bytes a thread on sm_100,
+    with it 32; on sm_90 none: `python -m bench codegen --operations add_layer_norm --dtypes bf16 --widths 16384`.
+
+    They can't where a loop may change the sums: this one never turns, as never < n_rows, which compilers
     can't know. Each call needs another `never`, or they decide once for all. A step that they don't know keeps them
     from unrolling it.
     """

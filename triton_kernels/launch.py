@@ -96,6 +96,8 @@ def _narrow_tiles(cols: int, vector: int, width: int, sums: int) -> RowTiles:
     tile = next_power_of_2(cols)
     while tile > 4 * vector and padding(cols, tile) > MAX_PADDING:
         tile //= 2
+    if ceil_div(cols, tile) * tile == next_power_of_2(cols):  # no less than one tile would have
+        tile = next_power_of_2(cols)
     count = ceil_div(cols, tile)
     rows = warps * WARP * (NARROW_REGISTERS >> sums) // (tile * next_power_of_2(count) * width)
     rows = max(rows, warps * WARP * vector // tile)  # a thread has whole accesses

@@ -29,7 +29,6 @@ from .tiles import (
     store_partials,
     store_stream,
     store_tile,
-    sum_pair,
     tile_mask,
 )
 from .types import stat_dtype, triton_dtype

@@ -10,7 +10,7 @@ from . import launch
 from .compiler import no_fma
 from .jit import jit
 
-SUM_ROWS, SUM_COLS = 64, 16
+SUM_ROWS, SUM_COLS = 32, 32
 _INTERPRETED = tl.constexpr(launch.INTERPRETED)
 
 
