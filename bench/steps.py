@@ -35,9 +35,9 @@ def step_of(problem: Problem, kernel: str, constants: Mapping[str, Any], signatu
     if problem.provider == LIGER:
         return _liger_step(problem, constants)
     if "N_COLS" in constants:
-        return _row_step(kernel, constants, size)
+        return Step((constants["N_COLS"] * constants["ROWS"],), is_whole="backward" not in kernel)
     if "TILE" in constants:  # rows of any length
-        return _long_step(kernel, constants["TILE"], size)
+        return _long_step(problem.cols, kernel, constants, size)
     if "DEPTH" in constants:
         lanes = constants["UNITS"] * constants["LANES"] if "LANES" in constants else None
         lanes = lanes or constants["VECTORS"] * constants["PIXELS"]
@@ -45,24 +45,17 @@ def step_of(problem: Problem, kernel: str, constants: Mapping[str, Any], signatu
     return _gradient_step(kernel, constants)
 
 
-def _row_step(kernel: str, constants: Mapping[str, Any], size: Any) -> Step:
-    elements = constants["N_COLS"] * constants["ROWS"]
-    if "backward" not in kernel:
-        return Step((elements,), is_whole=True)
-    if constants["HOLD"]:
-        return Step((elements,))
-    lanes, each = constants["ROWS"] * constants["TILE"] * constants["N_TILES"], size("h", "dy", "weight")
-    moved = lanes * (2 * each + size("dh", "dx", "dresidual"))
-    return Step((elements,), (moved,), is_exact=True, inner_bytes=lanes * each)
-
-
-def _long_step(kernel: str, tile: int, size: Any) -> Step:
+def _long_step(cols: int, kernel: str, constants: Mapping[str, Any], size: Any) -> Step:
+    tile = constants["TILE"]
     if "forward" in kernel:
         first = size("x", "residual", "h")
         second = size("h") or size("x")
         return Step((tile, tile), (tile * first, tile * (second + size("weight", "bias", "y"))))
-    others = () if "rows" in kernel else ("dh", "dx", "dresidual")
-    return Step((tile,), (tile * size("h", "dy", "weight", *others),))
+    # a row's sums, two tiles a turn, and then a part of the row
+    lanes, each = tile * constants["N_TILES"], size("h", "dy", "weight")
+    summed = -(-cols // (2 * tile)) * 2 * tile * each
+    moved = summed + lanes * (each + size("dh", "dx", "dresidual"))
+    return Step((cols // -(-cols // lanes),), (moved,), is_exact=True, inner_bytes=summed)
 
 
 def _gradient_step(kernel: str, constants: Mapping[str, Any]) -> Step | None:

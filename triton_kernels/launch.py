@@ -102,7 +102,7 @@ def _narrow_tiles(cols: int, vector: int, width: int, sums: int) -> RowTiles:
     rows = warps * WARP * (NARROW_REGISTERS >> sums) // (tile * next_power_of_2(count) * width)
     rows = max(rows, warps * WARP * vector // tile)  # a thread has whole accesses
     tiles = RowTiles(tile, count, rows, warps, width)
-    return tiles._replace(resident=2) if sums and tiles.registers <= NARROW_REGISTERS // 2 else tiles
+    return tiles._replace(resident=2) if sums and tiles.registers <= NARROW_REGISTERS // 4 else tiles
 
 
 @remembered
@@ -117,7 +117,7 @@ def backward_tiles(cols: int, itemsize: int, sums: int, adds: bool, widest: int)
             tiles = tiles._replace(tile=2 * tiles.tile, count=tiles.count // 2, rows=tiles.rows // 2)
         return tiles, True
     # x̂, w·dy and a sum; with two sums, dy as well
-    held = tiles.registers * (2 * sums + 1) + 8 * (widest > itemsize)
+    held = tiles.registers * (2 * sums + 1) + 8 * (widest > min(itemsize, 2))
     if adds:
         held += tiles.registers * min(itemsize, 4) // 4 + 8
     if held <= HELD_REGISTERS and not is_long(cols, itemsize):
@@ -129,7 +129,7 @@ def part_tiles(cols: int, itemsize: int, sums: int, adds: bool) -> RowTiles:
     """The tiling of a row's parts, whose parameter sums alone are held; they are of one size, up to a tile."""
     vector, width = ACCESS_BYTES // itemsize, max(1, itemsize // 4)
     tile = 16 * WARP * vector
-    most = PART_REGISTERS // (max(sums, 1 + adds) * vector * width)
+    most = min(8, PART_REGISTERS // (max(sums, 1 + adds) * vector * width))
     count = ceil_div(cols, tile)
     return RowTiles(tile, ceil_div(count, ceil_div(count, most)), 1, 16, width)
 

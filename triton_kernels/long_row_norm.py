@@ -128,12 +128,9 @@ def _row_norm_long_backward_kernel(
         if mean_ptr is not None:
             statistics = statistics + (tl.load(mean_ptr + row),)
         product, total = _row_sums(h_row, dy_row, weight_ptr, statistics, lanes, n_cols, ZERO_CENTERED, TILE)
-        dh_tiles = ()
-        if dh_ptr is not None:  # before the first store, which might alias them
-            for t in tl.static_range(N_TILES):
-                at = first + t * TILE
-                dh = tl.load(dh_ptr + (row * dh_stride + at + lanes), mask=lanes < n_cols - at, other=0.0)
-                dh_tiles = dh_tiles + (dh,)
+        if dh_ptr is not None:
+            dh_row = dh_ptr + row * dh_stride
+            dh_tile = tl.load(dh_row + first + lanes, mask=lanes < n_cols - first, other=0.0)
         slope, offset = slope_and_offset(product, total, statistics, n_cols)
         dweight, dbias = weight_sums, bias_sums
         weight_sums, bias_sums = (), ()
@@ -151,7 +148,9 @@ def _row_norm_long_backward_kernel(
                 g *= load_weight(weight_ptr + lanes + at, mask, stat, ZERO_CENTERED)
             dx = gradient(c, g, slope, offset, statistics[0])
             if dh_ptr is not None:
-                dx += dh_tiles[t].to(stat)
+                dx += dh_tile.to(stat)
+                if t + 1 < N_TILES:  # before a store, which might alias it
+                    dh_tile = tl.load(dh_row + (at + TILE) + lanes, mask=lanes < n_cols - at - TILE, other=0.0)
             store_gradient(dx_ptr, dresidual_ptr, row * n_cols + at + lanes, dx, mask)
     for t in tl.static_range(N_TILES):
         at = first + t * TILE
