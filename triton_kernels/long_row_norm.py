@@ -12,11 +12,11 @@ from .tiles import (
     empty_sums,
     factors,
     gradient,
+    gradient_means,
     load_tile,
     load_weight,
     reciprocal_sqrt,
     rounded_to,
-    slope_and_offset,
     store_gradient,
     store_stream,
     store_tile,
@@ -131,7 +131,7 @@ def _row_norm_long_backward_kernel(
         if dh_ptr is not None:
             dh_row = dh_ptr + row * dh_stride
             dh_tile = tl.load(dh_row + first + lanes, mask=lanes < n_cols - first, other=0.0)
-        slope, offset = slope_and_offset(product, total, statistics, n_cols)
+        means = gradient_means(product, total, statistics, n_cols)
         dweight, dbias = weight_sums, bias_sums
         weight_sums, bias_sums = (), ()
         for t in tl.static_range(N_TILES):
@@ -146,7 +146,7 @@ def _row_norm_long_backward_kernel(
             weight_sums, bias_sums, statistics = materialize(weight_sums, bias_sums, statistics, r - t, n_rows)
             if weight_ptr is not None:
                 g *= load_weight(weight_ptr + lanes + at, mask, stat, ZERO_CENTERED)
-            dx = gradient(c, g, slope, offset, statistics[0])
+            dx = gradient(c, g, means, statistics[0])
             if dh_ptr is not None:
                 dx += dh_tile.to(stat)
                 if t + 1 < N_TILES:  # before a store, which might alias it

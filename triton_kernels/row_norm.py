@@ -17,6 +17,7 @@ from .tiles import (
     empty_sums,
     factors,
     gradient,
+    gradient_means,
     keep_zero,
     lane_means,
     load_tiles,
@@ -24,7 +25,6 @@ from .tiles import (
     reciprocal_sqrt,
     rounded_to,
     row_mean,
-    slope_and_offset,
     store_gradient,
     store_partials,
     store_stream,
@@ -162,9 +162,9 @@ def _row_norm_backward_kernel(
             ahead = _load_rows(
                 dy_ptr, h_ptr, mean_ptr, rstd_ptr, next_block, n_rows, dy_stride, h_stride, N_COLS, TILE, N_TILES, ROWS
             )
-        slope, offset = slope_and_offset(product, total, statistics, N_COLS)
+        means = gradient_means(product, total, statistics, N_COLS)
         for t in tl.static_range(N_TILES):
-            dx = gradient(c_tiles[t], g_tiles[t], slope, offset, statistics[0], N_COLS)
+            dx = gradient(c_tiles[t], g_tiles[t], means, statistics[0], N_COLS)
             if dh_ptr is not None:
                 dx += dh_tiles[t].to(stat)
             at, mask = rows * N_COLS + lanes + t * TILE, tile_mask(t, lanes, rows < n_rows, N_COLS, TILE)

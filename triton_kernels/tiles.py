@@ -164,23 +164,24 @@ def factors(h, dy, statistics):
 
 
 @triton.jit
-def slope_and_offset(product, total, statistics, n_cols):
-    """What `gradient` takes, from each lane's Σ c · w·g and Σ w·g."""
+def gradient_means(product, total, statistics, n_cols):
+    """What `gradient` takes, from each lane's Σ c · w·g and Σ w·g: −mean(x̂ · w·dy) or, of LayerNorm, that times rstd²
+    and mean(w·dy · rstd)."""
     inverse = 1.0 / tl.cast(n_cols, product.dtype)
     if len(statistics) > 1:
         product, total = sum_pair(product, total)
         return product * -inverse * statistics[0] * statistics[0], total * inverse
     else:
-        return tl.sum(product, axis=1, keep_dims=True) * -inverse, None  # negated once a row, not once an element
+        return (tl.sum(product, axis=1, keep_dims=True) * -inverse,)  # negated once a row, not once an element
 
 
 @triton.jit
-def gradient(c, g, slope, offset, rstd, N_COLS: tl.constexpr = 0):
-    """dx of a tile; slope: −mean(x̂ · w·dy) and, with an offset, which is mean(w·dy · rstd), times rstd²."""
-    if offset is None:
-        return (g + c * slope) * rstd
+def gradient(c, g, means, rstd, N_COLS: tl.constexpr = 0):
+    """dx of a tile."""
+    if len(means) == 1:
+        return (g + c * means[0]) * rstd
     else:
-        dx = g - offset + c * slope
+        dx = g - means[1] + c * means[0]
         if N_COLS == 1:
             dx *= 0.0  # x̂ is 0 whatever x is: what a fused product is not rounded by must not get through
         return dx
