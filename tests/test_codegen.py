@@ -237,7 +237,8 @@ def test_instructions_are_those_of_a_turn_and_of_the_way_that_moves_most():
         control_flow.parse("nothing")
 
 
-# of bf16, through the way that is counted: rows in and out, the weights (in the backward for each row), and a little for tables and statistics
+# of bf16, through the way that is counted: rows in and out, the weights (in the backward for each row), and a little
+# for tables and statistics
 MOVED = {
     ("rms_norm", "row_norm_forward"): 6, ("rms_norm", "row_norm_backward"): 8, ("layer_norm", "row_norm_forward"): 8,
     ("layer_norm", "row_norm_backward"): 8, ("clip_grad_norm_", "norm"): 2, ("clip_grad_norm_", "change"): 4,
