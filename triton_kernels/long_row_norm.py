@@ -128,9 +128,13 @@ def _row_norm_long_backward_kernel(
         if mean_ptr is not None:
             statistics = statistics + (tl.load(mean_ptr + row),)
         product, total = _row_sums(h_row, dy_row, weight_ptr, statistics, lanes, n_cols, ZERO_CENTERED, TILE)
+        dh_tiles = ()
         if dh_ptr is not None:
+            # before stores, which might alias them: all, or one ahead where two sums leave no registers
             dh_row = dh_ptr + row * dh_stride
-            dh_tile = tl.load(dh_row + first + lanes, mask=lanes < n_cols - first, other=0.0)
+            for t in tl.static_range(N_TILES if dbias_ptr is None else 1):
+                at = first + t * TILE
+                dh_tiles = dh_tiles + (tl.load(dh_row + at + lanes, mask=lanes < n_cols - at, other=0.0),)
         means = gradient_means(product, total, statistics, n_cols)
         dweight, dbias = weight_sums, bias_sums
         weight_sums, bias_sums = (), ()
@@ -148,9 +152,10 @@ def _row_norm_long_backward_kernel(
                 g *= load_weight(weight_ptr + lanes + at, mask, stat, ZERO_CENTERED)
             dx = gradient(c, g, means, statistics[0])
             if dh_ptr is not None:
-                dx += dh_tile.to(stat)
-                if t + 1 < N_TILES:  # before a store, which might alias it
-                    dh_tile = tl.load(dh_row + (at + TILE) + lanes, mask=lanes < n_cols - at - TILE, other=0.0)
+                dx += dh_tiles[t].to(stat)
+                if dbias_ptr is not None and t + 1 < N_TILES:
+                    ahead = tl.load(dh_row + (at + TILE) + lanes, mask=lanes < n_cols - at - TILE, other=0.0)
+                    dh_tiles = dh_tiles + (ahead,)
             store_gradient(dx_ptr, dresidual_ptr, row * n_cols + at + lanes, dx, mask)
     for t in tl.static_range(N_TILES):
         at = first + t * TILE
