@@ -1,4 +1,4 @@
-// Autograd for whole calls: a torch::autograd::Function without what such calls don't need, which is half of its time.
+// Autograd for whole calls: a torch::autograd::Function less what such calls don't need.
 #pragma once
 
 #include <torch/csrc/autograd/custom_function.h>
@@ -11,11 +11,11 @@
 
 namespace fastnorm {
 
-// A std::shared_ptr before torch 2.14, or so; a c10::intrusive_ptr since.
+// A std::shared_ptr, or in newer torch a c10::intrusive_ptr.
 using NodePtr = decltype(torch::autograd::Edge::function);
 
-// F, a torch::autograd::Function, has a backward that returns a gradient for each of the node's inputs, and a name.
-// Compiled autograd sees the CppNode.
+// F, a torch::autograd::Function, has a name and a backward that returns a gradient for each of the node's inputs. To
+// compiled autograd the node is the CppNode that it is derived from.
 template <typename F>
 struct CallNode final : torch::autograd::CppNode<F> {
   torch::autograd::variable_list apply(torch::autograd::variable_list&& gradients) override {
@@ -26,7 +26,7 @@ struct CallNode final : torch::autograd::CppNode<F> {
   std::string name() const override { return F::name; }
 };
 
-// Templates for the sake of names that not every torch has.
+// Templates, as not every torch has the names.
 template <typename Pointer, typename Node>
 Pointer owned(Node* node) {
   if constexpr (requires { Pointer::unsafe_steal_from_new(node); }) {
@@ -44,7 +44,7 @@ void announce(const Pointer& node) {
 }
 
 // Makes the outputs results of a node. Inputs that were not given are undefined, and so are their gradients.
-// save(ctx): what the backward needs; an output that is saved is one already.
+// save(ctx) says what the backward needs; it comes last, as a saved output must be known for one.
 template <typename F, typename Save>
 void attach(const torch::autograd::variable_list& inputs, std::initializer_list<at::Tensor> outputs, const Save& save) {
   auto* const made = new CallNode<F>();

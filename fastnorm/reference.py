@@ -106,16 +106,9 @@ def _lone(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> 
 
 
 def batch_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running: tuple[Tensor, Tensor] | None,
-    training: bool,
-    momentum: float | Tensor,
-    eps: float,
-    relu: bool,
-) -> Tensor:
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    running: tuple[Tensor, Tensor] | None, training: bool, momentum: float | Tensor, eps: float, relu: bool,
+) -> Tensor:  # fmt: skip
     """y = relu((x − mean) · rstd · w + b + residual); in training, `running` (mean and variance) moves by momentum."""
     vectors: Sequence[Tensor | None] = (*(running or (None, None)), weight, bias)
     looks = training and _can_be_looked_at(x) and x.dim() > 1

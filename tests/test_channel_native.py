@@ -186,9 +186,11 @@ def test_means_far_from_the_first_elements(level, channels_last):
 
 @layouts
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_groups_of_small_images(dtype, channels_last):
-    """Where several rows, and groups, are worked on at once: all that may be left over."""
+def test_groups_of_all_sizes(dtype, channels_last):
+    """Where several rows, and groups, are worked on at once, all that may be left over; and groups of several blocks
+    and pieces."""
     shapes = ((6, 1, 2), (6, 3, 7), (40, 8, 25), (72, 4, 64), (30, 10, 65), (17, 1, 196), (60, 60, 9))
+    shapes += ((12, 2, 3000), (5, 1, 20000), (2, 1, 70001))
     for channels, groups, n in shapes:
         x, dy = (random_image(3, channels, n, channels_last=False, dtype=dtype) for _ in range(2))
         if channels_last:

@@ -1,11 +1,22 @@
-"""Whole calls of batch_norm and group_norm in C++: the same results as the way through Python, and a plain no to what
-is not plain."""
+"""Whole calls of batch_norm and group_norm in C++: the same results as the way through Python."""
 
 from itertools import product
 
 import pytest
 import torch
-from channel_norms import MOMENTUM, Case, case_of, fused, inputs
+from channel_calls import (
+    as_leaves,
+    assert_both_ways_agree,
+    call,
+    copied,
+    direct,
+    everything,
+    named,  # noqa: F401 - a fixture
+    operations,
+    trained,
+    variants,
+)
+from channel_norms import Case, case_of, inputs
 from norms import DTYPES
 from torch import Tensor
 from whole_calls import (
@@ -14,15 +25,10 @@ from whole_calls import (
     TRITON_ON_GPU,
     assert_a_launchers_error_arrives,
     assert_a_profiler_sees,
-    assert_asks_the_right_one,
-    assert_declined_where_somebody_looks_on,
-    assert_keeps_no_references,
     assert_same,
     assert_stays_native,
     by_triton,
     is_by_cpp,
-    native,
-    tensors_that_are_not_plain,
     through_python,
     without_triton,
 )
@@ -30,87 +36,8 @@ from whole_calls import (
 import fastnorm
 from fastnorm.ops import arguments as checks
 
-OPS = ("batch_norm", "group_norm")
-operations = pytest.mark.parametrize("op", OPS)
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 SHAPES = ((5, 8), (3, 8, 7), (2, 8, 5, 3), (2, 8, 3, 4, 5))
-
-
-@pytest.fixture(autouse=True)
-def named():
-    with fastnorm.use("native"):
-        yield
-
-
-def direct(op: str, served=NATIVE_ON_CPU | NATIVE_NAMED, **changes):
-    """A call in C++, all plain but for `changes`."""
-    return native.calls[op](served, *positional(op, **changes))
-
-
-def positional(op: str, **changes) -> list:
-    given = inputs(case_of(op, (3, 8, 5)))
-    if op == "batch_norm":
-        names = "x", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps", "residual", "relu"
-        given |= {"training": True, "momentum": MOMENTUM, "eps": 1e-5, "residual": None, "relu": False}
-    else:
-        names = "x", "num_groups", "weight", "bias", "eps", "silu"
-        given |= {"num_groups": 2, "eps": 1e-5, "silu": False}
-    assert given.keys() >= changes.keys()
-    return [(given | changes)[name] for name in names]
-
-
-def call(case: Case, tensors: dict[str, Tensor], momentum=MOMENTUM) -> Tensor:
-    affine = tensors.get("weight"), tensors.get("bias")
-    if not case.is_batch_norm:
-        return fastnorm.functional.group_norm(tensors["x"], case.groups, *affine, case.eps, activation=case.activation)
-    running = tensors.get("running_mean"), tensors.get("running_var")
-    return fastnorm.functional.batch_norm(
-        tensors["x"], *running, *affine, case.training, momentum, case.eps,
-        residual=tensors.get("residual"), activation=case.activation,
-    )  # fmt: skip
-
-
-def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With running statistics of its own, which a call changes."""
-    return {n: t.clone() if n.startswith("running") else t.detach() for n, t in tensors.items()}
-
-
-def as_leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {n: t if n.startswith("running") else t.requires_grad_() for n, t in copied(tensors).items()}
-
-
-def trained(leaves: dict[str, Tensor]) -> list[Tensor]:
-    return [t for t in leaves.values() if t.requires_grad]
-
-
-def everything(case: Case, tensors: dict[str, Tensor], momentum=MOMENTUM) -> list[Tensor]:
-    """The output, gradients for three dy, running statistics; and the output without autograd, with its own."""
-    torch.manual_seed(2)
-    leaves, unrecorded = as_leaves(tensors), copied(tensors)
-    y = call(case, leaves, momentum)
-    with torch.no_grad():
-        found = [y, call(case, unrecorded, momentum)]
-    for dy in (torch.randn_like(y), torch.randn(y.shape[::-1]).to(y).permute(*range(y.dim())[::-1]), y.new_ones(1)):
-        found += torch.autograd.grad(y, trained(leaves), dy.expand(y.shape), retain_graph=True)
-    return [*found, *(t for each in (leaves, unrecorded) for n, t in each.items() if n.startswith("running"))]
-
-
-def assert_both_ways_agree(case: Case, tensors: dict[str, Tensor], monkeypatch, momentum=MOMENTUM) -> None:
-    found = everything(case, tensors, momentum)
-    assert is_by_cpp(found[0])
-    expected = through_python(monkeypatch, lambda: everything(case, tensors, momentum))
-    assert not is_by_cpp(expected[0])
-    assert_same(found, expected)
-
-
-def variants(op: str, shape: tuple[int, ...], dtype: torch.dtype = F32):
-    """Plain and with all that is fused, in training and in evaluation."""
-    plain = case_of(op, shape, dtype, groups=2 if op == "group_norm" and shape[2:] else 1)
-    yield from (plain, fused(plain))
-    if plain.is_batch_norm:
-        yield from (plain.alike(training=False), fused(plain).alike(training=False))
-        yield from (plain.alike(activation="relu"), plain.alike(residual=dtype))
-        yield plain.alike(activation="relu", training=False)
 
 
 @operations
@@ -343,109 +270,12 @@ def test_results_can_be_written_to(op):
 
 
 @operations
-def test_modes_and_transforms_are_declined(op):
-    x, *others = positional(op)
-    assert_declined_where_somebody_looks_on(lambda x: native.calls[op](NATIVE_ON_CPU, x, *others), x)
-
-
-def what_is_not_plain(op: str):
-    x, c = torch.randn(3, 8, 5), torch.ones(8)
-    yield from ({"x": t} for t in tensors_that_are_not_plain(x))
-    yield from ({"x": t} for t in (torch.tensor(1.0), x[0, :, 0], x[:0], x[..., :0], x[:, :0], x[:, :7]))
-    vectors = [torch.ones(n) for n in (7, 9, 1, 0)] + [torch.tensor(1.0), torch.ones(1, 8), torch.ones(8, 1), x]
-    vectors += [t for t in tensors_that_are_not_plain(c) if t is not None]
-    names = ("weight", "bias", *("running_mean", "running_var") * (op == "batch_norm"))
-    yield from ({name: v} for v in vectors for name in names)
-    yield from ({"eps": eps} for eps in ("1", None, 1, True, torch.tensor(1e-5), torch.ones(1)))
-    activation = "relu" if op == "batch_norm" else "silu"
-    yield from ({activation: value} for value in (None, 0, 1, activation, torch.tensor(True)))
-    if op == "group_norm":
-        yield from ({"num_groups": n} for n in (
-            0, -1, -2, 3, 16, 2**31, 2**63, 2**70, -(2**70), True, 2.0, "2", None, torch.tensor(2)
-        ))  # fmt: skip
-        yield {"x": torch.randn(1, 8), "num_groups": 8}  # one value a group
-        yield {"x": torch.randn(3, 8, 1), "num_groups": 8}
-        return
-    yield from ({"residual": t} for t in tensors_that_are_not_plain(x)[1:])
-    yield from ({"residual": t} for t in (x[0], x[:2], x.transpose(1, 2), x[..., None], x.double()))
-    yield from ({"training": value} for value in (None, 0, 1, "True", torch.tensor(True)))
-    yield from ({"momentum": value} for value in (
-        None, "0.1", 1, True, torch.tensor(1), torch.tensor(0.1, dtype=F64), torch.tensor(0.1, dtype=BF16),
-        torch.tensor([0.1]), torch.tensor(0.1, requires_grad=True), torch.tensor(0.1, device="meta"),
-    ))  # fmt: skip
-    yield from ({"eps": eps} for eps in (0.0, -0.0, -1e-5))
-    yield from ({"eps": eps, "training": False} for eps in (-1e-5, float("nan")))
-    yield from ({"x": t} for t in (torch.randn(1, 8), torch.randn(1, 8, 1, 1)))  # one value a channel
-    for training in (False, True):
-        yield from ({name: None, "training": training} for name in ("running_mean", "running_var"))
-        for name in ("running_mean", "running_var"):
-            yield {name: torch.ones(8, requires_grad=True), "training": training}
-            yield {name: torch.ones(16)[::2], "training": training}
-            yield {name: torch.ones(1).expand(8), "training": training}
-    yield {"running_mean": None, "running_var": None, "training": False}
-
-
-@operations
-def test_what_is_not_plain_is_declined(op):
-    """Without a trace: running statistics stay as they are."""
-    x, *others = positional(op)
-    before = [t.clone() if isinstance(t, Tensor) else t for t in others]
-    names = ["num_groups", "weight", "bias", "eps", "silu"]
-    if op == "batch_norm":
-        names = ["running_mean", "running_var", "weight", "bias", "training", "momentum", "eps", "residual", "relu"]
-    for changes in what_is_not_plain(op):
-        given = dict(zip(("x", *names), (x, *others), strict=True)) | changes
-        assert native.calls[op](NATIVE_ON_CPU, *given.values()) is NotImplemented, changes
-    for served in (0, TRITON_ON_GPU, NATIVE_NAMED):
-        assert direct(op, served) is NotImplemented
-    assert all(torch.equal(a, b) for a, b in zip(before, others, strict=True) if isinstance(a, Tensor))
-    assert direct(op) is not NotImplemented
-    for count in (0, 1, 6, 12):
-        with pytest.raises(TypeError, match="arguments, but got"):
-            native.calls[op](*range(count))
-
-
-@operations
-def test_what_is_plain_is_not_declined(op):
-    """But for these, the list above proves little."""
-    x = torch.randn(3, 8, 5)
-    plain = [{"weight": None}, {"bias": None}, {"weight": torch.nn.Parameter(torch.ones(8))}, {"x": x[:1]}]
-    plain += [{"weight": torch.ones(16, dtype=F64)[::2]}, {"x": x.transpose(0, 2)[:, :, :3]}, {"x": x[..., 0]}]
-    plain += [{"eps": eps} for eps in (1e-12, 1.0, float("inf"))]
-    if op == "group_norm":
-        plain += [{"silu": True}, {"eps": -1.0}, {"eps": float("nan")}, *({"num_groups": n} for n in (1, 2, 4, 8))]
-    else:
-        plain += [{"relu": True}, {"training": False}, {"training": False, "eps": 0.0}, {"eps": float("nan")}]
-        plain += [{"running_mean": None, "running_var": None}, {"running_mean": torch.ones(9, dtype=BF16)[1:]}]
-        plain += [{"residual": x}, {"residual": x.bfloat16()}, {"x": x.double(), "residual": x}]
-        plain += [{"x": x[:1, ..., 0], "training": False}, {"momentum": torch.tensor(0.5)}, {"momentum": -3.0}]
-    for changes in plain:
-        for served in (NATIVE_ON_CPU | NATIVE_NAMED, NATIVE_ON_CPU | NATIVE_NAMED | TRITON_ON_GPU):
-            assert direct(op, served, **changes) is not NotImplemented, changes
-
-
-@operations
-def test_no_references_are_kept(op):
-    mistakes = [{"eps": "1"}, {"weight": torch.ones(7)}]
-    mistakes += [{"momentum": "1"}] if op == "batch_norm" else [{"num_groups": 2**70}]
-    mistakes = [[NATIVE_ON_CPU, *positional(op, **changes)] for changes in mistakes]
-    for changes in ({}, {"relu" if op == "batch_norm" else "silu": True}):
-        arguments = positional(op, x=torch.randn(3, 8, 5, requires_grad=True), **changes)
-        assert_keeps_no_references(native.calls[op], [NATIVE_ON_CPU, *arguments], mistakes)
-
-
-@operations
 def test_an_eps_at_the_edge(op, monkeypatch):
     """0 and NaN where they are no mistake, and a negative one for group_norm."""
     for case in variants(op, (4, 8, 5)):
         tensors = inputs(case)
         for eps in (0.0, float("nan"), -0.2) if op == "group_norm" else (float("nan"),) if case.training else (0.0,):
             assert_both_ways_agree(case.alike(eps=eps), tensors, monkeypatch)
-
-
-@operations
-def test_who_is_asked_for_a_whole_call(op, monkeypatch):
-    assert_asks_the_right_one(op, positional(op), monkeypatch)
 
 
 def test_plain_evaluation_is_pytorchs_own_kernel_unless_native_is_named(monkeypatch):

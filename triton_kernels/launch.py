@@ -117,7 +117,7 @@ def backward_tiles(cols: int, itemsize: int, sums: int, adds: bool, widest: int)
             tiles = tiles._replace(tile=2 * tiles.tile, count=tiles.count // 2, rows=tiles.rows // 2)
         return tiles, True
     # x̂, w·dy and a sum; with two sums, dy as well
-    held = tiles.registers * (2 * sums + 1) + 8 * (widest > min(itemsize, 2))
+    held = tiles.registers * (2 * sums + 1) + 8 * (widest > 2)  # more than 16 bits take more while loaded
     if adds:
         held += tiles.registers * min(itemsize, 4) // 4 + 8
     if held <= HELD_REGISTERS and not is_long(cols, itemsize):

@@ -57,6 +57,25 @@ __attribute__((noinline)) void merge_in_double(const SpreadBlock<ComputeType<T>>
   Merge(b.count, added)(mean, square_sum, centre, sum);
 }
 
+// Calls add(row, first, last) for parts of rows [begin, end) of at most `size` elements, and flushes the sums about as
+// often: the error of a chain of additions grows with its length.
+template <typename V, int64_t size, typename Add, typename... Sums>
+INLINE void each_flushed(int64_t begin, int64_t end, int64_t n, Add add, Sums&... sums) {
+  constexpr int64_t longest = size / word_size;
+  int64_t length = 0;  // of the first chain, which takes all that does not fill a word
+  for (int64_t row = begin; row < end; ++row) {
+    for (int64_t first = 0; first < n; first += size) {
+      const int64_t last = std::min(first + size, n);
+      add(row, first, last);
+      length += (last - first) / word_size + ((last - first) % word_size + lanes<V> - 1) / lanes<V>;
+      if (length >= longest || (row + 1 == end && last == n)) {
+        (sums.flush(), ...);
+        length = 0;
+      }
+    }
+  }
+}
+
 // Calls step(x, i, slot, part) for all vectors of a block, and flushes the sums every so often.
 template <typename T, typename Step, typename... Sums>
 INLINE void each_of_plane(const SpreadBlock<ComputeType<T>>& b, Step step, Sums&... sums) {
@@ -210,6 +229,70 @@ void spread_of_pixels(const SpreadBlock<ComputeType<T>>& block) {
       merge_sums(merge, added, centre[i], sum[i], squares[i], b.mean[i], b.square_sum[i]);
     } else {
       merge_in_double<T>(b, i, i + 1, b.mean[i], b.square_sum[i]);
+    }
+  }
+}
+
+template <typename T, Layout LAYOUT, Activation ACTIVATION>
+void sums_of_block(const BackwardBlock<ComputeType<T>>& block) {
+  using S = ComputeType<T>;
+  using V = VecOf<T>;
+  const auto b = block;
+  if constexpr (LAYOUT == Layout::planes) {
+    constexpr int64_t size = 256;  // where signs differ, longer chains are far less exact than products are
+    const auto add_rows = [&](int64_t begin, int64_t end, Sum<V>& sum, Sum<V>& product) ALWAYS_INLINE {
+      const auto add = [&](int64_t, int slot, Part, const V(&dz)[1], const V(&distance)[1]) ALWAYS_INLINE {
+        sum.chain[slot] += dz[0];
+        product.chain[slot] += dz[0] * distance[0];
+      };
+      each_flushed<V, size>(begin, end, b.n, [&](int64_t row, int64_t first, int64_t last) ALWAYS_INLINE {
+        each_gradient<T, LAYOUT, ACTIVATION, true, 1>(b, row, first, last, add);
+      }, sum, product);
+    };
+    if (b.step == 0) {
+      Sum<V> sum, product;
+      add_rows(0, b.rows, sum, product);
+      *b.sum += sum.total();
+      *b.product += product.total();
+      return;
+    }
+    constexpr int at_once = lanes<F64>;
+    for (int64_t begin = 0; begin < b.rows; begin += at_once) {
+      const int count = static_cast<int>(std::min<int64_t>(b.rows - begin, at_once));
+      F64 sums[at_once], products[at_once];
+      for (int r = 0; r < at_once; ++r) {
+        Sum<V> sum, product;
+        add_rows(begin + r, begin + r + (r < count), sum, product);
+        sums[r] = sum.flushed;
+        products[r] = product.flushed;
+      }
+      const Part part{count, 0};
+      store(b.sum + begin, load(b.sum + begin, part) + totals(sums), part);
+      store(b.product + begin, load(b.product + begin, part) + totals(products), part);
+    }
+  } else {
+    // Added up in double every few rows, as above.
+    constexpr int64_t some_rows = 16;
+    S* sum = b.scratch;
+    S* product = b.scratch + b.n;
+    for (int64_t first = 0; first < b.rows; first += some_rows) {
+      std::fill_n(sum, 2 * b.n, S{0});
+      const int64_t last = std::min(first + some_rows, b.rows);
+      each_rows<rows_at_once<LAYOUT, ACTIVATION>>(first, last, [&](int64_t row, auto count) ALWAYS_INLINE {
+        constexpr int R = decltype(count)::value;
+        each_gradient<T, LAYOUT, ACTIVATION, true, R>(b, row, 0, b.n, [&](int64_t i, int, Part part, const V(&dz)[R],
+                                                                          const V(&distance)[R]) ALWAYS_INLINE {
+          V dz_sum = dz[0], product_sum = dz[0] * distance[0];
+          for (int r = 1; r < R; ++r) {
+            dz_sum += dz[r];
+            product_sum += dz[r] * distance[r];
+          }
+          store(sum + i, load(sum + i, part) + dz_sum, part);
+          store(product + i, load(product + i, part) + product_sum, part);
+        });
+      });
+      add_to_total(sum, b.sum, b.n);
+      add_to_total(product, b.product, b.n);
     }
   }
 }

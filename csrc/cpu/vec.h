@@ -278,7 +278,7 @@ struct Doubles<1> {
 // The sums of as many vectors as they have lanes, each as Doubles has it.
 INLINE F64 totals(const F64 (&vectors)[lanes<F64>]) {
 #if VECTOR_BYTES == 64
-  // Halves the sums of two vectors, which lie in turns of `width` lanes.
+  // Of a and b, whose sums take 2 · width adjacent lanes each: their halves added, a's sums before b's.
   const auto folded = [](F64 a, F64 b, int width) ALWAYS_INLINE {
     const I64 lane = {0, 1, 2, 3, 4, 5, 6, 7};
     const I64 first = lane / width * 2 * width + lane % width;
