@@ -102,7 +102,8 @@ def _narrow_tiles(cols: int, vector: int, width: int, sums: int) -> RowTiles:
     rows = warps * WARP * (NARROW_REGISTERS >> sums) // (tile * next_power_of_2(count) * width)
     rows = max(rows, warps * WARP * vector // tile)  # a thread has whole accesses
     tiles = RowTiles(tile, count, rows, warps, width)
-    return tiles._replace(resident=2) if sums and tiles.registers <= NARROW_REGISTERS // 4 else tiles
+    leaves_half = tiles.registers <= 2 * vector * width  # two accesses a thread
+    return tiles._replace(resident=2) if sums and leaves_half else tiles
 
 
 @remembered
