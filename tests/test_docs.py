@@ -89,18 +89,22 @@ DOCSTRING = """y = x * w over the last dimensions.
 input: (*, C), any strides; what
     goes on here.
 weight, bias: (C,) or `None`.
-residual: added.
+residual: added
+where it is given.
 
-Returns y_1.
+Returns y_1; what is
+eps: here is no argument, x < 1.
 """
 PAGE = r"""y = x \* w over the last dimensions.
 
 - `input`: (\*, C), any strides; what
     goes on here.
 - `weight`, `bias`: (C,) or `None`.
-- `residual`: added.
+- `residual`: added
+    where it is given.
 
-Returns y\_1."""
+Returns y\_1; what is
+eps: here is no argument, x &lt; 1."""
 
 
 def test_docstrings_become_lists():

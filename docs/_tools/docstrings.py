@@ -7,7 +7,7 @@ from typing import Any
 
 from griffe import Docstring, Extension, Object
 
-# "x: (rows, cols)" or "weight, bias: (C,) or None", at the margin
+# "x: (rows, cols)" or "weight, bias: (C,) or None"
 ARGUMENT = re.compile(r"([a-z_]\w*(?:, [a-z_]\w*)*): (.*)")
 CODE = re.compile(r"(`[^`]*`)")
 
@@ -23,28 +23,24 @@ class PlainDocstrings(Extension):
 
 
 def to_markdown(text: str) -> str:
-    """Arguments become list items, and their further lines belong to them; what Markdown would take for markup is
-    escaped."""
-    lines: list[str] = []
-    in_list = False
+    """A paragraph that begins with an argument is a list of them. What Markdown takes for markup is escaped."""
+    return "\n\n".join(map(_paragraph, re.split(r"\n\s*\n", text.strip())))
+
+
+def _paragraph(text: str) -> str:
+    lines, is_list = [], ARGUMENT.match(text) is not None
     for line in text.splitlines():
-        argument = ARGUMENT.fullmatch(line)
-        if argument and not in_list and lines and lines[-1]:
-            lines.append("")
+        argument = ARGUMENT.fullmatch(line) if is_list else None
         if argument:
-            in_list = True
             names = ", ".join(f"`{name}`" for name in argument[1].split(", "))
             lines.append(f"- {names}: {_escaped(argument[2])}")
-        elif in_list and line.startswith("    "):
-            lines.append(f"    {_escaped(line.strip())}")
         else:
-            if in_list and line:
-                lines += [] if not lines[-1] else [""]
-                in_list = False
-            lines.append(_escaped(line))
+            lines.append(f"    {_escaped(line.strip())}" if is_list else _escaped(line))
     return "\n".join(lines)
 
 
 def _escaped(text: str) -> str:
-    parts = CODE.split(text)
-    return "".join(part if part.startswith("`") else re.sub(r"([*_<])", r"\\\1", part) for part in parts)
+    def escape(part: str) -> str:
+        return re.sub(r"([*_])", r"\\\1", part).replace("<", "&lt;")
+
+    return "".join(part if part.startswith("`") else escape(part) for part in CODE.split(text))
