@@ -20,6 +20,7 @@ DOCS = ROOT / "docs"
 PAGES = ("CONTRIBUTING.md", "CHANGELOG.md", "examples/stability/README.md")
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 LINK = re.compile(r"(\]\()([^()\s#:]+)((?:#[^()\s]*)?\))")
+IMAGE = re.compile(r'(?<!">)(<img [^>]*src="([^"]+)"[^>]*>)')
 CODE = re.compile(r"^```.*?^```|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 
 
@@ -51,6 +52,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return f"{match[1]}{os.path.relpath(_uri(path), here or '.')}{match[3]}"
 
     return _outside_code(LINK, site_link, markdown)
+
+
+def on_page_content(html: str, **_: object) -> str:
+    """A picture links to itself: a phone shows it small."""
+    return IMAGE.sub(r'<a href="\2">\1</a>', html)
 
 
 def _outside_code(pattern: re.Pattern, replace, text: str) -> str:
