@@ -82,31 +82,3 @@ def test_notebooks_show_what_they_compute():
         assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)], path.name
         outputs = [output for cell in cells for output in cell["outputs"]]
         assert outputs and all(output["output_type"] != "error" for output in outputs), path.name
-
-
-DOCSTRING = """y = x * w over the last dimensions.
-
-input: (*, C), any strides; what
-    goes on here.
-weight, bias: (C,) or `None`.
-residual: added
-where it is given.
-
-Returns y_1; what is
-eps: here is no argument, x < 1.
-"""
-PAGE = r"""y = x \* w over the last dimensions.
-
-- `input`: (\*, C), any strides; what
-    goes on here.
-- `weight`, `bias`: (C,) or `None`.
-- `residual`: added
-    where it is given.
-
-Returns y\_1; what is
-eps: here is no argument, x &lt; 1."""
-
-
-def test_docstrings_become_lists():
-    pytest.importorskip("griffe", reason="`make docs` installs it")
-    assert tool("docstrings").to_markdown(DOCSTRING) == PAGE
