@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _root = Path(__file__).resolve().parents[1]
 if (_root / "pyproject.toml").exists() and (_root / "triton_kernels").is_dir():
     __path__.append(str(_root))  # in the source folder fastnorm.triton_kernels lies beside this package, not in it

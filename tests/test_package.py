@@ -90,6 +90,7 @@ def test_sdist_holds_what_a_build_needs(tree, tmp_path):
     csrc = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.[hc]*")}
     assert csrc and csrc | python_files("triton_kernels") | python_files("fastnorm") | python_files("tests") <= names
     assert {"setup.py", "pyproject.toml", "Makefile", "LICENSE", "README.md", "fastnorm/py.typed"} <= names
+    assert not [name for name in names if name.startswith("bench/results") and name.endswith(".png")]
 
 
 def editable_install(tree: Path, folder: Path, **env) -> subprocess.CompletedProcess:
