@@ -1,19 +1,13 @@
-"""What the command lines have in common."""
+"""What command lines are made of: types of options that say what is wrong with a value."""
 
 import argparse
+import itertools
 from collections.abc import Callable, Collection
-from pathlib import Path
 
+import torch
 
-def add_output(parser: argparse.ArgumentParser) -> None:
-    """--output, the folder of the result files."""
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        default=Path(__file__).parent / "results",
-        help="where CSV, JSON, Markdown and PNG go (default: bench/results)",
-    )
+from .operation import Shape
+from .presets import SHAPES
 
 
 def name(known: Collection[str], kind: str) -> Callable[[str], str]:
@@ -46,3 +40,36 @@ def positive(kind: type[int] | type[float]) -> Callable[[str], int | float]:
         return value
 
     return parse
+
+
+def device(text: str) -> torch.device:
+    """A device that can be timed and is there."""
+    try:
+        found = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device of PyTorch's") from None
+    if found.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text!r}: only cpu and cuda can be timed")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"{text!r}: PyTorch sees no CUDA device here")
+    return found
+
+
+def shapes(text: str) -> tuple[Shape, ...]:
+    """Shapes and names of presets, separated by commas."""
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(_shapes(item.strip()) for item in text.split(","))))
+
+
+def _shapes(item: str) -> tuple[Shape, ...]:
+    if item in SHAPES:
+        return SHAPES[item]
+    lengths = item.split("x")
+    if not all(length.isdecimal() and int(length) for length in lengths):
+        known = ", ".join(SHAPES)
+        raise argparse.ArgumentTypeError(f"{item!r} is neither a shape, ROWSxCOLS or NxCxHxW, nor one of {known}")
+    return (tuple(map(int, lengths)),)
+
+
+def widths(text: str) -> tuple[int, ...]:
+    """Numbers of columns, separated by commas."""
+    return tuple(positive(int)(item) for item in text.split(","))

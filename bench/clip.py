@@ -4,7 +4,8 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +14,11 @@ from torch.nn import Parameter
 import fastnorm
 
 from . import peers
-from .measurement import FAILED, INEXACT, WRONG, Measurement
+from .measurement import FAILED, INEXACT, WRONG, Measurement, take_turns
 from .presets import DTYPES
 from .providers import PROVIDERS as NORM_PROVIDERS
 from .providers import Provider, Unavailable, one_line, serving_backend, why_absent
-from .timing import Budget, CpuTimer, CudaTimer, Runner, interleave, paired_ratio, timer_for
+from .timing import Budget, CpuTimer, CudaTimer, Runner, paired_ratio, timer_for
 
 NOT_CLIPPED, CLIPPED = "not clipped", "clipped"
 SHRINK = 0.9999  # of the bound from call to call: without it only the first of many calls would clip
@@ -63,7 +64,8 @@ LISTS: dict[str, Callable[[], list[tuple[int, ...]]]] = {
     "small": lambda: 2000 * [(64,)],
     "llama-7b": _llama_7b,
 }
-HUGE = ("llama-7b",)  # by name only: more than most machines have memory for
+USUAL = ("transformer", "resnet50", "small")  # llama-7b by name only: more than most machines have memory for
+QUICK = ("resnet50", "small")
 
 
 class Workload:
@@ -276,16 +278,23 @@ class Bench:
     def _attempt(self, call: Call) -> None:
         call(Workload([(4, 4), (4,)], torch.float32, self.plan.device), 1.0)
 
+    def facts(self) -> dict[str, Any]:
+        """What its document says beside the results."""
+        return {"budget": asdict(self.plan.budget), "absent": self.absent}
+
     def cases(self) -> int:
-        """How many lists of results `run` yields."""
+        """How many lists of results all parts have."""
         return 2 * len(self.plan.operations) * len(self.plan.lists) * len(self.plan.dtypes)
 
-    def run(self) -> Iterator[list[Result]]:
-        """Yields the results of each case, one per provider."""
+    def parts(self) -> Iterator[tuple[str, Iterator[list[Result]]]]:
+        """The results of each case, one per provider, by the name of the list and its dtype."""
         for name, dtype in itertools.product(self.plan.lists, self.plan.dtypes):
-            workload = Workload(LISTS[name](), DTYPES[dtype], self.plan.device)
-            for label, case in itertools.product(self.plan.operations, (NOT_CLIPPED, CLIPPED)):
-                yield self._run_case(workload, OPERATIONS[label], case, name, dtype)
+            yield f"{name} {dtype}", self._run_list(name, dtype)
+
+    def _run_list(self, name: str, dtype: str) -> Iterator[list[Result]]:
+        workload = Workload(LISTS[name](), DTYPES[dtype], self.plan.device)
+        for label, case in itertools.product(self.plan.operations, (NOT_CLIPPED, CLIPPED)):
+            yield self._run_case(workload, OPERATIONS[label], case, name, dtype)
 
     def _run_case(self, workload: Workload, operation: Operation, case: str, name: str, dtype: str) -> list[Result]:
         providers = [p for p in operation.providers() if p.name not in self.absent[operation.label]]
@@ -299,15 +308,12 @@ class Bench:
             if results[provider.name].is_timed:
                 runners[provider.name] = _runner(call, workload, bounds, provider.activate)
         workload.reset()
-        samples = interleave(runners, self.timer, self.plan.budget)
+        moved = operation.passes[case] * workload.elements * DTYPES[dtype].itemsize
+        samples = take_turns(results, runners, self.timer, self.plan.budget, moved)
         for provider_name, seconds in samples.items():
-            result = results[provider_name]
-            result.record(seconds, operation.passes[case] * workload.elements * DTYPES[dtype].itemsize)
-            with runners[provider_name].activate():
-                result.host_s = self.timer.host_seconds(runners[provider_name].call)
-            result.baseline = operation.baseline
+            results[provider_name].baseline = operation.baseline
             if operation.baseline in samples:
-                result.speedup = paired_ratio(samples[operation.baseline], seconds)
+                results[provider_name].speedup = paired_ratio(samples[operation.baseline], seconds)
         return list(results.values())
 
 

@@ -1,8 +1,9 @@
 """What is recorded of one provider in one case, whatever is benchmarked."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .timing import quartiles
+from .timing import Budget, CpuTimer, CudaTimer, Runner, interleave, quartiles
 
 OK, INEXACT, WRONG, FAILED = "ok", "INEXACT", "WRONG", "FAILED"
 TIMED = (OK, INEXACT)
@@ -38,3 +39,15 @@ class Measurement:
         self.rounds, self.compulsory_bytes = len(seconds), moved
         self.first_quartile_s, self.median_s, self.third_quartile_s = quartiles(seconds)
         self.gb_per_s = moved / self.median_s / 1e9
+
+
+def take_turns(
+    results: Mapping[str, Measurement], runners: dict[str, Runner], timer: CpuTimer | CudaTimer, budget: Budget, moved: int
+) -> dict[str, list[float]]:
+    """Time the runners interleaved, and write their times into the results of the same names; the samples."""
+    samples = interleave(runners, timer, budget)
+    for name, seconds in samples.items():
+        results[name].record(seconds, moved)
+        with runners[name].activate():
+            results[name].host_s = timer.host_seconds(runners[name].call)
+    return samples

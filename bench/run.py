@@ -3,18 +3,19 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
 from .ceiling import Ceilings
 from .check import Reference
-from .measurement import FAILED, INEXACT, WRONG, Measurement
+from .measurement import FAILED, INEXACT, WRONG, Measurement, take_turns
 from .operation import Operation, Shape, shape_name
 from .operations import OPERATIONS
 from .presets import DTYPES
 from .providers import COMPILE, PROVIDERS, STOCK, Provider, one_line, serving_backend, why_absent
-from .timing import Budget, CpuTimer, CudaTimer, Runner, interleave, paired_ratio, timer_for
+from .timing import Budget, CpuTimer, CudaTimer, Runner, paired_ratio, timer_for
 from .workload import Workload
 
 
@@ -45,11 +46,6 @@ class Case:
     layout: str
     dtype: str
     provider: str
-
-    @property
-    def lengths(self) -> Shape:
-        """The shape as numbers."""
-        return tuple(map(int, self.shape.split("x")))
 
 
 @dataclass
@@ -82,6 +78,15 @@ class Bench:
         for operation in (OPERATIONS[name] for name in plan.shapes):
             for layout in plan.layouts_of(operation):
                 self._find_absent(operation, layout)
+
+    def facts(self) -> dict[str, Any]:
+        """What its document says beside the results."""
+        ceilings = self.ceilings.to_dicts()
+        return {"budget": asdict(self.plan.budget), "absent": self.absent, "copy_ceilings_gb_per_s": ceilings}
+
+    def parts(self) -> Iterator[tuple[str, Iterator[list[Result]]]]:
+        """The results of each operation by its name."""
+        return ((name, self.run_operation(name)) for name in self.plan.shapes)
 
     def cases(self) -> int:
         """How many lists `run_operation` yields over all operations."""
@@ -122,12 +127,9 @@ class Bench:
                 _check(result, provider, function, reference)
                 if result.is_timed:
                     runners[provider.name] = Runner(workload.runner(function, mode), provider.activate)
-            samples = interleave(runners, self.timer, self.plan.budget)
             moved = operation.compulsory_bytes(mode, shape, DTYPES[dtype])
+            samples = take_turns(results, runners, self.timer, self.plan.budget, moved)
             for name, seconds in samples.items():
-                results[name].record(seconds, moved)
-                with runners[name].activate():
-                    results[name].host_s = self.timer.host_seconds(runners[name].call)
                 _compare(results[name], seconds, samples, ceiling)
             yield list(results.values())
 

@@ -3,11 +3,12 @@
 import csv
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
 
-from bench import ceiling, check, cli, plots, presets, providers, report, run, timing
+from bench import arguments, ceiling, check, cli, commands, labels, machine, plots, presets, providers, report, run, timing
 from bench.operations import FAMILIES, OPERATIONS
 from bench.workload import Workload
 
@@ -49,19 +50,8 @@ def results_of(folder, stem="*"):
 
 
 def test_command_writes_table_csv_json_and_png(tmp_path, capsys):
-    status = cli.main(
-        [
-            "rms_norm",
-            "--shapes",
-            "8x16,4x32",
-            "--providers",
-            "torch,fastnorm-reference",
-            "--output",
-            str(tmp_path),
-            *TINY,
-        ]
-    )
-    assert status == 0
+    chosen = ["rms_norm", "--shapes", "8x16,4x32", "--providers", "torch,fastnorm-reference", "--plots"]
+    assert cli.main([*chosen, "--output", str(tmp_path), *TINY]) == 0
     printed = capsys.readouterr().out
     assert "rms_norm, forward + backward" in printed and "8 x 16" in printed and "cpu" in printed
 
@@ -90,7 +80,7 @@ def test_command_writes_table_csv_json_and_png(tmp_path, capsys):
 
 def test_channel_norms_take_images_in_both_layouts(tmp_path, capsys):
     arguments = ["batch_norm", "--shapes", "2x8x3x3", "--providers", "torch,fastnorm-reference"]
-    assert cli.main([*arguments, "--output", str(tmp_path), *TINY]) == 0
+    assert cli.main([*arguments, "--plots", "--output", str(tmp_path), *TINY]) == 0
     printed = capsys.readouterr().out
     assert "batch_norm_training_add_relu, forward + backward" in printed and "2 x 8 x 3 x 3, channels_last" in printed
     results = results_of(tmp_path, "*-batch_norm-custom")
@@ -107,7 +97,9 @@ def test_a_grid_of_shapes_draws_the_map_of_speedups_too(tmp_path):
                    ceiling_gb_per_s=2.0, speedup_vs_torch=rows / cols)
         for rows in (2, 4) for cols in (8, 16, 24) for provider in ("torch", "fastnorm")
     ]  # fmt: skip
-    paths = plots.write(tmp_path, "machine", "A machine", 1.5, results)
+    copied = {"nbytes": ceiling.LARGE_BYTES, "copy": 1.0, "clone": 1.5}
+    document = {"machine": {"device": "A machine"}, "copy_ceilings_gb_per_s": [copied]}
+    paths = plots.write(tmp_path, "machine", document | {"results": [asdict(result) for result in results]})
     assert paths == [tmp_path / "machine-rms_norm.png", tmp_path / "machine-rms_norm-speedup.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
@@ -131,7 +123,7 @@ def test_wrong_and_failing_providers_get_no_time(tmp_path, capsys, monkeypatch):
     add_provider(monkeypatch, "failing", breaks_on_16_columns)
     add_provider(monkeypatch, "missing", missing)
     named = "torch,wrong,failing,missing"
-    arguments = ["rms_norm", "--shapes", "8x16", "--providers", named, "--output", str(tmp_path), "--no-plots", *TINY]
+    arguments = ["rms_norm", "--shapes", "8x16", "--providers", named, "--output", str(tmp_path), *TINY]
     assert cli.main(arguments) == 0  # none of them is fastnorm's
 
     results = {(r["provider"], r["mode"]): r for r in results_of(tmp_path)}
@@ -155,7 +147,7 @@ def test_what_is_above_the_rule_is_shown_with_its_error_and_fails_the_command_if
     add_provider(monkeypatch, "peer", slightly_off)
     add_provider(monkeypatch, "fastnorm-sloppy", slightly_off, ours=True)
     monkeypatch.setattr(run, "serving_backend", lambda provider, op, x: "")
-    arguments = ["--mode", "forward", "--shapes", "64x64", "--providers", "peer,fastnorm-sloppy", "--no-plots"]
+    arguments = ["--mode", "forward", "--shapes", "64x64", "--providers", "peer,fastnorm-sloppy"]
     assert cli.main(["rms_norm", *arguments, "--output", str(tmp_path), *TINY]) == 1
     peer, ours = results_of(tmp_path)
     assert peer["status"] == ours["status"] == "INEXACT"
@@ -197,7 +189,7 @@ def test_bad_arguments_are_named(arguments, complaint, capsys):
 
 
 def test_presets_are_shapes_and_combine():
-    assert cli._shapes("quick,3x5,quick") == (*presets.SHAPES["quick"], (3, 5))
+    assert arguments.shapes("quick,3x5,quick") == (*presets.SHAPES["quick"], (3, 5))
     assert all(length > 0 for shapes in presets.SHAPES.values() for shape in shapes for length in shape)
     assert {rows for rows, _ in presets.SHAPES["grid"]} >= {8, 8192}
     assert {cols for _, cols in presets.SHAPES["grid"]} >= {64, 16384}
@@ -209,8 +201,7 @@ def test_presets_are_shapes_and_combine():
 
 
 def chosen(*arguments):
-    parser = cli._parser()
-    return cli._problems(parser, parser.parse_args(arguments))
+    return commands._problems(cli.parse(list(arguments)))
 
 
 def test_operations_by_default_are_those_that_take_the_shapes():
@@ -362,8 +353,8 @@ def test_runners_take_turns_and_change_who_goes_first():
 
 
 def test_losses_are_marked_and_times_have_three_digits():
-    assert [report.ratio(value) for value in (None, 1.5, 0.996, 0.994)] == ["–", "1.50x", "1.00x", "0.99x ▼"]
-    assert [report.duration(seconds) for seconds in (2.0, 0.0123, 123e-6, 5e-9)] == [
+    assert [labels.ratio(value) for value in (None, 1.5, 0.996, 0.994)] == ["–", "1.50x", "1.00x", "0.99x ▼"]
+    assert [labels.duration(seconds) for seconds in (2.0, 0.0123, 123e-6, 5e-9)] == [
         "2.00 s",
         "12.3 ms",
         "123 µs",

@@ -1,12 +1,10 @@
 """One page of what the stages wrote: card.json for programs, card.md and the last lines of the output for people."""
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
-from tabulate import tabulate
-
-from ..report import speedup
+from ..labels import aligned, github, speedup
 
 MOST_FAILURES = 12
 MOST_TIMES = 16
@@ -14,20 +12,27 @@ MOST_TIMES = 16
 
 def write(folder: Path, stages: list[dict], rehearsal: bool) -> dict:
     """card.json, which is returned, and card.md, as much as is known."""
-    found: dict[str, list[dict]] = {}
+    found: defaultdict[str, list[dict]] = defaultdict(list)
     for line in _lines(folder / "card.jsonl"):
-        found.setdefault(line["stage"], []).append(line)
-    machine = next((line["machine"] for line in found.get("times", []) if "machine" in line), {})
-    document = {"rehearsal": rehearsal, "machine": machine, "stages": stages}
-    document["results"] = [line for line in found.get("times", []) if line.get("kind") == "norm"]
-    document["clips"] = [line for line in found.get("times", []) if line.get("kind") == "clip"]
-    document["questions"] = [line for line in found.get("questions", []) if line.get("kind") == "question"]
-    document["tests"] = dict(Counter(line["outcome"] for line in found.get("tests", [])))
-    document["checks"] = dict(Counter("passed" if line["ok"] else "failed" for line in found.get("smoke", [])))
-    document["left_out"] = [f"{line['stage']}: {line['left_out']}" for lines in found.values() for line in lines
-                            if "left_out" in line]  # fmt: skip
-    document["failures"] = _failures(found)
-    document["profile"] = _profile(folder / "card.log")
+        found[line["stage"]].append(line)
+
+    def kinds(stage: str, kind: str) -> list[dict]:
+        return [line for line in found[stage] if line.get("kind") == kind]
+
+    document = {
+        "rehearsal": rehearsal,
+        "machine": next((line["machine"] for line in found["times"] if "machine" in line), {}),
+        "stages": stages,
+        "results": kinds("times", "norm"),
+        "clips": kinds("times", "clip"),
+        "questions": kinds("questions", "question"),
+        "tests": dict(Counter(line["outcome"] for line in found["tests"])),
+        "checks": dict(Counter("passed" if line["ok"] else "failed" for line in found["smoke"])),
+        "left_out": [f"{line['stage']}: {line['left_out']}" for lines in found.values() for line in lines
+                     if "left_out" in line],
+        "failures": _failures(found),
+        "profile": _profile(folder / "card.log"),
+    }  # fmt: skip
     (folder / "card.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "card.md").write_text(_markdown(document), encoding="utf-8")
     return document
@@ -39,9 +44,9 @@ def text(folder: Path) -> str:
     times, questions = norm_rows(document["results"]), question_rows(document["questions"])
     parts = [_headline(document), *_failure_lines(document["failures"], MOST_FAILURES)]
     if times:
-        parts.append(tabulate(times[:MOST_TIMES], TIMES, tablefmt="plain", disable_numparse=True))
+        parts.append(aligned([TIMES, *times[:MOST_TIMES]]))
     if questions:
-        parts.append(tabulate(*questions, tablefmt="plain", disable_numparse=True))
+        parts.append(aligned([questions[1], *questions[0]]))
     lines = "\n".join(parts).splitlines()
     return "\n".join([*lines[:59], f"all of it: {folder / 'card.md'}"])
 
@@ -63,16 +68,16 @@ def _profile(log: Path) -> list[str]:
     return [line for line in told.splitlines() if line.startswith('"')]
 
 
-def _failures(found: dict[str, list[dict]]) -> list[dict]:
+def _failures(found: defaultdict[str, list[dict]]) -> list[dict]:
     failures = [
         {"stage": stage, "what": line["name"], "why": line["detail"]}
         for stage, lines in found.items()
         for line in lines
         if line.get("ok") is False
     ]
-    failed = [line for line in found.get("tests", []) if line["outcome"] == "failed"]
+    failed = [line for line in found["tests"] if line["outcome"] == "failed"]
     failures += [{"stage": "tests", "what": line["test"], "why": " ".join(line["why"])} for line in failed]
-    for line in found.get("times", []):
+    for line in found["times"]:
         if line.get("status", "ok") != "ok" and line["provider"].startswith("fastnorm"):
             what = f"{line['operation']} {line.get('shape', line.get('list'))} {line['dtype']} {line['provider']}"
             failures.append({"stage": "times", "what": what, "why": f"{line['status']}: {line['detail']}"})
@@ -137,21 +142,19 @@ def question_rows(questions: list[dict]) -> tuple[list[tuple[str, ...]], list[st
 
 
 def _markdown(document: dict) -> str:
-    github = {"tablefmt": "github", "disable_numparse": True}
-    parts = [f"```\n{_headline(document)}\n{tabulate(document['machine'].items(), tablefmt='plain')}\n```"]
+    parts = [f"```\n{_headline(document)}\n{aligned(document['machine'].items())}\n```"]
     if failures := _failure_lines(document["failures"], 100):
         parts += ["## Failures", "\n".join(f"- {line}" for line in failures)]
     if times := norm_rows(document["results"]):
-        parts += ["## Times", "Against the others: their time / fastnorm's; ▼ slower."]
-        parts.append(tabulate(times, TIMES, **github))
+        parts += ["## Times", "Against the others: their time / fastnorm's; ▼ slower.", github(times, TIMES)]
     if document["clips"]:
-        parts += ["## Clips", tabulate(*clip_rows(document["clips"]), **github)]
+        parts += ["## Clips", github(*clip_rows(document["clips"]))]
     if document["profile"]:
         parts += ["## ncu", "```\n" + "\n".join(document["profile"]) + "\n```"]
     if document["left_out"]:
         parts += ["## Left out, for want of time", "\n".join(f"- {what}" for what in document["left_out"])]
     if questions := question_rows(document["questions"]):
-        parts += ["## Choices", "Time / the time as it is: above 1, the choice pays.", tabulate(*questions, **github)]
+        parts += ["## Choices", "Time / the time as it is: above 1, the choice pays.", github(*questions)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -4,12 +4,14 @@
 """
 
 import gc
+import itertools
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
 
-from .. import clip, machine, report, run
+from .. import clip, machine, run
+from ..labels import absences
 from ..operation import MODES, Shape
 from ..presets import SHAPES
 from .common import Stage, is_sticky
@@ -76,7 +78,7 @@ def _norms(section: Section, stage: Stage) -> None:
 
 def _timed(plan: run.Plan, name: str, stage: Stage) -> str | None:
     bench = run.Bench(plan, stage.timer())
-    if absent := report.absences(bench.absent):
+    if absent := absences(bench.absent):
         stage.record(absent=absent)
     for done, results in enumerate(bench.run_operation(name), 1):
         _record("norm", results, stage)
@@ -95,7 +97,7 @@ def _clips(operations: tuple[str, ...], name: str, dtype: str, stage: Stage) -> 
         clip.LISTS[name] = lambda: [(4, 3), (5,)]
     bench = clip.Bench(clip.Plan(operations, (name,), (dtype,), stage.device, stage.budget), stage.timer())
     try:
-        for results in bench.run():
+        for results in itertools.chain.from_iterable(cases for _, cases in bench.parts()):
             _record("clip", results, stage)
             if broken := _broken(results):
                 return broken
