@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from . import clip, commands, host, problem, real_model, summary
-from .arguments import device, name, names, positive, shapes, widths
+from .arguments import device, name, positive, several, shapes
 from .operation import LAYOUTS, MODES
 from .operations import FAMILIES, OPERATIONS
 from .presets import DTYPES, SHAPES
@@ -115,21 +115,21 @@ def _add_norms(add: Callable) -> None:
     )
     for flag, of, default, said in choices:
         kind, text = flag.strip("-").removesuffix("s"), f"of: {', '.join(of)} (default: {said})"
-        add(flag, type=names(of, kind), metavar=kind[0].upper(), default=default, help=text)
+        add(flag, type=several(name(of, kind)), metavar=kind[0].upper(), default=default, help=text)
     add("--plots", action="store_true", help="draw PNG files too")
 
 
 def _add_clip(add: Callable) -> None:
     text = f"of: {', '.join(clip.LISTS)} (default: {', '.join(clip.USUAL)})"
-    add("--lists", type=names(clip.LISTS, "list"), metavar="L", help=text)
-    add("--dtypes", type=names(DTYPES, "dtype"), metavar="D", default=("fp32",), help="default: fp32")
+    add("--lists", type=several(name(clip.LISTS, "list")), metavar="L", help=text)
+    add("--dtypes", type=several(name(DTYPES, "dtype")), metavar="D", default=("fp32",), help="default: fp32")
 
 
 def _add_codegen(add: Callable) -> None:
-    types = {"dtypes": names(problem.DTYPES, "dtype"), "widths": widths}
+    known = problem.DEFAULTS | {"dtypes": problem.DTYPES}
     for of, default in problem.DEFAULTS.items():
-        kind = types.get(of) or names(default, of.removesuffix("s"))
-        add(f"--{of}", type=kind, metavar="LIST", help=f"by commas (default: {','.join(map(str, default))})")
+        one = positive(int) if of == "widths" else name(known[of], of.removesuffix("s"))
+        add(f"--{of}", type=several(one), metavar="LIST", help=f"by commas (default: {','.join(map(str, default))})")
     text = "don't disassemble, which takes as long as to compile"
     add("--no-instructions", dest="instructions", action="store_false", help=text)
     add("--jobs", type=positive(int), default=1, metavar="N", help="processes (default: 1)")

@@ -3,8 +3,8 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from . import peers
 from .measurement import FAILED, INEXACT, WRONG, Measurement, take_turns
 from .presets import DTYPES
 from .providers import PROVIDERS as NORM_PROVIDERS
-from .providers import Provider, Unavailable, one_line, serving_backend, why_absent
+from .providers import Provider, one_line, peer, serving_backend, why_absent
 from .timing import Budget, CpuTimer, CudaTimer, Runner, paired_ratio, timer_for
 
 NOT_CLIPPED, CLIPPED = "not clipped", "clipped"
@@ -96,8 +96,7 @@ class Workload:
 
     def originals(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Each parameter and gradient as it was at first, in float64, one at a time."""
-        for value, grad in zip(self._values, self._grads, strict=True):
-            yield value.double(), grad.double()
+        return ((value.double(), grad.double()) for value, grad in zip(self._values, self._grads, strict=True))
 
 
 Call = Callable[[Workload, float], Tensor | None]
@@ -108,7 +107,7 @@ class Operation:
     """A way of clipping. A call takes the workload and the bound, and returns the total norm or None.
 
     name: what fastnorm.explain knows it by; `label` is what people read.
-    fused: fastnorm's call; `others` are what it is compared with, `baseline` first of all.
+    fused: fastnorm's call; `others` are what it is compared with, the baseline first of all.
     passes: over the bytes of the gradients, those that can't be done without, not clipped and clipped.
     bounds: the bound for either, given the gradients' norm.
     expected: from parameter, gradient, norm and bound, in float64, what the call leaves in the `judged` tensor.
@@ -118,11 +117,15 @@ class Operation:
     label: str
     fused: Call
     others: tuple[Provider, ...]
-    baseline: str
     passes: dict[str, int]
-    bounds: Callable[[float], dict[str, float]]
     expected: Callable[[Tensor, Tensor, float, float], Tensor]
-    judged: Callable[[Parameter], Tensor]
+    bounds: Callable[[float], dict[str, float]] = lambda norm: {NOT_CLIPPED: 2 * norm, CLIPPED: norm / 2}
+    judged: Callable[[Parameter], Tensor] = lambda p: p.grad
+
+    @property
+    def baseline(self) -> str:
+        """The name of the provider that speed-ups are given against."""
+        return self.others[0].name
 
     def providers(self) -> tuple[Provider, ...]:
         """All who can be asked, the baseline first."""
@@ -131,17 +134,6 @@ class Operation:
 
 def _provider(name: str, call: Call, ours: bool = False) -> Provider:
     return Provider(name, lambda operation: call, ours=ours)
-
-
-def _peer(name: str, library: Callable[[], Callable]) -> Provider:
-    def build(operation: Operation) -> Call:
-        try:
-            function = library()
-        except ImportError as error:
-            raise Unavailable(f"not importable: {error}") from error
-        return lambda workload, bound: function(workload.params, bound)
-
-    return Provider(name, build)
 
 
 def _stock(foreach: bool) -> Call:
@@ -163,67 +155,58 @@ def deferred(workload: Workload, bound: float) -> Tensor:
     return total_norm
 
 
-def _scaled(grad: Tensor, norm: float, max_norm: float) -> Tensor:
+def _scaled(param: Tensor, grad: Tensor, norm: float, max_norm: float) -> Tensor:
     return grad * min(max_norm / (norm + 1e-6), 1.0)
 
 
-def _adaptively_scaled(param: Tensor, grad: Tensor, clip_factor: float) -> Tensor:
+def _adaptively_scaled(param: Tensor, grad: Tensor, norm: float, clip_factor: float) -> Tensor:
     dims = tuple(range(1, grad.ndim)) or None
     bound = torch.linalg.vector_norm(param, 2, dims, keepdim=True).clamp(min=1e-3) * clip_factor
-    norm = torch.linalg.vector_norm(grad, 2, dims, keepdim=True)
-    return torch.where(norm < bound, grad, grad * (bound / norm.clamp(min=1e-6)))
+    norms = torch.linalg.vector_norm(grad, 2, dims, keepdim=True)
+    return torch.where(norms < bound, grad, grad * (bound / norms.clamp(min=1e-6)))
 
 
-def _stepped(param: Tensor, grad: Tensor) -> Tensor:
-    return param - LEARNING_RATE * grad / (grad.abs() + 1.0)
+def _stepped(param: Tensor, grad: Tensor, norm: float, max_norm: float) -> Tensor:
+    scaled = _scaled(param, grad, norm, max_norm)
+    return param - LEARNING_RATE * scaled / (scaled.abs() + 1.0)
 
 
-_CLIP_BOUNDS = {"bounds": lambda norm: {NOT_CLIPPED: 2 * norm, CLIPPED: norm / 2}}
-OPERATIONS = {
-    operation.label: operation
-    for operation in (
-        Operation(
-            name="clip_grad_norm",
-            label="clip_grad_norm_",
-            fused=lambda workload, bound: fastnorm.clip_grad_norm_(workload.params, bound),
-            others=(
-                _provider("torch", _stock(foreach=True)),
-                _provider("torch, foreach=False", _stock(foreach=False)),
-                _peer("apex", peers.apex_clip),
-            ),
-            baseline="torch",
-            passes={NOT_CLIPPED: 1, CLIPPED: 3},
-            expected=lambda param, grad, norm, bound: _scaled(grad, norm, bound),
-            judged=lambda p: p.grad,
-            **_CLIP_BOUNDS,
+_ENTRIES = (
+    Operation(
+        name="clip_grad_norm",
+        label="clip_grad_norm_",
+        fused=lambda workload, bound: fastnorm.clip_grad_norm_(workload.params, bound),
+        others=(
+            _provider("torch", _stock(foreach=True)),
+            _provider("torch, foreach=False", _stock(foreach=False)),
+            peer("apex", peers.apex_clip),
         ),
-        Operation(
-            name="adaptive_clip_grad",
-            label="adaptive_clip_grad_",
-            fused=lambda workload, bound: fastnorm.adaptive_clip_grad_(workload.params, bound),
-            others=(_peer("timm", peers.timm_agc),),
-            baseline="timm",
-            passes={NOT_CLIPPED: 2, CLIPPED: 3},
-            bounds=lambda norm: {NOT_CLIPPED: 1e3, CLIPPED: 1e-2},
-            expected=lambda param, grad, norm, bound: _adaptively_scaled(param, grad, bound),
-            judged=lambda p: p.grad,
+        passes={NOT_CLIPPED: 1, CLIPPED: 3},
+        expected=_scaled,
+    ),
+    Operation(
+        name="adaptive_clip_grad",
+        label="adaptive_clip_grad_",
+        fused=lambda workload, bound: fastnorm.adaptive_clip_grad_(workload.params, bound),
+        others=(peer("timm", peers.timm_agc),),
+        passes={NOT_CLIPPED: 2, CLIPPED: 3},
+        expected=_adaptively_scaled,
+        bounds=lambda norm: {NOT_CLIPPED: 1e3, CLIPPED: 1e-2},
+    ),
+    Operation(
+        name="clip_grad_norm",
+        label="clip and AdamW step",
+        fused=_then_step(fastnorm.clip_grad_norm_),
+        others=(
+            _provider("torch", _then_step(torch.nn.utils.clip_grad_norm_)),
+            _provider("fastnorm-deferred", deferred, ours=True),
         ),
-        Operation(
-            name="clip_grad_norm",
-            label="clip and AdamW step",
-            fused=_then_step(fastnorm.clip_grad_norm_),
-            others=(
-                _provider("torch", _then_step(torch.nn.utils.clip_grad_norm_)),
-                _provider("fastnorm-deferred", deferred, ours=True),
-            ),
-            baseline="torch",
-            passes={NOT_CLIPPED: 8, CLIPPED: 8},
-            expected=lambda param, grad, norm, bound: _stepped(param, _scaled(grad, norm, bound)),
-            judged=lambda p: p.detach(),
-            **_CLIP_BOUNDS,
-        ),
-    )
-}
+        passes={NOT_CLIPPED: 8, CLIPPED: 8},
+        expected=_stepped,
+        judged=lambda p: p.detach(),
+    ),
+)
+OPERATIONS = {operation.label: operation for operation in _ENTRIES}
 
 
 @dataclass(frozen=True)
@@ -298,22 +281,21 @@ class Bench:
 
     def _run_case(self, workload: Workload, operation: Operation, case: str, name: str, dtype: str) -> list[Result]:
         providers = [p for p in operation.providers() if p.name not in self.absent[operation.label]]
-        size = len(workload.params), workload.elements
-        results = {p.name: Result(operation.label, case, name, *size, dtype, p.name) for p in providers}
+        facts = operation.label, case, name, len(workload.params), workload.elements, dtype
+        results = {p.name: Result(*facts, p.name, baseline=operation.baseline) for p in providers}
         bound = operation.bounds(workload.norm)[case]
         runners, bounds = {}, _bounds(bound, case)
         for provider in providers:
             call = provider.build(operation)
             check(results[provider.name], provider, operation, call, workload, bound)
             if results[provider.name].is_timed:
-                runners[provider.name] = _runner(call, workload, bounds, provider.activate)
+                runners[provider.name] = Runner(partial(_call, call, workload, bounds), provider.activate)
         workload.reset()
         moved = operation.passes[case] * workload.elements * DTYPES[dtype].itemsize
         samples = take_turns(results, runners, self.timer, self.plan.budget, moved)
-        for provider_name, seconds in samples.items():
-            results[provider_name].baseline = operation.baseline
+        for who, seconds in samples.items():
             if operation.baseline in samples:
-                results[provider_name].speedup = paired_ratio(samples[operation.baseline], seconds)
+                results[who].speedup = paired_ratio(samples[operation.baseline], seconds)
         return list(results.values())
 
 
@@ -322,10 +304,8 @@ def _bounds(first: float, case: str) -> Iterator[float]:
     return itertools.accumulate(itertools.repeat(SHRINK if case == CLIPPED else 1.0), lambda a, b: a * b, initial=first)
 
 
-def _runner(
-    call: Call, workload: Workload, bounds: Iterator[float], activate: Callable[[], AbstractContextManager]
-) -> Runner:
-    return Runner(lambda: call(workload, next(bounds)), activate)
+def _call(call: Call, workload: Workload, bounds: Iterator[float]) -> Tensor | None:
+    return call(workload, next(bounds))
 
 
 def check(

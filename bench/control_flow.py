@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import networkx as nx  # torch brings it
+
 
 class Way(NamedTuple):
     """What a thread does on a way through the code."""
@@ -38,20 +40,16 @@ class Code:
     @cached_property
     def loops(self) -> dict[int, set[int]]:
         """The instructions of each loop that can be reached, by its first one."""
-        predecessors: dict[int, list[int]] = {}
-        closing: list[tuple[int, int]] = []
-        for source, goal, closes in _edges(self.successors):
-            predecessors.setdefault(goal, []).append(source)
-            if closes:
-                closing.append((source, goal))
+        graph = nx.DiGraph((source, goal) for source, goals in enumerate(self.successors) for goal in goals)
+        graph.add_node(0)
+        graph = graph.subgraph({0} | nx.descendants(graph, 0)).copy()
         found: dict[int, set[int]] = {}
-        for source, first in closing:
-            body, unseen = found.setdefault(first, {first}), [source]
-            while unseen:
-                here = unseen.pop()
-                if here not in body:
-                    body.add(here)
-                    unseen += predecessors[here]
+        for source, first in _closing(graph):
+            # what leads to the jump back without passing the loop's first instruction
+            around = graph.reverse()
+            around.remove_node(first)
+            body = nx.descendants(around, source) | {source} if source != first else set()
+            found.setdefault(first, {first}).update(body)
         return found
 
     def steps(self, passes: int, inner_bytes: float | None = None, least_bytes: float | None = None) -> list[Way]:
@@ -83,7 +81,8 @@ class Code:
         if not any(self.instructions[node].bytes for node in goals if node not in outermost):
             inner_bytes = None  # not a loop in a loop, but one loop that is entered in two places
         found: dict[int, dict[float, float]] = {}
-        for node in _last_first(place.get(first, first), goals):
+        order = nx.DiGraph(goals)  # without a cycle: each after all that it leads to
+        for node in nx.dfs_postorder_nodes(order, place.get(first, first)):
             own = Way(self.instructions[node].bytes, 1)
             if node in outermost:
                 own = _chosen(self._ways(node, outermost[node], inner_bytes), None)
@@ -102,37 +101,16 @@ def _chosen(ways: dict[float, float], least_bytes: float | None) -> Way:
     return Way(*(min(enough, key=lambda way: way[1]) if enough else max(ways.items())))
 
 
-def _edges(successors: list[list[int]]) -> Iterator[tuple[int, int, bool]]:
-    """Those that can be reached from 0, depth first, and whether they lead back to what they were reached from."""
-    above, seen, stack = {0}, {0}, [(0, iter(successors[0]))]
-    while stack:
-        node, goals = stack[-1]
-        goal = next(goals, None)
-        if goal is None:
-            above.discard(node)
-            stack.pop()
-            continue
-        yield node, goal, goal in above
-        if goal not in seen:
-            seen.add(goal)
+def _closing(graph: nx.DiGraph) -> Iterator[tuple[int, int]]:
+    """The edges, depth first from 0, that lead back to what they were reached from."""
+    above = set()
+    for source, goal, kind in nx.dfs_labeled_edges(graph, 0):
+        if kind == "forward":
             above.add(goal)
-            stack.append((goal, iter(successors[goal])))
-
-
-def _last_first(first: int, goals: dict[int, set[int]]) -> list[int]:
-    """What can be reached from `first` without turning round, each after all that it leads to."""
-    order: list[int] = []
-    seen, stack = {first}, [(first, iter(goals[first]))]
-    while stack:
-        node, ahead = stack[-1]
-        goal = next(ahead, None)
-        if goal is None:
-            order.append(node)
-            stack.pop()
-        elif goal not in seen:
-            seen.add(goal)
-            stack.append((goal, iter(goals[goal])))
-    return order
+        elif kind == "reverse":
+            above.discard(goal)
+        elif goal in above:
+            yield source, goal
 
 
 _NVIDIA = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?P<text>[^;]*?)\s*;")

@@ -53,8 +53,10 @@ def _fastnorm(backend: str | None) -> Provider:
     return Provider(name, build, lambda: fastnorm.use(backend), ours=True)
 
 
-def _peer(name: str, library: Callable[[], dict[str, Callable]]) -> Provider:
-    def build(operation: Operation) -> Callable:
+def peer(name: str, library: Callable[[], dict[str, Callable]]) -> Provider:
+    """Another library's forms by operation name, where it is installed."""
+
+    def build(operation: Any) -> Callable:
         try:
             offered = library()
         except ImportError as error:
@@ -75,10 +77,10 @@ PROVIDERS = {
         _fastnorm("triton"),
         _fastnorm("native"),
         _fastnorm("reference"),
-        _peer("liger", peers.liger),
-        _peer("quack", peers.quack),
-        _peer("apex", peers.apex),
-        _peer("apex-nhwc", peers.apex_group_norm),
+        peer("liger", peers.liger),
+        peer("quack", peers.quack),
+        peer("apex", peers.apex),
+        peer("apex-nhwc", peers.apex_group_norm),
     )
 }
 

@@ -193,4 +193,4 @@ def host_cells(results: Iterable[dict]) -> pd.DataFrame:
 def wide(frame: pd.DataFrame, rows: list[str], across: str, columns: Iterable[str], missing: str = "") -> pd.DataFrame:
     """The column "cell" of a long frame, by `rows` in their order and by the values of `across`."""
     table = frame.pivot_table("cell", rows, across, aggfunc="first", sort=False)
-    return table.reindex(columns=list(columns)).fillna(missing).reset_index()
+    return table.reindex(columns=list(columns)).astype(object).fillna(missing).reset_index()
