@@ -8,7 +8,7 @@ PACKAGES = {"cpuinfo": "py-cpuinfo"} | {name: name for name in ("matplotlib", "p
 if missing := [package for module, package in PACKAGES.items() if find_spec(module) is None]:
     sys.exit(f"python -m bench needs {', '.join(missing)}: pip install -e '.[bench]'")
 
-from .cli import main
+from .cli import main  # noqa: E402 - after what it needs is known to be there
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -28,27 +28,15 @@ def _uneven_groups(shape: Shape) -> str | None:
 
 
 BATCH_NORM = Family(
-    name="batch_norm",
-    pattern="NxCxHxW",
-    preset="resnet50",
-    quick="resnet50-quick",
-    probe=(2, 64, 4, 4),
+    name="batch_norm", pattern="NxCxHxW", preset="resnet50", quick="resnet50-quick", probe=(2, 64, 4, 4),
     cut={"x": 1, "residual": 1, "y": 1} | dict.fromkeys((*PARAMETERS, *BUFFERS), 0),
-    layouts=("contiguous", "channels_last"),
-    buffers=BUFFERS,
-    float32=(*PARAMETERS, *BUFFERS),
+    layouts=("contiguous", "channels_last"), buffers=BUFFERS, float32=(*PARAMETERS, *BUFFERS),
     objection=_too_few_values,
 )
 # the parameters have x's dtype, as in a UNet that was cast to bfloat16: stock takes no other on a GPU
 GROUP_NORM = Family(
-    name="group_norm",
-    pattern="NxCxHxW",
-    preset="unet",
-    quick="unet-quick",
-    probe=(2, 128, 4, 4),
-    cut={"x": 0, "y": 0},
-    layouts=("contiguous", "channels_last"),
-    objection=_uneven_groups,
+    name="group_norm", pattern="NxCxHxW", preset="unet", quick="unet-quick", probe=(2, 128, 4, 4),
+    cut={"x": 0, "y": 0}, layouts=("contiguous", "channels_last"), objection=_uneven_groups,
 )
 
 
@@ -79,14 +67,10 @@ def _batch_norms(mode: str, passes: dict[str, int], reads_of_mask: int) -> Itera
     )
     for suffix, images, stock_form, fused_form, before_relu in forms:
         yield Operation(
-            name=f"batch_norm_{mode}{suffix}",
-            family=BATCH_NORM,
-            shapes=partial(_batch_norm_shapes, images),
-            stock=stock_form,
-            fused=fused_form,
+            name=f"batch_norm_{mode}{suffix}", family=BATCH_NORM, shapes=partial(_batch_norm_shapes, images),
+            stock=stock_form, fused=fused_form,
             passes={direction: count + len(images) - 1 for direction, count in passes.items()},
-            mask_bits=1 + reads_of_mask if before_relu else 0,
-            before_relu=before_relu,
+            mask_bits=1 + reads_of_mask if before_relu else 0, before_relu=before_relu,
             explained_as="batch_norm" if training or before_relu else "batch_norm_evaluation",
         )
 
@@ -98,13 +82,10 @@ def _batch_norm_shapes(images: tuple[str, ...], shape: Shape) -> dict[str, Shape
 def _group_norm(name: str, stock: Callable[..., Tensor], activation: str | None) -> Operation:
     """Passes as of a row norm: a kernel that can't hold a group on the chip reads x, and dy, once more."""
     return Operation(
-        name=name,
-        family=GROUP_NORM,
-        shapes=lambda shape: {"x": shape, "weight": shape[1:2], "bias": shape[1:2]},
+        name=name, family=GROUP_NORM, shapes=lambda shape: {"x": shape, "weight": shape[1:2], "bias": shape[1:2]},
         stock=stock,
         fused=lambda x, weight, bias: functional.group_norm(x, GROUPS, weight, bias, EPS, activation=activation),
-        passes={"forward": 1 + 1, "backward": 2 + 1},
-        explained_as="group_norm",
+        passes={"forward": 1 + 1, "backward": 2 + 1}, explained_as="group_norm",
     )
 
 

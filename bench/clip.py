@@ -4,7 +4,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +13,11 @@ from torch.nn import Parameter
 import fastnorm
 
 from . import peers
-from .measurement import FAILED, INEXACT, WRONG, Measurement, take_turns
+from .measurement import INEXACT, WRONG, Result, measure
 from .presets import DTYPES
 from .providers import PROVIDERS as NORM_PROVIDERS
-from .providers import Provider, one_line, peer, serving_backend, why_absent
-from .timing import Budget, CpuTimer, CudaTimer, Runner, paired_ratio, timer_for
+from .providers import Provider, peer, serving_backend, why_absent
+from .timing import Budget, CpuTimer, CudaTimer, paired_ratio, timer_for
 
 NOT_CLIPPED, CLIPPED = "not clipped", "clipped"
 SHRINK = 0.9999  # of the bound from call to call: without it only the first of many calls would clip
@@ -59,10 +58,7 @@ def _llama_7b() -> list[tuple[int, ...]]:
 
 
 LISTS: dict[str, Callable[[], list[tuple[int, ...]]]] = {
-    "transformer": _transformer,
-    "resnet50": _resnet50,
-    "small": lambda: 2000 * [(64,)],
-    "llama-7b": _llama_7b,
+    "transformer": _transformer, "resnet50": _resnet50, "small": lambda: 2000 * [(64,)], "llama-7b": _llama_7b,
 }
 USUAL = ("transformer", "resnet50", "small")  # llama-7b by name only: more than most machines have memory for
 QUICK = ("resnet50", "small")
@@ -185,12 +181,9 @@ _ENTRIES = (
         expected=_scaled,
     ),
     Operation(
-        name="adaptive_clip_grad",
-        label="adaptive_clip_grad_",
+        name="adaptive_clip_grad", label="adaptive_clip_grad_",
         fused=lambda workload, bound: fastnorm.adaptive_clip_grad_(workload.params, bound),
-        others=(peer("timm", peers.timm_agc),),
-        passes={NOT_CLIPPED: 2, CLIPPED: 3},
-        expected=_adaptively_scaled,
+        others=(peer("timm", peers.timm_agc),), passes={NOT_CLIPPED: 2, CLIPPED: 3}, expected=_adaptively_scaled,
         bounds=lambda norm: {NOT_CLIPPED: 1e3, CLIPPED: 1e-2},
     ),
     Operation(
@@ -218,32 +211,6 @@ class Plan:
     dtypes: tuple[str, ...]
     device: torch.device
     budget: Budget
-
-
-@dataclass
-class Case:
-    """Which provider clips which list, clipped or not."""
-
-    operation: str
-    case: str
-    list: str
-    tensors: int
-    elements: int
-    dtype: str
-    provider: str
-
-
-@dataclass
-class Result(Measurement, Case):
-    """One provider in one case.
-
-    `error` is the largest relative one, of the norm or of a tensor by its largest value. `speedup` is against the
-    operation's baseline: stock PyTorch, or timm for adaptive clipping; None where that is absent.
-    """
-
-    error: float | None = None
-    baseline: str = ""
-    speedup: float | None = None
 
 
 class Bench:
@@ -281,21 +248,25 @@ class Bench:
 
     def _run_case(self, workload: Workload, operation: Operation, case: str, name: str, dtype: str) -> list[Result]:
         providers = [p for p in operation.providers() if p.name not in self.absent[operation.label]]
-        facts = operation.label, case, name, len(workload.params), workload.elements, dtype
-        results = {p.name: Result(*facts, p.name, baseline=operation.baseline) for p in providers}
+        calls = {provider.name: provider.build(operation) for provider in providers}
         bound = operation.bounds(workload.norm)[case]
-        runners, bounds = {}, _bounds(bound, case)
-        for provider in providers:
-            call = provider.build(operation)
-            check(results[provider.name], provider, operation, call, workload, bound)
-            if results[provider.name].is_timed:
-                runners[provider.name] = Runner(partial(_call, call, workload, bounds), provider.activate)
-        workload.reset()
-        moved = operation.passes[case] * workload.elements * DTYPES[dtype].itemsize
-        samples = take_turns(results, runners, self.timer, self.plan.budget, moved)
+        bounds = _bounds(bound, case)
+
+        def timed(provider: Provider) -> Callable[[], Tensor | None]:
+            workload.reset()
+            call = calls[provider.name]
+            return lambda: call(workload, next(bounds))
+
+        facts = {"operation": operation.label, "case": case, "list": name, "tensors": len(workload.params)}
+        results, samples = measure(
+            facts | {"elements": workload.elements, "dtype": dtype},
+            {"error": None, "baseline": operation.baseline, "speedup": None}, providers,
+            lambda provider: judge(provider, operation, calls[provider.name], workload, bound), timed,
+            self.timer, self.plan.budget, operation.passes[case] * workload.elements * DTYPES[dtype].itemsize,
+        )
         for who, seconds in samples.items():
             if operation.baseline in samples:
-                results[who].speedup = paired_ratio(samples[operation.baseline], seconds)
+                results[who]["speedup"] = paired_ratio(samples[operation.baseline], seconds)
         return list(results.values())
 
 
@@ -304,30 +275,22 @@ def _bounds(first: float, case: str) -> Iterator[float]:
     return itertools.accumulate(itertools.repeat(SHRINK if case == CLIPPED else 1.0), lambda a, b: a * b, initial=first)
 
 
-def _call(call: Call, workload: Workload, bounds: Iterator[float]) -> Tensor | None:
-    return call(workload, next(bounds))
-
-
-def check(
-    result: Result, provider: Provider, operation: Operation, call: Call, workload: Workload, bound: float
-) -> None:
-    """Judge one provider's norm and tensors, and write the verdict into its result."""
+def judge(provider: Provider, operation: Operation, call: Call, workload: Workload, bound: float) -> Result:
+    """The verdict on one provider's norm and tensors. `error` is the largest relative one, of the norm or of a tensor
+    by its largest value."""
     workload.reset()
-    try:
-        with provider.activate():
-            total_norm = call(workload, bound)
-        result.backend = serving_backend(provider, operation.name, workload.params[0].grad)
-    except Exception as error:  # noqa: BLE001 - a provider that breaks is a row of the table, not the run's end
-        result.status, result.detail = FAILED, one_line(error)
-        return
+    total_norm = call(workload, bound)
+    backend = serving_backend(provider, operation.name, workload.params[0].grad)
     errors = [0.0 if total_norm is None else abs(total_norm.item() / workload.norm - 1)]
     for p, (param, grad) in zip(workload.params, workload.originals(), strict=True):
         expected = operation.expected(param, grad, workload.norm, bound)
         errors.append(((operation.judged(p).double() - expected).abs().max() / expected.abs().max()).item())
     worst = math.nan if any(map(math.isnan, errors)) else max(errors)
-    result.error = worst if math.isfinite(worst) else None  # JSON has no NaN
     allowed = 1e-6 + torch.finfo(workload.params[0].dtype).eps
-    if not worst <= allowed:
-        strict = provider.ours and result.backend != "reference"  # which sums as stock's operations do
-        tolerable = not strict and worst <= FACTOR_FOR_OTHERS * allowed
-        result.status, result.detail = INEXACT if tolerable else WRONG, f"off by {worst:.2g}, allowed {allowed:.2g}"
+    verdict = {"backend": backend, "error": worst if math.isfinite(worst) else None}  # JSON has no NaN
+    if worst <= allowed:
+        return verdict
+    strict = provider.ours and backend != "reference"  # which sums as stock's operations do
+    tolerable = not strict and worst <= FACTOR_FOR_OTHERS * allowed
+    status = INEXACT if tolerable else WRONG
+    return verdict | {"status": status, "detail": f"off by {worst:.2g}, allowed {allowed:.2g}"}

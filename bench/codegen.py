@@ -3,7 +3,6 @@
 No GPU is needed. Exit status 1 if a kernel of ours keeps registers in memory.
 """
 
-import importlib.metadata
 import json
 from argparse import Namespace
 from collections import Counter
@@ -20,6 +19,7 @@ from tqdm import tqdm
 import fastnorm
 from fastnorm import triton_kernels
 
+from . import machine
 from .compiled import Failure, Kernel, compile_all
 from .labels import aligned
 from .problem import DEFAULTS, LIGER, OURS, QUICK, Problem, beside, problems_of
@@ -42,7 +42,7 @@ COLUMNS = {
     "resident_warps": "resident", "access": "access", "instructions": "instr",
 }  # fmt: skip
 FIELDS = [field.name for field in fields(Kernel)]
-TEXTS = {"cols": lambda cols: str(cols or "any"), "instructions": lambda count: "–" if count is None else f"{count:.1f}"}
+TEXTS = {"cols": lambda n: str(n or "any"), "instructions": lambda count: "–" if count is None else f"{count:.1f}"}
 
 
 def main(options: Namespace) -> tuple[int, dict[str, Any]]:
@@ -79,10 +79,7 @@ def _problems(providers: Collection[str], **selection: Iterable) -> list[Problem
 
 def _facts() -> dict[str, str]:
     versions = {"fastnorm": fastnorm.__version__, "triton": triton.__version__, "torch": torch.__version__}
-    try:
-        liger = importlib.metadata.version("liger-kernel")
-    except importlib.metadata.PackageNotFoundError:
-        liger = "not installed: pip install --no-deps liger-kernel"
+    liger = machine.version("liger-kernel", "not installed: pip install --no-deps liger-kernel")
     return versions | {"ptxas": triton.knobs.nvidia.ptxas.version, "liger-kernel": liger}
 
 

@@ -2,13 +2,12 @@
 
 import itertools
 from argparse import Namespace
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from . import clip, machine, report, run
+from . import ceiling, clip, machine, report, run
 from .labels import absences, aligned
 from .measurement import OK
 from .operation import Operation, Shape, shape_name
@@ -29,7 +28,7 @@ def norms(options: Namespace) -> Outcome:
     facts = start(options.device, options.threads)
     chosen = options.layouts, options.dtypes, options.mode, options.providers
     bench = run.Bench(run.Plan(problems, *chosen, options.device, budget_of(options)))
-    bench.ceilings.large()  # the first figure that is printed
+    bench.ceilings.at(ceiling.LARGE_BYTES)  # the first figure that is printed
     return _timed(bench, facts, report.NORMS, machine.slug(facts["device"]) + _suffix(options), options)
 
 
@@ -71,7 +70,7 @@ def _timed(
             known = len(results)
             progress.set_description(part)
             for case in cases:
-                results += map(asdict, case)
+                results += case
                 progress.update()
             progress.write(report.tables(results[known:], kind))
             document |= bench.facts()
@@ -92,31 +91,23 @@ def _problems(options: Namespace) -> dict[str, tuple[Shape, ...]]:
     asked = [OPERATIONS[name] for name in dict.fromkeys(names)]
     default = QUICK_OPERATIONS if options.quick and options.shapes is None else OPERATIONS
     operations = asked or [OPERATIONS[name] for name in default]
-    misfits = {operation.name: _misfits(operation, options) for operation in operations}
-    if asked:
-        for complaint in itertools.chain.from_iterable(misfits.values()):
-            options.parser.error(complaint)
-    elif all(misfits.values()):
-        reasons = [complaints[0] for complaints in misfits.values()]
-        options.parser.error("no operation takes all that is asked for:\n  " + "\n  ".join(reasons))
-    fitting = [operation for operation in operations if not misfits[operation.name]]
-    return {operation.name: _shapes_of(operation, options) for operation in fitting}
+    misfits = {operation.name: _misfit(operation, options) for operation in operations}
+    if asked and any(misfits.values()):
+        options.parser.error(next(filter(None, misfits.values())))
+    if all(misfits.values()):
+        options.parser.error("no operation takes all that is asked for:\n  " + "\n  ".join(misfits.values()))
+    presets = {op.name: SHAPES[op.family.quick if options.quick else op.family.preset] for op in operations}
+    return {name: options.shapes or presets[name] for name in presets if misfits[name] is None}
 
 
-def _misfits(operation: Operation, options: Namespace) -> list[str]:
-    """What of the options the operation can't take, as complaints."""
-    complaints = []
+def _misfit(operation: Operation, options: Namespace) -> str | None:
+    """What of the options the operation can't take, as a complaint."""
     if not set(options.layouts) & set(operation.family.layouts):
-        complaints.append(f"argument --layouts: {operation.name} has only {', '.join(operation.family.layouts)}")
+        return f"argument --layouts: {operation.name} has only {', '.join(operation.family.layouts)}"
     for shape in options.shapes or ():
         if misfit := operation.misfit(shape):
-            complaints.append(f"argument --shapes: {shape_name(shape)} doesn't fit: {misfit}")
-    return complaints
-
-
-def _shapes_of(operation: Operation, options: Namespace) -> tuple[Shape, ...]:
-    preset = operation.family.quick if options.quick else operation.family.preset
-    return SHAPES[preset] if options.shapes is None else options.shapes
+            return f"argument --shapes: {shape_name(shape)} doesn't fit: {misfit}"
+    return None
 
 
 def _suffix(options: Namespace) -> str:

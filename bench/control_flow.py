@@ -6,7 +6,7 @@ shortest: that of a whole tile, not that of a tensor's end, nor a repetition in 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -113,30 +113,18 @@ def _closing(graph: nx.DiGraph) -> Iterator[tuple[int, int]]:
             yield source, goal
 
 
-_NVIDIA = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?P<text>[^;]*?)\s*;")
-_NVIDIA_LABEL = re.compile(r"^(\.L_x_\d+):")
-_NVIDIA_JUMP = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
-_NVIDIA_END = re.compile(r"BRA(\.\w+)* `|(EXIT|RET|BRX|JMP)\b")
-_NVIDIA_ACCESS = re.compile(r"\b(?:LDG|STG|LD|ST)\.E((?:\.\w+)*)")
-_AMD = re.compile(r"^\s+(?P<text>[a-z][^;]*)")
-_AMD_LABEL = re.compile(r"^(\.LBB\d+_\d+):")
-_AMD_JUMP = re.compile(r"s_c?branch\w*\s+(\.LBB\d+_\d+)")
-_AMD_END = re.compile(r"s_branch|s_endpgm|s_setpc")
-_AMD_ACCESS = re.compile(r"(?:global|buffer|flat)_(?:load|store)_(\w+)")
-_IDLE = re.compile(r"(?:@!?U?P\w+ )?NOP|s_nop|s_code_end")
-
-
 def parse(assembly: str) -> Code:
     """nvdisasm's text, or LLVM's for AMD. Raises ValueError where no instruction is in it."""
-    is_nvidia = "/*0000*/" in assembly
-    line_of, label_of = (_NVIDIA, _NVIDIA_LABEL) if is_nvidia else (_AMD, _AMD_LABEL)
+    dialect = _NVIDIA if "/*0000*/" in assembly else _AMD
     labels: dict[str, int] = {}
     instructions: list[Instruction] = []
     for line in assembly.splitlines():
-        if label := label_of.match(line):
+        if label := dialect.label.match(line):
             labels[label[1]] = len(instructions)
-        elif (found := line_of.search(line)) and not _IDLE.match(found["text"]):
-            instructions.append((_nvidia if is_nvidia else _amd)(found["text"]))
+        elif (found := dialect.line.search(line)) and not _IDLE.match(text := found["text"]):
+            jump, access = dialect.jump.search(text), dialect.access.search(text)
+            size = dialect.bytes(access[1]) if access else 0
+            instructions.append(Instruction(size, jump and jump[1], bool(dialect.end.match(text))))
     if not instructions:
         raise ValueError("no machine code in this text")
     successors = []
@@ -147,20 +135,9 @@ def parse(assembly: str) -> Code:
     return Code(instructions, successors)
 
 
-def _nvidia(text: str) -> Instruction:
-    jump, access = _NVIDIA_JUMP.search(text), _NVIDIA_ACCESS.search(text)
-    size = 0
-    if access:
-        kinds = access[1].split(".")
-        sizes = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "16": 2, "U8": 1, "S8": 1, "8": 1}
-        size = next((sizes[kind] for kind in kinds if kind in sizes), 4)
-    return Instruction(size, jump and jump[1], bool(_NVIDIA_END.match(text)))
-
-
-def _amd(text: str) -> Instruction:
-    jump, access = _AMD_JUMP.match(text), _AMD_ACCESS.match(text)
-    size = amd_bytes(access[1]) if access else 0
-    return Instruction(size, jump and jump[1], bool(_AMD_END.match(text)))
+def _nvidia_bytes(kind: str) -> int:
+    sizes = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "16": 2, "U8": 1, "S8": 1, "8": 1}
+    return next((sizes[each] for each in kind.split(".") if each in sizes), 4)
 
 
 def amd_bytes(kind: str) -> int:
@@ -170,3 +147,33 @@ def amd_bytes(kind: str) -> int:
     if "short" in kind or "byte" in kind:
         return 2 if "short" in kind else 1
     return int(re.findall(r"\d+", kind)[0]) // 8
+
+
+class _Dialect(NamedTuple):
+    """How a disassembler writes; `bytes` are those of the kind that `access` finds."""
+
+    line: re.Pattern
+    label: re.Pattern
+    jump: re.Pattern
+    end: re.Pattern
+    access: re.Pattern
+    bytes: Callable[[str], int]
+
+
+_NVIDIA = _Dialect(
+    line=re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?P<text>[^;]*?)\s*;"),
+    label=re.compile(r"^(\.L_x_\d+):"),
+    jump=re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)"),
+    end=re.compile(r"BRA(\.\w+)* `|(EXIT|RET|BRX|JMP)\b"),
+    access=re.compile(r"\b(?:LDG|STG|LD|ST)\.E((?:\.\w+)*)"),
+    bytes=_nvidia_bytes,
+)
+_AMD = _Dialect(
+    line=re.compile(r"^\s+(?P<text>[a-z][^;]*)"),
+    label=re.compile(r"^(\.LBB\d+_\d+):"),
+    jump=re.compile(r"^s_c?branch\w*\s+(\.LBB\d+_\d+)"),
+    end=re.compile(r"s_branch|s_endpgm|s_setpc"),
+    access=re.compile(r"^(?:global|buffer|flat)_(?:load|store)_(\w+)"),
+    bytes=amd_bytes,
+)
+_IDLE = re.compile(r"(?:@!?U?P\w+ )?NOP|s_nop|s_code_end")

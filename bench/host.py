@@ -5,8 +5,6 @@ for sm_90 and launched by a driver that does nothing; stock torch's own time has
 looked at: on such a driver there are none.
 """
 
-from __future__ import annotations
-
 import itertools
 import statistics
 from argparse import Namespace
@@ -34,18 +32,6 @@ BUDGET = Budget(repeats=15, min_time=0.1, max_time=4.0, min_sample=5e-3)
 QUICK = Budget(repeats=3, min_time=0.01, max_time=0.5)
 
 
-@dataclass(frozen=True)
-class Result:
-    """One provider's µs a call, over the rounds; None and why, where there are none."""
-
-    operation: str
-    mode: str
-    provider: str
-    best_us: float | None
-    median_us: float | None
-    absent: str = ""
-
-
 class HostTimer(CpuTimer):
     """Of a GPU's calls what the host takes."""
 
@@ -66,7 +52,7 @@ def main(options: Namespace) -> tuple[int, dict[str, Any]]:
     facts = start(device, 1)  # autograd's and OpenMP's threads are not the host's time
     timer = HostTimer(device) if device.type == "cuda" else CpuTimer()
     budget = QUICK if options.quick else BUDGET
-    results = [asdict(result) for case in cases(device) for result in timed(case, timer, budget)]
+    results = [result for case in cases(device) for result in timed(case, timer, budget)]
     print(table(results))
     document = {"machine": facts, "budget": asdict(budget), "results": results}
     path = options.output / f"host-{machine.slug(facts['device'])}.json"
@@ -118,14 +104,16 @@ def cases(device: torch.device) -> Iterator[Case]:
     yield Case(label, "forward", operation, providers, lambda call: partial(call, workload, 2 * workload.norm))
 
 
-def timed(case: Case, timer: CpuTimer, budget: Budget) -> list[Result]:
-    """A result for each provider, those that are absent last."""
+def timed(case: Case, timer: CpuTimer, budget: Budget) -> list[dict[str, Any]]:
+    """Each provider's µs a call, over the rounds; None and why of those that are absent, which come last."""
     reasons = {p.name: why_absent(p, case.operation, lambda call: case.make(call)()) for p in case.providers}
     here = [provider for provider in case.providers if reasons[provider.name] is None]
     runners = {p.name: Runner(case.make(p.build(case.operation)), p.activate) for p in here}
-    found = [
-        Result(case.name, case.mode, who, 1e6 * min(seconds), 1e6 * statistics.median(seconds))
-        for who, seconds in interleave(runners, timer, budget).items()
-    ]
-    absent = [Result(case.name, case.mode, who, None, None, reason) for who, reason in reasons.items() if reason]
-    return found + absent
+
+    def result(who: str, best: float | None, median: float | None, absent: str = "") -> dict[str, Any]:
+        facts = {"operation": case.name, "mode": case.mode, "provider": who}
+        return facts | {"best_us": best, "median_us": median, "absent": absent}
+
+    samples = interleave(runners, timer, budget).items()
+    found = [result(who, 1e6 * min(seconds), 1e6 * statistics.median(seconds)) for who, seconds in samples]
+    return found + [result(who, None, None, reason) for who, reason in reasons.items() if reason]

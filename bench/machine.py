@@ -33,7 +33,7 @@ def describe(device: torch.device) -> dict[str, str]:
         "os": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": version("triton"),
         "fastnorm": fastnorm.__version__,
         "backends": "; ".join(f"{s.name}: {s.detail}" for s in fastnorm.backend.statuses().values() if s.available),
         "load before the run": f"{_load():.2f}" + " (busy: expect noise)" * bool(busy_line()),
@@ -106,8 +106,9 @@ def _clocks(device: torch.device) -> str:
     return f"SM {sm} (at most {highest}), memory {memory}, power limit {power}"
 
 
-def _version(distribution: str) -> str:
+def version(distribution: str, absent: str = "not installed") -> str:
+    """That of an installed package, or `absent`."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return absent

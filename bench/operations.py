@@ -18,11 +18,7 @@ from .operation import Family, Operation, Outputs
 EPS = 1e-6  # the value that most pretrained models use, the same for all providers
 
 ROWS = Family(
-    name="row_norms",
-    pattern="ROWSxCOLS",
-    preset="models",
-    quick="quick",
-    probe=(4, 64),
+    name="row_norms", pattern="ROWSxCOLS", preset="models", quick="quick", probe=(4, 64),
     cut={"x": 0, "residual": 0, "y": 0, "h": 0},
 )
 
@@ -50,11 +46,9 @@ def _row_norm(name: str, stock: Callable[..., Outputs], fused: Callable[..., Out
     inputs = tuple(signature(stock).parameters)
     adds = "residual" in inputs
     return Operation(
-        name=name,
-        family=ROWS,
+        name=name, family=ROWS,
         shapes=lambda shape: {each: shape if each in ("x", "residual") else shape[-1:] for each in inputs},
-        stock=stock,
-        fused=fused,
+        stock=stock, fused=fused,
         passes={"forward": 2 + 2, "backward": 3 + 1} if adds else {"forward": 1 + 1, "backward": 2 + 1},
         outputs=("y", "h") if adds else ("y",),
     )

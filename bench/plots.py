@@ -14,19 +14,10 @@ from .labels import mode_label
 
 AUTOMATIC = "fastnorm"
 COLOURS = {
-    "torch": "#b5525c",
-    "compile": "#d9963a",
-    "fastnorm": "#0b6e75",
-    "fastnorm-triton": "#3fa7ad",
-    "fastnorm-native": "#3fa7ad",
-    "fastnorm-reference": "#93c4c7",
-    "liger": "#7a5ea8",
-    "quack": "#4c78a8",
-    "apex": "#6b8f3c",
-    "apex-nhwc": "#6b8f3c",
-    "copy of the same size": "#8c8c8c",
-    "copy beyond all caches": "#8c8c8c",
-}
+    "torch": "#b5525c", "compile": "#d9963a", "fastnorm": "#0b6e75", "fastnorm-triton": "#3fa7ad",
+    "fastnorm-native": "#3fa7ad", "fastnorm-reference": "#93c4c7", "liger": "#7a5ea8", "quack": "#4c78a8",
+    "apex": "#6b8f3c", "apex-nhwc": "#6b8f3c", "copy of the same size": "#8c8c8c", "copy beyond all caches": "#8c8c8c",
+}  # fmt: skip
 DASHES = {"fastnorm-triton": (4, 2), "fastnorm-native": (2, 1.5), "fastnorm-reference": (1, 1.5)}
 DASHES["copy beyond all caches"] = (1, 2)
 INK = "#222222"

@@ -49,16 +49,11 @@ DTYPES = {
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
 # of the command line: everything, and what takes half a minute
 DEFAULTS = {
-    "targets": TARGETS,
-    "operations": (*OPERATIONS, *IMAGES, *CLIPS),
-    "dtypes": ("bf16", "fp32", "mixed"),
-    "widths": (*NARROW_WIDTHS, *MODEL_WIDTHS, *LONG_WIDTHS, *ODD_WIDTHS),
-    "providers": PROVIDERS,
+    "targets": TARGETS, "operations": (*OPERATIONS, *IMAGES, *CLIPS), "dtypes": ("bf16", "fp32", "mixed"),
+    "widths": (*NARROW_WIDTHS, *MODEL_WIDTHS, *LONG_WIDTHS, *ODD_WIDTHS), "providers": PROVIDERS,
 }
 QUICK = DEFAULTS | {
-    "targets": ("sm_90", "gfx942"),
-    "operations": ("rms_norm", "layer_norm", "clip_grad_norm_"),
-    "dtypes": ("bf16",),
+    "targets": ("sm_90", "gfx942"), "operations": ("rms_norm", "layer_norm", "clip_grad_norm_"), "dtypes": ("bf16",),
     "widths": (4096,),
 }
 

@@ -71,16 +71,9 @@ def peer(name: str, library: Callable[[], dict[str, Callable]]) -> Provider:
 PROVIDERS = {
     provider.name: provider
     for provider in (
-        Provider(STOCK, lambda operation: operation.stock),
-        Provider(COMPILE, _compiled),
-        _fastnorm(None),
-        _fastnorm("triton"),
-        _fastnorm("native"),
-        _fastnorm("reference"),
-        peer("liger", peers.liger),
-        peer("quack", peers.quack),
-        peer("apex", peers.apex),
-        peer("apex-nhwc", peers.apex_group_norm),
+        Provider(STOCK, lambda operation: operation.stock), Provider(COMPILE, _compiled), _fastnorm(None),
+        _fastnorm("triton"), _fastnorm("native"), _fastnorm("reference"), peer("liger", peers.liger),
+        peer("quack", peers.quack), peer("apex", peers.apex), peer("apex-nhwc", peers.apex_group_norm),
     )
 }
 

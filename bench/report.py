@@ -118,7 +118,8 @@ def shown(values: Iterable[Any], text: Callable[[Any], str]) -> list[str]:
 def problem_labels(frame: pd.DataFrame) -> list[str]:
     """Shapes as people write them, with the layout where that is not the usual one."""
     shapes = frame["shape"].str.replace("x", " x ")
-    return [s if layout == "contiguous" else f"{s}, {layout}" for s, layout in zip(shapes, frame["layout"], strict=True)]
+    pairs = zip(shapes, frame["layout"], strict=True)
+    return [shape if layout == "contiguous" else f"{shape}, {layout}" for shape, layout in pairs]
 
 
 def _cells(frame: pd.DataFrame, case: dict[str, list[str]], more: dict[str, list[str]]) -> pd.DataFrame:

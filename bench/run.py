@@ -10,13 +10,17 @@ import torch
 
 from .ceiling import Ceilings
 from .check import Reference
-from .measurement import FAILED, INEXACT, WRONG, Measurement, take_turns
+from .measurement import INEXACT, OK, WRONG, Result, measure
 from .operation import Operation, Shape, shape_name
 from .operations import OPERATIONS
 from .presets import DTYPES
-from .providers import COMPILE, PROVIDERS, STOCK, Provider, one_line, serving_backend, why_absent
-from .timing import Budget, CpuTimer, CudaTimer, Runner, paired_ratio, timer_for
+from .providers import COMPILE, PROVIDERS, STOCK, Provider, serving_backend, why_absent
+from .timing import Budget, CpuTimer, CudaTimer, paired_ratio, timer_for
 from .workload import Workload
+
+# of a result, beside what `measure` gives: the largest error in units of what the rule of check.py allows, None for a
+# NaN or values of another shape or dtype; and what a time is worth, None where a time is missing
+WORTH = ("error_of_allowed", "ceiling_gb_per_s", "percent_of_ceiling", "speedup_vs_torch", "speedup_vs_compile")
 
 
 @dataclass(frozen=True)
@@ -34,33 +38,6 @@ class Plan:
     def layouts_of(self, operation: Operation) -> tuple[str, ...]:
         """Those of the plan's layouts that the operation is timed in."""
         return tuple(layout for layout in self.layouts if layout in operation.family.layouts)
-
-
-@dataclass
-class Case:
-    """Which provider in which case; `shape` is that of x, as in 32x64x56x56."""
-
-    operation: str
-    mode: str
-    shape: str
-    layout: str
-    dtype: str
-    provider: str
-
-
-@dataclass
-class Result(Measurement, Case):
-    """One provider in one case.
-
-    `error_of_allowed` is the largest error in units of what the rule of `check.py` allows, None for a NaN or for a
-    result of another shape or dtype. Speed-ups stay None where a time is missing.
-    """
-
-    error_of_allowed: float | None = None
-    ceiling_gb_per_s: float | None = None
-    percent_of_ceiling: float | None = None
-    speedup_vs_torch: float | None = None
-    speedup_vs_compile: float | None = None
 
 
 class Bench:
@@ -117,20 +94,20 @@ class Bench:
         workload = Workload.make(operation, shape, layout, DTYPES[dtype], self.plan.device)
         reference = Reference(workload, max(self.plan.modes, key=len))  # forward_backward holds forward's values too
         functions = {provider.name: provider.build(operation) for provider in providers}
-        ceiling = self.ceilings.at(workload.inputs["x"].nbytes).best
+        ceiling = self.ceilings.at(workload.inputs["x"].nbytes)
         for mode in self.plan.modes:
-            case = operation.name, mode, shape_name(shape), layout, dtype
-            results = {p.name: Result(*case, p.name) for p in providers}
-            runners = {}
-            for provider in providers:
-                result, function = results[provider.name], functions[provider.name]
-                _check(result, provider, function, reference)
-                if result.is_timed:
-                    runners[provider.name] = Runner(workload.runner(function, mode), provider.activate)
-            moved = operation.compulsory_bytes(mode, shape, DTYPES[dtype])
-            samples = take_turns(results, runners, self.timer, self.plan.budget, moved)
+            case = {"operation": operation.name, "mode": mode, "shape": shape_name(shape), "layout": layout}
+            results, samples = measure(
+                case | {"dtype": dtype}, dict.fromkeys(WORTH), providers,
+                lambda provider, mode=mode: _verdict(provider, functions[provider.name], reference, mode),
+                lambda provider, mode=mode: workload.runner(functions[provider.name], mode),
+                self.timer, self.plan.budget, operation.compulsory_bytes(mode, shape, DTYPES[dtype]),
+            )
             for name, seconds in samples.items():
-                _compare(results[name], seconds, samples, ceiling)
+                percent = 100 * results[name]["gb_per_s"] / ceiling
+                results[name] |= {"ceiling_gb_per_s": ceiling, "percent_of_ceiling": percent}
+                for baseline in {STOCK, COMPILE} & samples.keys():
+                    results[name][f"speedup_vs_{baseline}"] = paired_ratio(samples[baseline], seconds)
             yield list(results.values())
 
 
@@ -143,26 +120,12 @@ def _settle_malloc() -> None:
     torch.ones(31 * 2**20, dtype=torch.uint8)
 
 
-def _check(result: Result, provider: Provider, function: Callable, reference: Reference) -> None:
-    """Judge one provider's values, and write the verdict into its result."""
-    try:
-        with provider.activate():
-            verdict = reference.judge(function, result.mode)
-        operation, x = reference.workload.operation, reference.workload.inputs["x"]
-        result.backend = serving_backend(provider, operation.explained_as or operation.name, x)
-    except Exception as error:  # noqa: BLE001 - a provider that breaks is a row of the table, not the run's end
-        result.status, result.detail = FAILED, one_line(error)
-        return
-    result.error_of_allowed = verdict.worst if math.isfinite(verdict.worst) else None  # JSON has no infinity
-    if verdict.worst > 1:
-        result.status, result.detail = (INEXACT if verdict.is_tolerable else WRONG), verdict.detail
-
-
-def _compare(result: Result, seconds: list[float], samples: dict[str, list[float]], ceiling: float) -> None:
-    """Fill in what the times are worth against the copy ceiling and against the baselines."""
-    result.ceiling_gb_per_s = ceiling
-    result.percent_of_ceiling = 100 * result.gb_per_s / ceiling
-    if STOCK in samples:
-        result.speedup_vs_torch = paired_ratio(samples[STOCK], seconds)
-    if COMPILE in samples:
-        result.speedup_vs_compile = paired_ratio(samples[COMPILE], seconds)
+def _verdict(provider: Provider, function: Callable, reference: Reference, mode: str) -> Result:
+    verdict, operation = reference.judge(function, mode), reference.workload.operation
+    status = OK if verdict.worst <= 1 else INEXACT if verdict.is_tolerable else WRONG
+    return {
+        "backend": serving_backend(provider, operation.explained_as or operation.name, reference.workload.inputs["x"]),
+        "status": status,
+        "detail": "" if status == OK else verdict.detail,
+        "error_of_allowed": verdict.worst if math.isfinite(verdict.worst) else None,  # JSON has no infinity
+    }

@@ -1,21 +1,17 @@
 """The tables of docs/ from the files in bench/results: `python -m bench summary` fills them in.
 
-A document says between which lines a table stands, and which files it is made of:
+A document says between which lines a table stands, and of which files in bench/results it is made:
 
     <!-- cells NAME.json -->
     <!-- end -->
 
 cells: every case, with its time; operations: the speed-ups of every operation and shape, side by side; spread: the
-least, median and largest speed-up of every operation, with the cases that lose; clip: every list of gradients, of
-the file that `python -m bench clip` writes; instructions: those that the kernels take for each element on every
-architecture, Liger-Kernel's behind ours, of the operations, dtypes and widths that the line goes on to name:
+least, median and largest speed-up of every operation, with the cases that lose; clip: every list of gradients; host:
+the host's µs a call, best / median; card, headline: what `make card` found on cards, all of it or rows of 4096 columns
+alone, or a sentence as long as there is no card's file. instructions: of `python -m bench codegen`'s file, those for
+each element, Liger-Kernel's behind ours, of the operations, dtypes and widths that the line goes on to name:
 
     <!-- instructions NAME.json rms_norm,clip_grad_norm_ bf16 4096,any -->
-
-card, headline: what `make card` found on cards, whose card.json were put into bench/results as card-NAME.json; all of
-it, or rows of 4096 columns alone. As long as there is none, a sentence says so.
-
-host: the host's µs a call, best / median, of the file that `python -m bench host` writes.
 """
 
 import json

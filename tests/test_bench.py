@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -93,13 +92,13 @@ def test_channel_norms_take_images_in_both_layouts(tmp_path, capsys):
 
 def test_a_grid_of_shapes_draws_the_map_of_speedups_too(tmp_path):
     results = [
-        run.Result("rms_norm", "forward", f"{rows}x{cols}", "contiguous", "fp32", provider, gb_per_s=1.0,
-                   ceiling_gb_per_s=2.0, speedup_vs_torch=rows / cols)
+        {"operation": "rms_norm", "mode": "forward", "shape": f"{rows}x{cols}", "layout": "contiguous", "dtype": "fp32",
+         "provider": provider, "gb_per_s": 1.0, "ceiling_gb_per_s": 2.0, "speedup_vs_torch": rows / cols}
         for rows in (2, 4) for cols in (8, 16, 24) for provider in ("torch", "fastnorm")
     ]  # fmt: skip
     copied = {"nbytes": ceiling.LARGE_BYTES, "copy": 1.0, "clone": 1.5}
     document = {"machine": {"device": "A machine"}, "copy_ceilings_gb_per_s": [copied]}
-    paths = plots.write(tmp_path, "machine", document | {"results": [asdict(result) for result in results]})
+    paths = plots.write(tmp_path, "machine", document | {"results": results})
     assert paths == [tmp_path / "machine-rms_norm.png", tmp_path / "machine-rms_norm-speedup.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 

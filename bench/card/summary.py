@@ -27,12 +27,11 @@ def write(folder: Path, stages: list[dict], rehearsal: bool) -> dict:
         "clips": kinds("times", "clip"),
         "questions": kinds("questions", "question"),
         "tests": dict(Counter(line["outcome"] for line in found["tests"])),
-        "checks": dict(Counter("passed" if line["ok"] else "failed" for line in found["smoke"])),
-        "left_out": [f"{line['stage']}: {line['left_out']}" for lines in found.values() for line in lines
-                     if "left_out" in line],
+        "checks": dict(Counter("passed" if line["ok"] else "failed" for line in found["smoke"] if "ok" in line)),
+        "left_out": [f"{stage}: {each['left_out']}" for stage in found for each in found[stage] if "left_out" in each],
         "failures": _failures(found),
-        "profile": _profile(folder / "card.log"),
-    }  # fmt: skip
+        "profile": [line for line in _profile(folder / "card.log") if line.startswith('"')],
+    }
     (folder / "card.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "card.md").write_text(_markdown(document), encoding="utf-8")
     return document
@@ -63,25 +62,20 @@ def _lines(path: Path) -> list[dict]:
 
 
 def _profile(log: Path) -> list[str]:
-    """ncu's lines."""
-    _, _, told = log.read_text(encoding="utf-8").partition("== profile")
-    return [line for line in told.splitlines() if line.startswith('"')]
+    """What ncu printed."""
+    return log.read_text(encoding="utf-8").partition("== profile")[2].splitlines()
 
 
 def _failures(found: defaultdict[str, list[dict]]) -> list[dict]:
-    failures = [
-        {"stage": stage, "what": line["name"], "why": line["detail"]}
-        for stage, lines in found.items()
-        for line in lines
-        if line.get("ok") is False
-    ]
-    failed = [line for line in found["tests"] if line["outcome"] == "failed"]
-    failures += [{"stage": "tests", "what": line["test"], "why": " ".join(line["why"])} for line in failed]
+    """Of every stage, what went wrong and why."""
+    told = [(stage, line["name"], line["detail"]) for stage in list(found) for line in found[stage]
+            if line.get("ok") is False]  # fmt: skip
+    told += [("tests", line["test"], " ".join(line["why"])) for line in found["tests"] if line["outcome"] == "failed"]
     for line in found["times"]:
         if line.get("status", "ok") != "ok" and line["provider"].startswith("fastnorm"):
             what = f"{line['operation']} {line.get('shape', line.get('list'))} {line['dtype']} {line['provider']}"
-            failures.append({"stage": "times", "what": what, "why": f"{line['status']}: {line['detail']}"})
-    return failures
+            told.append(("times", what, f"{line['status']}: {line['detail']}"))
+    return [{"stage": stage, "what": what, "why": why} for stage, what, why in told]
 
 
 def _headline(document: dict) -> str:
@@ -99,42 +93,53 @@ def _failure_lines(failures: list[dict], most: int) -> list[str]:
 
 
 TIMES = ("operation", "shape", "dtype", "mode", "µs", "GB/s", "% of copy", "host µs", "stock", "compile", "liger")
+CLIPS = ("operation", "list", "case", "dtype", "provider", "µs", "GB/s", "host µs", "against the baseline")
 
 
 def norm_rows(results: list[dict]) -> list[tuple[str, ...]]:
     """A row for each case of fastnorm's, with the speed-ups against stock torch, torch.compile and Liger-Kernel."""
-    cases: dict[tuple, dict[str, dict]] = {}
-    for result in results:
-        key = tuple(result[name] for name in ("operation", "shape", "layout", "dtype", "mode"))
-        cases.setdefault(key, {})[result["provider"]] = result
+    cases = _by(results, ("operation", "shape", "layout", "dtype", "mode"), "provider")
     rows = []
     for (operation, shape, layout, dtype, mode), providers in cases.items():
-        ours = providers.get("fastnorm", {})
-        if ours.get("median_s") is None:
-            continue
-        shape = shape if layout == "contiguous" else f"{shape} {layout}"
-        times = f"{ours['median_s'] * 1e6:.1f}", f"{ours['gb_per_s']:.0f}", f"{ours['percent_of_ceiling']:.0f}"
-        theirs = providers.get("liger", {}).get("median_s")
-        ratios = [ours["speedup_vs_torch"], ours["speedup_vs_compile"], theirs and theirs / ours["median_s"]]
-        mode = "both" if mode == "forward_backward" else mode
-        rows.append((operation, shape, dtype, mode, *times, _microseconds(ours["host_s"]), *map(speedup, ratios)))
+        ours, theirs = (providers.get(name, {}) for name in ("fastnorm", "liger"))
+        median = ours.get("median_s")
+        if median is not None:
+            shape = shape if layout == "contiguous" else f"{shape} {layout}"
+            liger = theirs["median_s"] / median if theirs.get("median_s") else None
+            ratios = map(speedup, (ours["speedup_vs_torch"], ours["speedup_vs_compile"], liger))
+            times = f"{median * 1e6:.1f}", f"{ours['gb_per_s']:.0f}", f"{ours['percent_of_ceiling']:.0f}"
+            mode = "both" if mode == "forward_backward" else mode
+            rows.append((operation, shape, dtype, mode, *times, _microseconds(ours["host_s"]), *ratios))
     return rows
+
+
+def _by(lines: list[dict], case: tuple[str, ...], across: str) -> dict[tuple, dict[str, dict]]:
+    """The lines of each case, by their value of `across`."""
+    found: defaultdict[tuple, dict[str, dict]] = defaultdict(dict)
+    for line in lines:
+        found[tuple(line[name] for name in case)][line[across]] = line
+    return found
 
 
 def _microseconds(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds * 1e6:.0f}"
 
 
+def clip_rows(clips: list[dict]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+    """A row for each list, case and provider that has a time."""
+    timed = [line for line in clips if line["median_s"] is not None]
+    return [
+        (*(line[name] for name in CLIPS[:5]), _microseconds(line["median_s"]), f"{line['gb_per_s']:.0f}",
+         _microseconds(line["host_s"]), speedup(line["speedup"])) for line in timed
+    ], CLIPS  # fmt: skip
+
+
 def question_rows(questions: list[dict]) -> tuple[list[tuple[str, ...]], list[str]] | None:
     """A row for each operation and width: the time as it is, and of each variant what it takes beside that."""
-    cases: dict[tuple, dict[str, dict]] = {}
-    for line in questions:
-        cases.setdefault((line["operation"], line["cols"]), {})[line["variant"]] = line
     names = list(dict.fromkeys(line["variant"] for line in questions if line["variant"] != "as it is"))
     rows = []
-    for (operation, cols), variants in cases.items():
-        base = variants.get("as it is", {}).get("median_s")
-        if base is not None:
+    for (operation, cols), variants in _by(questions, ("operation", "cols"), "variant").items():
+        if base := variants.get("as it is", {}).get("median_s"):
             cells = [variants.get(name, {}) for name in names]
             taken = [f"{c['median_s'] / base:.2f}" if "median_s" in c else "failed" if c else "" for c in cells]
             rows.append((f"{operation} backward", str(cols), f"{base * 1e6:.1f}", *taken))
@@ -156,15 +161,3 @@ def _markdown(document: dict) -> str:
     if questions := question_rows(document["questions"]):
         parts += ["## Choices", "Time / the time as it is: above 1, the choice pays.", github(*questions)]
     return "\n\n".join(parts) + "\n"
-
-
-def clip_rows(clips: list[dict]) -> tuple[list[tuple[str, ...]], list[str]]:
-    """A row for each list, case and provider that has a time."""
-    rows = []
-    for line in clips:
-        if line["median_s"] is not None:
-            names = line["operation"], line["list"], line["case"], line["dtype"], line["provider"]
-            times = _microseconds(line["median_s"]), f"{line['gb_per_s']:.0f}", _microseconds(line["host_s"])
-            rows.append((*names, *times, speedup(line["speedup"])))
-    headers = ["operation", "list", "case", "dtype", "provider", "µs", "GB/s", "host µs", "against the baseline"]
-    return rows, headers

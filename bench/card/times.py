@@ -5,7 +5,7 @@
 
 import gc
 import itertools
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -85,7 +85,7 @@ def _timed(plan: run.Plan, name: str, stage: Stage) -> str | None:
         if broken := _broken(results):
             return broken
         if stage.left <= 0 and done < bench.cases():
-            stage.record(left_out=f"{name}: {bench.cases() - done} cases behind {results[0].shape}")
+            stage.record(left_out=f"{name}: {bench.cases() - done} cases behind {results[0]['shape']}")
             break
     stage.record(ceilings=bench.ceilings.to_dicts())
     return None
@@ -110,12 +110,12 @@ def _clips(operations: tuple[str, ...], name: str, dtype: str, stage: Stage) -> 
 
 def _broken(results: list) -> str | None:
     """CUDA's own error, if one of the providers left one."""
-    return next((result.detail for result in results if is_sticky(result.detail)), None)
+    return next((result["detail"] for result in results if is_sticky(result["detail"])), None)
 
 
 def _record(kind: str, results: list, stage: Stage) -> None:
     for result in results:
-        stage.record(kind=kind, **asdict(result))
+        stage.record(kind=kind, **result)
 
 
 if __name__ == "__main__":
