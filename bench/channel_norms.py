@@ -3,6 +3,7 @@
 Stock is the chain of PyTorch operations that a ResNet or a UNet runs; fastnorm has one call for each chain.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -18,26 +19,23 @@ GROUPS = 32  # of every group norm in that UNet
 PARAMETERS, BUFFERS = ("weight", "bias"), ("running_mean", "running_var")
 
 
-def _too_few_values(shape: Shape) -> str | None:
-    n, _, h, w = shape
-    return "trains on more than 1 value per channel" if n * h * w == 1 else None
-
-
-def _uneven_groups(shape: Shape) -> str | None:
-    return f"has {GROUPS} groups, which can't share {shape[1]} channels evenly" if shape[1] % GROUPS else None
-
-
 BATCH_NORM = Family(
     name="batch_norm", pattern="NxCxHxW", preset="resnet50", quick="resnet50-quick", probe=(2, 64, 4, 4),
     cut={"x": 1, "residual": 1, "y": 1} | dict.fromkeys((*PARAMETERS, *BUFFERS), 0),
     layouts=("contiguous", "channels_last"), buffers=BUFFERS, float32=(*PARAMETERS, *BUFFERS),
-    objection=_too_few_values,
+    objection=lambda shape: "trains on more than 1 value per channel" if math.prod(shape) == shape[1] else None,
 )
 # the parameters have x's dtype, as in a UNet that was cast to bfloat16: stock takes no other on a GPU
 GROUP_NORM = Family(
     name="group_norm", pattern="NxCxHxW", preset="unet", quick="unet-quick", probe=(2, 128, 4, 4),
-    cut={"x": 0, "y": 0}, layouts=("contiguous", "channels_last"), objection=_uneven_groups,
+    cut={"x": 0, "y": 0}, layouts=("contiguous", "channels_last"),
+    objection=lambda shape: f"has {GROUPS} groups, which can't share {shape[1]} channels evenly"
+    if shape[1] % GROUPS else None,
 )
+
+
+def _shapes(images: tuple[str, ...], shape: Shape) -> dict[str, Shape]:
+    return dict.fromkeys(images, shape) | dict.fromkeys((*PARAMETERS, *BUFFERS), shape[1:2])
 
 
 def _batch_norms(mode: str, passes: dict[str, int], reads_of_mask: int) -> Iterator[Operation]:
@@ -67,16 +65,12 @@ def _batch_norms(mode: str, passes: dict[str, int], reads_of_mask: int) -> Itera
     )
     for suffix, images, stock_form, fused_form, before_relu in forms:
         yield Operation(
-            name=f"batch_norm_{mode}{suffix}", family=BATCH_NORM, shapes=partial(_batch_norm_shapes, images),
+            name=f"batch_norm_{mode}{suffix}", family=BATCH_NORM, shapes=partial(_shapes, images),
             stock=stock_form, fused=fused_form,
             passes={direction: count + len(images) - 1 for direction, count in passes.items()},
             mask_bits=1 + reads_of_mask if before_relu else 0, before_relu=before_relu,
             explained_as="batch_norm" if training or before_relu else "batch_norm_evaluation",
         )
-
-
-def _batch_norm_shapes(images: tuple[str, ...], shape: Shape) -> dict[str, Shape]:
-    return dict.fromkeys(images, shape) | dict.fromkeys((*PARAMETERS, *BUFFERS), shape[1:2])
 
 
 def _group_norm(name: str, stock: Callable[..., Tensor], activation: str | None) -> Operation:

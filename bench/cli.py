@@ -2,14 +2,14 @@
 
 import argparse
 import contextlib
-import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from . import clip, commands, host, problem, real_model, summary
+from . import clip, commands, host, problem, real_model, report, summary
 from .arguments import device, name, positive, several, shapes
 from .operation import LAYOUTS, MODES
 from .operations import FAMILIES, OPERATIONS
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     with contextlib.redirect_stdout(sys.stderr) if options.json == "-" else contextlib.nullcontext():
         status, document = options.run(options)
     if options.json is not None:
-        text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        text = report.as_json(document)
         sys.stdout.write(text) if options.json == "-" else Path(options.json).write_text(text, encoding="utf-8")
     return status
 
@@ -55,7 +55,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
         child.set_defaults(run=run, parser=child)
         return child.add_argument
 
-    files, timing = _files(), _timing()
+    files, timing = _shared()
     _add_norms(add(DEFAULT, commands.norms, "check and time the norms", files, timing))
     _add_clip(add("clip", commands.clips, "check and time every way of clipping", files, timing))
     add("host", host.main, "time what calls cost the host, without a GPU too", files)
@@ -69,27 +69,21 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
 
 
 def _codegen(options: argparse.Namespace) -> commands.Outcome:
-    try:
-        from . import codegen
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != "triton":
-            raise
+    if find_spec("triton") is None:
         sys.exit("python -m bench codegen needs Triton, which comes with torch's builds for GPUs: pip install triton")
+    from . import codegen
+
     return codegen.main(options)
 
 
-def _files() -> argparse.ArgumentParser:
-    """The options of every command that has results."""
+def _shared() -> Iterator[argparse.ArgumentParser]:
+    """The options of every command that has results, then those of every one that times interleaved rounds."""
     parser = argparse.ArgumentParser(add_help=False)
     add, folder = parser.add_argument, Path(__file__).parent / "results"
     add("--output", type=Path, metavar="DIR", default=folder, help="where the files go (default: bench/results)")
     add("--json", metavar="FILE", help="the results as JSON too; - is stdout, and all else goes to stderr then")
     add("--quick", action="store_true", help="less of everything: a minute or two on two cores")
-    return parser
-
-
-def _timing() -> argparse.ArgumentParser:
-    """The options of every command that times interleaved rounds."""
+    yield parser
     parser = argparse.ArgumentParser(add_help=False)
     add, default_device = parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", type=device, default=default_device, help="cpu, cuda or cuda:N")
@@ -99,7 +93,7 @@ def _timing() -> argparse.ArgumentParser:
     add("--min-time", type=positive(float), metavar="SECONDS", help=text)
     text = f"end a case after this, once it has three rounds (default: {Budget.max_time})"
     add("--max-time", type=positive(float), metavar="SECONDS", help=text)
-    return parser
+    yield parser
 
 
 def _add_norms(add: Callable) -> None:

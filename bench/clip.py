@@ -90,10 +90,6 @@ class Workload:
         # with eps = 1 Adam's step depends on the scale of the gradient, as the check needs it
         self.optimizer = torch.optim.AdamW(self.params, LEARNING_RATE, eps=1.0, weight_decay=0.0, fused=True)
 
-    def originals(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each parameter and gradient as it was at first, in float64, one at a time."""
-        return ((value.double(), grad.double()) for value, grad in zip(self._values, self._grads, strict=True))
-
 
 Call = Callable[[Workload, float], Tensor | None]
 
@@ -282,8 +278,8 @@ def judge(provider: Provider, operation: Operation, call: Call, workload: Worklo
     total_norm = call(workload, bound)
     backend = serving_backend(provider, operation.name, workload.params[0].grad)
     errors = [0.0 if total_norm is None else abs(total_norm.item() / workload.norm - 1)]
-    for p, (param, grad) in zip(workload.params, workload.originals(), strict=True):
-        expected = operation.expected(param, grad, workload.norm, bound)
+    for p, *originals in zip(workload.params, workload._values, workload._grads, strict=True):
+        expected = operation.expected(*(tensor.double() for tensor in originals), workload.norm, bound)
         errors.append(((operation.judged(p).double() - expected).abs().max() / expected.abs().max()).item())
     worst = math.nan if any(map(math.isnan, errors)) else max(errors)
     allowed = 1e-6 + torch.finfo(workload.params[0].dtype).eps

@@ -6,7 +6,6 @@ No GPU is needed. Exit status 1 if a kernel of ours keeps registers in memory.
 import json
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Collection, Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from fastnorm import triton_kernels
 from . import machine
 from .compiled import Failure, Kernel, compile_all
 from .labels import aligned
-from .problem import DEFAULTS, LIGER, OURS, QUICK, Problem, beside, problems_of
+from .problem import DEFAULTS, LIGER, OURS, QUICK, beside, problems_of
 from .report import markdown
 
 LEGEND = (
@@ -50,12 +49,12 @@ def main(options: Namespace) -> tuple[int, dict[str, Any]]:
     if triton_kernels.INTERPRETED:
         options.parser.error("TRITON_INTERPRET=1 interprets the kernels, and this compiles them: unset it")
     chosen = {name: getattr(options, name) or (QUICK if options.quick else DEFAULTS)[name] for name in DEFAULTS}
-    found = list(tqdm(compile_all(_problems(**chosen), options.jobs, options.instructions), unit="kernel"))
+    pairs = [(ours, beside(ours)) for ours in problems_of(*(chosen[name] for name in list(DEFAULTS)[:4]))]
+    problems = [each for pair in pairs for each in pair if each and each.provider in chosen["providers"]]
+    found = list(tqdm(compile_all(problems, options.jobs, options.instructions), unit="kernel"))
     document = {
-        "facts": _facts(),
-        "failures": [asdict(each) for each in found if isinstance(each, Failure)],
-        "fields": FIELDS,
-        "kernels": [list(asdict(each).values()) for each in found if isinstance(each, Kernel)],
+        "facts": _facts(), "failures": [asdict(each) for each in found if isinstance(each, Failure)],
+        "fields": FIELDS, "kernels": [list(asdict(each).values()) for each in found if isinstance(each, Kernel)],
     }
     kernels = frame_of(document)
     for target in chosen["targets"]:
@@ -69,12 +68,6 @@ def main(options: Namespace) -> tuple[int, dict[str, Any]]:
 def frame_of(document: dict[str, Any]) -> pd.DataFrame:
     """A row for each kernel, None and numbers as they are."""
     return pd.DataFrame(document["kernels"], columns=document["fields"], dtype=object)
-
-
-def _problems(providers: Collection[str], **selection: Iterable) -> list[Problem]:
-    """Ours, each followed by Liger-Kernel's where both are asked for."""
-    pairs = [(problem, beside(problem)) for problem in problems_of(**selection)]
-    return [problem for pair in pairs for problem in pair if problem and problem.provider in providers]
 
 
 def _facts() -> dict[str, str]:

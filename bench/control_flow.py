@@ -6,9 +6,9 @@ shortest: that of a whole tile, not that of a tensor's end, nor a repetition in 
 """
 
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import networkx as nx  # torch brings it
@@ -44,12 +44,18 @@ class Code:
         graph.add_node(0)
         graph = graph.subgraph({0} | nx.descendants(graph, 0)).copy()
         found: dict[int, set[int]] = {}
-        for source, first in _closing(graph):
-            # what leads to the jump back without passing the loop's first instruction
-            around = graph.reverse()
-            around.remove_node(first)
-            body = nx.descendants(around, source) | {source} if source != first else set()
-            found.setdefault(first, {first}).update(body)
+        above = set()  # what the search, depth first, has entered and not left
+        for source, first, kind in nx.dfs_labeled_edges(graph, 0):
+            if kind == "forward":
+                above.add(first)
+            elif kind == "reverse":
+                above.discard(first)
+            elif first in above:
+                # what leads to the jump back without passing the loop's first instruction
+                around = graph.reverse()
+                around.remove_node(first)
+                body = nx.descendants(around, source) | {source} if source != first else set()
+                found.setdefault(first, {first}).update(body)
         return found
 
     def steps(self, passes: int, inner_bytes: float | None = None, least_bytes: float | None = None) -> list[Way]:
@@ -101,18 +107,6 @@ def _chosen(ways: dict[float, float], least_bytes: float | None) -> Way:
     return Way(*(min(enough, key=lambda way: way[1]) if enough else max(ways.items())))
 
 
-def _closing(graph: nx.DiGraph) -> Iterator[tuple[int, int]]:
-    """The edges, depth first from 0, that lead back to what they were reached from."""
-    above = set()
-    for source, goal, kind in nx.dfs_labeled_edges(graph, 0):
-        if kind == "forward":
-            above.add(goal)
-        elif kind == "reverse":
-            above.discard(goal)
-        elif goal in above:
-            yield source, goal
-
-
 def parse(assembly: str) -> Code:
     """nvdisasm's text, or LLVM's for AMD. Raises ValueError where no instruction is in it."""
     dialect = _NVIDIA if "/*0000*/" in assembly else _AMD
@@ -149,31 +143,16 @@ def amd_bytes(kind: str) -> int:
     return int(re.findall(r"\d+", kind)[0]) // 8
 
 
-class _Dialect(NamedTuple):
-    """How a disassembler writes; `bytes` are those of the kind that `access` finds."""
-
-    line: re.Pattern
-    label: re.Pattern
-    jump: re.Pattern
-    end: re.Pattern
-    access: re.Pattern
-    bytes: Callable[[str], int]
-
-
-_NVIDIA = _Dialect(
-    line=re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?P<text>[^;]*?)\s*;"),
-    label=re.compile(r"^(\.L_x_\d+):"),
+# how a disassembler writes; `bytes` are those of the kind that `access` finds
+_NVIDIA = SimpleNamespace(
+    line=re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?P<text>[^;]*?)\s*;"), label=re.compile(r"^(\.L_x_\d+):"),
     jump=re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)"),
     end=re.compile(r"BRA(\.\w+)* `|(EXIT|RET|BRX|JMP)\b"),
-    access=re.compile(r"\b(?:LDG|STG|LD|ST)\.E((?:\.\w+)*)"),
-    bytes=_nvidia_bytes,
+    access=re.compile(r"\b(?:LDG|STG|LD|ST)\.E((?:\.\w+)*)"), bytes=_nvidia_bytes,
 )
-_AMD = _Dialect(
-    line=re.compile(r"^\s+(?P<text>[a-z][^;]*)"),
-    label=re.compile(r"^(\.LBB\d+_\d+):"),
-    jump=re.compile(r"^s_c?branch\w*\s+(\.LBB\d+_\d+)"),
-    end=re.compile(r"s_branch|s_endpgm|s_setpc"),
-    access=re.compile(r"^(?:global|buffer|flat)_(?:load|store)_(\w+)"),
-    bytes=amd_bytes,
+_AMD = SimpleNamespace(
+    line=re.compile(r"^\s+(?P<text>[a-z][^;]*)"), label=re.compile(r"^(\.LBB\d+_\d+):"),
+    jump=re.compile(r"^s_c?branch\w*\s+(\.LBB\d+_\d+)"), end=re.compile(r"s_branch|s_endpgm|s_setpc"),
+    access=re.compile(r"^(?:global|buffer|flat)_(?:load|store)_(\w+)"), bytes=amd_bytes,
 )
 _IDLE = re.compile(r"(?:@!?U?P\w+ )?NOP|s_nop|s_code_end")

@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -32,16 +33,12 @@ BUDGET = Budget(repeats=15, min_time=0.1, max_time=4.0, min_sample=5e-3)
 QUICK = Budget(repeats=3, min_time=0.01, max_time=0.5)
 
 
-class HostTimer(CpuTimer):
-    """Of a GPU's calls what the host takes."""
-
-    def __init__(self, device: torch.device):
-        self._cuda = CudaTimer(device)
-        self.most_calls = self._cuda.host_calls
-
-    def sample(self, call: Callable[[], object], calls: int) -> float:
-        """Seconds per call."""
-        return self._cuda.host_seconds(call)
+def _timer(device: torch.device) -> Any:
+    """Of a GPU's calls it takes what the host takes."""
+    if device.type == "cpu":
+        return CpuTimer()
+    cuda = CudaTimer(device)
+    return SimpleNamespace(most_calls=cuda.host_calls, sample=lambda call, calls: cuda.host_seconds(call))
 
 
 def main(options: Namespace) -> tuple[int, dict[str, Any]]:
@@ -50,8 +47,7 @@ def main(options: Namespace) -> tuple[int, dict[str, Any]]:
     if device.type == "cpu":
         _launch_nothing()
     facts = start(device, 1)  # autograd's and OpenMP's threads are not the host's time
-    timer = HostTimer(device) if device.type == "cuda" else CpuTimer()
-    budget = QUICK if options.quick else BUDGET
+    timer, budget = _timer(device), QUICK if options.quick else BUDGET
     results = [result for case in cases(device) for result in timed(case, timer, budget)]
     print(table(results))
     document = {"machine": facts, "budget": asdict(budget), "results": results}

@@ -24,17 +24,11 @@ def describe(device: torch.device) -> dict[str, str]:
     flags = [flag for flag in SIMD_FLAGS if flag in _cpu().get("flags", ())]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     return {
-        "device": device_name(device),
-        **(_gpu(device) if device.type == "cuda" else {}),
-        "cpu": cpu_name(),
+        "device": device_name(device), **(_gpu(device) if device.type == "cuda" else {}), "cpu": cpu_name(),
         "cores / threads used": f"{os.cpu_count()} / {torch.get_num_threads()}",
         "simd": f"{torch.backends.cpu.get_cpu_capability()} ({' '.join(flags) or 'flags unknown'})",
-        "memory": f"{memory / 2**30:.0f} GiB",
-        "os": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": version("triton"),
-        "fastnorm": fastnorm.__version__,
+        "memory": f"{memory / 2**30:.0f} GiB", "os": platform.platform(), "python": platform.python_version(),
+        "torch": torch.__version__, "triton": version("triton"), "fastnorm": fastnorm.__version__,
         "backends": "; ".join(f"{s.name}: {s.detail}" for s in fastnorm.backend.statuses().values() if s.available),
         "load before the run": f"{_load():.2f}" + " (busy: expect noise)" * bool(busy_line()),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),

@@ -23,26 +23,18 @@ ROWS = Family(
 )
 
 
-def _stock_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weight, bias, EPS)
-
-
-def _stock_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], weight, EPS)
-
-
 def _stock_add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     h = x + residual
-    return _stock_layer_norm(h, weight, bias), h
+    return F.layer_norm(h, h.shape[-1:], weight, bias, EPS), h
 
 
 def _stock_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     h = x + residual
-    return _stock_rms_norm(h, weight), h
+    return F.rms_norm(h, h.shape[-1:], weight, EPS), h
 
 
 def _row_norm(name: str, stock: Callable[..., Outputs], fused: Callable[..., Outputs]) -> Operation:
-    """The inputs are what the functions' parameters are called."""
+    """The inputs are what the stock function's parameters are called."""
     inputs = tuple(signature(stock).parameters)
     adds = "residual" in inputs
     return Operation(
@@ -55,12 +47,14 @@ def _row_norm(name: str, stock: Callable[..., Outputs], fused: Callable[..., Out
 
 
 ROW_NORMS = (
-    _row_norm("layer_norm", _stock_layer_norm, lambda x, w, b: functional.layer_norm(x, x.shape[-1:], w, b, EPS)),
-    _row_norm("rms_norm", _stock_rms_norm, lambda x, w: functional.rms_norm(x, x.shape[-1:], w, EPS)),
+    _row_norm("layer_norm", lambda x, weight, bias: F.layer_norm(x, x.shape[-1:], weight, bias, EPS),
+              lambda x, weight, bias: functional.layer_norm(x, x.shape[-1:], weight, bias, EPS)),
+    _row_norm("rms_norm", lambda x, weight: F.rms_norm(x, x.shape[-1:], weight, EPS),
+              lambda x, weight: functional.rms_norm(x, x.shape[-1:], weight, EPS)),
     _row_norm("add_layer_norm", _stock_add_layer_norm,
-              lambda x, r, w, b: functional.add_layer_norm(x, r, x.shape[-1:], w, b, EPS)),
+              lambda x, residual, w, b: functional.add_layer_norm(x, residual, x.shape[-1:], w, b, EPS)),
     _row_norm("add_rms_norm", _stock_add_rms_norm,
-              lambda x, r, w: functional.add_rms_norm(x, r, x.shape[-1:], w, EPS)),
+              lambda x, residual, weight: functional.add_rms_norm(x, residual, x.shape[-1:], weight, EPS)),
 )  # fmt: skip
 OPERATIONS = {operation.name: operation for operation in (*ROW_NORMS, *channel_norms.OPERATIONS)}
 FAMILIES = {

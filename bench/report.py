@@ -68,17 +68,14 @@ def _right(cells: pd.DataFrame, left: int) -> list[str]:
 
 def losing(results: Iterable[dict], kind: Kind) -> str:
     """The block of what fastnorm is slower at than the baseline, of all its providers."""
-    frame = frame_of(results)
+    ours = [result for result in results if result["provider"].startswith("fastnorm") and result[kind.speedup]]
+    lost = frame_of(result for result in ours if is_loss(result[kind.speedup]))
     title = f"Losing cells: fastnorm slower than {kind.baseline}"
-    mine = frame[frame["provider"].str.startswith("fastnorm") & frame[kind.speedup].notna()] if len(frame) else frame
-    if mine.empty:
-        return f"{title}: nothing to compare"
-    lost = mine[mine[kind.speedup].map(is_loss)]
     if lost.empty:
-        return f"{title}: none of {len(mine)}"
+        return f"{title}: {f'none of {len(ours)}' if ours else 'nothing to compare'}"
     cells = kind.cells(lost)
     cells.insert(0, "case", kind.titles(lost))
-    return f"{title}: {len(lost)} of {len(mine)}\n\n{markdown(cells, 'simple', _right(cells, 4))}"
+    return f"{title}: {len(lost)} of {len(ours)}\n\n{markdown(cells, 'simple', _right(cells, 4))}"
 
 
 def write(path: Path, document: dict[str, Any], kind: Kind) -> list[Path]:
@@ -98,7 +95,12 @@ def write(path: Path, document: dict[str, Any], kind: Kind) -> list[Path]:
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """The document, in a folder that is made where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(as_json(document), encoding="utf-8")
+
+
+def as_json(document: dict[str, Any]) -> str:
+    """What is None stays null: JSON has no NaN."""
+    return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def ceiling_line(document: dict[str, Any]) -> str:
@@ -115,11 +117,10 @@ def shown(values: Iterable[Any], text: Callable[[Any], str]) -> list[str]:
     return ["" if pd.isna(value) else text(value) for value in values]
 
 
-def problem_labels(frame: pd.DataFrame) -> list[str]:
-    """Shapes as people write them, with the layout where that is not the usual one."""
-    shapes = frame["shape"].str.replace("x", " x ")
-    pairs = zip(shapes, frame["layout"], strict=True)
-    return [shape if layout == "contiguous" else f"{shape}, {layout}" for shape, layout in pairs]
+def shapes(frame: pd.DataFrame, times: str, usual: Callable[[str, str], bool]) -> list[str]:
+    """Shapes as people write them, with the layout where shape and layout are not `usual`."""
+    pairs = zip(frame["shape"].str.replace("x", f" {times} "), frame["layout"], strict=True)
+    return [shape if usual(shape, layout) else f"{shape}, {layout}" for shape, layout in pairs]
 
 
 def _cells(frame: pd.DataFrame, case: dict[str, list[str]], more: dict[str, list[str]]) -> pd.DataFrame:
@@ -128,13 +129,10 @@ def _cells(frame: pd.DataFrame, case: dict[str, list[str]], more: dict[str, list
     times = zip(shown(frame["median_s"], duration), frame["status"], strict=True)
     quartiles = (frame["third_quartile_s"] - frame["first_quartile_s"]) / frame["median_s"]
     return pd.DataFrame({
-        **case,
-        "dtype": frame["dtype"],
+        **case, "dtype": frame["dtype"],
         "provider": [f"{name} ({by})" if by and not name.endswith(by) else name for name, by in backends],
-        "median": [time or status for time, status in times],
-        "IQR": shown(quartiles, "{:.0%}".format),
-        "GB/s": shown(frame["gb_per_s"], "{:.1f}".format),
-        **more,
+        "median": [time or status for time, status in times], "IQR": shown(quartiles, "{:.0%}".format),
+        "GB/s": shown(frame["gb_per_s"], "{:.1f}".format), **more,
     }, index=frame.index)  # fmt: skip
 
 
@@ -146,7 +144,7 @@ def _ratios(frame: pd.DataFrame, column: str) -> list[str]:
 
 NORMS = Kind(
     titles=lambda frame: frame["operation"] + ", " + frame["mode"].map(mode_label),
-    cells=lambda frame: _cells(frame, {"shape": problem_labels(frame)}, {
+    cells=lambda frame: _cells(frame, {"shape": shapes(frame, "x", lambda _, layout: layout == "contiguous")}, {
         "% of copy": shown(frame["percent_of_ceiling"], "{:.0f}%".format),
         "vs torch": _ratios(frame, "speedup_vs_torch"),
         "vs compile": _ratios(frame, "speedup_vs_compile"),

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,21 +63,18 @@ class Bench:
         return {"budget": asdict(self.plan.budget), "absent": self.absent, "copy_ceilings_gb_per_s": ceilings}
 
     def parts(self) -> Iterator[tuple[str, Iterator[list[Result]]]]:
-        """The results of each operation by its name."""
-        return ((name, self.run_operation(name)) for name in self.plan.shapes)
+        """Each operation's name and cases, which are lists of a result for each provider: for each shape, layout, dtype
+        and mode."""
+        for name, shapes in self.plan.shapes.items():
+            problems = itertools.product(shapes, self.plan.layouts_of(OPERATIONS[name]), self.plan.dtypes)
+            run = partial(self._run_workload, OPERATIONS[name])
+            yield name, itertools.chain.from_iterable(itertools.starmap(run, problems))
 
     def cases(self) -> int:
-        """How many lists `run_operation` yields over all operations."""
+        """How many lists of results all parts have."""
         plan = self.plan
         problems = sum(len(shapes) * len(plan.layouts_of(OPERATIONS[name])) for name, shapes in plan.shapes.items())
         return problems * len(plan.dtypes) * len(plan.modes)
-
-    def run_operation(self, name: str) -> Iterator[list[Result]]:
-        """Yield the results of each case, a list with one entry per provider: for each shape, layout, dtype, mode."""
-        operation = OPERATIONS[name]
-        layouts = self.plan.layouts_of(operation)
-        for shape, layout, dtype in itertools.product(self.plan.shapes[name], layouts, self.plan.dtypes):
-            yield from self._run_workload(operation, shape, layout, dtype)
 
     def _find_absent(self, operation: Operation, layout: str) -> None:
         torch.compiler.reset()

@@ -22,9 +22,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from .card.summary import TIMES, clip_rows, norm_rows, question_rows
-from .labels import LOSS, mode_label, speedup
-from .report import frame_of, host_cells, markdown, shown, wide
+from .card.summary import tables
+from .labels import LOSS, github, mode_label, speedup
+from .report import frame_of, host_cells, markdown, shapes, shown, wide
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -71,16 +71,12 @@ def _table(kind: str, names: Sequence[str]) -> str:
 
 
 def _card(document: dict, is_headline: bool) -> str:
-    machine, results = document["machine"], document["results"]
+    machine = document["machine"]
     if is_headline:
-        results = [result for result in results if result["shape"].endswith("x4096")]
-    tables = [(norm_rows(results), TIMES)]
-    if not is_headline:
-        tables += [clip_rows(document["clips"])] if document["clips"] else []
-        choices = question_rows(document["questions"])
-        tables += [choices] if choices else []
+        results = [result for result in document["results"] if result["shape"].endswith("x4096")]
+        document = {"results": results, "clips": [], "questions": []}
     title = f"{machine['device']}, torch {machine.get('torch')}, {machine.get('date')}:"
-    return "\n\n".join([title, *(markdown(pd.DataFrame(rows, columns=headers)) for rows, headers in tables)])
+    return "\n\n".join([title, *(github(*table) for table in tables(document).values())])
 
 
 def _case(frame: pd.DataFrame) -> dict[str, pd.Series]:
@@ -89,9 +85,7 @@ def _case(frame: pd.DataFrame) -> dict[str, pd.Series]:
 
 def _cells(frame: pd.DataFrame) -> str:
     return markdown(pd.DataFrame({
-        **_case(frame),
-        "shape": _shapes(frame),
-        "dtype": frame["dtype"],
+        **_case(frame), "shape": _shapes(frame), "dtype": frame["dtype"],
         "ms": shown(frame["median_s"] * 1e3, "{:.3g}".format),
         "against stock": shown(frame["speedup_vs_torch"], speedup),
         "against torch.compile": shown(frame["speedup_vs_compile"], speedup),
@@ -144,18 +138,13 @@ def _instructions(kernels: list[dict], operations: list[str], dtypes: list[str],
 def _clip(frame: pd.DataFrame) -> str:
     gradients = [f"{r.list}: {r.tensors:,} tensors, {r.elements / 1e6:.3g} M" for r in frame.itertuples()]
     return markdown(pd.DataFrame({
-        "operation": "`" + frame["operation"] + "`",
-        "gradients": gradients,
-        "case": frame["case"] + ", " + frame["dtype"],
-        "provider": frame["provider"],
-        "ms": shown(frame["median_s"] * 1e3, "{:.3g}".format),
-        "against": frame["baseline"],
+        "operation": "`" + frame["operation"] + "`", "gradients": gradients,
+        "case": frame["case"] + ", " + frame["dtype"], "provider": frame["provider"],
+        "ms": shown(frame["median_s"] * 1e3, "{:.3g}".format), "against": frame["baseline"],
         "speed-up": shown(frame["speedup"], speedup),
     }))  # fmt: skip
 
 
 def _shapes(frame: pd.DataFrame) -> list[str]:
     """With the layout of images, whichever it is."""
-    shapes = frame["shape"].str.replace("x", " × ")
-    pairs = zip(shapes, frame["layout"], strict=True)
-    return [f"{shape}, {layout}" if shape.count("×") > 1 else shape for shape, layout in pairs]
+    return shapes(frame, "×", lambda shape, _: shape.count("×") == 1)

@@ -55,11 +55,6 @@ class Workload:
             margin = max(KINK_MARGIN, 8 * torch.finfo(dtype).eps)  # 8: rounding errors of |z| up to 16
             self.output_grads[0].masked_fill_(z.abs() < margin, 0)
 
-    @property
-    def slices(self) -> int:
-        """How many parts the oracle may cut the case into."""
-        return self.inputs["x"].shape[self.operation.family.cut["x"]]
-
     def part(self, start: int, stop: int, dtype: torch.dtype) -> "Workload":
         """Slices `start` to `stop` of this case, in `dtype`."""
         cut = self.operation.family.cut

@@ -8,6 +8,11 @@ from ..labels import aligned, github, speedup
 
 MOST_FAILURES = 12
 MOST_TIMES = 16
+LEGENDS = {
+    "Times": "Against the others: their time / fastnorm's; ▼ slower.\n\n",
+    "Choices": "Time / the time as it is: above 1, the choice pays.\n\n",
+}
+Table = tuple[list[tuple[str, ...]], tuple[str, ...]]  # rows and headers
 
 
 def write(folder: Path, stages: list[dict], rehearsal: bool) -> dict:
@@ -40,14 +45,18 @@ def write(folder: Path, stages: list[dict], rehearsal: bool) -> dict:
 def text(folder: Path) -> str:
     """At most 60 lines."""
     document = json.loads((folder / "card.json").read_text(encoding="utf-8"))
-    times, questions = norm_rows(document["results"]), question_rows(document["questions"])
+    found = tables(document)
+    shown = [(found[name][0][:MOST_TIMES], found[name][1]) for name in ("Times", "Choices") if name in found]
     parts = [_headline(document), *_failure_lines(document["failures"], MOST_FAILURES)]
-    if times:
-        parts.append(aligned([TIMES, *times[:MOST_TIMES]]))
-    if questions:
-        parts.append(aligned([questions[1], *questions[0]]))
-    lines = "\n".join(parts).splitlines()
+    lines = "\n".join([*parts, *(aligned([headers, *rows]) for rows, headers in shown)]).splitlines()
     return "\n".join([*lines[:59], f"all of it: {folder / 'card.md'}"])
+
+
+def tables(document: dict) -> dict[str, Table]:
+    """Those that have rows, by their titles."""
+    found = {"Times": norm_rows(document["results"]), "Clips": clip_rows(document["clips"]),
+             "Choices": question_rows(document["questions"])}  # fmt: skip
+    return {title: table for title, table in found.items() if table[0]}
 
 
 def _lines(path: Path) -> list[dict]:
@@ -96,7 +105,7 @@ TIMES = ("operation", "shape", "dtype", "mode", "µs", "GB/s", "% of copy", "hos
 CLIPS = ("operation", "list", "case", "dtype", "provider", "µs", "GB/s", "host µs", "against the baseline")
 
 
-def norm_rows(results: list[dict]) -> list[tuple[str, ...]]:
+def norm_rows(results: list[dict]) -> Table:
     """A row for each case of fastnorm's, with the speed-ups against stock torch, torch.compile and Liger-Kernel."""
     cases = _by(results, ("operation", "shape", "layout", "dtype", "mode"), "provider")
     rows = []
@@ -110,7 +119,7 @@ def norm_rows(results: list[dict]) -> list[tuple[str, ...]]:
             times = f"{median * 1e6:.1f}", f"{ours['gb_per_s']:.0f}", f"{ours['percent_of_ceiling']:.0f}"
             mode = "both" if mode == "forward_backward" else mode
             rows.append((operation, shape, dtype, mode, *times, _microseconds(ours["host_s"]), *ratios))
-    return rows
+    return rows, TIMES
 
 
 def _by(lines: list[dict], case: tuple[str, ...], across: str) -> dict[tuple, dict[str, dict]]:
@@ -125,7 +134,7 @@ def _microseconds(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds * 1e6:.0f}"
 
 
-def clip_rows(clips: list[dict]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+def clip_rows(clips: list[dict]) -> Table:
     """A row for each list, case and provider that has a time."""
     timed = [line for line in clips if line["median_s"] is not None]
     return [
@@ -134,7 +143,7 @@ def clip_rows(clips: list[dict]) -> tuple[list[tuple[str, ...]], tuple[str, ...]
     ], CLIPS  # fmt: skip
 
 
-def question_rows(questions: list[dict]) -> tuple[list[tuple[str, ...]], list[str]] | None:
+def question_rows(questions: list[dict]) -> Table:
     """A row for each operation and width: the time as it is, and of each variant what it takes beside that."""
     names = list(dict.fromkeys(line["variant"] for line in questions if line["variant"] != "as it is"))
     rows = []
@@ -143,21 +152,14 @@ def question_rows(questions: list[dict]) -> tuple[list[tuple[str, ...]], list[st
             cells = [variants.get(name, {}) for name in names]
             taken = [f"{c['median_s'] / base:.2f}" if "median_s" in c else "failed" if c else "" for c in cells]
             rows.append((f"{operation} backward", str(cols), f"{base * 1e6:.1f}", *taken))
-    return (rows, ["operation", "columns", "µs as it is", *names]) if rows else None
+    return rows, ("operation", "columns", "µs as it is", *names)
 
 
 def _markdown(document: dict) -> str:
     parts = [f"```\n{_headline(document)}\n{aligned(document['machine'].items())}\n```"]
-    if failures := _failure_lines(document["failures"], 100):
-        parts += ["## Failures", "\n".join(f"- {line}" for line in failures)]
-    if times := norm_rows(document["results"]):
-        parts += ["## Times", "Against the others: their time / fastnorm's; ▼ slower.", github(times, TIMES)]
-    if document["clips"]:
-        parts += ["## Clips", github(*clip_rows(document["clips"]))]
+    lists = {"Failures": _failure_lines(document["failures"], 100), "Left out, for want of time": document["left_out"]}
+    parts += [f"## {title}\n\n" + "\n".join(f"- {line}" for line in lines) for title, lines in lists.items() if lines]
+    parts += [f"## {title}\n\n{LEGENDS.get(title, '')}{github(*table)}" for title, table in tables(document).items()]
     if document["profile"]:
-        parts += ["## ncu", "```\n" + "\n".join(document["profile"]) + "\n```"]
-    if document["left_out"]:
-        parts += ["## Left out, for want of time", "\n".join(f"- {what}" for what in document["left_out"])]
-    if questions := question_rows(document["questions"]):
-        parts += ["## Choices", "Time / the time as it is: above 1, the choice pays.", github(*questions)]
+        parts.append("## ncu\n\n```\n" + "\n".join(document["profile"]) + "\n```")
     return "\n\n".join(parts) + "\n"

@@ -80,9 +80,9 @@ def _timed(plan: run.Plan, name: str, stage: Stage) -> str | None:
     bench = run.Bench(plan, stage.timer())
     if absent := absences(bench.absent):
         stage.record(absent=absent)
-    for done, results in enumerate(bench.run_operation(name), 1):
-        _record("norm", results, stage)
-        if broken := _broken(results):
+    ((_, cases),) = bench.parts()
+    for done, results in enumerate(cases, 1):
+        if broken := _record("norm", results, stage):
             return broken
         if stage.left <= 0 and done < bench.cases():
             stage.record(left_out=f"{name}: {bench.cases() - done} cases behind {results[0]['shape']}")
@@ -98,8 +98,7 @@ def _clips(operations: tuple[str, ...], name: str, dtype: str, stage: Stage) -> 
     bench = clip.Bench(clip.Plan(operations, (name,), (dtype,), stage.device, stage.budget), stage.timer())
     try:
         for results in itertools.chain.from_iterable(cases for _, cases in bench.parts()):
-            _record("clip", results, stage)
-            if broken := _broken(results):
+            if broken := _record("clip", results, stage):
                 return broken
     finally:
         gc.collect()
@@ -108,14 +107,11 @@ def _clips(operations: tuple[str, ...], name: str, dtype: str, stage: Stage) -> 
     return None
 
 
-def _broken(results: list) -> str | None:
-    """CUDA's own error, if one of the providers left one."""
-    return next((result["detail"] for result in results if is_sticky(result["detail"])), None)
-
-
-def _record(kind: str, results: list, stage: Stage) -> None:
+def _record(kind: str, results: list[dict], stage: Stage) -> str | None:
+    """Writes them; CUDA's own error, if one of the providers left one."""
     for result in results:
         stage.record(kind=kind, **result)
+    return next((result["detail"] for result in results if is_sticky(result["detail"])), None)
 
 
 if __name__ == "__main__":
