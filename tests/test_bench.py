@@ -3,15 +3,20 @@
 import csv
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench import arguments, ceiling, check, cli, commands, labels, machine, plots, presets, providers, report, run, timing
+from bench import arguments, ceiling, check, cli, commands, labels, plots, presets, providers, report, run, timing
 from bench.operations import FAMILIES, OPERATIONS
 from bench.workload import Workload
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
 TINY = ["--dtypes", "fp32", "--device", "cpu", "--repeats", "2", "--min-time", "0.001"]
 
 # design: passes over x, reads + writes
@@ -154,6 +159,80 @@ def test_what_is_above_the_rule_is_shown_with_its_error_and_fails_the_command_if
     assert peer["median_s"] > 0 and ours["median_s"] > 0
     arguments[arguments.index("peer,fastnorm-sloppy")] = "peer"
     assert cli.main(["rms_norm", *arguments, "--output", str(tmp_path), *TINY]) == 0
+
+
+SMALL = ["rms_norm", "--shapes", "8x16", "--mode", "forward", "--providers", "torch,fastnorm-reference"]
+
+
+def test_json_to_stdout_leaves_all_else_to_stderr(tmp_path, capsys):
+    assert cli.main([*SMALL, "--json", "-", "--output", str(tmp_path), *TINY]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["results"] == results_of(tmp_path)
+    assert "rms_norm, forward" in err and "Losing cells" in err
+    assert cli.main([*SMALL, "--json", str(tmp_path / "given"), "--output", str(tmp_path), *TINY]) == 0
+    assert json.loads((tmp_path / "given").read_text())["results"] == results_of(tmp_path)
+    assert "rms_norm, forward" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("load", "is_busy"), [(0.51, True), (0.49, False)])
+def test_the_first_line_says_that_the_machine_is_busy(load, is_busy, tmp_path, capsys, monkeypatch):
+    cores = os.cpu_count() or 1
+    monkeypatch.setattr(os, "getloadavg", lambda: (load * cores, 0.0, 0.0))
+    assert cli.main([*SMALL, "--output", str(tmp_path), *TINY]) == 0
+    printed = capsys.readouterr().out
+    if is_busy:
+        assert printed.startswith(f"BUSY: the load average is {load * cores:.2f}, above 0.5 for each of {cores} cores")
+    else:
+        assert printed.startswith("device ") and "busy" not in printed.lower()
+
+
+def test_losing_cells_come_last_in_one_block(tmp_path, capsys, monkeypatch):
+    def ratio(baseline, samples):
+        return 1.0 if baseline is samples else 0.8
+
+    monkeypatch.setattr(run, "paired_ratio", ratio)
+    assert cli.main([*SMALL, "--output", str(tmp_path), *TINY]) == 0
+    title, empty, header, _, *rows = capsys.readouterr().out.partition("Losing cells: ")[2].splitlines()
+    assert title == "fastnorm slower than stock torch eager: 1 of 1" and not empty and header.startswith("case  ")
+    assert [row.split()[:6] for row in rows] == [["rms_norm,", "forward", "8", "x", "16", "fp32"]]
+    assert "0.80x ▼" in rows[0]
+
+
+def test_only_what_fastnorm_is_slower_at_is_losing():
+    results = results_of(ROOT / "bench" / "results", "*-layer_norm-custom")
+    text = report.losing(results, report.NORMS)
+    assert text.splitlines()[0] == "Losing cells: fastnorm slower than stock torch eager: 1 of 4"
+    assert len(text.splitlines()) == 5 and "64 x 256" in text.splitlines()[4]
+    fast = [result | {"speedup_vs_torch": 0.996} for result in results]  # 1.00, as the tables show it
+    assert report.losing(fast, report.NORMS).endswith("eager: none of 4")
+    alone = [result | {"speedup_vs_torch": None} for result in results]
+    assert report.losing(alone, report.NORMS).endswith("eager: nothing to compare")
+
+
+RESULTS = [path for path in (ROOT / "bench" / "results").glob("*.json") if "copy_ceilings" in path.read_text("utf-8")]
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_files_of_results_are_what_their_json_makes(path, tmp_path, monkeypatch):
+    monkeypatch.undo()  # the true size of a large copy
+    report.write(tmp_path / path.stem, json.loads(path.read_text("utf-8")), report.NORMS)
+    for suffix, end in ((".json", None), (".csv", None), (".md", -5)):  # the legend has become another one
+        written = (tmp_path / path.name).with_suffix(suffix).read_text("utf-8").splitlines()
+        assert written[:end] == path.with_suffix(suffix).read_text("utf-8").splitlines()[:end]
+
+
+def test_a_command_line_without_a_command_is_one_of_norms():
+    for arguments_ in ([], ["rms_norm"], ["--quick"], ["norms", "rms_norm"]):
+        assert cli.parse(arguments_).run is commands.norms
+    assert cli.parse(["clip", "--quick"]).run is commands.clips
+    assert cli.parse(["real-model", "--device", "cpu"]).device == CPU
+
+
+def test_missing_packages_are_named_with_the_remedy():
+    code = "import runpy, sys; sys.modules.update(pandas=None, cpuinfo=None); runpy.run_module('bench')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == "python -m bench needs py-cpuinfo, pandas: pip install -e '.[bench]'\n"
+    assert done.returncode == 1
 
 
 @pytest.mark.parametrize(

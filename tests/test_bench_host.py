@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("tabulate")
+pytest.importorskip("pandas")
 pytest.importorskip("triton")
 
 from bench import host
