@@ -16,7 +16,7 @@ from . import peers
 from .measurement import INEXACT, WRONG, Result, measure
 from .presets import DTYPES
 from .providers import PROVIDERS as NORM_PROVIDERS
-from .providers import Provider, peer, serving_backend, why_absent
+from .providers import Provider, absent, peer, serving_backend
 from .timing import Budget, CpuTimer, CudaTimer, paired_ratio, timer_for
 
 NOT_CLIPPED, CLIPPED = "not clipped", "clipped"
@@ -165,16 +165,14 @@ def _stepped(param: Tensor, grad: Tensor, norm: float, max_norm: float) -> Tenso
 
 _ENTRIES = (
     Operation(
-        name="clip_grad_norm",
-        label="clip_grad_norm_",
+        name="clip_grad_norm", label="clip_grad_norm_",
         fused=lambda workload, bound: fastnorm.clip_grad_norm_(workload.params, bound),
         others=(
             _provider("torch", _stock(foreach=True)),
             _provider("torch, foreach=False", _stock(foreach=False)),
             peer("apex", peers.apex_clip),
         ),
-        passes={NOT_CLIPPED: 1, CLIPPED: 3},
-        expected=_scaled,
+        passes={NOT_CLIPPED: 1, CLIPPED: 3}, expected=_scaled,
     ),
     Operation(
         name="adaptive_clip_grad", label="adaptive_clip_grad_",
@@ -183,16 +181,13 @@ _ENTRIES = (
         bounds=lambda norm: {NOT_CLIPPED: 1e3, CLIPPED: 1e-2},
     ),
     Operation(
-        name="clip_grad_norm",
-        label="clip and AdamW step",
+        name="clip_grad_norm", label="clip and AdamW step",
         fused=_then_step(fastnorm.clip_grad_norm_),
         others=(
             _provider("torch", _then_step(torch.nn.utils.clip_grad_norm_)),
             _provider("fastnorm-deferred", deferred, ours=True),
         ),
-        passes={NOT_CLIPPED: 8, CLIPPED: 8},
-        expected=_stepped,
-        judged=lambda p: p.detach(),
+        passes={NOT_CLIPPED: 8, CLIPPED: 8}, expected=_stepped, judged=lambda p: p.detach(),
     ),
 )
 OPERATIONS = {operation.label: operation for operation in _ENTRIES}
@@ -214,12 +209,8 @@ class Bench:
 
     def __init__(self, plan: Plan, timer: CpuTimer | CudaTimer | None = None):
         self.plan, self.timer = plan, timer or timer_for(plan.device)
-        self.absent: dict[str, dict[str, str]] = {label: {} for label in plan.operations}
-        for label in plan.operations:
-            for provider in OPERATIONS[label].providers():
-                reason = why_absent(provider, OPERATIONS[label], self._attempt)
-                if reason is not None:
-                    self.absent[label][provider.name] = reason
+        operations = [OPERATIONS[label] for label in plan.operations]
+        self.absent = {each.label: absent(each.providers(), each, self._attempt) for each in operations}
 
     def _attempt(self, call: Call) -> None:
         call(Workload([(4, 4), (4,)], torch.float32, self.plan.device), 1.0)

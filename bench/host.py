@@ -20,7 +20,7 @@ from . import clip, machine, report
 from .commands import start
 from .operation import MODES
 from .operations import OPERATIONS
-from .providers import PROVIDERS, Provider, why_absent
+from .providers import PROVIDERS, Provider, absent
 from .report import HOST_PROVIDERS as NAMES
 from .timing import Budget, CpuTimer, CudaTimer, Runner, interleave
 from .workload import Workload
@@ -59,8 +59,8 @@ def main(options: Namespace) -> tuple[int, dict[str, Any]]:
 
 def table(results: list[dict]) -> str:
     """A row for each operation and mode, and why providers are absent."""
-    absent = sorted({f"{result['provider']}: {result['absent']}" for result in results if result["absent"]})
-    return "\n".join([report.markdown(report.host_cells(results), "simple"), *absent])
+    reasons = sorted({f"{result['provider']}: {result['absent']}" for result in results if result["absent"]})
+    return "\n".join([report.markdown(report.host_cells(results), "simple"), *reasons])
 
 
 def _launch_nothing() -> None:
@@ -102,14 +102,14 @@ def cases(device: torch.device) -> Iterator[Case]:
 
 def timed(case: Case, timer: CpuTimer, budget: Budget) -> list[dict[str, Any]]:
     """Each provider's µs a call, over the rounds; None and why of those that are absent, which come last."""
-    reasons = {p.name: why_absent(p, case.operation, lambda call: case.make(call)()) for p in case.providers}
-    here = [provider for provider in case.providers if reasons[provider.name] is None]
+    reasons = absent(case.providers, case.operation, lambda call: case.make(call)())
+    here = [provider for provider in case.providers if provider.name not in reasons]
     runners = {p.name: Runner(case.make(p.build(case.operation)), p.activate) for p in here}
 
-    def result(who: str, best: float | None, median: float | None, absent: str = "") -> dict[str, Any]:
+    def result(who: str, best: float | None, median: float | None, why: str = "") -> dict[str, Any]:
         facts = {"operation": case.name, "mode": case.mode, "provider": who}
-        return facts | {"best_us": best, "median_us": median, "absent": absent}
+        return facts | {"best_us": best, "median_us": median, "absent": why}
 
     samples = interleave(runners, timer, budget).items()
     found = [result(who, 1e6 * min(seconds), 1e6 * statistics.median(seconds)) for who, seconds in samples]
-    return found + [result(who, None, None, reason) for who, reason in reasons.items() if reason]
+    return found + [result(who, None, None, reason) for who, reason in reasons.items()]

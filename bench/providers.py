@@ -1,7 +1,7 @@
 """Who computes an operation: stock PyTorch, torch.compile, fastnorm by backend, and peer libraries where they run."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -76,17 +76,21 @@ PROVIDERS = {
 }
 
 
-def why_absent(provider: Provider, operation: Any, attempt: Callable[[Callable], object]) -> str | None:
-    """None where `attempt`, a small case, succeeds with the provider's form of the operation, else why not."""
-    try:
-        function = provider.build(operation)
-        with provider.activate():
-            attempt(function)
-    except Unavailable as reason:
-        return str(reason)
-    except Exception as error:  # noqa: BLE001 - whatever a foreign library raises is the reason, and is shown
-        return one_line(error)
-    return None
+def absent(
+    providers: Iterable[Provider], operation: Any, attempt: Callable[[Callable], object]
+) -> dict[str, str]:
+    """Why providers can't compute the operation here, by name: `attempt` is a small case, called with their form."""
+    reasons = {}
+    for provider in providers:
+        try:
+            function = provider.build(operation)
+            with provider.activate():
+                attempt(function)
+        except Unavailable as reason:
+            reasons[provider.name] = str(reason)
+        except Exception as error:  # noqa: BLE001 - whatever a foreign library raises is the reason, and is shown
+            reasons[provider.name] = one_line(error)
+    return reasons
 
 
 def one_line(error: Exception) -> str:

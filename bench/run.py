@@ -15,7 +15,7 @@ from .measurement import INEXACT, OK, WRONG, Result, measure
 from .operation import Operation, Shape, shape_name
 from .operations import OPERATIONS
 from .presets import DTYPES
-from .providers import COMPILE, PROVIDERS, STOCK, Provider, serving_backend, why_absent
+from .providers import COMPILE, PROVIDERS, STOCK, Provider, absent, serving_backend
 from .timing import Budget, CpuTimer, CudaTimer, paired_ratio, timer_for
 from .workload import Workload
 
@@ -52,10 +52,9 @@ class Bench:
         _settle_malloc()
         self.timer = timer or timer_for(plan.device)
         self.ceilings = Ceilings(plan.device, self.timer)
-        self.absent: dict[str, dict[str, str]] = {}
-        for operation in (OPERATIONS[name] for name in plan.shapes):
-            for layout in plan.layouts_of(operation):
-                self._find_absent(operation, layout)
+        operations = [OPERATIONS[name] for name in plan.shapes]
+        cases = [(operation, layout) for operation in operations for layout in plan.layouts_of(operation)]
+        self.absent = {operation.label(layout): self._absent(operation, layout) for operation, layout in cases}
 
     def facts(self) -> dict[str, Any]:
         """What its document says beside the results."""
@@ -76,19 +75,16 @@ class Bench:
         problems = sum(len(shapes) * len(plan.layouts_of(OPERATIONS[name])) for name, shapes in plan.shapes.items())
         return problems * len(plan.dtypes) * len(plan.modes)
 
-    def _find_absent(self, operation: Operation, layout: str) -> None:
+    def _absent(self, operation: Operation, layout: str) -> dict[str, str]:
         torch.compiler.reset()
-        self.absent[operation.label(layout)] = {}
         probe = Workload.make(operation, operation.family.probe, layout, torch.float32, self.plan.device)
-        for provider in self.plan.providers:
-            reason = why_absent(PROVIDERS[provider], operation, lambda function: probe.evaluate(function, "forward"))
-            if reason is not None:
-                self.absent[operation.label(layout)][provider] = reason
+        providers = [PROVIDERS[name] for name in self.plan.providers]
+        return absent(providers, operation, lambda function: probe.evaluate(function, "forward"))
 
     def _run_workload(self, operation: Operation, shape: Shape, layout: str, dtype: str) -> Iterator[list[Result]]:
         torch.compiler.reset()  # every shape gets its own static graph, and none runs into the recompilation limit
-        absent = self.absent[operation.label(layout)]
-        providers = [PROVIDERS[name] for name in self.plan.providers if name not in absent]
+        missing = self.absent[operation.label(layout)]
+        providers = [PROVIDERS[name] for name in self.plan.providers if name not in missing]
         workload = Workload.make(operation, shape, layout, DTYPES[dtype], self.plan.device)
         reference = Reference(workload, max(self.plan.modes, key=len))  # forward_backward holds forward's values too
         functions = {provider.name: provider.build(operation) for provider in providers}
