@@ -52,8 +52,8 @@ def _batch_norms(mode: str, passes: dict[str, int], reads_of_mask: int) -> Itera
     def stock_add(x, residual, *channels):
         return stock(x, *channels) + residual
 
-    def fused(x, weight, bias, running_mean, running_var, **fused):
-        return functional.batch_norm(x, running_mean, running_var, weight, bias, training, MOMENTUM, EPS, **fused)
+    def fused(x, weight, bias, running_mean, running_var, **more):
+        return functional.batch_norm(x, running_mean, running_var, weight, bias, training, MOMENTUM, EPS, **more)
 
     def fused_add_relu(x, residual, *channels):
         return fused(x, *channels, residual=residual, activation="relu")

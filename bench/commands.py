@@ -71,6 +71,7 @@ def _timed(
             progress.set_description(part)
             for case in cases:
                 results += case
+                progress.set_postfix_str(" ".join(map(str, list(case[0].values())[1:5])) if case else "")
                 progress.update()
             progress.write(report.tables(results[known:], kind))
             document |= bench.facts()
