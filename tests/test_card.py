@@ -29,7 +29,7 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_a_rehearsal_runs_every_stage(tmp_path):
-    done = python("-m", "bench.card", "--rehearse", "--minutes", "6", "--output", str(tmp_path), OMP_NUM_THREADS="1")
+    done = python("-m", "bench.card", "--rehearse", "--minutes", "20", "--output", str(tmp_path), OMP_NUM_THREADS="1")
     document = json.loads((tmp_path / "card.json").read_text())
     log = (tmp_path / "card.log").read_text()
     assert done.returncode == 0, done.stdout + log[-3000:]
