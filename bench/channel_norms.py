@@ -18,7 +18,6 @@ MOMENTUM, EPS = 0.1, 1e-5  # torch's own, which ResNets and Stable Diffusion's U
 GROUPS = 32  # of every group norm in that UNet
 PARAMETERS, BUFFERS = ("weight", "bias"), ("running_mean", "running_var")
 
-
 BATCH_NORM = Family(
     name="batch_norm", pattern="NxCxHxW", preset="resnet50", quick="resnet50-quick", probe=(2, 64, 4, 4),
     cut={"x": 1, "residual": 1, "y": 1} | dict.fromkeys((*PARAMETERS, *BUFFERS), 0),

@@ -144,8 +144,7 @@ def compile_all(problems: Iterable[Problem], jobs: int = 1, counts: bool = False
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
         calls = pool.imap(_attempt, [(problem, counts) for problem in problems])
         for found in itertools.chain.from_iterable(calls):
-            key = _identity(found)
-            if key not in seen:
+            if (key := _identity(found)) not in seen:
                 seen.add(key)
                 yield found
 

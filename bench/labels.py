@@ -48,12 +48,9 @@ def github(rows: Iterable[Sequence[str]], headers: Sequence[str]) -> str:
 
 def absences(absent: dict[str, dict[str, str]]) -> str:
     """Which providers are missing, with the reason and the operations it holds for; "" if none is."""
-    held_back: dict[tuple[str, str], list[str]] = {}
-    for operation, reasons in absent.items():
-        for provider, reason in reasons.items():
-            held_back.setdefault((provider, reason), []).append(operation)
-    lines = [
-        f"  {provider}: {reason}" + ("" if len(operations) == len(absent) else f" ({', '.join(operations)})")
-        for (provider, reason), operations in held_back.items()
-    ]
+    lines = []
+    for provider, reason in dict.fromkeys(missing for reasons in absent.values() for missing in reasons.items()):
+        operations = [operation for operation, reasons in absent.items() if reasons.get(provider) == reason]
+        where = "" if len(operations) == len(absent) else f" ({', '.join(operations)})"
+        lines.append(f"  {provider}: {reason}{where}")
     return "\n".join(("absent:", *lines)) if lines else ""

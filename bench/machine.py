@@ -37,9 +37,8 @@ def describe(device: torch.device) -> dict[str, str]:
 
 def device_name(device: torch.device) -> str:
     """The name that results are filed under."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+    is_gpu = device.type == "cuda"
+    return torch.cuda.get_device_name(device) if is_gpu else f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def slug(name: str) -> str:
