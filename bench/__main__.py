@@ -1,13 +1,14 @@
 """Command line of the benchmark: `python -m bench --help`."""
 
 import sys
+from importlib.util import find_spec
 
-try:
-    from .cli import main
-except ModuleNotFoundError as error:
-    if error.name not in ("matplotlib", "tabulate", "tqdm"):
-        raise
-    sys.exit(f"python -m bench needs {error.name}: pip install -e '.[bench]'")
+PACKAGES = {"cpuinfo": "py-cpuinfo"} | {name: name for name in ("matplotlib", "pandas", "seaborn", "tabulate", "tqdm")}
+
+if missing := [package for module, package in PACKAGES.items() if find_spec(module) is None]:
+    sys.exit(f"python -m bench needs {', '.join(missing)}: pip install -e '.[bench]'")
+
+from .cli import main  # noqa: E402 - after what it needs is known to be there
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,19 +1,14 @@
-"""What the command lines have in common."""
+"""What command lines are made of: types of options that say what is wrong with a value."""
 
-import argparse
+import itertools
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Collection
-from pathlib import Path
+from typing import Any
 
+import torch
 
-def add_output(parser: argparse.ArgumentParser) -> None:
-    """--output, the folder of the result files."""
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        default=Path(__file__).parent / "results",
-        help="where CSV, JSON, Markdown and PNG go (default: bench/results)",
-    )
+from .operation import Shape
+from .presets import SHAPES
 
 
 def name(known: Collection[str], kind: str) -> Callable[[str], str]:
@@ -21,15 +16,14 @@ def name(known: Collection[str], kind: str) -> Callable[[str], str]:
 
     def parse(text: str) -> str:
         if text not in known:
-            raise argparse.ArgumentTypeError(f"unknown {kind} {text!r}; known: {', '.join(known)}")
+            raise ArgumentTypeError(f"unknown {kind} {text!r}; known: {', '.join(known)}")
         return text
 
     return parse
 
 
-def names(known: Collection[str], kind: str) -> Callable[[str], tuple[str, ...]]:
-    """A parser of names separated by commas."""
-    one = name(known, kind)
+def several(one: Callable[[str], Any]) -> Callable[[str], tuple]:
+    """A parser of values separated by commas."""
     return lambda text: tuple(dict.fromkeys(one(item.strip()) for item in text.split(",")))
 
 
@@ -40,9 +34,37 @@ def positive(kind: type[int] | type[float]) -> Callable[[str], int | float]:
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+            raise ArgumentTypeError(f"{text!r} is not a number") from None
         if not value > 0:
-            raise argparse.ArgumentTypeError(f"{text!r} is not above zero")
+            raise ArgumentTypeError(f"{text!r} is not above zero")
         return value
 
     return parse
+
+
+def device(text: str) -> torch.device:
+    """A device that can be timed and is there."""
+    try:
+        found = torch.device(text)
+    except RuntimeError:
+        raise ArgumentTypeError(f"{text!r} is no device of PyTorch's") from None
+    if found.type not in ("cpu", "cuda"):
+        raise ArgumentTypeError(f"{text!r}: only cpu and cuda can be timed")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ArgumentTypeError(f"{text!r}: PyTorch sees no CUDA device here")
+    return found
+
+
+def shapes(text: str) -> tuple[Shape, ...]:
+    """Shapes and names of presets, separated by commas."""
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(several(_shapes)(text))))
+
+
+def _shapes(item: str) -> tuple[Shape, ...]:
+    if item in SHAPES:
+        return SHAPES[item]
+    lengths = item.split("x")
+    if not all(length.isdecimal() and int(length) for length in lengths):
+        known = ", ".join(SHAPES)
+        raise ArgumentTypeError(f"{item!r} is neither a shape, ROWSxCOLS or NxCxHxW, nor one of {known}")
+    return (tuple(map(int, lengths)),)

@@ -45,9 +45,8 @@ class Reference:
         self.allowed: dict[str, float] = {}
         for name, value in workload.evaluate(workload.operation.stock, mode).items():
             self.stock_dtypes[name] = value.dtype
-            self.allowed[name] = STOCK_ERROR_FACTOR * max_error(value, self.exact[name]) + slack(
-                value.dtype, self.exact[name]
-            )
+            error, exact = max_error(value, self.exact[name]), self.exact[name]
+            self.allowed[name] = STOCK_ERROR_FACTOR * error + slack(value.dtype, exact)
 
     def judge(self, function: Callable, mode: str) -> Verdict:
         """Evaluate `function` once and compare all that it returns."""
@@ -71,11 +70,11 @@ def oracle(workload: Workload, mode: str) -> dict[str, Tensor]:
     """Outputs, buffers and gradients of the stock formula in float64, computed a few slices at a time."""
     family = workload.operation.family
     cut = family.cut | {f"d{name}": dim for name, dim in family.cut.items()}
-    largest = max(tensor.numel() for tensor in workload.inputs.values())
-    step = max(1, CHUNK_ELEMENTS * workload.slices // largest)
+    slices, largest = workload.inputs["x"].shape[cut["x"]], max(x.numel() for x in workload.inputs.values())
+    step = max(1, CHUNK_ELEMENTS * slices // largest)
     pieces: dict[str, list[Tensor]] = {}
-    for start in range(0, workload.slices, step):
-        part = workload.part(start, min(start + step, workload.slices), torch.float64)
+    for start in range(0, slices, step):
+        part = workload.part(start, min(start + step, slices), torch.float64)
         for name, value in part.evaluate(workload.operation.stock, mode).items():
             pieces.setdefault(name, []).append(value)
     return {

@@ -3,8 +3,8 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +13,11 @@ from torch.nn import Parameter
 import fastnorm
 
 from . import peers
-from .measurement import FAILED, INEXACT, WRONG, Measurement
+from .measurement import INEXACT, WRONG, Result, measure
 from .presets import DTYPES
 from .providers import PROVIDERS as NORM_PROVIDERS
-from .providers import Provider, Unavailable, one_line, serving_backend, why_absent
-from .timing import Budget, CpuTimer, CudaTimer, Runner, interleave, paired_ratio, timer_for
+from .providers import Provider, absent, peer, serving_backend
+from .timing import Budget, CpuTimer, CudaTimer, paired_ratio, timer_for
 
 NOT_CLIPPED, CLIPPED = "not clipped", "clipped"
 SHRINK = 0.9999  # of the bound from call to call: without it only the first of many calls would clip
@@ -58,12 +58,10 @@ def _llama_7b() -> list[tuple[int, ...]]:
 
 
 LISTS: dict[str, Callable[[], list[tuple[int, ...]]]] = {
-    "transformer": _transformer,
-    "resnet50": _resnet50,
-    "small": lambda: 2000 * [(64,)],
-    "llama-7b": _llama_7b,
+    "transformer": _transformer, "resnet50": _resnet50, "small": lambda: 2000 * [(64,)], "llama-7b": _llama_7b,
 }
-HUGE = ("llama-7b",)  # by name only: more than most machines have memory for
+USUAL = ("transformer", "resnet50", "small")  # llama-7b by name only: more than most machines have memory for
+QUICK = ("resnet50", "small")
 
 
 class Workload:
@@ -92,11 +90,6 @@ class Workload:
         # with eps = 1 Adam's step depends on the scale of the gradient, as the check needs it
         self.optimizer = torch.optim.AdamW(self.params, LEARNING_RATE, eps=1.0, weight_decay=0.0, fused=True)
 
-    def originals(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each parameter and gradient as it was at first, in float64, one at a time."""
-        for value, grad in zip(self._values, self._grads, strict=True):
-            yield value.double(), grad.double()
-
 
 Call = Callable[[Workload, float], Tensor | None]
 
@@ -106,7 +99,7 @@ class Operation:
     """A way of clipping. A call takes the workload and the bound, and returns the total norm or None.
 
     name: what fastnorm.explain knows it by; `label` is what people read.
-    fused: fastnorm's call; `others` are what it is compared with, `baseline` first of all.
+    fused: fastnorm's call; `others` are what it is compared with, the baseline first of all.
     passes: over the bytes of the gradients, those that can't be done without, not clipped and clipped.
     bounds: the bound for either, given the gradients' norm.
     expected: from parameter, gradient, norm and bound, in float64, what the call leaves in the `judged` tensor.
@@ -116,11 +109,15 @@ class Operation:
     label: str
     fused: Call
     others: tuple[Provider, ...]
-    baseline: str
     passes: dict[str, int]
-    bounds: Callable[[float], dict[str, float]]
     expected: Callable[[Tensor, Tensor, float, float], Tensor]
-    judged: Callable[[Parameter], Tensor]
+    bounds: Callable[[float], dict[str, float]] = lambda norm: {NOT_CLIPPED: 2 * norm, CLIPPED: norm / 2}
+    judged: Callable[[Parameter], Tensor] = lambda p: p.grad
+
+    @property
+    def baseline(self) -> str:
+        """The name of the provider that speed-ups are given against."""
+        return self.others[0].name
 
     def providers(self) -> tuple[Provider, ...]:
         """All who can be asked, the baseline first."""
@@ -129,17 +126,6 @@ class Operation:
 
 def _provider(name: str, call: Call, ours: bool = False) -> Provider:
     return Provider(name, lambda operation: call, ours=ours)
-
-
-def _peer(name: str, library: Callable[[], Callable]) -> Provider:
-    def build(operation: Operation) -> Call:
-        try:
-            function = library()
-        except ImportError as error:
-            raise Unavailable(f"not importable: {error}") from error
-        return lambda workload, bound: function(workload.params, bound)
-
-    return Provider(name, build)
 
 
 def _stock(foreach: bool) -> Call:
@@ -161,67 +147,50 @@ def deferred(workload: Workload, bound: float) -> Tensor:
     return total_norm
 
 
-def _scaled(grad: Tensor, norm: float, max_norm: float) -> Tensor:
+def _scaled(param: Tensor, grad: Tensor, norm: float, max_norm: float) -> Tensor:
     return grad * min(max_norm / (norm + 1e-6), 1.0)
 
 
-def _adaptively_scaled(param: Tensor, grad: Tensor, clip_factor: float) -> Tensor:
+def _adaptively_scaled(param: Tensor, grad: Tensor, norm: float, clip_factor: float) -> Tensor:
     dims = tuple(range(1, grad.ndim)) or None
     bound = torch.linalg.vector_norm(param, 2, dims, keepdim=True).clamp(min=1e-3) * clip_factor
-    norm = torch.linalg.vector_norm(grad, 2, dims, keepdim=True)
-    return torch.where(norm < bound, grad, grad * (bound / norm.clamp(min=1e-6)))
+    norms = torch.linalg.vector_norm(grad, 2, dims, keepdim=True)
+    return torch.where(norms < bound, grad, grad * (bound / norms.clamp(min=1e-6)))
 
 
-def _stepped(param: Tensor, grad: Tensor) -> Tensor:
-    return param - LEARNING_RATE * grad / (grad.abs() + 1.0)
+def _stepped(param: Tensor, grad: Tensor, norm: float, max_norm: float) -> Tensor:
+    scaled = _scaled(param, grad, norm, max_norm)
+    return param - LEARNING_RATE * scaled / (scaled.abs() + 1.0)
 
 
-_CLIP_BOUNDS = {"bounds": lambda norm: {NOT_CLIPPED: 2 * norm, CLIPPED: norm / 2}}
-OPERATIONS = {
-    operation.label: operation
-    for operation in (
-        Operation(
-            name="clip_grad_norm",
-            label="clip_grad_norm_",
-            fused=lambda workload, bound: fastnorm.clip_grad_norm_(workload.params, bound),
-            others=(
-                _provider("torch", _stock(foreach=True)),
-                _provider("torch, foreach=False", _stock(foreach=False)),
-                _peer("apex", peers.apex_clip),
-            ),
-            baseline="torch",
-            passes={NOT_CLIPPED: 1, CLIPPED: 3},
-            expected=lambda param, grad, norm, bound: _scaled(grad, norm, bound),
-            judged=lambda p: p.grad,
-            **_CLIP_BOUNDS,
+_ENTRIES = (
+    Operation(
+        name="clip_grad_norm", label="clip_grad_norm_",
+        fused=lambda workload, bound: fastnorm.clip_grad_norm_(workload.params, bound),
+        others=(
+            _provider("torch", _stock(foreach=True)),
+            _provider("torch, foreach=False", _stock(foreach=False)),
+            peer("apex", peers.apex_clip),
         ),
-        Operation(
-            name="adaptive_clip_grad",
-            label="adaptive_clip_grad_",
-            fused=lambda workload, bound: fastnorm.adaptive_clip_grad_(workload.params, bound),
-            others=(_peer("timm", peers.timm_agc),),
-            baseline="timm",
-            passes={NOT_CLIPPED: 2, CLIPPED: 3},
-            bounds=lambda norm: {NOT_CLIPPED: 1e3, CLIPPED: 1e-2},
-            expected=lambda param, grad, norm, bound: _adaptively_scaled(param, grad, bound),
-            judged=lambda p: p.grad,
+        passes={NOT_CLIPPED: 1, CLIPPED: 3}, expected=_scaled,
+    ),
+    Operation(
+        name="adaptive_clip_grad", label="adaptive_clip_grad_",
+        fused=lambda workload, bound: fastnorm.adaptive_clip_grad_(workload.params, bound),
+        others=(peer("timm", peers.timm_agc),), passes={NOT_CLIPPED: 2, CLIPPED: 3}, expected=_adaptively_scaled,
+        bounds=lambda norm: {NOT_CLIPPED: 1e3, CLIPPED: 1e-2},
+    ),
+    Operation(
+        name="clip_grad_norm", label="clip and AdamW step",
+        fused=_then_step(fastnorm.clip_grad_norm_),
+        others=(
+            _provider("torch", _then_step(torch.nn.utils.clip_grad_norm_)),
+            _provider("fastnorm-deferred", deferred, ours=True),
         ),
-        Operation(
-            name="clip_grad_norm",
-            label="clip and AdamW step",
-            fused=_then_step(fastnorm.clip_grad_norm_),
-            others=(
-                _provider("torch", _then_step(torch.nn.utils.clip_grad_norm_)),
-                _provider("fastnorm-deferred", deferred, ours=True),
-            ),
-            baseline="torch",
-            passes={NOT_CLIPPED: 8, CLIPPED: 8},
-            expected=lambda param, grad, norm, bound: _stepped(param, _scaled(grad, norm, bound)),
-            judged=lambda p: p.detach(),
-            **_CLIP_BOUNDS,
-        ),
-    )
-}
+        passes={NOT_CLIPPED: 8, CLIPPED: 8}, expected=_stepped, judged=lambda p: p.detach(),
+    ),
+)
+OPERATIONS = {operation.label: operation for operation in _ENTRIES}
 
 
 @dataclass(frozen=True)
@@ -235,79 +204,56 @@ class Plan:
     budget: Budget
 
 
-@dataclass
-class Case:
-    """Which provider clips which list, clipped or not."""
-
-    operation: str
-    case: str
-    list: str
-    tensors: int
-    elements: int
-    dtype: str
-    provider: str
-
-
-@dataclass
-class Result(Measurement, Case):
-    """One provider in one case.
-
-    `error` is the largest relative one, of the norm or of a tensor by its largest value. `speedup` is against the
-    operation's baseline: stock PyTorch, or timm for adaptive clipping; None where that is absent.
-    """
-
-    error: float | None = None
-    baseline: str = ""
-    speedup: float | None = None
-
-
 class Bench:
     """A plan on its device. `absent`: why a provider is missing, by operation."""
 
     def __init__(self, plan: Plan, timer: CpuTimer | CudaTimer | None = None):
         self.plan, self.timer = plan, timer or timer_for(plan.device)
-        self.absent: dict[str, dict[str, str]] = {label: {} for label in plan.operations}
-        for label in plan.operations:
-            for provider in OPERATIONS[label].providers():
-                reason = why_absent(provider, OPERATIONS[label], self._attempt)
-                if reason is not None:
-                    self.absent[label][provider.name] = reason
+        operations = [OPERATIONS[label] for label in plan.operations]
+        self.absent = {each.label: absent(each.providers(), each, self._attempt) for each in operations}
 
     def _attempt(self, call: Call) -> None:
         call(Workload([(4, 4), (4,)], torch.float32, self.plan.device), 1.0)
 
+    def facts(self) -> dict[str, Any]:
+        """What its document says beside the results."""
+        return {"budget": asdict(self.plan.budget), "absent": self.absent}
+
     def cases(self) -> int:
-        """How many lists of results `run` yields."""
+        """How many lists of results all parts have."""
         return 2 * len(self.plan.operations) * len(self.plan.lists) * len(self.plan.dtypes)
 
-    def run(self) -> Iterator[list[Result]]:
-        """Yields the results of each case, one per provider."""
+    def parts(self) -> Iterator[tuple[str, Iterator[list[Result]]]]:
+        """The results of each case, one per provider, by the name of the list and its dtype."""
         for name, dtype in itertools.product(self.plan.lists, self.plan.dtypes):
-            workload = Workload(LISTS[name](), DTYPES[dtype], self.plan.device)
-            for label, case in itertools.product(self.plan.operations, (NOT_CLIPPED, CLIPPED)):
-                yield self._run_case(workload, OPERATIONS[label], case, name, dtype)
+            yield f"{name} {dtype}", self._run_list(name, dtype)
+
+    def _run_list(self, name: str, dtype: str) -> Iterator[list[Result]]:
+        workload = Workload(LISTS[name](), DTYPES[dtype], self.plan.device)
+        for label, case in itertools.product(self.plan.operations, (NOT_CLIPPED, CLIPPED)):
+            yield self._run_case(workload, OPERATIONS[label], case, name, dtype)
 
     def _run_case(self, workload: Workload, operation: Operation, case: str, name: str, dtype: str) -> list[Result]:
         providers = [p for p in operation.providers() if p.name not in self.absent[operation.label]]
-        size = len(workload.params), workload.elements
-        results = {p.name: Result(operation.label, case, name, *size, dtype, p.name) for p in providers}
+        calls = {provider.name: provider.build(operation) for provider in providers}
         bound = operation.bounds(workload.norm)[case]
-        runners, bounds = {}, _bounds(bound, case)
-        for provider in providers:
-            call = provider.build(operation)
-            check(results[provider.name], provider, operation, call, workload, bound)
-            if results[provider.name].is_timed:
-                runners[provider.name] = _runner(call, workload, bounds, provider.activate)
-        workload.reset()
-        samples = interleave(runners, self.timer, self.plan.budget)
-        for provider_name, seconds in samples.items():
-            result = results[provider_name]
-            result.record(seconds, operation.passes[case] * workload.elements * DTYPES[dtype].itemsize)
-            with runners[provider_name].activate():
-                result.host_s = self.timer.host_seconds(runners[provider_name].call)
-            result.baseline = operation.baseline
+        bounds = _bounds(bound, case)
+
+        def timed(provider: Provider) -> Callable[[], Tensor | None]:
+            workload.reset()
+            call = calls[provider.name]
+            return lambda: call(workload, next(bounds))
+
+        facts = {"operation": operation.label, "case": case, "list": name, "tensors": len(workload.params)}
+        results, samples = measure(
+            facts | {"elements": workload.elements, "dtype": dtype},
+            {"error": None, "baseline": operation.baseline, "speedup": None}, providers,
+            lambda provider: judge(provider, operation, calls[provider.name], workload, bound), timed,
+            self.timer, self.plan.budget, operation.passes[case] * workload.elements * DTYPES[dtype].itemsize,
+        )
+        for who, seconds in samples.items():
             if operation.baseline in samples:
-                result.speedup = paired_ratio(samples[operation.baseline], seconds)
+                results[who]["speedup"] = paired_ratio(samples[operation.baseline], seconds)
         return list(results.values())
 
 
@@ -316,32 +262,22 @@ def _bounds(first: float, case: str) -> Iterator[float]:
     return itertools.accumulate(itertools.repeat(SHRINK if case == CLIPPED else 1.0), lambda a, b: a * b, initial=first)
 
 
-def _runner(
-    call: Call, workload: Workload, bounds: Iterator[float], activate: Callable[[], AbstractContextManager]
-) -> Runner:
-    return Runner(lambda: call(workload, next(bounds)), activate)
-
-
-def check(
-    result: Result, provider: Provider, operation: Operation, call: Call, workload: Workload, bound: float
-) -> None:
-    """Judge one provider's norm and tensors, and write the verdict into its result."""
+def judge(provider: Provider, operation: Operation, call: Call, workload: Workload, bound: float) -> Result:
+    """The verdict on one provider's norm and tensors. `error` is the largest relative one, of the norm or of a tensor
+    by its largest value."""
     workload.reset()
-    try:
-        with provider.activate():
-            total_norm = call(workload, bound)
-        result.backend = serving_backend(provider, operation.name, workload.params[0].grad)
-    except Exception as error:  # noqa: BLE001 - a provider that breaks is a row of the table, not the run's end
-        result.status, result.detail = FAILED, one_line(error)
-        return
+    total_norm = call(workload, bound)
+    backend = serving_backend(provider, operation.name, workload.params[0].grad)
     errors = [0.0 if total_norm is None else abs(total_norm.item() / workload.norm - 1)]
-    for p, (param, grad) in zip(workload.params, workload.originals(), strict=True):
-        expected = operation.expected(param, grad, workload.norm, bound)
+    for p, *originals in zip(workload.params, workload._values, workload._grads, strict=True):
+        expected = operation.expected(*(tensor.double() for tensor in originals), workload.norm, bound)
         errors.append(((operation.judged(p).double() - expected).abs().max() / expected.abs().max()).item())
     worst = math.nan if any(map(math.isnan, errors)) else max(errors)
-    result.error = worst if math.isfinite(worst) else None  # JSON has no NaN
     allowed = 1e-6 + torch.finfo(workload.params[0].dtype).eps
-    if not worst <= allowed:
-        strict = provider.ours and result.backend != "reference"  # which sums as stock's operations do
-        tolerable = not strict and worst <= FACTOR_FOR_OTHERS * allowed
-        result.status, result.detail = INEXACT if tolerable else WRONG, f"off by {worst:.2g}, allowed {allowed:.2g}"
+    verdict = {"backend": backend, "error": worst if math.isfinite(worst) else None}  # JSON has no NaN
+    if worst <= allowed:
+        return verdict
+    strict = provider.ours and backend != "reference"  # which sums as stock's operations do
+    tolerable = not strict and worst <= FACTOR_FOR_OTHERS * allowed
+    status = INEXACT if tolerable else WRONG
+    return verdict | {"status": status, "detail": f"off by {worst:.2g}, allowed {allowed:.2g}"}

@@ -111,7 +111,7 @@ def _constants(compile: dict[str, Any], fn: Any) -> dict[str, Any]:
 def _describe(
     problem: Problem, name: str, compiled: Any, signature: dict[str, str], constants: dict[str, Any], counts: bool
 ) -> Kernel:
-    used, metadata = machine_code.resources(compiled), compiled.metadata
+    (registers, spilled), metadata = machine_code.resources(compiled), compiled.metadata
     target, multiprocessor = machine_code.TARGETS[problem.target]
     name = name.strip("_").removesuffix("_kernel")
     step = step_of(problem, name, constants, signature) if counts else None
@@ -119,22 +119,13 @@ def _describe(
     kind = constants.get("KIND", "squares")  # of norm
     name = name if kind == "squares" else f"{name}_{kind}"
     return Kernel(
-        provider=problem.provider,
-        target=problem.target,
-        operation=problem.operation,
-        kernel=name,
-        dtype=problem.dtype,
-        cols=problem.cols if problem.provider == LIGER else constants.get("N_COLS"),
-        warps=metadata.num_warps,
-        registers=used.registers,
-        spilled=used.spilled,
-        shared=metadata.shared,
-        resident_warps=multiprocessor.resident_warps(metadata.num_warps, used.registers, metadata.shared),
+        provider=problem.provider, target=problem.target, operation=problem.operation, kernel=name,
+        dtype=problem.dtype, cols=problem.cols if problem.provider == LIGER else constants.get("N_COLS"),
+        warps=metadata.num_warps, registers=registers, spilled=spilled, shared=metadata.shared,
+        resident_warps=multiprocessor.resident_warps(metadata.num_warps, registers, metadata.shared),
         access=_row_access(machine_code.access_bytes(compiled, signature), signature),
-        short_products=len(re.findall(r"arith\.muli .*i32", compiled.asm["ttir"])),
-        instructions=costs[0],
-        bytes=costs[1],
-        hash=metadata.hash,
+        short_products=len(re.findall(r"arith\.muli .*i32", compiled.asm["ttir"])), instructions=costs[0],
+        bytes=costs[1], hash=metadata.hash,
     )
 
 
@@ -153,8 +144,7 @@ def compile_all(problems: Iterable[Problem], jobs: int = 1, counts: bool = False
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
         calls = pool.imap(_attempt, [(problem, counts) for problem in problems])
         for found in itertools.chain.from_iterable(calls):
-            key = _identity(found)
-            if key not in seen:
+            if (key := _identity(found)) not in seen:
                 seen.add(key)
                 yield found
 

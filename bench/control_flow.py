@@ -6,10 +6,12 @@ shortest: that of a whole tile, not that of a tensor's end, nor a repetition in 
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from types import SimpleNamespace
 from typing import NamedTuple
+
+import networkx as nx  # torch brings it
 
 
 class Way(NamedTuple):
@@ -38,20 +40,22 @@ class Code:
     @cached_property
     def loops(self) -> dict[int, set[int]]:
         """The instructions of each loop that can be reached, by its first one."""
-        predecessors: dict[int, list[int]] = {}
-        closing: list[tuple[int, int]] = []
-        for source, goal, closes in _edges(self.successors):
-            predecessors.setdefault(goal, []).append(source)
-            if closes:
-                closing.append((source, goal))
+        graph = nx.DiGraph((source, goal) for source, goals in enumerate(self.successors) for goal in goals)
+        graph.add_node(0)
+        graph = graph.subgraph({0} | nx.descendants(graph, 0)).copy()
         found: dict[int, set[int]] = {}
-        for source, first in closing:
-            body, unseen = found.setdefault(first, {first}), [source]
-            while unseen:
-                here = unseen.pop()
-                if here not in body:
-                    body.add(here)
-                    unseen += predecessors[here]
+        above = set()  # what the search, depth first, has entered and not left
+        for source, first, kind in nx.dfs_labeled_edges(graph, 0):
+            if kind == "forward":
+                above.add(first)
+            elif kind == "reverse":
+                above.discard(first)
+            elif first in above:
+                # what leads to the jump back without passing the loop's first instruction
+                around = graph.reverse()
+                around.remove_node(first)
+                body = nx.descendants(around, source) | {source} if source != first else set()
+                found.setdefault(first, {first}).update(body)
         return found
 
     def steps(self, passes: int, inner_bytes: float | None = None, least_bytes: float | None = None) -> list[Way]:
@@ -83,7 +87,8 @@ class Code:
         if not any(self.instructions[node].bytes for node in goals if node not in outermost):
             inner_bytes = None  # not a loop in a loop, but one loop that is entered in two places
         found: dict[int, dict[float, float]] = {}
-        for node in _last_first(place.get(first, first), goals):
+        order = nx.DiGraph(goals)  # without a cycle: each after all that it leads to
+        for node in nx.dfs_postorder_nodes(order, place.get(first, first)):
             own = Way(self.instructions[node].bytes, 1)
             if node in outermost:
                 own = _chosen(self._ways(node, outermost[node], inner_bytes), None)
@@ -102,63 +107,18 @@ def _chosen(ways: dict[float, float], least_bytes: float | None) -> Way:
     return Way(*(min(enough, key=lambda way: way[1]) if enough else max(ways.items())))
 
 
-def _edges(successors: list[list[int]]) -> Iterator[tuple[int, int, bool]]:
-    """Those that can be reached from 0, depth first, and whether they lead back to what they were reached from."""
-    above, seen, stack = {0}, {0}, [(0, iter(successors[0]))]
-    while stack:
-        node, goals = stack[-1]
-        goal = next(goals, None)
-        if goal is None:
-            above.discard(node)
-            stack.pop()
-            continue
-        yield node, goal, goal in above
-        if goal not in seen:
-            seen.add(goal)
-            above.add(goal)
-            stack.append((goal, iter(successors[goal])))
-
-
-def _last_first(first: int, goals: dict[int, set[int]]) -> list[int]:
-    """What can be reached from `first` without turning round, each after all that it leads to."""
-    order: list[int] = []
-    seen, stack = {first}, [(first, iter(goals[first]))]
-    while stack:
-        node, ahead = stack[-1]
-        goal = next(ahead, None)
-        if goal is None:
-            order.append(node)
-            stack.pop()
-        elif goal not in seen:
-            seen.add(goal)
-            stack.append((goal, iter(goals[goal])))
-    return order
-
-
-_NVIDIA = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?P<text>[^;]*?)\s*;")
-_NVIDIA_LABEL = re.compile(r"^(\.L_x_\d+):")
-_NVIDIA_JUMP = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
-_NVIDIA_END = re.compile(r"BRA(\.\w+)* `|(EXIT|RET|BRX|JMP)\b")
-_NVIDIA_ACCESS = re.compile(r"\b(?:LDG|STG|LD|ST)\.E((?:\.\w+)*)")
-_AMD = re.compile(r"^\s+(?P<text>[a-z][^;]*)")
-_AMD_LABEL = re.compile(r"^(\.LBB\d+_\d+):")
-_AMD_JUMP = re.compile(r"s_c?branch\w*\s+(\.LBB\d+_\d+)")
-_AMD_END = re.compile(r"s_branch|s_endpgm|s_setpc")
-_AMD_ACCESS = re.compile(r"(?:global|buffer|flat)_(?:load|store)_(\w+)")
-_IDLE = re.compile(r"(?:@!?U?P\w+ )?NOP|s_nop|s_code_end")
-
-
 def parse(assembly: str) -> Code:
     """nvdisasm's text, or LLVM's for AMD. Raises ValueError where no instruction is in it."""
-    is_nvidia = "/*0000*/" in assembly
-    line_of, label_of = (_NVIDIA, _NVIDIA_LABEL) if is_nvidia else (_AMD, _AMD_LABEL)
+    dialect = _NVIDIA if "/*0000*/" in assembly else _AMD
     labels: dict[str, int] = {}
     instructions: list[Instruction] = []
     for line in assembly.splitlines():
-        if label := label_of.match(line):
+        if label := dialect.label.match(line):
             labels[label[1]] = len(instructions)
-        elif (found := line_of.search(line)) and not _IDLE.match(found["text"]):
-            instructions.append((_nvidia if is_nvidia else _amd)(found["text"]))
+        elif (found := dialect.line.search(line)) and not _IDLE.match(text := found["text"]):
+            jump, access = dialect.jump.search(text), dialect.access.search(text)
+            size = dialect.bytes(access[1]) if access else 0
+            instructions.append(Instruction(size, jump and jump[1], bool(dialect.end.match(text))))
     if not instructions:
         raise ValueError("no machine code in this text")
     successors = []
@@ -169,20 +129,9 @@ def parse(assembly: str) -> Code:
     return Code(instructions, successors)
 
 
-def _nvidia(text: str) -> Instruction:
-    jump, access = _NVIDIA_JUMP.search(text), _NVIDIA_ACCESS.search(text)
-    size = 0
-    if access:
-        kinds = access[1].split(".")
-        sizes = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "16": 2, "U8": 1, "S8": 1, "8": 1}
-        size = next((sizes[kind] for kind in kinds if kind in sizes), 4)
-    return Instruction(size, jump and jump[1], bool(_NVIDIA_END.match(text)))
-
-
-def _amd(text: str) -> Instruction:
-    jump, access = _AMD_JUMP.match(text), _AMD_ACCESS.match(text)
-    size = amd_bytes(access[1]) if access else 0
-    return Instruction(size, jump and jump[1], bool(_AMD_END.match(text)))
+def _nvidia_bytes(kind: str) -> int:
+    sizes = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "16": 2, "U8": 1, "S8": 1, "8": 1}
+    return next((sizes[each] for each in kind.split(".") if each in sizes), 4)
 
 
 def amd_bytes(kind: str) -> int:
@@ -192,3 +141,18 @@ def amd_bytes(kind: str) -> int:
     if "short" in kind or "byte" in kind:
         return 2 if "short" in kind else 1
     return int(re.findall(r"\d+", kind)[0]) // 8
+
+
+# how a disassembler writes; `bytes` are those of the kind that `access` finds
+_NVIDIA = SimpleNamespace(
+    line=re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?P<text>[^;]*?)\s*;"), label=re.compile(r"^(\.L_x_\d+):"),
+    jump=re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)"),
+    end=re.compile(r"BRA(\.\w+)* `|(EXIT|RET|BRX|JMP)\b"),
+    access=re.compile(r"\b(?:LDG|STG|LD|ST)\.E((?:\.\w+)*)"), bytes=_nvidia_bytes,
+)
+_AMD = SimpleNamespace(
+    line=re.compile(r"^\s+(?P<text>[a-z][^;]*)"), label=re.compile(r"^(\.LBB\d+_\d+):"),
+    jump=re.compile(r"^s_c?branch\w*\s+(\.LBB\d+_\d+)"), end=re.compile(r"s_branch|s_endpgm|s_setpc"),
+    access=re.compile(r"^(?:global|buffer|flat)_(?:load|store)_(\w+)"), bytes=amd_bytes,
+)
+_IDLE = re.compile(r"(?:@!?U?P\w+ )?NOP|s_nop|s_code_end")

@@ -5,94 +5,62 @@ for sm_90 and launched by a driver that does nothing; stock torch's own time has
 looked at: on such a driver there are none.
 """
 
-from __future__ import annotations
-
 import itertools
-import json
 import statistics
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from tabulate import tabulate
 
-from . import clip, machine
+from . import clip, machine, report
+from .commands import start
 from .operation import MODES
 from .operations import OPERATIONS
-from .providers import PROVIDERS, Provider, why_absent
-from .report import header, mode_label
+from .providers import PROVIDERS, Provider, absent
+from .report import HOST_PROVIDERS as NAMES
 from .timing import Budget, CpuTimer, CudaTimer, Runner, interleave
 from .workload import Workload
 
 TARGET = "sm_90"
 NORMS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "batch_norm_training_add_relu", "group_norm_silu")
 SHAPES = {2: (4, 256), 4: (2, 64, 4, 4)}
-NAMES = ("torch", "fastnorm-triton", "fastnorm-native", "liger")
 CLIPPED = 300 * [(64,)]
 BUDGET = Budget(repeats=15, min_time=0.1, max_time=4.0, min_sample=5e-3)
+QUICK = Budget(repeats=3, min_time=0.01, max_time=0.5)
 
 
-@dataclass(frozen=True)
-class Result:
-    """One provider's µs a call, over the rounds; None and why, where there are none."""
-
-    operation: str
-    mode: str
-    provider: str
-    best_us: float | None
-    median_us: float | None
-    absent: str = ""
+def _timer(device: torch.device) -> Any:
+    """Of a GPU's calls it takes what the host takes."""
+    if device.type == "cpu":
+        return CpuTimer()
+    cuda = CudaTimer(device)
+    return SimpleNamespace(most_calls=cuda.host_calls, sample=lambda call, calls: cuda.host_seconds(call))
 
 
-class HostTimer(CpuTimer):
-    """Of a GPU's calls what the host takes."""
-
-    def __init__(self, device: torch.device):
-        self._cuda = CudaTimer(device)
-        self.most_calls = self._cuda.host_calls
-
-    def sample(self, call: Callable[[], object], calls: int) -> float:
-        """Seconds per call."""
-        return self._cuda.host_seconds(call)
-
-
-def main(output: Path, budget: Budget = BUDGET) -> int:
+def main(options: Namespace) -> tuple[int, dict[str, Any]]:
     """Print the table, and write it into the folder as host-MACHINE.json."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(1)  # autograd's and OpenMP's threads are not the host's time
     if device.type == "cpu":
         _launch_nothing()
-    facts = machine.describe(device)
-    print(header(facts), flush=True)
-    timer = HostTimer(device) if device.type == "cuda" else CpuTimer()
+    facts = start(device, 1)  # autograd's and OpenMP's threads are not the host's time
+    timer, budget = _timer(device), QUICK if options.quick else BUDGET
     results = [result for case in cases(device) for result in timed(case, timer, budget)]
     print(table(results))
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / f"host-{machine.slug(facts['device'])}.json"
-    document = {"machine": facts, "budget": asdict(budget), "results": [asdict(result) for result in results]}
-    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    document = {"machine": facts, "budget": asdict(budget), "results": results}
+    path = options.output / f"host-{machine.slug(facts['device'])}.json"
+    report.write_json(path, document)
     print("wrote", path)
-    return 0
+    return 0, document
 
 
-def table(results: list[Result]) -> str:
+def table(results: list[dict]) -> str:
     """A row for each operation and mode, and why providers are absent."""
-    cells, headers = rows([asdict(result) for result in results])
-    absent = sorted({f"{result.provider}: {result.absent}" for result in results if result.absent})
-    return "\n".join([tabulate(cells, headers, disable_numparse=True), *absent])
-
-
-def rows(results: list[dict]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
-    """Cells and headers: best / median of each provider; the results as the JSON has them."""
-    found: dict[tuple[str, str], dict[str, str]] = {}
-    for result in results:
-        cell = "–" if result["best_us"] is None else f"{result['best_us']:.1f} / {result['median_us']:.1f}"
-        found.setdefault((result["operation"], mode_label(result["mode"])), {})[result["provider"]] = cell
-    cells = [(*case, *(row.get(name, "–") for name in NAMES)) for case, row in found.items()]
-    return cells, ("operation", "mode", *NAMES)
+    reasons = sorted({f"{result['provider']}: {result['absent']}" for result in results if result["absent"]})
+    return "\n".join([report.markdown(report.host_cells(results), "simple"), *reasons])
 
 
 def _launch_nothing() -> None:
@@ -132,14 +100,16 @@ def cases(device: torch.device) -> Iterator[Case]:
     yield Case(label, "forward", operation, providers, lambda call: partial(call, workload, 2 * workload.norm))
 
 
-def timed(case: Case, timer: CpuTimer, budget: Budget) -> list[Result]:
-    """A result for each provider, those that are absent last."""
-    reasons = {p.name: why_absent(p, case.operation, lambda call: case.make(call)()) for p in case.providers}
-    here = [provider for provider in case.providers if reasons[provider.name] is None]
+def timed(case: Case, timer: CpuTimer, budget: Budget) -> list[dict[str, Any]]:
+    """Each provider's µs a call, over the rounds; None and why of those that are absent, which come last."""
+    reasons = absent(case.providers, case.operation, lambda call: case.make(call)())
+    here = [provider for provider in case.providers if provider.name not in reasons]
     runners = {p.name: Runner(case.make(p.build(case.operation)), p.activate) for p in here}
-    found = [
-        Result(case.name, case.mode, who, 1e6 * min(seconds), 1e6 * statistics.median(seconds))
-        for who, seconds in interleave(runners, timer, budget).items()
-    ]
-    absent = [Result(case.name, case.mode, who, None, None, reason) for who, reason in reasons.items() if reason]
-    return found + absent
+
+    def result(who: str, best: float | None, median: float | None, why: str = "") -> dict[str, Any]:
+        facts = {"operation": case.name, "mode": case.mode, "provider": who}
+        return facts | {"best_us": best, "median_us": median, "absent": why}
+
+    samples = interleave(runners, timer, budget).items()
+    found = [result(who, 1e6 * min(seconds), 1e6 * statistics.median(seconds)) for who, seconds in samples]
+    return found + [result(who, None, None, reason) for who, reason in reasons.items()]

@@ -16,53 +16,37 @@ def call(problem: Problem) -> None:
     """Forward or backward as Liger-Kernel launches it."""
     # it asks torch, not Triton, what it runs on, and has other launch choices for AMD
     with mock.patch.object(utils, "is_hip", lambda: problem.target.startswith("gfx")):
-        _CALLS[problem.operation](problem)
+        (_call_with_rows if problem.image is None else _group_norm)(problem, problem.direction == "forward")
 
 
 def _empty(problem: Problem, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=DTYPES[problem.dtype].x, device="meta")
 
 
-def _rows(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """x, a parameter and a statistic of each row."""
+def _call_with_rows(problem: Problem, is_forward: bool) -> None:
+    x, w = _empty(problem, ROWS, problem.cols), _empty(problem, problem.cols)
     statistic = torch.empty(ROWS, dtype=torch.float32, device="meta")
-    return _empty(problem, ROWS, problem.cols), _empty(problem, problem.cols), statistic
+    settings, casting = utils.calculate_settings(problem.cols), rms_norm._str_to_casting_mode[CASTING]
+    match problem.operation, is_forward:
+        case "rms_norm", True:
+            rms_norm.rms_norm_forward(x, w, EPS, 0.0, CASTING, None)
+        case "rms_norm", False:
+            rms_norm.rms_norm_backward(x, x, w, statistic, 0.0, casting, *settings, False, None)
+        case "add_rms_norm", True:
+            fused_add_rms_norm.fused_add_rms_norm_forward(x, x, w, EPS, 0.0, CASTING)
+        case "add_rms_norm", False:
+            backward = fused_add_rms_norm.fused_add_rms_norm_backward
+            backward(x, x, x, w, statistic, 0.0, casting, *settings, 2, False)
+        case "layer_norm", True:
+            layer_norm.layer_norm_forward(x, w, w, EPS)
+        case "layer_norm", False:
+            layer_norm.layer_norm_backward(x, x, w, w, statistic, statistic)
 
 
-def _rms_norm(problem: Problem) -> None:
-    x, weight, rstd = _rows(problem)
-    if problem.direction == "forward":
-        rms_norm.rms_norm_forward(x, weight, EPS, 0.0, CASTING, None)
-    else:
-        casting, settings = rms_norm._str_to_casting_mode[CASTING], utils.calculate_settings(problem.cols)
-        rms_norm.rms_norm_backward(x, x, weight, rstd, 0.0, casting, *settings, False, None)
-
-
-def _add_rms_norm(problem: Problem) -> None:
-    x, weight, rstd = _rows(problem)
-    if problem.direction == "forward":
-        fused_add_rms_norm.fused_add_rms_norm_forward(x, x, weight, EPS, 0.0, CASTING)
-    else:
-        casting, settings = fused_add_rms_norm._str_to_casting_mode[CASTING], utils.calculate_settings(problem.cols)
-        fused_add_rms_norm.fused_add_rms_norm_backward(x, x, x, weight, rstd, 0.0, casting, *settings, 2, False)
-
-
-def _layer_norm(problem: Problem) -> None:
-    x, weight, statistic = _rows(problem)
-    if problem.direction == "forward":
-        layer_norm.layer_norm_forward(x, weight, weight, EPS)
-    else:
-        layer_norm.layer_norm_backward(x, x, weight, weight, statistic, statistic)
-
-
-def _group_norm(problem: Problem) -> None:
+def _group_norm(problem: Problem, is_forward: bool) -> None:
     samples, channels, _ = problem.image
-    x, weight = _empty(problem, *problem.image), _empty(problem, channels)
-    if problem.direction == "forward":
-        group_norm.group_norm_forward(x, channels, GROUPS, weight, weight, EPS)
+    x, w, statistic = _empty(problem, *problem.image), _empty(problem, channels), _empty(problem, samples, GROUPS)
+    if is_forward:
+        group_norm.group_norm_forward(x, channels, GROUPS, w, w, EPS)
     else:
-        statistic = _empty(problem, samples, GROUPS)
-        group_norm.group_norm_backward(x, x, weight, weight, statistic, statistic, channels, GROUPS)
-
-
-_CALLS = {"rms_norm": _rms_norm, "add_rms_norm": _add_rms_norm, "layer_norm": _layer_norm, "group_norm": _group_norm}
+        group_norm.group_norm_backward(x, x, w, w, statistic, statistic, channels, GROUPS)

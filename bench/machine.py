@@ -1,11 +1,14 @@
 """What the numbers were measured on."""
 
 import datetime
+import functools
 import importlib.metadata
+import math
 import os
 import platform
 import re
 import subprocess
+from typing import Any
 
 import torch
 from torch.utils import collect_env
@@ -13,35 +16,29 @@ from torch.utils import collect_env
 import fastnorm.backend
 
 SIMD_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "bf16", "sve")
+BUSY_LOAD = 0.5  # for each core: what runs beside the benchmark takes its cores and caches
 
 
 def describe(device: torch.device) -> dict[str, str]:
     """The machine and the software, in the order in which they are printed."""
-    facts = {"device": device_name(device)}
-    if device.type == "cuda":
-        facts |= _gpu(device)
-    facts |= {
-        "cpu": cpu_name(),
+    flags = [flag for flag in SIMD_FLAGS if flag in _cpu().get("flags", ())]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return {
+        "device": device_name(device), **(_gpu(device) if device.type == "cuda" else {}), "cpu": cpu_name(),
         "cores / threads used": f"{os.cpu_count()} / {torch.get_num_threads()}",
-        "simd": f"{torch.backends.cpu.get_cpu_capability()} ({' '.join(_simd_flags()) or 'flags unknown'})",
-        "memory": f"{_memory_bytes() / 2**30:.0f} GiB",
-        "os": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "fastnorm": fastnorm.__version__,
+        "simd": f"{torch.backends.cpu.get_cpu_capability()} ({' '.join(flags) or 'flags unknown'})",
+        "memory": f"{memory / 2**30:.0f} GiB", "os": platform.platform(), "python": platform.python_version(),
+        "torch": torch.__version__, "triton": version("triton"), "fastnorm": fastnorm.__version__,
         "backends": "; ".join(f"{s.name}: {s.detail}" for s in fastnorm.backend.statuses().values() if s.available),
-        "load before the run": _load(),
+        "load before the run": f"{_load():.2f}" + " (busy: expect noise)" * bool(busy_line()),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
-    return facts
 
 
 def device_name(device: torch.device) -> str:
     """The name that results are filed under."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+    is_gpu = device.type == "cuda"
+    return torch.cuda.get_device_name(device) if is_gpu else f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def slug(name: str) -> str:
@@ -50,37 +47,31 @@ def slug(name: str) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's model, or its architecture where the system doesn't tell."""
-    if platform.system() == "Darwin":
-        sysctl = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(sysctl, capture_output=True, text=True, check=True).stdout.strip()
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
+    """The processor's model, or its architecture where nothing tells."""
+    return _cpu().get("brand_raw") or platform.processor() or platform.machine()
 
 
-def _cpuinfo(field: str) -> str:
-    """The first value of a field of /proc/cpuinfo, "" where there is none."""
-    if not os.path.exists("/proc/cpuinfo"):
+@functools.cache
+def _cpu() -> dict[str, Any]:
+    """py-cpuinfo's facts; none without it, as on a bare machine with a card."""
+    try:
+        from cpuinfo import get_cpu_info
+    except ModuleNotFoundError:
+        return {}
+    return get_cpu_info()
+
+
+def _load() -> float:
+    """Processes that ran or waited for a core, on the average of the last minute; NaN where nothing tells."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
+
+
+def busy_line() -> str:
+    """What a benchmark says first of all on a busy machine; "" on any other."""
+    load, cores = _load(), os.cpu_count() or 1
+    if not load > BUSY_LOAD * cores:
         return ""
-    with open("/proc/cpuinfo", encoding="utf-8") as lines:
-        return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")
-
-
-def _simd_flags() -> list[str]:
-    flags = set((_cpuinfo("flags") or _cpuinfo("Features")).split())
-    return [flag for flag in SIMD_FLAGS if flag in flags]
-
-
-def _memory_bytes() -> int:
-    if not hasattr(os, "sysconf"):
-        return 0
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _load() -> str:
-    if not hasattr(os, "getloadavg"):
-        return "unknown"
-    load = os.getloadavg()[0]
-    return f"{load:.2f}" + (" (the machine is busy: expect noise)" if load > 0.5 * (os.cpu_count() or 1) else "")
+    return f"BUSY: the load average is {load:.2f}, above {BUSY_LOAD} for each of {cores} cores: expect noise"
 
 
 def _gpu(device: torch.device) -> dict[str, str]:
@@ -108,8 +99,9 @@ def _clocks(device: torch.device) -> str:
     return f"SM {sm} (at most {highest}), memory {memory}, power limit {power}"
 
 
-def _version(distribution: str) -> str:
+def version(distribution: str, absent: str = "not installed") -> str:
+    """That of an installed package, or `absent`."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return absent

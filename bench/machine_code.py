@@ -46,21 +46,15 @@ TARGETS = {
 }
 
 
-@dataclass(frozen=True)
-class Resources:
-    """Of one thread: registers, and the bytes that did not fit into them."""
-
-    registers: int
-    spilled: int
-
-
-def resources(kernel: CompiledKernel) -> Resources:
-    """As the assembler reports them."""
+def resources(kernel: CompiledKernel) -> tuple[int, int]:
+    """Registers of a thread, and its bytes that did not fit into them, as the assembler reports both."""
     if "cubin" in kernel.asm:
-        return _cuda_resources(kernel.asm["cubin"])
+        report = _ask(triton.knobs.nvidia.cuobjdump.path, kernel.asm["cubin"], "-res-usage")
+        count = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
+        return count["REG"], count["STACK"] + count["LOCAL"]
     count = {name: int(number) for name, number in re.findall(r"\.(\w+):\s+(\d+)\n", kernel.asm["amdgcn"])}
     scratch = max(count["private_segment_fixed_size"], 4 * count["vgpr_spill_count"])
-    return Resources(count["vgpr_count"], scratch + 4 * count["sgpr_spill_count"])
+    return count["vgpr_count"], scratch + 4 * count["sgpr_spill_count"]
 
 
 def element_costs(kernel: CompiledKernel, step: Step, threads: int) -> tuple[float, float] | tuple[None, None]:
@@ -92,12 +86,6 @@ def _ask(tool: str, cubin: bytes, *options: str) -> str:
         return subprocess.run([tool, *options, file.name], check=True, capture_output=True, text=True).stdout
 
 
-def _cuda_resources(cubin: bytes) -> Resources:
-    report = _ask(triton.knobs.nvidia.cuobjdump.path, cubin, "-res-usage")
-    count = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
-    return Resources(count["REG"], count["STACK"] + count["LOCAL"])
-
-
 def access_bytes(kernel: CompiledKernel, signature: dict[str, str]) -> dict[str, int]:
     """Bytes of the narrowest access through each pointer, by its parameter's name. Where pointers are not told apart,
     which are those of AMD's code and those that a table holds, of the widest "load" and the widest "store"."""
@@ -108,13 +96,15 @@ def access_bytes(kernel: CompiledKernel, signature: dict[str, str]) -> dict[str,
         pointers = {i: name for i, (name, kind) in enumerate(parameters) if kind.startswith("*")}
         accesses = _ptx_accesses(kernel.asm["ptx"], pointers)
     else:
-        accesses = _amd_accesses(kernel.asm["amdgcn"])
-    found: dict[str, int] = {}
+        found = _AMD_ACCESS.findall(kernel.asm["amdgcn"])
+        accesses = ((direction, amd_bytes(kind)) for direction, kind in found)
+    widths: dict[str, int] = {}
     for name, width in accesses:
-        found[name] = (max if name in ("load", "store") else min)(width, found.get(name, width))
-    return found
+        widths[name] = (max if name in ("load", "store") else min)(width, widths.get(name, width))
+    return widths
 
 
+_AMD_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(load|store)_(\w+)")
 _PARAMETER = re.compile(r"ld\.param\.\w+\s+(%rd\d+), \[\w+_param_(\d+)\]")
 _ACCESS = re.compile(r"\b(ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[bufs](\d+)\s[^;]*?\[\s*(%rd\d+)")
 
@@ -133,12 +123,3 @@ def _ptx_accesses(ptx: str, pointers: dict[int, str]) -> Iterator[tuple[str, int
                     origin.setdefault(move[0], origin[source])
     for kind, vector, bits, address in _ACCESS.findall(ptx):
         yield origin.get(address, {"ld": "load", "st": "store"}[kind]), int(vector or 1) * int(bits) // 8
-
-
-_AMD_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(load|store)_(\w+)")
-
-
-def _amd_accesses(assembly: str) -> Iterator[tuple[str, int]]:
-    """("load" or "store", bytes) of every access to global memory."""
-    for direction, kind in _AMD_ACCESS.findall(assembly):
-        yield direction, amd_bytes(kind)

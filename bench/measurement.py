@@ -1,40 +1,43 @@
-"""What is recorded of one provider in one case, whatever is benchmarked."""
+"""One case, whatever is benchmarked: every provider is judged, and those whose values are good enough take turns."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from .timing import quartiles
+from .providers import Provider, one_line
+from .timing import Budget, CpuTimer, CudaTimer, Runner, interleave, quartiles
 
 OK, INEXACT, WRONG, FAILED = "ok", "INEXACT", "WRONG", "FAILED"
-TIMED = (OK, INEXACT)
+Result = dict[str, Any]  # one provider in one case, as the JSON has it
+TIMES = ("median_s", "first_quartile_s", "third_quartile_s", "host_s")
 
 
-@dataclass
-class Measurement:
-    """The verdict, and the times, which stay None if `status` is WRONG or FAILED; `detail` says what is off. On a GPU
-    host_s is what the host takes for a call, beside the device's time.
+def measure(
+    case: Result, more: Result, providers: Sequence[Provider], judge: Callable[[Provider], Result],
+    call: Callable[[Provider], Callable[[], object]], timer: CpuTimer | CudaTimer, budget: Budget, moved: int,
+) -> tuple[dict[str, Result], dict[str, list[float]]]:
+    """The results, and the samples of those that were timed, both by the provider's name.
 
-    `backend` is the one of fastnorm's that served the case, "" for others. A result derives from this and, to have
-    them filed first, from the fields that name the case.
+    case: what names it; more: the benchmark's own entries, as they are without a time. `judge` gives those of the
+    verdict: `backend`, the one of fastnorm's that served, `status`, and `detail`, which says what is off. `call` gives
+    what is timed, in which a provider can't but move `moved` bytes. The times stay None if `status` is WRONG or FAILED;
+    host_s is what the host takes for a call on a GPU, beside the device's time.
     """
-
-    backend: str = ""
-    status: str = OK
-    detail: str = ""
-    rounds: int = 0
-    median_s: float | None = None
-    first_quartile_s: float | None = None
-    third_quartile_s: float | None = None
-    host_s: float | None = None
-    compulsory_bytes: int = 0
-    gb_per_s: float | None = None
-
-    @property
-    def is_timed(self) -> bool:
-        """Whether the values were good enough to be timed."""
-        return self.status in TIMED
-
-    def record(self, seconds: list[float], moved: int) -> None:
-        """Fill in the times: of a call in each round, in which it can't but move `moved` bytes."""
-        self.rounds, self.compulsory_bytes = len(seconds), moved
-        self.first_quartile_s, self.median_s, self.third_quartile_s = quartiles(seconds)
-        self.gb_per_s = moved / self.median_s / 1e9
+    untimed = {"backend": "", "status": OK, "detail": "", "rounds": 0} | dict.fromkeys(TIMES)
+    untimed |= {"compulsory_bytes": 0, "gb_per_s": None}
+    results = {provider.name: case | {"provider": provider.name} | untimed | more for provider in providers}
+    for provider in providers:
+        try:
+            with provider.activate():
+                results[provider.name] |= judge(provider)
+        except Exception as error:  # noqa: BLE001 - a provider that breaks is a row of the table, not the run's end
+            results[provider.name] |= {"status": FAILED, "detail": one_line(error)}
+    good = [provider for provider in providers if results[provider.name]["status"] in (OK, INEXACT)]
+    runners = {provider.name: Runner(call(provider), provider.activate) for provider in good}
+    samples = interleave(runners, timer, budget)
+    for name, seconds in samples.items():
+        first, median, third = quartiles(seconds)
+        with runners[name].activate():
+            times = (median, first, third, timer.host_seconds(runners[name].call))
+        facts = {"rounds": len(seconds), "compulsory_bytes": moved, "gb_per_s": moved / median / 1e9}
+        results[name] |= facts | dict(zip(TIMES, times, strict=True))
+    return results, samples

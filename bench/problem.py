@@ -24,6 +24,7 @@ UNITS = (64, 4096, 16384, 20000)
 GROUPS = 32
 ROWS = 8192
 OURS, LIGER = "fastnorm", "liger"
+PROVIDERS = (OURS, LIGER)
 LIGER_OPERATIONS = ("rms_norm", "layer_norm", "add_rms_norm", "group_norm")
 
 
@@ -42,6 +43,18 @@ DTYPES = {
     "fp32": Types(torch.float32, torch.float32, torch.float32),
     "fp64": Types(torch.float64, torch.float64, torch.float64),
     "mixed": Types(torch.bfloat16, torch.float32, torch.float32),  # bf16 activations on a float32 residual stream
+}
+
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
+# of the command line: everything, and what takes half a minute
+DEFAULTS = {
+    "targets": TARGETS, "operations": (*OPERATIONS, *IMAGES, *CLIPS), "dtypes": ("bf16", "fp32", "mixed"),
+    "widths": (*NARROW_WIDTHS, *MODEL_WIDTHS, *LONG_WIDTHS, *ODD_WIDTHS), "providers": PROVIDERS,
+}
+QUICK = DEFAULTS | {
+    "targets": ("sm_90", "gfx942"), "operations": ("rms_norm", "layer_norm", "clip_grad_norm_"), "dtypes": ("bf16",),
+    "widths": (4096,),
 }
 
 

@@ -1,7 +1,7 @@
 """Who computes an operation: stock PyTorch, torch.compile, fastnorm by backend, and peer libraries where they run."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -33,10 +33,6 @@ class Provider:
     ours: bool = False
 
 
-def _compiled(operation: Operation) -> Callable:
-    return torch.compile(operation.stock, fullgraph=True, dynamic=False)
-
-
 def _fastnorm(backend: str | None) -> Provider:
     """fastnorm by `backend`, or as it chooses for itself where that is None."""
 
@@ -53,8 +49,10 @@ def _fastnorm(backend: str | None) -> Provider:
     return Provider(name, build, lambda: fastnorm.use(backend), ours=True)
 
 
-def _peer(name: str, library: Callable[[], dict[str, Callable]]) -> Provider:
-    def build(operation: Operation) -> Callable:
+def peer(name: str, library: Callable[[], dict[str, Callable]]) -> Provider:
+    """Another library's forms by operation name, where it is installed."""
+
+    def build(operation: Any) -> Callable:
         try:
             offered = library()
         except ImportError as error:
@@ -70,30 +68,29 @@ PROVIDERS = {
     provider.name: provider
     for provider in (
         Provider(STOCK, lambda operation: operation.stock),
-        Provider(COMPILE, _compiled),
-        _fastnorm(None),
-        _fastnorm("triton"),
-        _fastnorm("native"),
-        _fastnorm("reference"),
-        _peer("liger", peers.liger),
-        _peer("quack", peers.quack),
-        _peer("apex", peers.apex),
-        _peer("apex-nhwc", peers.apex_group_norm),
+        Provider(COMPILE, lambda operation: torch.compile(operation.stock, fullgraph=True, dynamic=False)),
+        *(_fastnorm(backend) for backend in (None, "triton", "native", "reference")),
+        peer("liger", peers.liger), peer("quack", peers.quack), peer("apex", peers.apex),
+        peer("apex-nhwc", peers.apex_group_norm),
     )
 }
 
 
-def why_absent(provider: Provider, operation: Any, attempt: Callable[[Callable], object]) -> str | None:
-    """None where `attempt`, a small case, succeeds with the provider's form of the operation, else why not."""
-    try:
-        function = provider.build(operation)
-        with provider.activate():
-            attempt(function)
-    except Unavailable as reason:
-        return str(reason)
-    except Exception as error:  # noqa: BLE001 - whatever a foreign library raises is the reason, and is shown
-        return one_line(error)
-    return None
+def absent(
+    providers: Iterable[Provider], operation: Any, attempt: Callable[[Callable], object]
+) -> dict[str, str]:
+    """Why providers can't compute the operation here, by name: `attempt` is a small case, called with their form."""
+    reasons = {}
+    for provider in providers:
+        try:
+            function = provider.build(operation)
+            with provider.activate():
+                attempt(function)
+        except Unavailable as reason:
+            reasons[provider.name] = str(reason)
+        except Exception as error:  # noqa: BLE001 - whatever a foreign library raises is the reason, and is shown
+            reasons[provider.name] = one_line(error)
+    return reasons
 
 
 def one_line(error: Exception) -> str:

@@ -1,189 +1,195 @@
-"""Results as tables for people, and as CSV and JSON for programs."""
+"""Results as tables for people, and as CSV and JSON for programs; the tables are made of what the JSON holds."""
 
-import csv
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
+import pandas as pd
 
-from .ceiling import Ceiling
+from . import ceiling
 from .check import FACTOR_FOR_OTHERS, STOCK_ERROR_FACTOR
-from .run import Bench, Result
+from .labels import absences, aligned, duration, is_loss, mode_label, ratio
 
-LOSS = 0.98  # what is slower than this is marked in documents
-TIMES = ("provider", "median", "IQR", "GB/s")  # the columns that every table has
-LEGEND = (
+TIMES = (
     "median: time of a call over the rounds; IQR: interquartile range as % of it.\n"
-    "GB/s: the bytes that the algorithm can't do without / median; % of copy: that of the best copy of this size.\n"
-    "vs: the baseline's time / this one's, the median of the ratios within each round; ▼ slower.\n"
-    f"error: largest error against float64; 1.00 is what is allowed ({STOCK_ERROR_FACTOR} x stock's + 1 ulp); ! more.\n"
-    f"WRONG: above {FACTOR_FOR_OTHERS} and x's precision; FAILED: an exception. Neither is timed. "
-    "The command fails where fastnorm is above 1."
+    "GB/s: the bytes that the algorithm can't do without / median"
 )
 
 
 @dataclass(frozen=True)
-class Table:
-    """How results of one kind are shown: a table for each `title`, its columns those of the case, TIMES and `more`.
+class Kind:
+    """How the results of one benchmark are shown, as functions of a frame of them.
 
-    case: what a provider's rows share, shown once; values: the cells of `more` but for the last, which is `error`.
+    titles: a table for each; cells: the columns, the first two of which are shown once for the rows that share them.
+    speedup: the column of the ratios to `baseline`, of which `losing` speaks.
     """
 
-    case_columns: tuple[str, ...]
-    more: tuple[str, ...]
-    title: Callable[[Any], str]
-    case: Callable[[Any], tuple[str, ...]]
-    values: Callable[[Any], tuple[str, ...]]
-    error: Callable[[Any], str]
+    titles: Callable[[pd.DataFrame], pd.Series]
+    cells: Callable[[pd.DataFrame], pd.DataFrame]
+    speedup: str
+    baseline: str
+    legend: str
 
 
-NORMS = Table(
-    case_columns=("shape", "dtype"),
-    more=("% of copy", "vs torch", "vs compile", "error"),
-    title=lambda result: f"{result.operation}, {mode_label(result.mode)}",
-    case=lambda result: (problem_label(result), result.dtype),
-    values=lambda result: (
-        f"{result.percent_of_ceiling:.0f}%",
-        ratio(result.speedup_vs_torch),
-        ratio(result.speedup_vs_compile),
-    ),
-    error=lambda result: _error(result),
-)
+def frame_of(results: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    """A row for each result, NaN for None."""
+    return pd.DataFrame(results).fillna(float("nan")).infer_objects()
 
 
-def tables(results: Iterable[Any], style: str = "simple", table: Table = NORMS) -> str:
+def tables(results: Iterable[dict], kind: Kind, style: str = "simple") -> str:
     """One titled table per operation and mode, in the order of the results; `style` is tabulate's format."""
-    groups: dict[str, list[Any]] = {}
-    for result in results:
-        groups.setdefault(table.title(result), []).append(result)
-    mark = "### " if style == "github" else ""
-    return "\n".join(f"{mark}{title}\n\n{_body(group, style, table)}\n" for title, group in groups.items())
+    frame, mark = frame_of(results), "### " if style == "github" else ""
+    parts = frame.groupby(kind.titles(frame), sort=False) if len(frame) else ()
+    return "\n".join(f"{mark}{title}\n\n{_body(part, kind, style)}\n" for title, part in parts)
 
 
-def mode_label(mode: str) -> str:
-    """A mode as people write it."""
-    return mode.replace("_", " + ")
-
-
-def problem_label(result: Result) -> str:
-    """A shape as people write it, with its layout where that is not the usual one."""
-    shape = result.shape.replace("x", " x ")
-    return shape if result.layout == "contiguous" else f"{shape}, {result.layout}"
-
-
-def _body(results: list[Any], style: str, table: Table) -> str:
-    rows, previous = [], None
-    for result in results:
-        case = table.case(result)
-        rows.append((*(case if case != previous else ("",) * len(case)), *cells(result, table)))
-        previous = case
-    columns = (*table.case_columns, *TIMES, *table.more)
-    left = len(table.case_columns) + 1
-    align = ("left",) * left + ("right",) * (len(columns) - left)
+def _body(part: pd.DataFrame, kind: Kind, style: str) -> str:
+    cells = kind.cells(part)
+    case = list(cells.columns[:2])
     complaints = [
-        f"{result.status}: {result.provider}, {' '.join(table.case(result))}: {result.detail}"
-        for result in results
-        if not result.is_timed
+        f"{result.status}: {result.provider}, {' '.join(cells.loc[result.Index, case])}: {result.detail}"
+        for result in part[part["median_s"].isna()].itertuples()
     ]
-    return "\n".join((tabulate(rows, columns, tablefmt=style, colalign=align, disable_numparse=True), *complaints))
+    cells.loc[cells[case].eq(cells[case].shift()).all(axis=1), case] = ""
+    return "\n".join((markdown(cells, style, _right(cells, 3)), *complaints))
 
 
-def cells(result: Any, table: Table) -> tuple[str, ...]:
-    """What a provider's row says behind the case; no times where there are none."""
-    provider = result.provider
-    if result.backend and not provider.endswith(result.backend):
-        provider += f" ({result.backend})"
-    if not result.is_timed:
-        return provider, result.status, *("",) * (len(TIMES) + len(table.more) - 3), table.error(result)
-    spread = (result.third_quartile_s - result.first_quartile_s) / result.median_s
-    times = duration(result.median_s), f"{spread:.0%}", f"{result.gb_per_s:.1f}"
-    return provider, *times, *table.values(result), table.error(result)
+def markdown(cells: pd.DataFrame, style: str = "github", align: Sequence[str] | None = None) -> str:
+    """A table of text in tabulate's format `style`."""
+    return cells.to_markdown(index=False, tablefmt=style, disable_numparse=True, colalign=align)
 
 
-def _error(result: Result) -> str:
-    share = result.error_of_allowed
-    if share is None:
-        return ""
-    return f"{share:.2f}" + (" !" if share > 1 else "")
+def _right(cells: pd.DataFrame, left: int) -> list[str]:
+    """The alignment of columns: all but the first `left` ones to the right."""
+    return ["left"] * left + ["right"] * (cells.shape[1] - left)
 
 
-def duration(seconds: float) -> str:
-    """Three significant digits in the unit that suits them."""
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= scale:
-            return f"{seconds / scale:#.3g}".rstrip(".") + f" {unit}"
-    return f"{seconds * 1e9:.0f} ns"
+def losing(results: Iterable[dict], kind: Kind) -> str:
+    """The block of what fastnorm is slower at than the baseline, of all its providers."""
+    ours = [result for result in results if result["provider"].startswith("fastnorm") and result[kind.speedup]]
+    lost = frame_of(result for result in ours if is_loss(result[kind.speedup]))
+    title = f"Losing cells: fastnorm slower than {kind.baseline}"
+    if lost.empty:
+        return f"{title}: {f'none of {len(ours)}' if ours else 'nothing to compare'}"
+    cells = kind.cells(lost)
+    cells.insert(0, "case", kind.titles(lost))
+    return f"{title}: {len(lost)} of {len(ours)}\n\n{markdown(cells, 'simple', _right(cells, 4))}"
 
 
-def ratio(speedup: float | None) -> str:
-    """A speed-up, with a mark where it is a loss."""
-    if speedup is None:
-        return "–"
-    return f"{speedup:.2f}x" + (" ▼" if round(speedup, 2) < 1 else "")
-
-
-def speedup(value: float | None) -> str:
-    """A speed-up in a document, with a mark where it is a loss beyond noise."""
-    return "" if value is None else f"{value:.2f}×" + " ▼" * (value < LOSS)
-
-
-def header(machine: dict[str, str]) -> str:
-    """The machine, one fact a line."""
-    return tabulate(machine.items(), tablefmt="plain", disable_numparse=True)
-
-
-def absences(absent: dict[str, dict[str, str]]) -> str:
-    """Which providers are missing, with the reason and the operations it holds for; "" if none is."""
-    held_back: dict[tuple[str, str], list[str]] = {}
-    for operation, reasons in absent.items():
-        for provider, reason in reasons.items():
-            held_back.setdefault((provider, reason), []).append(operation)
-    lines = [
-        f"  {provider}: {reason}" + ("" if len(operations) == len(absent) else f" ({', '.join(operations)})")
-        for (provider, reason), operations in held_back.items()
-    ]
-    return "\n".join(("absent:", *lines)) if lines else ""
-
-
-def ceiling_line(large: Ceiling) -> str:
-    """The large copy in words."""
-    return (
-        f"copying {large.nbytes / 2**20:.0f} MiB: {large.copy:.1f} GB/s into a buffer in use, "
-        f"{large.clone:.1f} GB/s into newly allocated memory"
-    )
-
-
-def write(directory: Path, stem: str, machine: dict[str, str], bench: Bench, results: list[Result]) -> list[Path]:
-    """Write `<stem>.csv`, `.json` and `.md` into `directory`, and return their paths."""
-    ceilings = {"copy_ceilings_gb_per_s": bench.ceilings.to_dicts()}
-    text = (ceiling_line(bench.ceilings.large()), tables(results, "github"), LEGEND)
-    return write_files(directory / stem, machine, bench, results, text, ceilings)
-
-
-def write_files(
-    path: Path, machine: dict[str, str], bench: Any, results: Sequence[Any], text: tuple[str, str, str], extra: dict
-) -> list[Path]:
-    """`path` with the suffixes csv, json and md. text: what stands below the machine, the tables, the legend; extra:
-    what only the JSON has beside the machine, the budget, who is absent, and the results."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write(path: Path, document: dict[str, Any], kind: Kind) -> list[Path]:
+    """`path` with the suffixes csv, json and md. document: what the JSON holds."""
     paths = [path.parent / f"{path.name}.{suffix}" for suffix in ("csv", "json", "md")]
-    write_csv(paths[0], machine, results)
-    document = {"machine": machine, "budget": asdict(bench.plan.budget), "absent": bench.absent, **extra}
-    document["results"] = [asdict(result) for result in results]
-    paths[1].write_text(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    below, body, legend = text
-    sections = "\n\n".join(filter(None, (header(machine), below, absences(bench.absent))))
-    paths[2].write_text(f"```\n{sections}\n```\n\n{body}\n\n{legend}\n", encoding="utf-8")
+    write_json(paths[1], document)
+    with paths[0].open("w", encoding="utf-8", newline="") as file:
+        # comment lines (`comment="#"` in pandas), then a row per result
+        file.writelines(f"# {key}: {value}\n" for key, value in document["machine"].items())
+        pd.DataFrame(document["results"]).to_csv(file, index=False)
+    above = (aligned(document["machine"].items()), ceiling_line(document), absences(document["absent"]))
+    text = "\n\n".join(filter(None, above)), tables(document["results"], kind, "github"), kind.legend
+    paths[2].write_text("```\n{}\n```\n\n{}\n\n{}\n".format(*text), encoding="utf-8")
     return paths
 
 
-def write_csv(path: Path, machine: dict[str, str], results: Sequence[Any]) -> None:
-    """The machine as comment lines (`comment="#"` in pandas), then a row per result, dataclasses of one type."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        file.writelines(f"# {key}: {value}\n" for key, value in machine.items())
-        writer = csv.DictWriter(file, [field.name for field in fields(results[0])])
-        writer.writeheader()
-        writer.writerows(asdict(result) for result in results)
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """The document, in a folder that is made where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(as_json(document), encoding="utf-8")
+
+
+def as_json(document: dict[str, Any]) -> str:
+    """What is None stays null: JSON has no NaN."""
+    return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def ceiling_line(document: dict[str, Any]) -> str:
+    """The copy that no cache helps in words; "" of a document without it."""
+    return next((
+        f"copying {copied['nbytes'] / 2**20:.0f} MiB: {copied['copy']:.1f} GB/s into a buffer in use, "
+        f"{copied['clone']:.1f} GB/s into newly allocated memory"
+        for copied in document.get("copy_ceilings_gb_per_s", ()) if copied["nbytes"] == ceiling.LARGE_BYTES
+    ), "")  # fmt: skip
+
+
+def shown(values: Iterable[Any], text: Callable[[Any], str]) -> list[str]:
+    """Each value as text, "" where there is none."""
+    return ["" if pd.isna(value) else text(value) for value in values]
+
+
+def shapes(frame: pd.DataFrame, times: str, usual: Callable[[str, str], bool]) -> list[str]:
+    """Shapes as people write them, with the layout where shape and layout are not `usual`."""
+    pairs = zip(frame["shape"].str.replace("x", f" {times} "), frame["layout"], strict=True)
+    return [shape if usual(shape, layout) else f"{shape}, {layout}" for shape, layout in pairs]
+
+
+def _cells(frame: pd.DataFrame, case: dict[str, list[str]], more: dict[str, list[str]]) -> pd.DataFrame:
+    """The columns that both kinds have, between `case` and `more`; a status in the place of a time that isn't there."""
+    backends = zip(frame["provider"], frame["backend"], strict=True)
+    times = zip(shown(frame["median_s"], duration), frame["status"], strict=True)
+    quartiles = (frame["third_quartile_s"] - frame["first_quartile_s"]) / frame["median_s"]
+    return pd.DataFrame({
+        **case, "dtype": frame["dtype"],
+        "provider": [f"{name} ({by})" if by and not name.endswith(by) else name for name, by in backends],
+        "median": [time or status for time, status in times], "IQR": shown(quartiles, "{:.0%}".format),
+        "GB/s": shown(frame["gb_per_s"], "{:.1f}".format), **more,
+    }, index=frame.index)  # fmt: skip
+
+
+def _ratios(frame: pd.DataFrame, column: str) -> list[str]:
+    """Those that are missing for want of the baseline, as a dash."""
+    return ["" if pd.isna(time) else text or ratio(None)
+            for time, text in zip(frame["median_s"], shown(frame[column], ratio), strict=True)]  # fmt: skip
+
+
+NORMS = Kind(
+    titles=lambda frame: frame["operation"] + ", " + frame["mode"].map(mode_label),
+    cells=lambda frame: _cells(frame, {"shape": shapes(frame, "x", lambda _, layout: layout == "contiguous")}, {
+        "% of copy": shown(frame["percent_of_ceiling"], "{:.0f}%".format),
+        "vs torch": _ratios(frame, "speedup_vs_torch"),
+        "vs compile": _ratios(frame, "speedup_vs_compile"),
+        "error": shown(frame["error_of_allowed"], lambda share: f"{share:.2f}" + " !" * (share > 1)),
+    }),
+    speedup="speedup_vs_torch",
+    baseline="stock torch eager",
+    legend=f"{TIMES}; % of copy: that of the best copy of this size.\n"
+    "vs: the baseline's time / this one's, the median of the ratios within each round; ▼ slower.\n"
+    f"error: largest error against float64; 1.00 is what is allowed ({STOCK_ERROR_FACTOR} x stock's + 1 ulp); ! more.\n"
+    f"WRONG: above {FACTOR_FOR_OTHERS} and x's precision; FAILED: an exception. Neither is timed. "
+    "The command fails where fastnorm is above 1.",
+)  # fmt: skip
+
+CLIPS = Kind(
+    titles=lambda frame: frame["operation"] + ", " + frame["case"],
+    cells=lambda frame: _cells(frame, {"list": [
+        f"{r.list}: {r.tensors} x, {r.elements / 1e6:.3g} M" for r in frame.itertuples()
+    ]}, {
+        "vs baseline": _ratios(frame, "speedup"),
+        "error": [text + " !" * bool(text and detail)
+                  for text, detail in zip(shown(frame["error"], "{:.1e}".format), frame["detail"], strict=True)],
+    }),
+    speedup="speedup",
+    baseline="stock torch eager (adaptive clips: than timm)",
+    legend=f"{TIMES}.\n"
+    "vs baseline: torch's (foreach) or timm's time / this one's, the median of the rounds' ratios; ▼ slower.\n"
+    "error: the largest relative one, of the norm or of a tensor by its largest value; ! above what is allowed.\n"
+    "WRONG: far above that; FAILED: an exception. Neither is timed. fastnorm's kernels above it fail the command.",
+)  # fmt: skip
+
+
+HOST_PROVIDERS = ("torch", "fastnorm-triton", "fastnorm-native", "liger")
+
+
+def host_cells(results: Iterable[dict]) -> pd.DataFrame:
+    """A row for each operation and mode: best / median µs of each provider."""
+    frame = frame_of(results)
+    frame["mode"] = frame["mode"].map(mode_label)
+    times = zip(shown(frame["best_us"], "{:.1f}".format), shown(frame["median_us"], "{:.1f}".format), strict=True)
+    frame["cell"] = [f"{best} / {median}" if best else "–" for best, median in times]
+    return wide(frame, ["operation", "mode"], "provider", HOST_PROVIDERS, "–")
+
+
+def wide(frame: pd.DataFrame, rows: list[str], across: str, columns: Iterable[str], missing: str = "") -> pd.DataFrame:
+    """The column "cell" of a long frame, by `rows` in their order and by the values of `across`."""
+    table = frame.pivot_table("cell", rows, across, aggfunc="first", sort=False)
+    return table.reindex(columns=list(columns)).astype(object).fillna(missing).reset_index()

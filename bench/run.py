@@ -3,19 +3,25 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
 from .ceiling import Ceilings
 from .check import Reference
-from .measurement import FAILED, INEXACT, WRONG, Measurement
+from .measurement import INEXACT, OK, WRONG, Result, measure
 from .operation import Operation, Shape, shape_name
 from .operations import OPERATIONS
 from .presets import DTYPES
-from .providers import COMPILE, PROVIDERS, STOCK, Provider, one_line, serving_backend, why_absent
-from .timing import Budget, CpuTimer, CudaTimer, Runner, interleave, paired_ratio, timer_for
+from .providers import COMPILE, PROVIDERS, STOCK, Provider, absent, serving_backend
+from .timing import Budget, CpuTimer, CudaTimer, paired_ratio, timer_for
 from .workload import Workload
+
+# of a result, beside what `measure` gives: the largest error in units of what the rule of check.py allows, None for a
+# NaN or values of another shape or dtype; and what a time is worth, None where a time is missing
+WORTH = ("error_of_allowed", "ceiling_gb_per_s", "percent_of_ceiling", "speedup_vs_torch", "speedup_vs_compile")
 
 
 @dataclass(frozen=True)
@@ -35,38 +41,6 @@ class Plan:
         return tuple(layout for layout in self.layouts if layout in operation.family.layouts)
 
 
-@dataclass
-class Case:
-    """Which provider in which case; `shape` is that of x, as in 32x64x56x56."""
-
-    operation: str
-    mode: str
-    shape: str
-    layout: str
-    dtype: str
-    provider: str
-
-    @property
-    def lengths(self) -> Shape:
-        """The shape as numbers."""
-        return tuple(map(int, self.shape.split("x")))
-
-
-@dataclass
-class Result(Measurement, Case):
-    """One provider in one case.
-
-    `error_of_allowed` is the largest error in units of what the rule of `check.py` allows, None for a NaN or for a
-    result of another shape or dtype. Speed-ups stay None where a time is missing.
-    """
-
-    error_of_allowed: float | None = None
-    ceiling_gb_per_s: float | None = None
-    percent_of_ceiling: float | None = None
-    speedup_vs_torch: float | None = None
-    speedup_vs_compile: float | None = None
-
-
 class Bench:
     """A plan on its device, with the timer and the ceilings that its cases share.
 
@@ -78,57 +52,56 @@ class Bench:
         _settle_malloc()
         self.timer = timer or timer_for(plan.device)
         self.ceilings = Ceilings(plan.device, self.timer)
-        self.absent: dict[str, dict[str, str]] = {}
-        for operation in (OPERATIONS[name] for name in plan.shapes):
-            for layout in plan.layouts_of(operation):
-                self._find_absent(operation, layout)
+        operations = [OPERATIONS[name] for name in plan.shapes]
+        cases = [(operation, layout) for operation in operations for layout in plan.layouts_of(operation)]
+        self.absent = {operation.label(layout): self._absent(operation, layout) for operation, layout in cases}
+
+    def facts(self) -> dict[str, Any]:
+        """What its document says beside the results."""
+        ceilings = self.ceilings.to_dicts()
+        return {"budget": asdict(self.plan.budget), "absent": self.absent, "copy_ceilings_gb_per_s": ceilings}
+
+    def parts(self) -> Iterator[tuple[str, Iterator[list[Result]]]]:
+        """Each operation's name and cases, which are lists of a result for each provider: for each shape, layout, dtype
+        and mode."""
+        for name, shapes in self.plan.shapes.items():
+            problems = itertools.product(shapes, self.plan.layouts_of(OPERATIONS[name]), self.plan.dtypes)
+            run = partial(self._run_workload, OPERATIONS[name])
+            yield name, itertools.chain.from_iterable(itertools.starmap(run, problems))
 
     def cases(self) -> int:
-        """How many lists `run_operation` yields over all operations."""
+        """How many lists of results all parts have."""
         plan = self.plan
         problems = sum(len(shapes) * len(plan.layouts_of(OPERATIONS[name])) for name, shapes in plan.shapes.items())
         return problems * len(plan.dtypes) * len(plan.modes)
 
-    def run_operation(self, name: str) -> Iterator[list[Result]]:
-        """Yield the results of each case, a list with one entry per provider: for each shape, layout, dtype, mode."""
-        operation = OPERATIONS[name]
-        layouts = self.plan.layouts_of(operation)
-        for shape, layout, dtype in itertools.product(self.plan.shapes[name], layouts, self.plan.dtypes):
-            yield from self._run_workload(operation, shape, layout, dtype)
-
-    def _find_absent(self, operation: Operation, layout: str) -> None:
+    def _absent(self, operation: Operation, layout: str) -> dict[str, str]:
         torch.compiler.reset()
-        self.absent[operation.label(layout)] = {}
         probe = Workload.make(operation, operation.family.probe, layout, torch.float32, self.plan.device)
-        for provider in self.plan.providers:
-            reason = why_absent(PROVIDERS[provider], operation, lambda function: probe.evaluate(function, "forward"))
-            if reason is not None:
-                self.absent[operation.label(layout)][provider] = reason
+        providers = [PROVIDERS[name] for name in self.plan.providers]
+        return absent(providers, operation, lambda function: probe.evaluate(function, "forward"))
 
     def _run_workload(self, operation: Operation, shape: Shape, layout: str, dtype: str) -> Iterator[list[Result]]:
         torch.compiler.reset()  # every shape gets its own static graph, and none runs into the recompilation limit
-        absent = self.absent[operation.label(layout)]
-        providers = [PROVIDERS[name] for name in self.plan.providers if name not in absent]
+        missing = self.absent[operation.label(layout)]
+        providers = [PROVIDERS[name] for name in self.plan.providers if name not in missing]
         workload = Workload.make(operation, shape, layout, DTYPES[dtype], self.plan.device)
         reference = Reference(workload, max(self.plan.modes, key=len))  # forward_backward holds forward's values too
         functions = {provider.name: provider.build(operation) for provider in providers}
-        ceiling = self.ceilings.at(workload.inputs["x"].nbytes).best
+        ceiling = self.ceilings.at(workload.inputs["x"].nbytes)
         for mode in self.plan.modes:
-            case = operation.name, mode, shape_name(shape), layout, dtype
-            results = {p.name: Result(*case, p.name) for p in providers}
-            runners = {}
-            for provider in providers:
-                result, function = results[provider.name], functions[provider.name]
-                _check(result, provider, function, reference)
-                if result.is_timed:
-                    runners[provider.name] = Runner(workload.runner(function, mode), provider.activate)
-            samples = interleave(runners, self.timer, self.plan.budget)
-            moved = operation.compulsory_bytes(mode, shape, DTYPES[dtype])
+            case = {"operation": operation.name, "mode": mode, "shape": shape_name(shape), "layout": layout}
+            results, samples = measure(
+                case | {"dtype": dtype}, dict.fromkeys(WORTH), providers,
+                lambda provider, mode=mode: _verdict(provider, functions[provider.name], reference, mode),
+                lambda provider, mode=mode: workload.runner(functions[provider.name], mode),
+                self.timer, self.plan.budget, operation.compulsory_bytes(mode, shape, DTYPES[dtype]),
+            )
             for name, seconds in samples.items():
-                results[name].record(seconds, moved)
-                with runners[name].activate():
-                    results[name].host_s = self.timer.host_seconds(runners[name].call)
-                _compare(results[name], seconds, samples, ceiling)
+                percent = 100 * results[name]["gb_per_s"] / ceiling
+                results[name] |= {"ceiling_gb_per_s": ceiling, "percent_of_ceiling": percent}
+                for baseline in {STOCK, COMPILE} & samples.keys():
+                    results[name][f"speedup_vs_{baseline}"] = paired_ratio(samples[baseline], seconds)
             yield list(results.values())
 
 
@@ -141,26 +114,12 @@ def _settle_malloc() -> None:
     torch.ones(31 * 2**20, dtype=torch.uint8)
 
 
-def _check(result: Result, provider: Provider, function: Callable, reference: Reference) -> None:
-    """Judge one provider's values, and write the verdict into its result."""
-    try:
-        with provider.activate():
-            verdict = reference.judge(function, result.mode)
-        operation, x = reference.workload.operation, reference.workload.inputs["x"]
-        result.backend = serving_backend(provider, operation.explained_as or operation.name, x)
-    except Exception as error:  # noqa: BLE001 - a provider that breaks is a row of the table, not the run's end
-        result.status, result.detail = FAILED, one_line(error)
-        return
-    result.error_of_allowed = verdict.worst if math.isfinite(verdict.worst) else None  # JSON has no infinity
-    if verdict.worst > 1:
-        result.status, result.detail = (INEXACT if verdict.is_tolerable else WRONG), verdict.detail
-
-
-def _compare(result: Result, seconds: list[float], samples: dict[str, list[float]], ceiling: float) -> None:
-    """Fill in what the times are worth against the copy ceiling and against the baselines."""
-    result.ceiling_gb_per_s = ceiling
-    result.percent_of_ceiling = 100 * result.gb_per_s / ceiling
-    if STOCK in samples:
-        result.speedup_vs_torch = paired_ratio(samples[STOCK], seconds)
-    if COMPILE in samples:
-        result.speedup_vs_compile = paired_ratio(samples[COMPILE], seconds)
+def _verdict(provider: Provider, function: Callable, reference: Reference, mode: str) -> Result:
+    verdict, operation = reference.judge(function, mode), reference.workload.operation
+    status = OK if verdict.worst <= 1 else INEXACT if verdict.is_tolerable else WRONG
+    return {
+        "backend": serving_backend(provider, operation.explained_as or operation.name, reference.workload.inputs["x"]),
+        "status": status,
+        "detail": "" if status == OK else verdict.detail,
+        "error_of_allowed": verdict.worst if math.isfinite(verdict.worst) else None,  # JSON has no infinity
+    }

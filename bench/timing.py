@@ -136,10 +136,8 @@ def _calibrate(runner: Runner, timer: CpuTimer | CudaTimer, min_sample: float) -
 
 def quartiles(samples: list[float]) -> tuple[float, float, float]:
     """First quartile, median, third quartile."""
-    if len(samples) == 1:
-        return samples[0], samples[0], samples[0]
-    first, median, third = statistics.quantiles(samples, n=4, method="inclusive")
-    return first, median, third
+    several = samples if len(samples) > 1 else 2 * samples
+    return tuple(statistics.quantiles(several, n=4, method="inclusive"))
 
 
 def paired_ratio(baseline: list[float], samples: list[float]) -> float:

@@ -3,15 +3,20 @@
 import csv
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench import ceiling, check, cli, plots, presets, providers, report, run, timing
+from bench import arguments, ceiling, check, cli, commands, labels, plots, presets, providers, report, run, timing
 from bench.operations import FAMILIES, OPERATIONS
 from bench.workload import Workload
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
 TINY = ["--dtypes", "fp32", "--device", "cpu", "--repeats", "2", "--min-time", "0.001"]
 
 # design: passes over x, reads + writes
@@ -49,19 +54,8 @@ def results_of(folder, stem="*"):
 
 
 def test_command_writes_table_csv_json_and_png(tmp_path, capsys):
-    status = cli.main(
-        [
-            "rms_norm",
-            "--shapes",
-            "8x16,4x32",
-            "--providers",
-            "torch,fastnorm-reference",
-            "--output",
-            str(tmp_path),
-            *TINY,
-        ]
-    )
-    assert status == 0
+    chosen = ["rms_norm", "--shapes", "8x16,4x32", "--providers", "torch,fastnorm-reference", "--plots"]
+    assert cli.main([*chosen, "--output", str(tmp_path), *TINY]) == 0
     printed = capsys.readouterr().out
     assert "rms_norm, forward + backward" in printed and "8 x 16" in printed and "cpu" in printed
 
@@ -90,7 +84,7 @@ def test_command_writes_table_csv_json_and_png(tmp_path, capsys):
 
 def test_channel_norms_take_images_in_both_layouts(tmp_path, capsys):
     arguments = ["batch_norm", "--shapes", "2x8x3x3", "--providers", "torch,fastnorm-reference"]
-    assert cli.main([*arguments, "--output", str(tmp_path), *TINY]) == 0
+    assert cli.main([*arguments, "--plots", "--output", str(tmp_path), *TINY]) == 0
     printed = capsys.readouterr().out
     assert "batch_norm_training_add_relu, forward + backward" in printed and "2 x 8 x 3 x 3, channels_last" in printed
     results = results_of(tmp_path, "*-batch_norm-custom")
@@ -103,11 +97,13 @@ def test_channel_norms_take_images_in_both_layouts(tmp_path, capsys):
 
 def test_a_grid_of_shapes_draws_the_map_of_speedups_too(tmp_path):
     results = [
-        run.Result("rms_norm", "forward", f"{rows}x{cols}", "contiguous", "fp32", provider, gb_per_s=1.0,
-                   ceiling_gb_per_s=2.0, speedup_vs_torch=rows / cols)
+        {"operation": "rms_norm", "mode": "forward", "shape": f"{rows}x{cols}", "layout": "contiguous", "dtype": "fp32",
+         "provider": provider, "gb_per_s": 1.0, "ceiling_gb_per_s": 2.0, "speedup_vs_torch": rows / cols}
         for rows in (2, 4) for cols in (8, 16, 24) for provider in ("torch", "fastnorm")
     ]  # fmt: skip
-    paths = plots.write(tmp_path, "machine", "A machine", 1.5, results)
+    copied = {"nbytes": ceiling.LARGE_BYTES, "copy": 1.0, "clone": 1.5}
+    document = {"machine": {"device": "A machine"}, "copy_ceilings_gb_per_s": [copied]}
+    paths = plots.write(tmp_path, "machine", document | {"results": results})
     assert paths == [tmp_path / "machine-rms_norm.png", tmp_path / "machine-rms_norm-speedup.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
@@ -131,7 +127,7 @@ def test_wrong_and_failing_providers_get_no_time(tmp_path, capsys, monkeypatch):
     add_provider(monkeypatch, "failing", breaks_on_16_columns)
     add_provider(monkeypatch, "missing", missing)
     named = "torch,wrong,failing,missing"
-    arguments = ["rms_norm", "--shapes", "8x16", "--providers", named, "--output", str(tmp_path), "--no-plots", *TINY]
+    arguments = ["rms_norm", "--shapes", "8x16", "--providers", named, "--output", str(tmp_path), *TINY]
     assert cli.main(arguments) == 0  # none of them is fastnorm's
 
     results = {(r["provider"], r["mode"]): r for r in results_of(tmp_path)}
@@ -155,7 +151,7 @@ def test_what_is_above_the_rule_is_shown_with_its_error_and_fails_the_command_if
     add_provider(monkeypatch, "peer", slightly_off)
     add_provider(monkeypatch, "fastnorm-sloppy", slightly_off, ours=True)
     monkeypatch.setattr(run, "serving_backend", lambda provider, op, x: "")
-    arguments = ["--mode", "forward", "--shapes", "64x64", "--providers", "peer,fastnorm-sloppy", "--no-plots"]
+    arguments = ["--mode", "forward", "--shapes", "64x64", "--providers", "peer,fastnorm-sloppy"]
     assert cli.main(["rms_norm", *arguments, "--output", str(tmp_path), *TINY]) == 1
     peer, ours = results_of(tmp_path)
     assert peer["status"] == ours["status"] == "INEXACT"
@@ -163,6 +159,80 @@ def test_what_is_above_the_rule_is_shown_with_its_error_and_fails_the_command_if
     assert peer["median_s"] > 0 and ours["median_s"] > 0
     arguments[arguments.index("peer,fastnorm-sloppy")] = "peer"
     assert cli.main(["rms_norm", *arguments, "--output", str(tmp_path), *TINY]) == 0
+
+
+SMALL = ["rms_norm", "--shapes", "8x16", "--mode", "forward", "--providers", "torch,fastnorm-reference"]
+
+
+def test_json_to_stdout_leaves_all_else_to_stderr(tmp_path, capsys):
+    assert cli.main([*SMALL, "--json", "-", "--output", str(tmp_path), *TINY]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["results"] == results_of(tmp_path)
+    assert "rms_norm, forward" in err and "Losing cells" in err
+    assert cli.main([*SMALL, "--json", str(tmp_path / "given"), "--output", str(tmp_path), *TINY]) == 0
+    assert json.loads((tmp_path / "given").read_text())["results"] == results_of(tmp_path)
+    assert "rms_norm, forward" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("load", "is_busy"), [(0.51, True), (0.49, False)])
+def test_the_first_line_says_that_the_machine_is_busy(load, is_busy, tmp_path, capsys, monkeypatch):
+    cores = os.cpu_count() or 1
+    monkeypatch.setattr(os, "getloadavg", lambda: (load * cores, 0.0, 0.0))
+    assert cli.main([*SMALL, "--output", str(tmp_path), *TINY]) == 0
+    printed = capsys.readouterr().out
+    if is_busy:
+        assert printed.startswith(f"BUSY: the load average is {load * cores:.2f}, above 0.5 for each of {cores} cores")
+    else:
+        assert printed.startswith("device ") and "busy" not in printed.lower()
+
+
+def test_losing_cells_come_last_in_one_block(tmp_path, capsys, monkeypatch):
+    def ratio(baseline, samples):
+        return 1.0 if baseline is samples else 0.8
+
+    monkeypatch.setattr(run, "paired_ratio", ratio)
+    assert cli.main([*SMALL, "--output", str(tmp_path), *TINY]) == 0
+    title, empty, header, _, *rows = capsys.readouterr().out.partition("Losing cells: ")[2].splitlines()
+    assert title == "fastnorm slower than stock torch eager: 1 of 1" and not empty and header.startswith("case  ")
+    assert [row.split()[:6] for row in rows] == [["rms_norm,", "forward", "8", "x", "16", "fp32"]]
+    assert "0.80x ▼" in rows[0]
+
+
+def test_only_what_fastnorm_is_slower_at_is_losing():
+    results = results_of(ROOT / "bench" / "results", "*-layer_norm-custom")
+    text = report.losing(results, report.NORMS)
+    assert text.splitlines()[0] == "Losing cells: fastnorm slower than stock torch eager: 1 of 4"
+    assert len(text.splitlines()) == 5 and "64 x 256" in text.splitlines()[4]
+    fast = [result | {"speedup_vs_torch": 0.996} for result in results]  # 1.00, as the tables show it
+    assert report.losing(fast, report.NORMS).endswith("eager: none of 4")
+    alone = [result | {"speedup_vs_torch": None} for result in results]
+    assert report.losing(alone, report.NORMS).endswith("eager: nothing to compare")
+
+
+RESULTS = [path for path in (ROOT / "bench" / "results").glob("*.json") if "copy_ceilings" in path.read_text("utf-8")]
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_files_of_results_are_what_their_json_makes(path, tmp_path, monkeypatch):
+    monkeypatch.undo()  # the true size of a large copy
+    report.write(tmp_path / path.stem, json.loads(path.read_text("utf-8")), report.NORMS)
+    for suffix, end in ((".json", None), (".csv", None), (".md", -5)):  # the legend has become another one
+        written = (tmp_path / path.name).with_suffix(suffix).read_text("utf-8").splitlines()
+        assert written[:end] == path.with_suffix(suffix).read_text("utf-8").splitlines()[:end]
+
+
+def test_a_command_line_without_a_command_is_one_of_norms():
+    for arguments_ in ([], ["rms_norm"], ["--quick"], ["norms", "rms_norm"]):
+        assert cli.parse(arguments_).run is commands.norms
+    assert cli.parse(["clip", "--quick"]).run is commands.clips
+    assert cli.parse(["real-model", "--device", "cpu"]).device == CPU
+
+
+def test_missing_packages_are_named_with_the_remedy():
+    code = "import runpy, sys; sys.modules.update(pandas=None, cpuinfo=None); runpy.run_module('bench')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == "python -m bench needs py-cpuinfo, pandas: pip install -e '.[bench]'\n"
+    assert done.returncode == 1
 
 
 @pytest.mark.parametrize(
@@ -197,7 +267,7 @@ def test_bad_arguments_are_named(arguments, complaint, capsys):
 
 
 def test_presets_are_shapes_and_combine():
-    assert cli._shapes("quick,3x5,quick") == (*presets.SHAPES["quick"], (3, 5))
+    assert arguments.shapes("quick,3x5,quick") == (*presets.SHAPES["quick"], (3, 5))
     assert all(length > 0 for shapes in presets.SHAPES.values() for shape in shapes for length in shape)
     assert {rows for rows, _ in presets.SHAPES["grid"]} >= {8, 8192}
     assert {cols for _, cols in presets.SHAPES["grid"]} >= {64, 16384}
@@ -209,8 +279,7 @@ def test_presets_are_shapes_and_combine():
 
 
 def chosen(*arguments):
-    parser = cli._parser()
-    return cli._problems(parser, parser.parse_args(arguments))
+    return commands._problems(cli.parse(list(arguments)))
 
 
 def test_operations_by_default_are_those_that_take_the_shapes():
@@ -362,8 +431,8 @@ def test_runners_take_turns_and_change_who_goes_first():
 
 
 def test_losses_are_marked_and_times_have_three_digits():
-    assert [report.ratio(value) for value in (None, 1.5, 0.996, 0.994)] == ["–", "1.50x", "1.00x", "0.99x ▼"]
-    assert [report.duration(seconds) for seconds in (2.0, 0.0123, 123e-6, 5e-9)] == [
+    assert [labels.ratio(value) for value in (None, 1.5, 0.996, 0.994)] == ["–", "1.50x", "1.00x", "0.99x ▼"]
+    assert [labels.duration(seconds) for seconds in (2.0, 0.0123, 123e-6, 5e-9)] == [
         "2.00 s",
         "12.3 ms",
         "123 µs",

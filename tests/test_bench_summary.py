@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-pytest.importorskip("tabulate")
+pytest.importorskip("pandas")
 
 from bench import summary
 from bench.cli import main

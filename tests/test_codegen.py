@@ -16,7 +16,7 @@ from filelock import FileLock
 
 pytest.importorskip("triton")
 
-from bench import codegen, control_flow, summary
+from bench import cli, codegen, control_flow, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = os.environ.get("FASTNORM_TEST_CODEGEN") == "all"
@@ -278,5 +278,5 @@ def test_a_kernel_of_ours_that_spills_fails_the_command_and_another_one_does_not
     for provider, status in (("fastnorm", 1), ("liger", 0)):
         spilling = codegen.Kernel(**shape, **example, provider=provider)
         monkeypatch.setattr(codegen, "compile_all", lambda *_, spilling=spilling: iter([spilling]))
-        assert codegen.main(["--targets", "sm_90", "--output", str(tmp_path)]) == status
+        assert cli.main(["codegen", "--targets", "sm_90", "--output", str(tmp_path)]) == status
         assert ("sm_90 rms_norm row_norm_forward bf16 64: spills 8 bytes" in capsys.readouterr().out) == bool(status)

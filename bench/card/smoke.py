@@ -82,10 +82,10 @@ def _clip(operation: clip.Operation, call: clip.Call, kernels: str, device: torc
     for dtype in (torch.float32, torch.bfloat16):
         workload = clip.Workload([(3, 4), (300, 33), (7,), (4099,)], dtype, device)
         for case, bound in operation.bounds(workload.norm).items():
-            result = clip.Result(operation.label, case, "few", 4, workload.elements, str(dtype), provider.name)
-            clip.check(result, provider, operation, call, workload, bound)
-            if result.status != "ok":
-                return f"{case}, {dtype}: {result.status} {result.detail}"
+            with provider.activate():
+                verdict = clip.judge(provider, operation, call, workload, bound)
+            if "status" in verdict:
+                return f"{case}, {dtype}: {verdict['status']} {verdict['detail']}"
     return None
 
 

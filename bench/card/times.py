@@ -4,12 +4,14 @@
 """
 
 import gc
-from dataclasses import asdict, dataclass, replace
+import itertools
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
-from .. import clip, machine, report, run
+from .. import clip, machine, run
+from ..labels import absences
 from ..operation import MODES, Shape
 from ..presets import SHAPES
 from .common import Stage, is_sticky
@@ -76,14 +78,14 @@ def _norms(section: Section, stage: Stage) -> None:
 
 def _timed(plan: run.Plan, name: str, stage: Stage) -> str | None:
     bench = run.Bench(plan, stage.timer())
-    if absent := report.absences(bench.absent):
+    if absent := absences(bench.absent):
         stage.record(absent=absent)
-    for done, results in enumerate(bench.run_operation(name), 1):
-        _record("norm", results, stage)
-        if broken := _broken(results):
+    ((_, cases),) = bench.parts()
+    for done, results in enumerate(cases, 1):
+        if broken := _record("norm", results, stage):
             return broken
         if stage.left <= 0 and done < bench.cases():
-            stage.record(left_out=f"{name}: {bench.cases() - done} cases behind {results[0].shape}")
+            stage.record(left_out=f"{name}: {bench.cases() - done} cases behind {results[0]['shape']}")
             break
     stage.record(ceilings=bench.ceilings.to_dicts())
     return None
@@ -95,9 +97,8 @@ def _clips(operations: tuple[str, ...], name: str, dtype: str, stage: Stage) -> 
         clip.LISTS[name] = lambda: [(4, 3), (5,)]
     bench = clip.Bench(clip.Plan(operations, (name,), (dtype,), stage.device, stage.budget), stage.timer())
     try:
-        for results in bench.run():
-            _record("clip", results, stage)
-            if broken := _broken(results):
+        for results in itertools.chain.from_iterable(cases for _, cases in bench.parts()):
+            if broken := _record("clip", results, stage):
                 return broken
     finally:
         gc.collect()
@@ -106,14 +107,11 @@ def _clips(operations: tuple[str, ...], name: str, dtype: str, stage: Stage) -> 
     return None
 
 
-def _broken(results: list) -> str | None:
-    """CUDA's own error, if one of the providers left one."""
-    return next((result.detail for result in results if is_sticky(result.detail)), None)
-
-
-def _record(kind: str, results: list, stage: Stage) -> None:
+def _record(kind: str, results: list[dict], stage: Stage) -> str | None:
+    """Writes them; CUDA's own error, if one of the providers left one."""
     for result in results:
-        stage.record(kind=kind, **asdict(result))
+        stage.record(kind=kind, **result)
+    return next((result["detail"] for result in results if is_sticky(result["detail"])), None)
 
 
 if __name__ == "__main__":
