@@ -120,7 +120,7 @@ def batch_norm_forward(
 
 def _normalized(x, memory_format, wants_mask, out_dtype):
     """y and the mask of batch_norm."""
-    view = ChannelView(x, memory_format, pooled=True)
+    view = ChannelView(x, memory_format, across_samples=True)
     return view.make_result(out_dtype), view.make_mask(wants_mask)
 
 
@@ -138,7 +138,7 @@ def batch_norm_backward(
 
 def _input_gradients(x, memory_format, dresidual_dtype):
     """dx and dresidual of batch_norm."""
-    view = ChannelView(x, memory_format, pooled=True)
+    view = ChannelView(x, memory_format, across_samples=True)
     return view.make_result(x.dtype), view.make_result(dresidual_dtype)
 
 
@@ -183,7 +183,7 @@ def batch_norm_backward_apply(dy, mask, x, weight, mean, rstd, means, memory_for
     "ScalarType out_dtype) -> (Tensor y, Tensor mean, Tensor rstd)"
 )
 def group_norm_forward(x, groups, weight, bias, eps, memory_format, silu, out_dtype):
-    y = ChannelView(x, memory_format, pooled=False).make_result(out_dtype)
+    y = ChannelView(x, memory_format, across_samples=False).make_result(out_dtype)
     return y, _statistic(x, x.shape[0], groups), _statistic(x, x.shape[0], groups)
 
 
@@ -195,7 +195,7 @@ def group_norm_forward(x, groups, weight, bias, eps, memory_format, silu, out_dt
 def group_norm_backward(
     dy, x, groups, weight, bias, mean, rstd, memory_format, silu, dweight_dtype, dbias_dtype
 ):  # fmt: skip
-    dx = ChannelView(x, memory_format, pooled=False).make_result(x.dtype)
+    dx = ChannelView(x, memory_format, across_samples=False).make_result(x.dtype)
     return dx, _channels(x, dweight_dtype), _channels(x, dbias_dtype)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -45,7 +46,7 @@ def convert(model: nn.Module, *, norms: Iterable[str] = KINDS, verify: bool = Tr
         if is_norm(parent) and "parametrizations" not in path.split("."):
             found[path] = parent
     reports = []
-    tried: dict[tuple, tuple[Proposal | None, str]] = {}  # norms that are alike are tried once
+    tried: dict[tuple[Any, ...], tuple[Proposal | None, str]] = {}  # norms that are alike are tried once
     for path, module in found.items():
         names = [path, *(name for name in seen.get(id(module), ()) if name != path)]
         kind_of_module = likeness(module)

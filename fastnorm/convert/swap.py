@@ -91,7 +91,7 @@ def combined(target: type, core: type, names: Names = ()) -> type:
     def extra_repr(self: torch.nn.Module) -> str:
         return target.extra_repr(_renamed(self, target, names))
 
-    def reduce(self: torch.nn.Module, protocol: Any) -> tuple:
+    def reduce(self: torch.nn.Module, protocol: Any) -> tuple[Any, ...]:
         return _blank, (target, core, names), object.__reduce_ex__(self, 2)[2]
 
     namespace |= {
@@ -120,7 +120,7 @@ def _alias(name: str) -> property:
     return property(lambda self: getattr(self, name), lambda self, value: setattr(self, name, value))
 
 
-def argument_of(forward: Callable) -> str:
+def argument_of(forward: Callable[..., Any]) -> str:
     """What the input is called in calls by keyword."""
     return list(inspect.signature(forward).parameters)[1]
 

@@ -23,7 +23,7 @@ def synchronised(cls: type[SyncBatchNorm], model: nn.Module, process_group: Any)
     """The model with its batch norms replaced by instances of `cls`; warns of those that are left, with the reason."""
     done: dict[int, nn.Module] = {}  # a norm that has several places keeps them
     left: list[str] = []
-    tried: dict[tuple, tuple[type | None, str]] = {}
+    tried: dict[tuple[Any, ...], tuple[type | None, str]] = {}
 
     def replaced(module: nn.Module, name: str) -> nn.Module:
         if id(module) in done:

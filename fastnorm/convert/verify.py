@@ -85,7 +85,7 @@ def _verified(module: nn.Module, proposals: Proposals) -> tuple[Proposal | None,
     return None, f"not {closest[1]}"
 
 
-def likeness(module: nn.Module) -> tuple:
+def likeness(module: nn.Module) -> tuple[Any, ...]:
     """Equal for modules whose twins are equal, bit by bit: of them, one run tells all."""
     tensors = [(key, t if t is None or nn.parameter.is_lazy(t) else (tuple(t.shape), t.dtype, t.device, is_shard(t)))
                for key, t in (*own_parameters(module).items(), *module._buffers.items())]  # fmt: skip
