@@ -29,7 +29,7 @@ def why_unreadable(tensor: Tensor, compiling: bool = False) -> str | None:
     if compiling:
         return None
     if tensor.is_neg():
-        return "it is a lazily negated view"
+        return "its sign is not yet applied: it is a lazily negated view"
     functorch = torch._C._functorch
     if functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor):
         return "batches of gradients need PyTorch's operations"
