@@ -1,4 +1,4 @@
-"""Gradient norms and clipping: one pass over all gradients of a model."""
+"""Gradient norms and clipping, in one pass over all gradients of a model."""
 
 from .agc import adaptive_clip_grad_
 from .deferred import clip_grad_norm_in_optimizer
