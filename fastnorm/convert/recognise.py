@@ -92,7 +92,7 @@ def proposals(module: nn.Module, kinds: tuple[str, ...]) -> Proposals:
     try:
         _refuse_changed_calls(module, core)
         if any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False)):
-            raise _Unfit("it is lazy: run the model once first")
+            raise _Unfit("it is lazy: run the model once before converting it")
         _refuse_shards(module)
         kind = next((kind for kind, base in _BASES.items() if issubclass(core, base)), None)
         is_certain = core in (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, *_BATCH_NORMS)

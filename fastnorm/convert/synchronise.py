@@ -54,7 +54,7 @@ def _replacement(cls: type[SyncBatchNorm], module: nn.Module) -> tuple[type | No
     """The class of a norm's replacement; else None and the reason."""
     own = type(module)
     if core_of(own) is not own:
-        return None, f"torch has made its class {own.__name__}, which a new module would not have"
+        return None, f"torch has made it a {own.__name__}, which a new module would not be"
     if unusual := set(module._parameters) ^ {"weight", "bias"}:
         return None, f"its parameters are not a weight and a bias: {', '.join(sorted(unusual))}"
     if issubclass(own, FusedBatchNorm):
