@@ -17,10 +17,9 @@ from typing import Any, Literal
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.compiler import is_compiling
-from torch.overrides import _get_current_function_mode_stack
 
 from . import operators, reference
-from .views import why_unreadable
+from .obstacles import observer, why_unreadable
 
 
 @dataclass(frozen=True)
@@ -51,17 +50,13 @@ OPERATIONS = {
 }  # fmt: skip
 
 
-def _family(family: str) -> tuple[str, ...]:
-    return tuple(name for name, operation in OPERATIONS.items() if operation.family == family)
-
-
-ROW_NORMS, CHANNEL_NORMS, CLIPS = map(_family, ("row norm", "channel norm", "clip"))
+ROW_NORMS, CHANNEL_NORMS, CLIPS = (
+    tuple(name for name, operation in OPERATIONS.items() if operation.family == family)
+    for family in ("row norm", "channel norm", "clip")
+)
 BACKENDS = ("triton", "native", "reference")
 Backend = Literal["triton", "native", "reference"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Modules of modes that need not see PyTorch's functions: torch.set_default_device changes factories alone, and make_fx
-# records operators.
-_INDIFFERENT_MODES = ("torch.utils._device", "torch.fx.experimental.proxy_tensor")
 _REMEDIES = {
     "triton": "pip install triton  (Linux; comes with torch's CUDA and ROCm wheels)",
     "native": "python -m fastnorm build  (needs a C++20 compiler: gcc 10 or newer, or clang)",
@@ -70,10 +65,7 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class Status:
-    """Whether a backend can be used in this process.
-
-    detail: where it runs, or why it doesn't. remedy: how to get it.
-    """
+    """Whether a backend can be used in this process. detail: where it runs, or why not. remedy: how to get it."""
 
     name: str
     available: bool
@@ -347,21 +339,6 @@ def _obstacle(x: Any, *others: Any) -> str | None:
         elif tensor is not None or x is None:
             return None
     return obstacle
-
-
-def observer() -> str | None:
-    """What must see PyTorch's own operations at this moment, so that no kernel may run; None where nothing must."""
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func transforms need differentiable operations"
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "forward-mode differentiation needs differentiable operations"
-    if torch._C._get_tracing_state() is not None:
-        return "torch.jit.trace records PyTorch operations only"
-    if torch._C._len_torch_function_stack():
-        for mode in _get_current_function_mode_stack():
-            if type(mode).__module__ not in _INDIFFERENT_MODES:
-                return f"{type(mode).__name__} is a mode that sees PyTorch's functions"
-    return None
 
 
 def _refusal(op: str, name: str, x: torch.Tensor) -> str | None:

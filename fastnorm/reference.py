@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .obstacles import can_branch_on, why_unreadable
 from .operators import list_dtype
-from .views import ChannelView, suggested_format, why_unreadable
+from .views import ChannelView, suggested_format
 
 
 def row_norm(
@@ -27,7 +28,7 @@ def row_norm(
     cast_dtype: x̂ is rounded to it; None leaves it as it is.
     """
     is_single = subtract_mean and math.prod(shape) == 1
-    if subtract_mean and not is_single and _can_branch_on(x):
+    if subtract_mean and not is_single and can_branch_on(x):
         constants = _constants(x, range(-len(shape), 0))
         x = x if constants is None else x - constants
     is_stocks = not is_single and not zero_centered and cast_dtype is None and _have_dtype_of(x, weight, bias)
@@ -81,28 +82,6 @@ def _constants(x: Tensor, dims: Iterable[int]) -> Tensor | None:
     return constants if constants.any() else None
 
 
-def _can_branch_on(x: Tensor) -> bool:
-    """Whether Python may branch on x's values: they are on the CPU, and nothing traces or transforms the call.
-
-    The kernels' conditions, `why_unreadable` and `backend.observer`, are others: values can be read in forward mode,
-    and of a lazily negated view. Modes are asked first, because they see every access to a tensor.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._len_torch_function_stack()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and x.layout is torch.strided
-        and not x.is_nested
-        and not x._is_zerotensor()
-        and x.device.type == "cpu"
-        and x.is_floating_point()
-        and x.numel() > 0
-    )
-
-
 def _of_single_elements(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """y where every row, or group, is one element: x̂ and its gradient are 0. Stock returns rounding errors · rstd."""
     return _scaled(x * (0.0 if eps > 0 else math.nan), weight, bias)
@@ -113,7 +92,7 @@ def batch_norm(
     running: tuple[Tensor, Tensor] | None, training: bool, momentum: float | Tensor, eps: float, relu: bool,
 ) -> Tensor:  # fmt: skip
     """y = relu((x − mean) · rstd · w + b + residual); in training, `running` (mean and variance) moves by momentum."""
-    branches = training and _can_branch_on(x) and x.dim() > 1
+    branches = training and can_branch_on(x) and x.dim() > 1
     constants = _constants(x, _unit_dims(x)) if branches else None
     x = x if constants is None else x - constants
     mean, var = running or (None, None)
@@ -122,8 +101,8 @@ def batch_norm(
     if not mixes:
         mean, var, weight, bias = (None if v is None else v.to(dtype) for v in (mean, var, weight, bias))
     factor, fresh = momentum if isinstance(momentum, float) else 0.0, None
-    # Stock takes no momentum that lies on a device. It fills fresh buffers with the batch's statistics instead, and
-    # `move` brings the running ones towards them.
+    # Stock can't move the running statistics by a tensor, or in another dtype than x's. It fills fresh buffers with
+    # those of the batch instead, towards which `move` brings the running ones.
     if training and running is not None and not (mixes and momentum is factor):
         mean, var = fresh = [torch.zeros_like(r, dtype=None if mixes else dtype) for r in running]
         factor = 1.0
@@ -161,7 +140,7 @@ def group_norm(
     if weight is None and bias is not None:
         weight = torch.ones_like(bias)  # without one, stock's backward on the CPU raises before torch 2.13
     is_single = x.shape[1] == groups and math.prod(x.shape[2:]) == 1
-    if not is_single and _can_branch_on(x):
+    if not is_single and can_branch_on(x):
         grouped = x.unflatten(1, (groups, -1))
         constants = _constants(grouped, range(2, grouped.dim()))
         if constants is not None:

@@ -11,29 +11,9 @@ from typing import overload
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-_KERNEL_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 _CHANNELS_LAST = {4: (1, 3, 2, 0), 5: (1, 4, 3, 2, 0)}  # dimensions by ascending stride
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-def why_unreadable(tensor: Tensor, compiling: bool = False) -> str | None:
-    """Why no kernel can read the tensor; None where kernels can. A subclass is judged by its type alone."""
-    if type(tensor) not in _KERNEL_TYPES and not compiling:
-        return f"{type(tensor).__name__} is a subclass with its own dispatch"
-    if tensor.layout is not torch.strided:
-        return f"no kernel for the layout {tensor.layout}"
-    if tensor.is_nested:
-        return "no kernel for nested tensors"
-    if compiling:
-        return None
-    if tensor.is_neg():
-        return "its sign is not yet applied: it is a lazily negated view"
-    functorch = torch._C._functorch
-    if functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor):
-        return "batches of gradients need PyTorch's operations"
-    return "it is a zero tensor without memory" if tensor._is_zerotensor() else None
 
 
 def as_rows(x: Tensor | None, dims: int) -> Tensor | None:

@@ -30,7 +30,7 @@ def adaptive_clip_grad_(
     parameters: Module | lists.Parameters,
     clip_factor: float = 0.01,
     eps: float = 1e-3,
-    norm_type: float = 2.0,
+    norm_type: float | str = 2.0,
     *,
     unit_dims: UnitDims = "timm",
     exclude: Excluded | Iterable[Excluded] = (),

@@ -41,7 +41,7 @@ _waiting: WeakKeyDictionary[Optimizer, _Deferred | None] = WeakKeyDictionary()
 
 @torch.no_grad()
 def clip_grad_norm_in_optimizer(
-    optimizer: Optimizer, max_norm: float, norm_type: float = 2.0, *, skip_nonfinite: bool = True
+    optimizer: Optimizer, max_norm: float | Tensor, norm_type: float | str = 2.0, *, skip_nonfinite: bool = True
 ) -> Tensor:
     """Clips the total norm of an optimizer's gradients in its next step, inside the optimizer's kernel.
 
@@ -63,7 +63,7 @@ def clip_grad_norm_in_optimizer(
 
     Args:
         optimizer: a torch.optim.Adam, AdamW, SGD or Adagrad with `fused=True` and all gradients on one device.
-        max_norm: a number or a 0-d tensor.
+        max_norm: a number, or a 0-d tensor, for which the host waits.
         norm_type: p, any number or what float() takes.
         skip_nonfinite: for a NaN or infinite norm, the step changes nothing, step counters included; the device
             decides. With False the step uses what `clip_grad_norm_` would have written.

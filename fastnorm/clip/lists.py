@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backend
-from ..views import why_unreadable
+from .. import backend, obstacles
 
 # One tensor, an iterable of tensors, or an iterable of (name, tensor) pairs.
 Parameters = Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
@@ -83,14 +82,14 @@ def _why_no_kernel() -> str | None:
     """Why no kernel may run at this moment."""
     if torch.compiler.is_compiling():
         return "torch.compile traces PyTorch's operations"
-    return backend.observer()
+    return obstacles.observer()
 
 
 def _why_unreadable(tensor: Tensor) -> str | None:
     """Why no kernel can read the tensor in place: they read real numbers without gaps and overlaps, in any order."""
     if type(tensor) not in PLAIN:
         return f"{type(tensor).__name__} is a subclass with its own dispatch"
-    reason = why_unreadable(tensor)
+    reason = obstacles.why_unreadable(tensor)
     if reason is not None:
         return reason
     if tensor.dtype not in backend.DTYPES:

@@ -33,7 +33,7 @@ class Measured(NamedTuple):
 
 @torch.no_grad()
 def get_total_norm(
-    tensors: Parameters, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
+    tensors: Parameters, norm_type: float | str = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
 ) -> Tensor:
     """The p-norm of all tensors together: torch.nn.utils.get_total_norm.
 
@@ -64,13 +64,13 @@ def get_total_norm(
 
 @torch.no_grad()
 def clip_grads_with_norm_(
-    parameters: Parameters, max_norm: float, total_norm: Tensor, foreach: bool | None = None
+    parameters: Parameters, max_norm: float | Tensor, total_norm: Tensor, foreach: bool | None = None
 ) -> None:
     """Multiplies gradients by min(max_norm / (total_norm + 1e-6), 1), in place: torch.nn.utils.clip_grads_with_norm_.
 
     Args:
         parameters: as for `clip_grad_norm_`.
-        max_norm: a number or a 0-d tensor.
+        max_norm: a number, or a 0-d tensor, for which the host waits.
         total_norm: a 0-d tensor, such as the result of `get_total_norm`.
         foreach: as for `clip_grad_norm_`.
 
@@ -90,8 +90,8 @@ def clip_grads_with_norm_(
 @torch.no_grad()
 def clip_grad_norm_(
     parameters: Parameters,
-    max_norm: float,
-    norm_type: float = 2.0,
+    max_norm: float | Tensor,
+    norm_type: float | str = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
@@ -103,7 +103,7 @@ def clip_grad_norm_(
     Args:
         parameters: one tensor, or an iterable of tensors or of (name, tensor) pairs, as from named_parameters().
             Those without .grad are left out.
-        max_norm: a number or a 0-d tensor.
+        max_norm: a number, or a 0-d tensor, for which the host waits.
         norm_type: p, any number or what float() takes.
         error_if_nonfinite: raise if the norm is NaN or infinite, before anything is written; the host then waits for
             the device. Without it a NaN norm makes every gradient NaN.
@@ -137,12 +137,12 @@ def clip_grad_norm_(
 
 
 @torch.no_grad()
-def clip_grad_value_(parameters: Parameters, clip_value: float, foreach: bool | None = None) -> None:
+def clip_grad_value_(parameters: Parameters, clip_value: float | Tensor, foreach: bool | None = None) -> None:
     """Clamps every gradient to [−clip_value, clip_value], in place: torch.nn.utils.clip_grad_value_. NaN stays NaN.
 
     Args:
         parameters: as for `clip_grad_norm_`.
-        clip_value: a number or a 0-d tensor.
+        clip_value: a number, or a 0-d tensor, for which the host waits.
         foreach: as for `clip_grad_norm_`.
 
     Raises:

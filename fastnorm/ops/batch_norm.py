@@ -298,20 +298,25 @@ class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         return super().extra_repr() + options_repr(self, activation=None)
 
 
-_DOC = """torch.nn.{name}, fused: the same constructor, state_dict and errors.
+class BatchNorm1d(FusedBatchNorm, torch.nn.BatchNorm1d):
+    """torch.nn.BatchNorm1d, fused: the same constructor, state_dict and errors.
 
     `forward(x, residual=None)` adds a residual of x's shape, then applies the activation, "relu" or None:
     y = relu(batch_norm(x) + residual) in one pass. With momentum=None, the cumulative average costs no host sync.
     """
 
 
-class BatchNorm1d(FusedBatchNorm, torch.nn.BatchNorm1d):
-    __doc__ = _DOC.format(name="BatchNorm1d")
-
-
 class BatchNorm2d(FusedBatchNorm, torch.nn.BatchNorm2d):
-    __doc__ = _DOC.format(name="BatchNorm2d")
+    """torch.nn.BatchNorm2d, fused: the same constructor, state_dict and errors.
+
+    `forward(x, residual=None)` adds a residual of x's shape, then applies the activation, "relu" or None:
+    y = relu(batch_norm(x) + residual) in one pass. With momentum=None, the cumulative average costs no host sync.
+    """
 
 
 class BatchNorm3d(FusedBatchNorm, torch.nn.BatchNorm3d):
-    __doc__ = _DOC.format(name="BatchNorm3d")
+    """torch.nn.BatchNorm3d, fused: the same constructor, state_dict and errors.
+
+    `forward(x, residual=None)` adds a residual of x's shape, then applies the activation, "relu" or None:
+    y = relu(batch_norm(x) + residual) in one pass. With momentum=None, the cumulative average costs no host sync.
+    """

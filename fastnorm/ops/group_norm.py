@@ -80,6 +80,7 @@ def group_norm(
     Raises:
         TypeError: for arguments of a wrong type, as in torch.
         RuntimeError: for shapes, devices or dtypes that don't fit, as in torch.
+        ZeroDivisionError: for num_groups=0, as in torch.
         ValueError: for groups of one element, as in torch; for an unknown activation.
         NotImplementedError: for an input of another dtype.
 
