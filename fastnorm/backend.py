@@ -159,7 +159,7 @@ class use:
         if backend is not None and backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, but got {backend!r}")
         if backend in _absent:
-            raise RuntimeError(f"the {backend} backend is not available: {_absent[backend]}")
+            raise RuntimeError(f"the {backend} backend is not available: {_absent[backend]}; see python -m fastnorm")
         self.backend: Backend | None = backend
         self.open: list[_Setting] = []
         if torch.compiler.is_compiling():  # torch.compile traces a global, but no lists

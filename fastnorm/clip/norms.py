@@ -174,7 +174,7 @@ def scale_(tensors: list[Tensor], coefficient: Tensor) -> None:
 
 
 def _measure(tensors: list[Tensor], parts: list[Part], norm_type: float, max_norm: float) -> Measured:
-    """parts: those of the `local_values` of the tensors."""
+    """As `measure`, with the `local_values` of the tensors divided into parts."""
     _refuse_empty(tensors, norm_type)
     if parts[0].tensors is tensors and parts[0].impl is not None:
         total, coefficient, _, norms = parts[0].impl.multi_tensor_norm(parts[0].tensors, norm_type, max_norm)
@@ -194,7 +194,7 @@ def _measure(tensors: list[Tensor], parts: list[Part], norm_type: float, max_nor
 
 
 def _scale_part_(part: Part, coefficient: Tensor) -> None:
-    """coefficient: on the part's device; for a backend in the dtype of the part's norms."""
+    """Multiplies a part. coefficient: on its device; for a backend, in the dtype of its norms."""
     if part.impl is None or type(coefficient) not in lists.PLAIN:
         for tensor in part.tensors:
             tensor.mul_(coefficient.to(tensor.device))

@@ -158,7 +158,7 @@ def _proposal(
     kind: str, template: nn.Module, shapes: list[tuple[int, ...]], target: type | None = None, names: Names = (),
     options: Mapping[str, Any] | None = None,
 ) -> Proposal:  # fmt: skip
-    """template: a module on the meta device, made by the constructor, with the attributes that the target needs."""
+    """A proposal with the attributes of `template`, which a constructor has made on the meta device."""
     target = target or type(template)
     own = {key: value for key, value in vars(template).items() if key not in MODULE_STATE}
     attributes = {key: value for key, value in own.items() if not _is_derived(target, key)}
@@ -289,7 +289,10 @@ def _by_structure(module: nn.Module) -> Iterator[Proposal]:
 
 
 def _with_eps(module: nn.Module, parameters: Mapping[str, Tensor], eps: float, beside: Names) -> Iterator[Proposal]:
-    """beside: eps's name in the module, if it is another: setting it must still have an effect after the swap."""
+    """Proposals with this eps.
+
+    beside: eps's name in the module, if it is another: setting it must still have an effect after the swap.
+    """
     shapes = {tuple(p.shape) for p in parameters.values()}
     if len(parameters) > 2 or len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
         raise _Unfit("its parameters are not a weight, or a weight and a bias, of one dimension")
