@@ -188,7 +188,7 @@ class use:
             _forced = self.before
             return
         if not self.open:
-            raise RuntimeError("fastnorm.use: the end of a block that was not entered")
+            raise RuntimeError("fastnorm.use: a block ends that was not entered; write `with fastnorm.use(...):`")
         _settings.remove(self.open.pop())
         _put_in_force()
 

@@ -321,7 +321,7 @@ def _applied(weight: Tensor | None, zero_centered: bool, dtype: torch.dtype) -> 
 
 
 def _have_dtype_of(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether the parameters have x's dtype. Stock takes some mixtures on the CPU, but sums their dweight in 16 bits."""
+    """Whether the parameters have x's dtype. Stock takes mixtures on the CPU, but sums dweight in 16 bits."""
     return {t.dtype for t in (weight, bias) if t is not None} <= {x.dtype}
 
 
