@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType, SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -54,8 +54,8 @@ ROW_NORMS, CHANNEL_NORMS, CLIPS = (
     tuple(name for name, operation in OPERATIONS.items() if operation.family == family)
     for family in ("row norm", "channel norm", "clip")
 )
-BACKENDS = ("triton", "native", "reference")
 Backend = Literal["triton", "native", "reference"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _REMEDIES = {
     "triton": "pip install triton  (Linux; comes with torch's CUDA and ROCm wheels)",

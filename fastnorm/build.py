@@ -76,7 +76,7 @@ def _absence() -> str:
     """Why no build was found."""
     if any(cache_folder().glob(f"{__version__}-*/*/{extension.RECORD}")):
         return f"the builds in {cache_folder()} are for another torch, Python or version of the sources"
-    return extension.recorded(PACKAGE).get("reason", "nobody has done that yet").rstrip(".")
+    return extension.recorded(PACKAGE).get("reason", "no build was found").rstrip(".")
 
 
 def mismatch(path: Path) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 UnitDims = Literal["timm", "nfnets", "tensor"]
 Excluded = str | Tensor | Module
-_UNIT_DIMS = ("timm", "nfnets", "tensor")
 _GRAD, _LAYOUT = attrgetter("grad"), attrgetter("layout")
 
 
@@ -81,8 +80,8 @@ def adaptive_clip_grad_(
             raise ValueError(f"{name} must be a finite number of at least 0, but got {value}")
     if math.isnan(norm_type):
         raise ValueError("norm_type must be a number, but got nan")
-    if unit_dims not in _UNIT_DIMS:
-        raise ValueError(f"unit_dims must be one of {', '.join(_UNIT_DIMS)}, but got {unit_dims!r}")
+    if unit_dims not in get_args(UnitDims):
+        raise ValueError(f"unit_dims must be one of {', '.join(get_args(UnitDims))}, but got {unit_dims!r}")
     named = parameters.named_parameters() if isinstance(parameters, Module) else parameters
     params, names = lists.listed(named)
     _require_tensors(params)
