@@ -56,8 +56,9 @@ test-triton: $(NATIVE)  ## the Triton kernels with another Triton (TRITON=3.5.1)
 	PYTHONPATH=$(OTHER_TRITON) $(PY) -m bench codegen --providers fastnorm --no-instructions --targets sm_90,gfx942 \
 	  --dtypes bf16 --widths 128,1793,4096,7168,16384,32768 --output $(OTHER_TRITON)
 
-lint: $(NATIVE)  ## ruff
+lint: $(NATIVE)  ## ruff, mypy
 	$(PY) -m ruff check .
+	$(PY) -m mypy
 
 # Not into bench/results, of which the documents' tables are made, as `make test` checks: python -m bench does that.
 bench: $(NATIVE)  ## check, then time (BENCH_ARGS= for the full run), into build/bench
@@ -106,7 +107,7 @@ wheel: $(NATIVE)  ## build a wheel for this machine's torch into dist/
 	FASTNORM_BUILD_NATIVE=$(WANT_NATIVE) $(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
 
 clean:  ## remove what was built; the virtual environment stays
-	rm -rf build dist site *.egg-info fastnorm/_C*.so fastnorm/_build.json $(NATIVE) .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info fastnorm/_C*.so fastnorm/_build.json $(NATIVE) .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean  ## remove the virtual environment too

@@ -69,7 +69,7 @@ def _call_with_image(problem: Problem) -> None:
             statistic, options = empty(stat, samples, GROUPS), (layout, is_fused)
             arguments = (x, GROUPS, w, w, 1e-5, *options, types.x), (x, x, GROUPS, w, w, statistic, statistic, *options)
         else:
-            statistic, mask = empty(stat, channels), ChannelView(x, layout, pooled=True).make_mask(True)
+            statistic, mask = empty(stat, channels), ChannelView(x, layout, across_samples=True).make_mask(True)
             added, dresidual = (residual, types.stream) if is_fused else (None, None)
             running = w, w, w, w, None, 0.1, 1e-5
             arguments = (x, added, *running, layout, is_fused, types.x), (

@@ -1,11 +1,11 @@
-"""Fused normalisation for PyTorch: the same modules and numbers as torch.nn, at the speed of memory."""
+"""Fused normalisation and gradient clipping for PyTorch: torch.nn's modules and numbers, at the speed of memory."""
 
 from pathlib import Path
 
 __version__ = "0.2.0"
 _root = Path(__file__).resolve().parents[1]
 if (_root / "pyproject.toml").exists() and (_root / "triton_kernels").is_dir():
-    __path__.append(str(_root))  # in the source folder fastnorm.triton_kernels lies beside this package, not in it
+    __path__.append(str(_root))  # in the source folder, triton_kernels is beside this package
 
 from . import functional
 from .backend import explain, use

@@ -1,14 +1,15 @@
-"""`python -m fastnorm`: what is installed and built here, which backend serves what, and how to get the rest.
+"""`python -m fastnorm` prints what is installed and built, which backend serves what, and how to get the rest.
 
-`python -m fastnorm build` compiles the C++ extension for the torch at hand.
+`python -m fastnorm build` compiles the C++ extension for the installed torch.
 """
 
 import argparse
+import os
 import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -41,7 +42,7 @@ def _devices() -> Iterator[tuple[str, str]]:
         return
     module = torch.get_device_module(accelerator)
     for index in range(torch.accelerator.device_count()):
-        # Apple's is the one device type without names.
+        # Apple's device type is the only one without names.
         name = module.get_device_name(index) if hasattr(module, "get_device_name") else accelerator.type
         yield f"{accelerator.type}:{index}", name
 
@@ -70,8 +71,8 @@ def _operations() -> Iterator[tuple[str, str]]:
             yield f"{operation} on {device}", f"{choice.backend}: {reason}"
 
 
-def _section(title: str, rows: Iterator[tuple[str, str]]) -> None:
-    rows = list(rows)
+def _section(title: str, entries: Iterable[tuple[str, str]]) -> None:
+    rows = list(entries)
     width = max((len(key) for key, _ in rows), default=0)
     print(f"{title}:")
     for key, value in rows:
@@ -80,7 +81,7 @@ def _section(title: str, rows: Iterator[tuple[str, str]]) -> None:
 
 
 def report() -> None:
-    """Prints what there is, and how to get the rest."""
+    """Prints versions, devices, backends and operations, and how to get what is missing."""
     statuses = backend.statuses()
     _section("versions", _versions())
     _section("devices", _devices())
@@ -89,13 +90,13 @@ def report() -> None:
     _section("operations, float32", _operations())
     missing = [(s.name, s.remedy) for s in statuses.values() if not s.available and s.remedy]
     if missing:
-        _section("to get what is missing", iter(missing))
+        _section("to get what is missing", missing)
 
 
 def build_extension(force: bool, only_check: bool) -> None:
-    """Builds the extension into the user's cache, or says what would be built; raises BuildError."""
+    """Builds the extension into the user's cache, or prints what would be built. Raises BuildError or CannotBuild."""
     target = build.target_folder()
-    is_built = build.obstacle(target) is None
+    is_built = build.load_error(target) is None
     facts = {
         "sources": str(build.sources_folder()), "torch": torch.__version__, **extension.options(),
         "in use": backend._native._C.__file__ if backend._native else "none",
@@ -109,21 +110,21 @@ def build_extension(force: bool, only_check: bool) -> None:
     if force or not is_built:
         print(f"built in {time.monotonic() - start:.0f} seconds: {path}")
     if (inside := build.in_folder(build.PACKAGE)) is not None:
-        print(f"the one in the package is loaded before it, where it fits this torch: {inside}")
+        print(f"the extension in the package comes first if it fits this torch: {inside}")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The report's exit status is 0 whatever is missing, because plain PyTorch always serves."""
+    """Runs the command line. The report's exit status is 0 whatever is missing, because plain PyTorch always serves."""
     parser = argparse.ArgumentParser(prog="python -m fastnorm", description=__doc__)
     commands = parser.add_subparsers(dest="command", title="commands (none prints the report)")
     building = commands.add_parser("build", help="compile the C++ extension for this torch into the user's cache")
-    building.add_argument("--check", action="store_true", help="only say what would be built; fails if it can't be")
+    building.add_argument("--check", action="store_true", help="only print what would be built; fails if it can't be")
     building.add_argument("--force", action="store_true", help="build again what is built already")
     options = parser.parse_args(arguments)
     if options.command is None:
         report()
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the compilers end, the cache is left alone
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ends the compilers and keeps the cache
     try:
         build_extension(options.force, options.check)
     except (build.BuildError, extension.CannotBuild) as error:
@@ -133,4 +134,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has gone, as in `python -m fastnorm | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        sys.exit(1)

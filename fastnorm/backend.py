@@ -1,7 +1,7 @@
 """The only place where a backend is chosen.
 
-The backends are imported once, here. One that is absent is recorded with its reason, which `explain` and
-`python -m fastnorm` show; nothing falls back without saying so there.
+The backends are imported once, here. An absent one is recorded with its reason, which `explain` and
+`python -m fastnorm` show. A named backend never falls back silently.
 """
 
 from __future__ import annotations
@@ -12,24 +12,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.compiler import is_compiling
-from torch.overrides import _get_current_function_mode_stack
 
 from . import operators, reference
-from .views import peculiarity
+from .obstacles import observer, why_unreadable
 
 
 @dataclass(frozen=True)
 class Operation:
-    """What is known of an operation here: `names` are the public functions and modules that take it, beside its own."""
+    """One operation. names: further names that `explain` knows it by, of public functions and modules."""
 
     family: str  # "row norm", "channel norm" or "clip"
     names: tuple[str, ...] = ()
-    has_formula: bool = True  # in steps, or on lists, it has none: fastnorm.reference has a backend's functions
+    has_formula: bool = True  # False: fastnorm.reference has a backend's functions instead of one formula
 
 
 OPERATIONS = {
@@ -51,15 +50,13 @@ OPERATIONS = {
 }  # fmt: skip
 
 
-def _family(family: str) -> tuple[str, ...]:
-    return tuple(name for name, operation in OPERATIONS.items() if operation.family == family)
-
-
-ROW_NORMS, CHANNEL_NORMS, CLIPS = map(_family, ("row norm", "channel norm", "clip"))
-BACKENDS = ("triton", "native", "reference")
+ROW_NORMS, CHANNEL_NORMS, CLIPS = (
+    tuple(name for name, operation in OPERATIONS.items() if operation.family == family)
+    for family in ("row norm", "channel norm", "clip")
+)
+Backend = Literal["triton", "native", "reference"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# of torch.set_default_device, which minds factories alone, and of make_fx, which records operators
-_MODES_WITHOUT_INTEREST = ("torch.utils._device", "torch.fx.experimental.proxy_tensor")
 _REMEDIES = {
     "triton": "pip install triton  (Linux; comes with torch's CUDA and ROCm wheels)",
     "native": "python -m fastnorm build  (needs a C++20 compiler: gcc 10 or newer, or clang)",
@@ -68,7 +65,7 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class Status:
-    """Whether a backend can be used in this process: `detail` says where or why not, `remedy` how to get it."""
+    """Whether a backend can be used in this process. detail: where it runs, or why not. remedy: how to get it."""
 
     name: str
     available: bool
@@ -78,7 +75,13 @@ class Status:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend a call takes, and why."""
+    """Which backend a call takes, and why.
+
+    Attributes:
+        op: the name that `explain` was given.
+        backend: "triton", "native" or "reference"; "none" where a named backend can't serve the call.
+        reason: why, in words.
+    """
 
     op: str
     backend: str
@@ -96,8 +99,8 @@ def _import(name: str, module: str) -> ModuleType | None:
         return None
 
 
-def _by_plans() -> SimpleNamespace:
-    """Triton's operators by their launch plans, which lists of tensors don't have."""
+def _with_plans() -> SimpleNamespace:
+    """Triton's operators, called through their launch plans. Those on lists of tensors have no plans."""
     call = _triton.plans.call if _native is None else _native.call_operator
     plans = {name: partial(call, name) for name in operators.OPERATORS}
     lists = {name: getattr(_triton, name) for name in plans if name.startswith("multi_tensor")}
@@ -106,27 +109,27 @@ def _by_plans() -> SimpleNamespace:
     return SimpleNamespace(**{**plans, **lists})
 
 
-_absent: dict[str, str] = {}
-_triton = _import("triton", ".triton_kernels")
-_native = _import("native", ".native")
-# asked once, because torch.compile can't trace a question to the dispatcher
+_absent: dict[str, str] = {}  # backend -> why it can't be imported
+_triton: Any = _import("triton", ".triton_kernels")
+_native: Any = _import("native", ".native")
+# The dispatcher is asked once, here: torch.compile can't trace it.
 _native_devices = () if _native is None else tuple(device for device in ("cpu", "cuda") if _native.serves(device))
 _native_clip_devices = (
     () if _native is None else tuple(d for d in ("cpu", "cuda") if _native.serves(d, "multi_tensor_norm"))
 )
 _driver = None if _triton is None else _triton.driver
-_planned = None if _triton is None else _by_plans()
+_planned = None if _triton is None else _with_plans()
 _library = None if _triton is None else operators.register("fastnorm_triton", _triton)
 
 
 class _Setting:
-    """What is named: for the process, or for an open block."""
+    """The backends that `use` named, for the process or within one open block. The last entry holds."""
 
     def __init__(self, backend: str | None) -> None:
-        # by plain calls, the newest last, each with its object while that may still turn out to begin a block
-        self.named: list[tuple[str | None, Callable[[], use | None]]] = [(backend, lambda: None)]
+        # Entries of plain calls, each with a weak reference to its `use`: while that lives, `with` may still enter it.
+        self.named: list[_Entry] = [(backend, lambda: None)]
 
-    def name(self, maker: use) -> tuple[str | None, Callable[[], use | None]]:
+    def name(self, maker: use) -> _Entry:
         plain = [entry for entry in self.named if entry[1]() is None]
         for superseded in plain[:-1]:
             self.named.remove(superseded)
@@ -135,27 +138,31 @@ class _Setting:
 
 
 class use:
-    """Names the backend of every call that follows, or of the calls in a `with` block.
+    """Names the backend of all calls that follow, or of the calls in a `with` block.
 
-    `use("triton")`, `use("native")`, `use("reference")` or `use(None)`, which is automatic. Under a named backend, a
-    call that it can't serve raises a RuntimeError; nothing falls back silently.
+    The setting is the process's: it also holds in other threads, such as autograd's. A block holds until its end. Of
+    several open blocks, in any threads or tasks, the newest holds; blocks may overlap. A plain call changes the
+    setting of the newest open block, or without one that of the process. Code that torch.compile traces may use only
+    blocks.
 
-    The setting is the process's: it also holds in the threads of a pool, and in autograd's, where checkpoints are
-    computed again and hooks may clip. A block holds until its end; of several that are open, in any threads or tasks,
-    the newest. Blocks that overlap leave nothing behind. A plain call changes the setting of the newest open block;
-    where none is open, that of the process. In code that torch.compile traces, only blocks may be used.
+    Args:
+        backend: "triton", "native", "reference", or None for automatic choice. A call that a named backend can't serve
+            raises RuntimeError; it never falls back silently.
 
-    Raises ValueError for an unknown name, RuntimeError for a backend that isn't there.
+    Raises:
+        ValueError: for an unknown name.
+        RuntimeError: for a backend that is not available.
     """
 
-    def __init__(self, backend: str | None) -> None:
+    def __init__(self, backend: Backend | None) -> None:
         global _forced
         if backend is not None and backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, but got {backend!r}")
         if backend in _absent:
-            raise RuntimeError(f"the {backend} backend is not available: {_absent[backend]}")
-        self.backend, self.open = backend, []
-        if torch.compiler.is_compiling():  # torch.compile traces a plain global, and no lists
+            raise RuntimeError(f"the {backend} backend is not available: {_absent[backend]}; see python -m fastnorm")
+        self.backend: Backend | None = backend
+        self.open: list[_Setting] = []
+        if torch.compiler.is_compiling():  # torch.compile traces a global, but no lists
             self.before, _forced = _forced, backend
             return
         self.changed = _settings[-1]
@@ -167,7 +174,7 @@ class use:
         if torch.compiler.is_compiling():
             _forced = self.backend
             return self
-        if self.entry in self.changed.named:  # what seemed to be a plain call was the beginning of a block
+        if self.entry in self.changed.named:  # the constructor's call was no plain call, but began this block
             self.changed.named.remove(self.entry)
         block = _Setting(self.backend)
         _settings.append(block)
@@ -181,32 +188,33 @@ class use:
             _forced = self.before
             return
         if not self.open:
-            raise RuntimeError("fastnorm.use: the end of a block that was not entered")
+            raise RuntimeError("fastnorm.use: a block ends that was not entered; write `with fastnorm.use(...):`")
         _settings.remove(self.open.pop())
         _put_in_force()
 
 
-_settings = [_Setting(None)]  # the process's, and those of the open blocks, the newest last
-_forced: str | None = None  # the newest one's backend: all that a call looks at
+_Entry = tuple[str | None, Callable[[], use | None]]
+_settings = [_Setting(None)]  # the process's, then those of the open blocks, the newest last
+_forced: str | None = None  # the backend that holds: calls look at nothing else
 
 
 def _put_in_force() -> None:
-    """Without a lock, which a fork or the garbage collector could find taken: the last change is what stays."""
+    """Sets `_forced`, again if it changed meanwhile. A lock could be held during a fork or a garbage collection."""
     global _forced
     while _forced != (newest := _settings[-1].named[-1][0]):
         _forced = newest
 
 
-# who serves which device: Served in csrc/arguments.h
+# Who serves which device: bits of `Served` in csrc/arguments.h.
 _NATIVE_ON_CPU, _TRITON_ON_CPU, _TRITON_ON_GPU, _NATIVE_NAMED = 1, 2, 4, 8
-# the functions of native.calls for those that serve, with the setting and the driver that they hold for
+# native.calls with these bits bound, cached for a setting and a Triton driver: (setting, driver, functions).
 _served: tuple[str | None, object, dict[str, Callable[..., Any]]] | None = None
 
 
 def call_directly(op: str, *arguments: Any) -> Any:
-    """A norm in one step: one of csrc/calls.h's functions. NotImplemented where `pick` must look.
+    """The whole call of a norm by one C++ function (csrc/calls.h); NotImplemented where it must go through Python.
 
-    What the arguments are is checked behind this, in C++: a short call costs more in Python than in its kernel.
+    C++ checks the arguments: in Python that would take longer than the kernel of a short call.
     """
     global _served
     if is_compiling() or _native is None:
@@ -222,7 +230,7 @@ def _calls(served: int) -> dict[str, Callable[..., Any]]:
 
 
 def _who_serves(driver: object) -> int:
-    """Bits for the devices that C++ starts kernels on. Before Triton has a driver, it is left to `pick` to make one."""
+    """Bits for the devices that C++ starts kernels on. Triton counts once it has a driver, which `pick` makes."""
     if _triton is not None and _triton.INTERPRETED and _forced != "native":
         return 0
     by_triton = _forced in (None, "triton") and driver is not None
@@ -236,9 +244,9 @@ def _who_serves(driver: object) -> int:
 
 
 def needs_formula(op: str, x: Any, *others: Any) -> bool:
-    """Whether only PyTorch's own operations can take these tensors, which need not even have sizes that can be read.
+    """Whether only PyTorch's own operations can take these tensors. Reads no sizes: nested tensors have none.
 
-    Raises where a backend is named, which then can't serve. What is no tensor is left to the checks of arguments.
+    Raises RuntimeError if they can and a backend is named. An argument that is no tensor is left to later checks.
     """
     obstacle = _obstacle(x, *others)
     if obstacle is None:
@@ -248,33 +256,35 @@ def needs_formula(op: str, x: Any, *others: Any) -> bool:
 
 
 def backward_needs_formula(*gradients: torch.Tensor | None) -> bool:
-    """Whether the backward that is running must be PyTorch's own operations: because it must be differentiable itself
-    (create_graph=True, forward-mode), or because no kernel can read the gradients that have come."""
+    """Whether the running backward must use PyTorch's own operations.
+
+    It must if it is to be differentiable itself (create_graph=True, forward mode), or if no kernel can read a gradient.
+    """
     if torch.compiler.is_compiling():
         return False
     if torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
         return True
-    return any(g is not None and peculiarity(g) is not None for g in gradients)
+    return any(g is not None and why_unreadable(g) is not None for g in gradients)
 
 
 def pick(op: str, x: torch.Tensor) -> Any | None:
-    """What serves `op` on `x`, and on others like it, which `needs_formula` has let pass: the backend's functions.
+    """The functions of the backend that serves `op` for `x`, after `needs_formula` has returned False.
 
-    None stands for the formula; for what has none, fastnorm.reference has a backend's functions.
+    None means the formula in fastnorm.reference; for an operation without one, returns that module.
     """
     name, _ = _choose(op, x)
     if name == "reference":
         return None if OPERATIONS[op].has_formula else reference
     if name == "native":
         return _native
-    # a compiled graph, or a dispatch mode that looks on, needs operators that the dispatcher knows
+    # Compiled graphs and dispatch modes need operators that the dispatcher knows.
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(x) is FakeTensor:
         return torch.ops.fastnorm_triton
     return _triton if _triton.INTERPRETED else _planned
 
 
 def refuse_formula(op: str, reason: str) -> None:
-    """Raises where a backend is named though only PyTorch's operations can serve, for the reason given."""
+    """Raises RuntimeError if a backend is named: for this reason, only PyTorch's operations can serve."""
     if _forced not in (None, "reference"):
         raise _cannot_serve(op, _forced, reason)
 
@@ -284,10 +294,10 @@ def _cannot_serve(op: str, name: str, obstacle: str) -> RuntimeError:
 
 
 def all_readable(tensors: Sequence[torch.Tensor]) -> bool | None:
-    """Whether kernels can read plain tensors as they lie, all on one device; None where only looking at each tells."""
+    """Whether kernels can read these plain tensors in place, all on one device; None where each must be looked at."""
     if _native is None or torch._C._len_torch_dispatch_stack():
         return None
-    return _native.all_readable(tensors)
+    return bool(_native.all_readable(tensors))
 
 
 def _choose(op: str, x: torch.Tensor) -> tuple[str, str]:
@@ -306,7 +316,7 @@ def _choose(op: str, x: torch.Tensor) -> tuple[str, str]:
     if obstacle is not None:
         return "reference", obstacle
     reasons = []
-    # a clip is one call for a whole list, where the compiled kernels need no table of pointers on the device
+    # A clip takes a whole list in one call, for which only Triton needs a table of pointers on the device.
     for name in ("native", "triton") if op in CLIPS else ("triton", "native"):
         refusal = _refusal(op, name, x)
         if refusal is None:
@@ -316,33 +326,19 @@ def _choose(op: str, x: torch.Tensor) -> tuple[str, str]:
 
 
 def _obstacle(x: Any, *others: Any) -> str | None:
-    """Why no kernel can take these tensors, whatever the backend and their sizes. None where one of them is no tensor.
+    """Why no kernel of any backend can take these tensors, whatever their sizes; None where an argument is no tensor.
 
-    What torch.compile traces becomes the formula, or operators, to which the dispatcher brings plain tensors.
+    While torch.compile traces, little is asked: the graph gets the formula, or operators, which the dispatcher calls
+    with plain tensors.
     """
     compiling = torch.compiler.is_compiling()
-    obstacle = None if compiling else onlooker()
+    obstacle = None if compiling else observer()
     for tensor in (x, *others):
         if isinstance(tensor, torch.Tensor):
-            obstacle = obstacle or peculiarity(tensor, compiling)
+            obstacle = obstacle or why_unreadable(tensor, compiling)
         elif tensor is not None or x is None:
             return None
     return obstacle
-
-
-def onlooker() -> str | None:
-    """Who must see PyTorch's own operations at this moment, so that no kernel can run."""
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func transforms need differentiable operations"
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "forward-mode differentiation needs differentiable operations"
-    if torch._C._get_tracing_state() is not None:
-        return "torch.jit.trace records PyTorch operations only"
-    if torch._C._len_torch_function_stack():
-        for mode in _get_current_function_mode_stack():
-            if type(mode).__module__ not in _MODES_WITHOUT_INTEREST:
-                return f"{type(mode).__name__} is a mode that sees PyTorch's functions"
-    return None
 
 
 def _refusal(op: str, name: str, x: torch.Tensor) -> str | None:
@@ -351,11 +347,11 @@ def _refusal(op: str, name: str, x: torch.Tensor) -> str | None:
         return _absent[name]
     if name == "native":
         if op == "batch_norm_evaluation" and x.device.type == "cpu" and _forced is None:
-            return "evaluation without activation and residual is a copy's work in PyTorch's own CPU kernel"
+            return "PyTorch's own CPU kernel for evaluation without activation and residual is as fast as a copy"
         devices = _native_clip_devices if op in CLIPS else _native_devices
         if x.device.type == "cuda" and "cuda" in devices and not _native.covers(x.device.index):
             archs = ", ".join(_native.build_info()["cuda_archs"])
-            return f"built for {archs}, which {x.device} is not; build for it: python -m fastnorm build --force"
+            return f"built for {archs}, which {x.device} is not: run python -m fastnorm build --force"
         return None if x.device.type in devices else f"not built for {x.device.type}"
     return None if _triton.serves(x.device.type) else f"Triton doesn't run on {x.device.type} here"
 
@@ -377,13 +373,19 @@ def statuses() -> dict[str, Status]:
 
 
 def explain(x: torch.Tensor | None = None, op: str = "rms_norm") -> Explanation:
-    """Which backend `op` takes for the input `x`, and why.
+    """Tells which backend `op` takes for the input `x`, and why. Runs nothing.
 
-    x: a tensor like the one to be normalised, or a gradient; without one, a float32 CPU tensor is meant.
-    op: the name of a function or module of fastnorm that computes something, such as "layer_norm", "GroupNorm" or
-        "clip_grad_norm_"; or batch_norm_evaluation, which is batch_norm in evaluation without activation and residual.
+    Args:
+        x: a tensor with the type, dtype and device of the input, or of the gradients of a clip; None stands for a
+            float32 CPU tensor.
+        op: the name of a function or module of fastnorm, such as "layer_norm", "GroupNorm" or "clip_grad_norm_"; or
+            "batch_norm_evaluation", which is batch_norm in evaluation without activation and residual.
 
-    Raises ValueError for another name.
+    Returns:
+        The choice, to be printed. Where `fastnorm.use` names a backend that can't serve, its `backend` is "none".
+
+    Raises:
+        ValueError: for an unknown `op`.
     """
     known = {name: name for name in OPERATIONS}
     known |= {alias: name for name, operation in OPERATIONS.items() for alias in operation.names}

@@ -1,6 +1,6 @@
 """How the C++ extension fastnorm._C is built: for setup.py, and for `python -m fastnorm build`.
 
-setup.py loads this file where torch may be missing, so that it needs nothing but the standard library at first.
+setup.py loads this file where torch may be missing, so that the module's own imports are of the standard library alone.
 FASTNORM_BUILD_CUDA=0 leaves the CUDA part out; CXX, CFLAGS, MAX_JOBS and TORCH_CUDA_ARCH_LIST work as usual.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 
 CXX_STANDARD = "-std=c++20"  # torch before 2.12 would compile as C++17
 CUDA_ARCHS = ("8.0", "9.0", "10.0", "12.0")  # A100, H100, B200, RTX 50
-RECORD = "_build.json"  # beside the extension, or where it would be: what it was built for, or why it was left out
+RECORD = "_build.json"  # beside the extension or in its place: what it was built for, or why it was left out
 run = partial(subprocess.run, text=True, capture_output=True)
 
 
@@ -31,12 +31,12 @@ class CannotBuild(Exception):
 
 
 def compiler() -> list[str]:
-    """The C++ compiler's command."""
+    """The command of the C++ compiler."""
     return shlex.split(os.environ.get("CXX") or "c++")
 
 
 def check_compiler() -> None:
-    """Raises CannotBuild unless there are torch and a compiler that can build against it."""
+    """Raises CannotBuild unless torch, setuptools and a suitable compiler are there."""
     cxx = compiler()
     if find_spec("torch") is None:
         raise CannotBuild("there was no torch: pip builds in an environment of its own, without --no-build-isolation.")
@@ -57,13 +57,19 @@ def check_compiler() -> None:
 
 
 def cuda_root() -> str | None:
-    """The CUDA toolkit's folder: CUDA_HOME, or what nvcc says, which may be a wrapper script that lies elsewhere."""
+    """The CUDA toolkit's folder: CUDA_HOME, or what nvcc reports, which may be a wrapper script in another folder."""
     if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
         return home
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     dryrun = run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull]).stderr if nvcc else ""
     top = re.search(r"^#\$ TOP=(.+?)\s*$", dryrun, re.MULTILINE)
     return os.path.realpath(top[1]) if top else None
+
+
+def _required_cuda_root() -> str:
+    root = cuda_root()
+    assert root is not None, "without_cuda has found it"
+    return root
 
 
 def without_cuda(torch_cuda: str | None) -> str | None:
@@ -84,13 +90,15 @@ def without_cuda(torch_cuda: str | None) -> str | None:
 
 
 def cuda_archs() -> str:
-    """TORCH_CUDA_ARCH_LIST: the user's own, or the visible cards, or CUDA_ARCHS; with PTX of the lowest, from which the
-    driver compiles for every newer card."""
+    """The architectures to compile for: TORCH_CUDA_ARCH_LIST, or those of the visible cards, or CUDA_ARCHS.
+
+    The lowest of those that aren't the user's own is compiled to PTX too: the driver compiles it for newer cards.
+    """
     import torch
 
-    if archs := os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return archs
-    known = run([os.path.join(cuda_root(), "bin", "nvcc"), "--list-gpu-code"]).stdout
+    if own := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return own
+    known = run([os.path.join(_required_cuda_root(), "bin", "nvcc"), "--list-gpu-code"]).stdout
     cards = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     for wanted in ([f"{major}.{minor}" for major, minor in sorted(cards)], CUDA_ARCHS):
         if archs := [arch for arch in wanted if f"sm_{arch.replace('.', '')}" in known]:
@@ -99,15 +107,15 @@ def cuda_archs() -> str:
 
 
 def flags() -> list[str]:
-    """What the C++ sources are compiled with, beside what setuptools and torch add."""
-    # Without OpenMP at::parallel_for has one thread; but on macOS a second libomp beside torch's own aborts.
+    """The C++ compiler's flags, to which setuptools and torch add theirs."""
+    # at::parallel_for needs OpenMP for more than one thread; on macOS a second libomp beside torch's aborts.
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    optimise = [] if "-O" in os.environ.get("CFLAGS", "") else ["-O3"]  # a user's own choice stands
+    optimise = [] if "-O" in os.environ.get("CFLAGS", "") else ["-O3"]  # the user's own choice holds
     return [*optimise, "-fno-math-errno", *openmp]
 
 
-def options() -> dict[str, str | None]:
-    """What a build would be made with in this environment. Raises CannotBuild."""
+def options() -> dict[str, str]:
+    """The compiler and the options of a build in this environment. Raises CannotBuild."""
     check_compiler()
     import torch
 
@@ -121,27 +129,27 @@ def options() -> dict[str, str | None]:
 
 
 def setup_arguments(csrc: str) -> dict[str, Any]:
-    """setuptools.setup()'s arguments for the extension, from the sources in this folder. Raises CannotBuild."""
+    """The arguments of setuptools.setup() that build the extension from the folder csrc. Raises CannotBuild."""
     check_compiler()
     import torch
 
     cuda = without_cuda(torch.version.cuda) is None
-    if cuda:  # both are read by torch.utils.cpp_extension, the first when it is imported
-        os.environ["CUDA_HOME"] = cuda_root()
+    if cuda:  # torch.utils.cpp_extension reads both, the first one at its import
+        os.environ["CUDA_HOME"] = _required_cuda_root()
         os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs()
     from torch.utils import cpp_extension
 
     class BuildExtension(cpp_extension.BuildExtension):
         def finalize_options(self) -> None:
             super().finalize_options()
-            self.force = True  # without ninja, what was built for another torch would count as up to date
+            self.force = True  # or, without ninja, objects built for another torch would count as up to date
 
         def run(self) -> None:
-            super().run()  # which copies what is built in place to where it belongs
-            if os.path.exists(path := self.get_ext_fullpath("fastnorm._C")):  # may be optional, and have failed
+            super().run()  # copies an in-place build into the package
+            if os.path.exists(path := self.get_ext_fullpath("fastnorm._C")):  # an optional build may have failed
                 record(Path(path).parent, {"torch": torch.__version__, "cuda": torch.version.cuda if cuda else None})
 
-    os.environ.setdefault("MAX_JOBS", str(os.cpu_count()))  # ninja would start two more, at about 1 GB each
+    os.environ.setdefault("MAX_JOBS", str(os.cpu_count()))  # ninja starts two more by default, of about 1 GB each
     openmp = [flag for flag in flags() if flag == "-fopenmp"]
     extension = (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(
         "fastnorm._C",
@@ -157,15 +165,15 @@ def setup_arguments(csrc: str) -> dict[str, Any]:
 
 
 def record(folder: Path, facts: dict[str, Any]) -> None:
-    """Leaves a note of what was built into the folder, {"torch": …, "cuda": …}, or why nothing was, {"reason": …}."""
+    """Writes the record into the folder: {"torch": …, "cuda": …} of a build, or {"reason": …} why there is none."""
     folder.mkdir(parents=True, exist_ok=True)
     new = folder / f"{RECORD}.new"
     new.write_text(json.dumps(facts) + "\n")
-    new.replace(folder / RECORD)  # never half-written
+    new.replace(folder / RECORD)  # atomic: no reader sees half of it
 
 
 def recorded(folder: Path) -> dict[str, Any]:
-    """The note in the folder; empty where there is none."""
+    """The record in the folder; empty where there is none."""
     try:
         facts = json.loads((folder / RECORD).read_text())
     except (OSError, ValueError):

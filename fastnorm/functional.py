@@ -1,4 +1,4 @@
-"""torch.nn.functional's signatures, extended by keyword arguments only."""
+"""The norms as functions, with torch.nn.functional's signatures, extended by keyword arguments only."""
 
 from .ops.batch_norm import batch_norm
 from .ops.group_norm import group_norm

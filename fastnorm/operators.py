@@ -1,8 +1,8 @@
-"""The operators: what every backend implements, known to PyTorch's dispatcher, torch.compile and dispatch modes.
+"""The operators that every backend implements, known to PyTorch's dispatcher, torch.compile and dispatch modes.
 
-Each stands here once, with its schema and its fake implementation, which tells shapes and dtypes. The backends' lists
-follow from OPERATORS: `native` has C++ functions behind them, `triton_kernels` Python functions with these names.
-dims: how many trailing dimensions are normalised. memory_format: of y, dx and dresidual.
+Each is defined here once: its schema, and its fake implementation, which gives the results' shapes and dtypes. The
+backends' lists follow from OPERATORS: `native` has C++ functions of these names, `triton_kernels` Python functions.
+dims: how many trailing dimensions are normalised. memory_format: that of y, dx and dresidual.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ OPERATORS: dict[str, Operator] = {}
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator without a namespace. An output that may be absent is None, from C++ an undefined tensor."""
+    """An operator without a namespace. An absent output is None, in C++ an undefined tensor."""
 
     name: str
     schema: str
     fake: Callable[..., Any]
 
     def define(self, library: Library, implementation: Callable[..., Any] | None = None) -> None:
-        """Defines it in a library's namespace, over a Python function or whatever is registered in C++.
+        """Defines it in a library's namespace, over a Python function or, without one, what C++ has registered.
 
-        Raises RuntimeError where what is registered has another signature."""
+        Raises RuntimeError where C++ has registered another signature.
+        """
         library.define(self.schema)
         if implementation is not None:
             library.impl(self.name, implementation, "CompositeExplicitAutograd")
@@ -40,7 +41,7 @@ class Operator:
 
 
 def operator(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Makes an operator of a fake implementation, by whose name it is known."""
+    """Decorates a fake implementation: adds an operator with its name and this signature to OPERATORS."""
 
     def add(fake: Callable[..., Any]) -> Callable[..., Any]:
         OPERATORS[fake.__name__] = Operator(fake.__name__, fake.__name__ + signature, fake)
@@ -50,7 +51,7 @@ def operator(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 
 def register(namespace: str, module: ModuleType) -> Library:
-    """Defines the operators in a namespace over a module's functions; they live as long as the library returned."""
+    """Defines all operators in a namespace over a module's functions; they live as long as the returned library."""
     library = Library(namespace, "DEF")
     for name, known in OPERATORS.items():
         known.define(library, getattr(module, name))
@@ -58,7 +59,7 @@ def register(namespace: str, module: ModuleType) -> Library:
 
 
 def list_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype:
-    """What the norms of a list are kept in: float64 if any tensor is float64, else float32."""
+    """The dtype of a list's norms: float64 if any tensor is float64, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
@@ -78,7 +79,7 @@ def _parameter(x: torch.Tensor, dims: int, dtype: torch.dtype | None) -> torch.T
 def row_norm_forward(
     x, residual, dims, weight, bias, eps, subtract_mean, zero_centered, cast_dtype, out_dtype, residual_dtype
 ):
-    """y, h (with a residual), mean (where it is subtracted), rstd."""
+    """y, h (None without a residual), mean (None if it is not subtracted), rstd."""
     dtypes = (x.dtype,) if residual is None else (x.dtype, residual.dtype, residual_dtype)
     rows = math.prod(x.shape[: x.dim() - dims])
     rstd = x.new_empty(rows, dtype=torch.float64 if torch.float64 in dtypes else torch.float32)
@@ -94,7 +95,7 @@ def row_norm_forward(
 def row_norm_backward(
     dy, dh, h, dims, weight, mean, rstd, zero_centered, cast_dtype, x_dtype, residual_dtype, dweight_dtype, dbias_dtype
 ):
-    """dx, dresidual (where its dtype is another than dx's), dweight, dbias."""
+    """dx, dresidual (None where dx serves, in its dtype), dweight, dbias."""
     dresidual = None if residual_dtype == x_dtype else _like(h, residual_dtype)
     return _like(h, x_dtype), dresidual, _parameter(h, dims, dweight_dtype), _parameter(h, dims, dbias_dtype)
 
@@ -119,8 +120,8 @@ def batch_norm_forward(
 
 
 def _normalized(x, memory_format, wants_mask, out_dtype):
-    """y and the mask of batch_norm."""
-    view = ChannelView(x, memory_format, pooled=True)
+    """batch_norm's y, and the ReLU's mask or None."""
+    view = ChannelView(x, memory_format, across_samples=True)
     return view.make_result(out_dtype), view.make_mask(wants_mask)
 
 
@@ -137,8 +138,8 @@ def batch_norm_backward(
 
 
 def _input_gradients(x, memory_format, dresidual_dtype):
-    """dx and dresidual of batch_norm."""
-    view = ChannelView(x, memory_format, pooled=True)
+    """batch_norm's dx, and dresidual or None."""
+    view = ChannelView(x, memory_format, across_samples=True)
     return view.make_result(x.dtype), view.make_result(dresidual_dtype)
 
 
@@ -183,7 +184,7 @@ def batch_norm_backward_apply(dy, mask, x, weight, mean, rstd, means, memory_for
     "ScalarType out_dtype) -> (Tensor y, Tensor mean, Tensor rstd)"
 )
 def group_norm_forward(x, groups, weight, bias, eps, memory_format, silu, out_dtype):
-    y = ChannelView(x, memory_format, pooled=False).make_result(out_dtype)
+    y = ChannelView(x, memory_format, across_samples=False).make_result(out_dtype)
     return y, _statistic(x, x.shape[0], groups), _statistic(x, x.shape[0], groups)
 
 
@@ -195,7 +196,7 @@ def group_norm_forward(x, groups, weight, bias, eps, memory_format, silu, out_dt
 def group_norm_backward(
     dy, x, groups, weight, bias, mean, rstd, memory_format, silu, dweight_dtype, dbias_dtype
 ):  # fmt: skip
-    dx = ChannelView(x, memory_format, pooled=False).make_result(x.dtype)
+    dx = ChannelView(x, memory_format, across_samples=False).make_result(x.dtype)
     return dx, _channels(x, dweight_dtype), _channels(x, dbias_dtype)
 
 

@@ -1,7 +1,8 @@
-"""The operations in plain PyTorch: the fallback, and what a double backward and torch.compile go through.
+"""The operations in plain PyTorch: the fallback, and what double backward and torch.compile use.
 
-Every norm is differentiable any number of times, and takes its arguments as `fastnorm.functional` does, already
-checked and with every default resolved. The functions for lists of tensors are those of a backend's module.
+Every norm is differentiable any number of times. It takes the arguments of `fastnorm.functional`, checked and with
+every default resolved. The steps of batch_norm (`batch_norm_*`) and the functions on lists of tensors
+(`multi_tensor_*`) have a backend's signatures, because they stand in for one.
 """
 
 from __future__ import annotations
@@ -13,33 +14,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .obstacles import can_branch_on, why_unreadable
 from .operators import list_dtype
-from .views import ChannelView, peculiarity, suggested_format
+from .views import ChannelView, suggested_format
 
 
 def row_norm(
     x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float, subtract_mean: bool,
     zero_centered: bool, cast_dtype: torch.dtype | None, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """y = x̂ · w + b over the last len(shape) dimensions; x̂ = (x − mean) · rstd, or x · rstd, is rounded to cast_dtype,
-    if given."""
-    is_lone = subtract_mean and math.prod(shape) == 1
-    if subtract_mean and not is_lone and _can_be_looked_at(x):
+    """y = x̂ · w + b over the last len(shape) dimensions, with x̂ = (x − mean) · rstd, or x · rstd.
+
+    cast_dtype: x̂ is rounded to it; None leaves it as it is.
+    """
+    is_single = subtract_mean and math.prod(shape) == 1
+    if subtract_mean and not is_single and can_branch_on(x):
         constants = _constants(x, range(-len(shape), 0))
         x = x if constants is None else x - constants
-    is_stocks = not is_lone and not zero_centered and cast_dtype is None and _stock_takes(x, weight, bias)
+    is_stocks = not is_single and not zero_centered and cast_dtype is None and _have_dtype_of(x, weight, bias)
     if is_stocks and out_dtype == x.dtype:
         return _stock_row_norm(x, shape, weight, bias, eps, subtract_mean)
     dtype = stat_dtype(torch.promote_types(x.dtype, out_dtype))
     x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     weight = _applied(weight, zero_centered, dtype)
-    if is_lone:
-        return _lone(x, weight, bias, eps).to(out_dtype).contiguous()
+    if is_single:
+        return _of_single_elements(x, weight, bias, eps).to(out_dtype).contiguous()
     if cast_dtype is None and subtract_mean:
         return _stock_row_norm(x, shape, weight, bias, eps, True).to(out_dtype)
     x_hat = _stock_row_norm(x, shape, None, None, eps, subtract_mean)
     if cast_dtype is not None:
-        # rounding with the identity's gradient: .to() alone would round the gradient as well
+        # Rounds with the gradient of the identity; .to() alone would round the gradient as well.
         x_hat = x_hat + (x_hat.to(cast_dtype).to(dtype) - x_hat).detach()
     return _scaled(x_hat, weight, bias).to(out_dtype)
 
@@ -61,47 +65,25 @@ def _scaled(x_hat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor
 def _constants(x: Tensor, dims: Iterable[int]) -> Tensor | None:
     """The value of each row that is constant along `dims`, 0 for the other rows; None where all of it would be 0.
 
-    Stock's CPU kernels divide the rounding error of such a row's mean by √eps, and by √eps³ in the backward. With the
-    constant subtracted the row is exactly 0, as rows of zeros are anyway. Four neighbours of each row mostly tell that
-    it isn't constant.
+    Subtracting it makes constant rows exactly 0. Stock's CPU kernels would divide the rounding error of such a row's
+    mean by √eps, and by √eps³ in the backward. Four neighbours in each row mostly tell that it isn't constant.
     """
     values, dims = x.detach(), tuple(dims)
-    first, few = [slice(None)] * x.dim(), [slice(None)] * x.dim()
+    at_first = [slice(None)] * x.dim()
     for dim in dims:
-        first[dim] = few[dim] = slice(1)
-    few[max(dims, key=lambda dim: x.shape[dim])] = slice(4)
-    first = values[tuple(first)]
-    alike = (values[tuple(few)] == first).all(dims, keepdim=True)
+        at_first[dim] = slice(1)
+    at_few = at_first.copy()
+    at_few[max(dims, key=lambda dim: x.shape[dim])] = slice(4)
+    first = values[tuple(at_first)]
+    alike = (values[tuple(at_few)] == first).all(dims, keepdim=True)
     if not alike.any() or not (alike & (first != 0)).any():
         return None
     constants = torch.where((values == first).all(dims, keepdim=True), first, 0)
     return constants if constants.any() else None
 
 
-def _can_be_looked_at(x: Tensor) -> bool:
-    """Whether Python may branch on x's values, without waiting for a device: on the CPU, and with nobody tracing.
-
-    Not what backend.peculiarity and backend.onlooker ask for the kernels: in forward mode, and of a negative view,
-    values can be read. Modes are asked for first, as they see every question to a tensor."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._len_torch_function_stack()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and x.layout is torch.strided
-        and not x.is_nested
-        and not x._is_zerotensor()
-        and x.device.type == "cpu"
-        and x.is_floating_point()
-        and x.numel() > 0
-    )
-
-
-def _lone(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """y of elements that are each a row, or a group, of its own: x̂ and its gradient are 0, where stock returns what its
-    rounding leaves of them, times rstd."""
+def _of_single_elements(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """y where every row, or group, is one element: x̂ and its gradient are 0. Stock returns rounding errors · rstd."""
     return _scaled(x * (0.0 if eps > 0 else math.nan), weight, bias)
 
 
@@ -110,22 +92,23 @@ def batch_norm(
     running: tuple[Tensor, Tensor] | None, training: bool, momentum: float | Tensor, eps: float, relu: bool,
 ) -> Tensor:  # fmt: skip
     """y = relu((x − mean) · rstd · w + b + residual); in training, `running` (mean and variance) moves by momentum."""
-    vectors: Sequence[Tensor | None] = (*(running or (None, None)), weight, bias)
-    looks = training and _can_be_looked_at(x) and x.dim() > 1
-    constants = _constants(x, _pooled_dims(x)) if looks else None
+    branches = training and can_branch_on(x) and x.dim() > 1
+    constants = _constants(x, _unit_dims(x)) if branches else None
     x = x if constants is None else x - constants
-    mixes = constants is None and _stock_mixes(x, weight, bias, *vectors[:2])
+    mean, var = running or (None, None)
+    mixes = constants is None and _stock_mixes(x, weight, bias, mean, var)
     dtype = x.dtype if mixes else stat_dtype(x.dtype)
     if not mixes:
-        vectors = [None if v is None else v.to(dtype) for v in vectors]
-    factor = momentum if isinstance(momentum, float) else 0.0
-    # stock takes no factor that lies on the device; what it leaves in fresh buffers is what the others move towards
-    moves = training and running is not None and not (mixes and momentum is factor)
-    if moves:
-        vectors, factor = [*map(torch.zeros_like, vectors[:2]), *vectors[2:]], 1.0
-    z = F.batch_norm(x.to(dtype), *vectors, training, factor, eps)
-    if moves and x.numel():
-        mean, var = vectors[:2]
+        mean, var, weight, bias = (None if v is None else v.to(dtype) for v in (mean, var, weight, bias))
+    factor, fresh = momentum if isinstance(momentum, float) else 0.0, None
+    # Stock can't move the running statistics by a tensor, or in another dtype than x's. It fills fresh buffers with
+    # those of the batch instead, towards which `move` brings the running ones.
+    if training and running is not None and not (mixes and momentum is factor):
+        mean, var = fresh = [torch.zeros_like(r, dtype=None if mixes else dtype) for r in running]
+        factor = 1.0
+    z = F.batch_norm(x.to(dtype), mean, var, weight, bias, training, factor, eps)
+    if running and fresh and x.numel():
+        mean, var = fresh
         move(running, (mean if constants is None else mean + constants.flatten(), var), momentum)
     z = z if residual is None else z + residual
     z = z.to(x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
@@ -141,8 +124,10 @@ def move(buffers: Sequence[Tensor], values: Sequence[Tensor], momentum: float | 
 
 
 def _stock_mixes(x: Tensor, weight: Tensor | None, *others: Tensor | None) -> bool:
-    """Whether stock's batch_norm and group_norm take these dtypes together: all alike, or float32 beside 16 bits, for
-    which their backward looks at the weight alone."""
+    """Whether stock's batch_norm and group_norm take these dtypes: all alike, or a 16-bit x with the others in float32.
+
+    Their backward looks at the weight's dtype alone, so that the mixture needs a weight.
+    """
     found = {t.dtype for t in (weight, *others) if t is not None}
     return found <= {x.dtype} or (x.dtype.itemsize == 2 and weight is not None and found == {torch.float32})
 
@@ -154,31 +139,32 @@ def group_norm(
     mixes = _stock_mixes(x, weight, bias)
     if weight is None and bias is not None:
         weight = torch.ones_like(bias)  # without one, stock's backward on the CPU raises before torch 2.13
-    is_lone = x.shape[1] == groups and math.prod(x.shape[2:]) == 1
-    grouped = None if is_lone or not _can_be_looked_at(x) else x.unflatten(1, (groups, -1))
-    constants = None if grouped is None else _constants(grouped, range(2, grouped.dim()))
-    if constants is not None:
-        x = x - constants.expand(*grouped.shape[:3], *constants.shape[3:]).flatten(1, 2)
-    if not is_lone and out_dtype == x.dtype and mixes:
+    is_single = x.shape[1] == groups and math.prod(x.shape[2:]) == 1
+    if not is_single and can_branch_on(x):
+        grouped = x.unflatten(1, (groups, -1))
+        constants = _constants(grouped, range(2, grouped.dim()))
+        if constants is not None:
+            x = x - constants.expand(*grouped.shape[:3], *constants.shape[3:]).flatten(1, 2)
+    if not is_single and out_dtype == x.dtype and mixes:
         z = F.group_norm(x, groups, weight, bias, eps)
     else:
         dtype = stat_dtype(torch.promote_types(x.dtype, out_dtype))
-        parameters = [None if p is None else p.to(dtype) for p in (weight, bias)]
-        if is_lone:
-            along = (-1, *[1] * (x.dim() - 2))
-            z = _lone(x.to(dtype), *(None if p is None else p.view(along) for p in parameters), eps)
-            z = z.contiguous(memory_format=suggested_format(x))
+        values = x.to(dtype)
+        weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
+        if is_single:
+            weight, bias = (None if p is None else _per_channel(p, values) for p in (weight, bias))
+            z = _of_single_elements(values, weight, bias, eps).contiguous(memory_format=suggested_format(x))
         else:
-            z = F.group_norm(x.to(dtype), groups, *parameters, eps)
+            z = F.group_norm(values, groups, weight, bias, eps)
     return (F.silu(z) if silu else z).to(out_dtype)
 
 
 def batch_norm_statistics(x: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """(2, C): each channel's mean and its sum of squared differences from it."""
+    """The moments of each channel, (2, C): mean and m2 = Σ(x − mean)²."""
     values = x.to(stat_dtype(x.dtype))
-    dims = _pooled_dims(x)
+    dims = _unit_dims(x)
     mean = values.mean(dims, keepdim=True)
-    mean = mean + (values - mean).mean(dims, keepdim=True)  # exact where a channel's values are all alike
+    mean = mean + (values - mean).mean(dims, keepdim=True)  # makes the mean of a constant channel exact
     return torch.stack((mean.flatten(), (values - mean).square().sum(dims)))
 
 
@@ -186,18 +172,18 @@ def batch_norm_normalize(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor,
     memory_format: torch.memory_format, relu: bool, out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """y in the memory format, and the mask of the ReLU, eight elements of a block's row a byte, or None."""
+    """y in the memory format, and the ReLU's mask, or None: uint8, (…, ⌈n / 8⌉) for rows of n elements."""
     z = _normalized(x, mean, rstd)
     if weight is not None:
-        z = z * _along_channels(weight, z)
+        z = z * _per_channel(weight, z)
     if bias is not None:
-        z = z + _along_channels(bias, z)
+        z = z + _per_channel(bias, z)
     z = z if residual is None else z + residual
-    view = ChannelView(x, memory_format, pooled=True)
+    view = ChannelView(x, memory_format, across_samples=True)
     y = view.make_result(out_dtype).copy_(F.relu(z) if relu else z)
     if not relu:
         return y, None
-    passed = view.blocks(~(z <= 0))
+    passed = view.blocks(~(z <= 0))  # NaN passes
     bits = F.pad(passed, (0, -passed.shape[-1] % 8)).unflatten(-1, (-1, 8))
     return y, (bits * (1 << torch.arange(8, dtype=torch.uint8, device=x.device))).sum(-1, dtype=torch.uint8)
 
@@ -205,52 +191,56 @@ def batch_norm_normalize(
 def batch_norm_backward_sums(
     dy: Tensor, mask: Tensor | None, x: Tensor, mean: Tensor, rstd: Tensor, memory_format: torch.memory_format
 ) -> Tensor:
-    """(2, C): each channel's sums of dz and of dz · x̂, where dz is dy under the mask."""
+    """Each channel's sums, (2, C): Σ dz and Σ dz · x̂, where dz is dy under the mask."""
     x_hat = _normalized(x, mean, rstd)
     dz = masked(dy, mask, memory_format).to(x_hat.dtype)
-    return torch.stack((dz.sum(_pooled_dims(x)), (dz * x_hat).sum(_pooled_dims(x))))
+    return torch.stack((dz.sum(_unit_dims(x)), (dz * x_hat).sum(_unit_dims(x))))
 
 
 def batch_norm_backward_apply(
     dy: Tensor, mask: Tensor | None, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, means: Tensor,
     memory_format: torch.memory_format, dresidual_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """dx = (dz − means[0] − x̂ · means[1]) · rstd · w, and dz for the residual, if it is wanted."""
+    """dx = (dz − c2 − x̂ · c1) · rstd · w, and dz as the residual's gradient, or None.
+
+    means: (2, C), c2 = mean(dz) and c1 = mean(dz · x̂) of each channel.
+    """
     x_hat = _normalized(x, mean, rstd)
     dz = masked(dy, mask, memory_format).to(x_hat.dtype)
-    level, along = (_along_channels(each, x_hat) for each in means)
-    scale = _along_channels(rstd if weight is None else rstd * weight, x_hat)
-    view = ChannelView(x, memory_format, pooled=True)
-    dx = view.make_result(x.dtype).copy_((dz - level - x_hat * along) * scale)
+    c2, c1 = (_per_channel(each, x_hat) for each in means)
+    scale = _per_channel(rstd if weight is None else rstd * weight, x_hat)
+    view = ChannelView(x, memory_format, across_samples=True)
+    dx = view.make_result(x.dtype).copy_((dz - c2 - x_hat * c1) * scale)
     return dx, None if dresidual_dtype is None else view.make_result(dresidual_dtype).copy_(dz)
 
 
 def masked(dy: Tensor, mask: Tensor | None, memory_format: torch.memory_format) -> Tensor:
-    """dy where the ReLU's mask lets it pass; all of it without one."""
+    """dz: dy where the ReLU's mask has a 1, else 0; without a mask, dy."""
     if mask is None:
         return dy
-    view = ChannelView(dy, memory_format, pooled=True)
+    view = ChannelView(dy, memory_format, across_samples=True)
     bits = (mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
     passed = bits.flatten(-2)[..., : view.shape[-1]].bool().contiguous()
     return torch.where(view.from_blocks(passed), dy, 0)
 
 
-def _pooled_dims(x: Tensor) -> tuple[int, ...]:
-    """The dimensions that a channel's statistics are taken over."""
+def _unit_dims(x: Tensor) -> tuple[int, ...]:
+    """The dimensions of a channel's statistics: all but dimension 1."""
     return (0, *range(2, x.dim()))
 
 
-def _along_channels(vector: Tensor, like: Tensor) -> Tensor:
+def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
+    """(C,) as (C, 1, ...), which multiplies or adds to `like` channel by channel."""
     return vector.to(like.dtype).view(-1, *[1] * (like.dim() - 2))
 
 
 def _normalized(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     values = x.to(stat_dtype(x.dtype))
-    return (values - _along_channels(mean, values)) * _along_channels(rstd, values)
+    return (values - _per_channel(mean, values)) * _per_channel(rstd, values)
 
 
-def stream(x: Tensor, residual: Tensor | None, residual_dtype: torch.dtype | None) -> Tensor:
-    """h = x + residual, rounded once, to residual_dtype or the promoted one; without a residual h is x."""
+def add_residual(x: Tensor, residual: Tensor | None, residual_dtype: torch.dtype | None) -> Tensor:
+    """h = x + residual, rounded once, to residual_dtype or the promoted dtype; without a residual h is x."""
     if residual is None:
         return x if residual_dtype is None else x.to(residual_dtype)
     residual_dtype = residual_dtype or torch.promote_types(x.dtype, residual.dtype)
@@ -258,22 +248,24 @@ def stream(x: Tensor, residual: Tensor | None, residual_dtype: torch.dtype | Non
     return (x.to(dtype) + residual.to(dtype)).to(residual_dtype)
 
 
-def stream_gradients(
+def residual_gradients(
     total: Tensor | None, x_dtype: torch.dtype, residual_dtype: torch.dtype | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradient of h, for x and for the residual, if there is one; None where it is undefined."""
-    return tuple(None if total is None or dtype is None else total.to(dtype) for dtype in (x_dtype, residual_dtype))
+    """(dx, dresidual) of h = x + residual, from h's whole gradient; None where it is undefined."""
+    if total is None:
+        return None, None
+    return total.to(x_dtype), None if residual_dtype is None else total.to(residual_dtype)
 
 
 def stat_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type that statistics of such an input are computed in."""
+    """The dtype of an input's statistics: float32, or float64 or complex where the input is."""
     return dtype if dtype == torch.float64 or dtype.is_complex else torch.float32
 
 
 def gradients(formula: Callable[..., Tensor], inputs: Sequence[Tensor | None], dy: Tensor) -> list[Tensor | None]:
-    """The gradients of formula(*inputs); where grad mode is on, as differentiable functions of the inputs and of dy."""
+    """The gradients of formula(*inputs), None where an input needs none. In grad mode they are differentiable."""
     wanted, create_graph = [t for t in inputs if t is not None and t.requires_grad], torch.is_grad_enabled()
-    dy = dy.clone() if dy._is_zerotensor() else dy  # stock's group_norm before torch 2.12 doesn't know them
+    dy = dy.clone() if dy._is_zerotensor() else dy  # stock's group_norm before torch 2.12 takes no zero tensors
     with torch.enable_grad():
         found = iter(torch.autograd.grad(formula(*inputs), wanted, dy, retain_graph=True, create_graph=create_graph))
     return [next(found) if t is not None and t.requires_grad else None for t in inputs]
@@ -283,12 +275,12 @@ def row_norm_gradients(
     inputs: Sequence[Tensor | None], dy: Tensor, shape: Sequence[int], eps: float, subtract_mean: bool,
     zero_centered: bool, cast_dtype: torch.dtype | None,
 ) -> list[Tensor | None]:  # fmt: skip
-    """The gradients of x or h, weight and bias, which are `inputs`, by the formula; csrc asks for it too."""
+    """`gradients` of row_norm for `inputs`: x (or h), weight and bias. csrc calls it too."""
 
     def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return row_norm(x, shape, weight, bias, eps, subtract_mean, zero_centered, cast_dtype, dy.dtype)
 
-    # Aliases, because h itself is an output of the node whose backward this is, and that node is locked while it runs.
+    # Views, because h is an output of the node whose backward runs, and autograd locks that node meanwhile.
     with torch.enable_grad():
         inputs = [None if t is None else t.view_as(t) for t in inputs]
     return gradients(formula, inputs, dy)
@@ -297,20 +289,21 @@ def row_norm_gradients(
 def group_norm_gradients(
     inputs: Sequence[Tensor | None], dy: Tensor, groups: int, eps: float, silu: bool
 ) -> list[Tensor | None]:
-    """`gradients` of group_norm for x, weight and bias; csrc asks for it too."""
+    """`gradients` of group_norm for `inputs`: x, weight and bias. csrc calls it too."""
     return gradients(lambda x, w, b: group_norm(x, groups, w, b, eps, silu, dy.dtype), inputs, dy)
 
 
 def batch_norm_gradients(
-    inputs: Sequence[Tensor | None], dy: Tensor, mask: Tensor | None, running: tuple[Tensor, Tensor] | None,
-    memory_format: torch.memory_format, eps: float, residual_dtype: torch.dtype | None,
+    inputs: tuple[Tensor, Tensor | None, Tensor | None], dy: Tensor, mask: Tensor | None,
+    running: tuple[Tensor, Tensor] | None, memory_format: torch.memory_format, eps: float,
+    residual_dtype: torch.dtype | None,
 ) -> list[Tensor | None]:  # fmt: skip
-    """`gradients` of batch_norm for x, residual, weight and bias; csrc asks for it too.
+    """(dx, dresidual, dweight, dbias) of batch_norm by its formula. csrc calls it too.
 
     inputs: x, weight and bias. running: None in training. residual_dtype: None where its gradient is not wanted.
     """
     dz = masked(dy, mask, memory_format)
-    if peculiarity(dz) is None:  # stock's backward misreads one of other strides where some sizes are 1
+    if why_unreadable(dz) is None:  # stock's backward misreads other strides than x's where some sizes are 1
         dz = dz.contiguous(memory_format=memory_format)
 
     def formula(x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
@@ -321,21 +314,25 @@ def batch_norm_gradients(
 
 
 def _applied(weight: Tensor | None, zero_centered: bool, dtype: torch.dtype) -> Tensor | None:
-    """The weight that multiplies: w, or 1 + w."""
+    """The factor of x̂: w, or 1 + w."""
     if weight is None:
         return None
     return weight.to(dtype) + 1 if zero_centered else weight.to(dtype)
 
 
-def _stock_takes(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether these dtypes are the same. Stock takes some mixtures on the CPU, but sums their dweight in 16 bits."""
+def _have_dtype_of(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether the parameters have x's dtype. Stock takes mixtures on the CPU, but sums dweight in 16 bits."""
     return {t.dtype for t in (weight, bias) if t is not None} <= {x.dtype}
 
 
 def multi_tensor_norm(
     tensors: Sequence[Tensor], norm_type: float, max_norm: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(total norm, coefficient, whether the total is not finite, every tensor's norm); see fastnorm.native."""
+    """The p-norm of a list, and what a clip multiplies by: (total_norm, coefficient, nonfinite, norms).
+
+    norms: (tensors,), the norm of each; the others are 0-d. nonfinite is 1 where total_norm is NaN or infinite, else
+    0. All are in `list_dtype`, nonfinite in float32.
+    """
     dtype = list_dtype(tensors)
     norms = torch.stack(torch._foreach_norm([with_a_norm(t, norm_type) for t in tensors], norm_type, dtype=dtype))
     total = torch.linalg.vector_norm(norms, norm_type)
@@ -343,17 +340,17 @@ def multi_tensor_norm(
 
 
 def clip_coefficient(total_norm: Tensor, max_norm: float) -> Tensor:
-    """What the gradients are multiplied by, as in torch.nn.utils.clip_grads_with_norm_."""
+    """min(max_norm / (total_norm + 1e-6), 1), as in torch.nn.utils.clip_grads_with_norm_."""
     return torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)
 
 
-def multi_tensor_scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
-    """x = x · coefficient; a coefficient of one is multiplied by as well, because only the device knows it."""
+def multi_tensor_scale_(tensors: list[Tensor], coefficient: Tensor) -> None:
+    """x = x · coefficient. Multiplies by a coefficient of 1 as well, because the host doesn't know its value."""
     torch._foreach_mul_(tensors, coefficient)
 
 
-def multi_tensor_clamp_(tensors: Sequence[Tensor], bound: float) -> None:
-    """x = min(max(x, −bound), bound), with NaN kept."""
+def multi_tensor_clamp_(tensors: list[Tensor], bound: float) -> None:
+    """x = min(max(x, −bound), bound); NaN stays NaN."""
     torch._foreach_clamp_min_(tensors, -bound)
     torch._foreach_clamp_max_(tensors, bound)
 
@@ -362,7 +359,10 @@ def multi_tensor_agc_(
     grads: Sequence[Tensor], params: Sequence[Tensor], units: Sequence[int], clip_factor: float, eps: float,
     norm_type: float,
 ) -> None:  # fmt: skip
-    """g = g · max_norm / max(‖g‖, 1e-6) for the units whose norm reaches max_norm = max(‖p‖, eps) · clip_factor."""
+    """g = g · max_norm / max(‖g‖, 1e-6) in units where ‖g‖ ≥ max_norm = max(‖p‖, eps) · clip_factor.
+
+    units: how many each tensor has; they are equal shares of its memory, one after the other.
+    """
     for grad, param, count in zip(grads, params, units, strict=True):
         if grad.numel() == 0:
             continue
@@ -374,21 +374,21 @@ def multi_tensor_agc_(
 def adaptively_clipped(
     grad: Tensor, param: Tensor, dims: tuple[int, ...] | None, clip_factor: float, eps: float, norm_type: float
 ) -> Tensor:
-    """The clipped gradient, not yet rounded to its dtype; the norms are over `dims`, or over all."""
+    """The clipped gradient, not yet rounded to its dtype. Norms are taken over `dims`; None is all of them."""
     dtype = stat_dtype(torch.promote_types(grad.dtype, param.dtype))
     norm = torch.linalg.vector_norm(grad.to(dtype), norm_type, dim=dims, keepdim=True)
     max_norm = torch.linalg.vector_norm(param.to(dtype), norm_type, dim=dims, keepdim=True).clamp(min=eps) * clip_factor
-    # written so that a NaN in either norm makes its unit NaN
+    # `where` in this order makes a unit NaN if either norm is NaN.
     return torch.where(norm < max_norm, grad, grad * (max_norm / norm.clamp(min=1e-6)))
 
 
 def in_storage_order(tensor: Tensor) -> Tensor:
-    """The elements of a tensor without gaps and overlaps, one after the other: a view."""
+    """A tensor without gaps and overlaps as a 1-D view, in the order of its memory."""
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def with_a_norm(tensor: Tensor, norm_type: float) -> Tensor:
-    """The tensor, or what has the norm that is neutral among others where it is empty."""
+    """The tensor; for an empty one without a norm of this order, one element that leaves the list's norm as it is."""
     if tensor.numel() or 0 <= norm_type < float("inf"):
         return tensor
     return tensor.new_full((1,), 0.0 if norm_type > 0 else float("inf"))

@@ -1,4 +1,4 @@
-"""Plain-text tables of the reports."""
+"""Plain-text tables for reports."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collection[int] = ()) -> str:
-    """Columns under their headers and a rule; those whose index is in `numbers` stand to the right."""
+    """A table with a rule under its headers. Columns whose index is in `numbers` are aligned to the right."""
     widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
     signs = [">" if i in numbers else "<" for i in range(len(widths))]
 

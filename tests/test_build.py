@@ -52,7 +52,7 @@ def listing(folder: Path) -> set[str]:
 
 @needs_compiler
 def test_what_is_built_is_loaded_and_not_built_twice(package, capsys, monkeypatch):
-    with pytest.raises(ImportError, match="nobody has done that yet"):
+    with pytest.raises(ImportError, match="no build was found"):
         build.load()
     before = listing(package)
     main(["build"])

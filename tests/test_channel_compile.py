@@ -109,7 +109,7 @@ def operator_calls(shape: tuple, memory_format: torch.memory_format, full: bool,
     x, channels = x.to(bf16).contiguous(memory_format=memory_format), shape[1]
     weight, bias, mean, running_mean = torch.randn(4, channels).to(device)
     rstd, running_var = torch.rand(2, channels).add(0.5).to(device)
-    mask = ChannelView(x, memory_format, pooled=True).make_mask(True).random_(256)
+    mask = ChannelView(x, memory_format, across_samples=True).make_mask(True).random_(256)
     sums = torch.randn(2, channels, device=device)
     factor = torch.tensor(0.25, device=device)
     given = (residual, weight, bias) if full else (None, None, None)

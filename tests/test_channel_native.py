@@ -104,7 +104,7 @@ def test_every_word_tail(n, dtype, channels_last):
     parameter = f64 if dtype == f64 else f32
     weight, bias = random(channels, dtype=parameter), random(channels, dtype=parameter)
     y, mask, _, rstd, dx, dresidual, dweight, dbias, *_ = batch_norm(x, residual, weight, bias, dy, channels_last)
-    view = ChannelView(x, format_of(channels_last), pooled=True)
+    view = ChannelView(x, format_of(channels_last), across_samples=True)
     assert torch.equal(bits(mask, view.shape[-1]), view.blocks(y > 0))
     expected = oracle(x, residual, weight, bias, dy, y > 0)
     for actual, value in zip((y, dx, dresidual, dweight, dbias), expected, strict=True):
@@ -219,7 +219,7 @@ def test_outputs_that_are_written_past_the_caches(dtype, channels_last):
     def results(x, residual, dy):
         x, residual, dy = (as_image(t, channels_last) for t in (x, residual, dy))
         layout = format_of(channels_last)
-        view = ChannelView(x, layout, pooled=True)
+        view = ChannelView(x, layout, across_samples=True)
         y, mask = native.batch_norm_normalize(x, residual, weight, None, mean, rstd, layout, True, dtype)
         gradients = native.batch_norm_backward_apply(dy, mask, x, weight, mean, rstd, means, layout, dtype)
         return [t.flatten(0, 1) for t in (mask, *map(view.blocks, (y, *gradients)))]

@@ -198,6 +198,13 @@ def test_report_names_versions_devices_and_who_serves_what(capsys):
         assert any(line.startswith(f"  {operation} on cpu ") and choice.backend in line for line in lines)
 
 
+def test_report_ends_quietly_when_its_reader_does():
+    command = [sys.executable, "-m", "fastnorm"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+
+
 def test_report_says_how_to_get_what_is_missing(capsys, monkeypatch):
     absent = backend.Status("native", False, "no compiler here", "pip install --no-build-isolation .")
     monkeypatch.setattr(backend, "statuses", lambda: {"native": absent})

@@ -58,7 +58,7 @@ def test_images_that_are_read_in_place(name):
     x, channels_last = IMAGES[name]
     layout = batch_norm_format(x)
     assert layout == format_of(channels_last)
-    assert all(ChannelView(x, layout, pooled).blocks(x).data_ptr() == x.data_ptr() for pooled in (False, True))
+    assert all(ChannelView(x, layout, across).blocks(x).data_ptr() == x.data_ptr() for across in (False, True))
     assert not copies(lambda x: batch_norm(x, None, None, training=True, activation="relu"), x)
     if suggested_format(x) == layout:  # stock's group_norm takes the one image for an ugly contiguous one
         assert not copies(lambda x: group_norm(x, 2, activation="silu"), x)

@@ -16,7 +16,7 @@ def batch_norm_forward(
     x, residual, weight, bias, running_mean, running_var, factor, momentum, eps, memory_format, relu, out_dtype
 ):
     """Returns y in out_dtype, the mask of relu, or None, and mean and rstd: (C,). Updates the running statistics."""
-    view = ChannelView(x, memory_format, pooled=True)
+    view = ChannelView(x, memory_format, across_samples=True)
     x, residual = view.blocks(x), view.blocks(residual)
     with launch.on_device(x):
         partials = _layout(view).moments(x)
@@ -29,7 +29,7 @@ def batch_norm_forward(
 
 def batch_norm_statistics(x, memory_format):
     """Returns mean and Σ(x − mean)²: (2, C)."""
-    view = ChannelView(x, memory_format, pooled=True)
+    view = ChannelView(x, memory_format, across_samples=True)
     x = view.blocks(x)
     with launch.on_device(x):
         partials = _layout(view).moments(x)
@@ -40,7 +40,7 @@ def batch_norm_statistics(x, memory_format):
 
 def batch_norm_normalize(x, residual, weight, bias, mean, rstd, memory_format, relu, out_dtype):
     """Returns y in out_dtype, and the mask of relu, or None."""
-    view = ChannelView(x, memory_format, pooled=True)
+    view = ChannelView(x, memory_format, across_samples=True)
     x, residual = view.blocks(x), view.blocks(residual)
     with launch.on_device(x):
         return _normalize(view, x, residual, (weight, bias), (mean, rstd), None, relu, relu, out_dtype)
@@ -50,7 +50,7 @@ def batch_norm_evaluation(
     x, residual, weight, bias, running_mean, running_var, eps, memory_format, relu, wants_mask, out_dtype
 ):
     """Returns y in out_dtype, and the mask of relu where it is wanted."""
-    view = ChannelView(x, memory_format, pooled=True)
+    view = ChannelView(x, memory_format, across_samples=True)
     x, residual, statistics = view.blocks(x), view.blocks(residual), (running_mean, running_var)
     with launch.on_device(x):
         return _normalize(view, x, residual, (weight, bias), statistics, eps, relu, wants_mask, out_dtype)
@@ -60,7 +60,7 @@ def batch_norm_backward(
     dy, mask, x, weight, mean, rstd, training, memory_format, dresidual_dtype, dweight_dtype, dbias_dtype
 ):
     """Returns dx, dresidual, dweight and dbias, None where their dtype is None."""
-    view = ChannelView(x, memory_format, pooled=True)
+    view = ChannelView(x, memory_format, across_samples=True)
     dy, x = view.blocks(dy), view.blocks(x)
     dweight = dbias = means = None
     with launch.on_device(x):
@@ -76,7 +76,7 @@ def batch_norm_backward(
 
 def batch_norm_backward_sums(dy, mask, x, mean, rstd, memory_format):
     """Returns Σ dz and Σ dz · x̂: (2, C)."""
-    view = ChannelView(x, memory_format, pooled=True)
+    view = ChannelView(x, memory_format, across_samples=True)
     dy, x, sums = view.blocks(dy), view.blocks(x), mean.new_empty((2, *mean.shape))
     with launch.on_device(x):
         column_sums(_layout(view).sums(dy, mask, x, (None, None), (mean, rstd)).rows, [None, None], sums)
@@ -85,14 +85,14 @@ def batch_norm_backward_sums(dy, mask, x, mean, rstd, memory_format):
 
 def batch_norm_backward_apply(dy, mask, x, weight, mean, rstd, means, memory_format, dresidual_dtype):
     """means: (2, C), of dz and dz · x̂ over all elements. Returns dx and dresidual, None where its dtype is None."""
-    view = ChannelView(x, memory_format, pooled=True)
+    view = ChannelView(x, memory_format, across_samples=True)
     dy, x = view.blocks(dy), view.blocks(x)
     with launch.on_device(x):
         return _gradient(view, dy, mask, x, weight, (mean, rstd), means, dresidual_dtype)
 
 
 def _layout(view):
-    return pixels if view.pixels else planes
+    return pixels if view.channels_last else planes
 
 
 def _normalize(view, x, residual, affine, statistics, eps, relu, wants_mask, out_dtype):

@@ -12,8 +12,8 @@ from .tiles import column_sums
 
 def group_norm_forward(x, groups, weight, bias, eps, memory_format, silu, out_dtype):
     """x: (N, C, *), any strides. Returns y in the memory format and out_dtype, mean and rstd: (N, groups)."""
-    view = ChannelView(x, memory_format, pooled=False)
-    layout = pixels if view.pixels else planes
+    view = ChannelView(x, memory_format, across_samples=False)
+    layout = pixels if view.channels_last else planes
     x, y, affine = view.blocks(x), view.make_result(out_dtype), (contiguous(weight), contiguous(bias))
     activation = "silu" if silu else None
     with launch.on_device(x):
@@ -28,8 +28,8 @@ def group_norm_backward(
     dy, x, groups, weight, bias, mean, rstd, memory_format, silu, dweight_dtype, dbias_dtype
 ):  # fmt: skip
     """dy: as x. Returns dx in the memory format, dweight and dbias: (C,), None where their dtype is None."""
-    view = ChannelView(x, memory_format, pooled=False)
-    layout = pixels if view.pixels else planes
+    view = ChannelView(x, memory_format, across_samples=False)
+    layout = pixels if view.channels_last else planes
     dy, x, dx = view.blocks(dy), view.blocks(x), view.make_result(x.dtype)
     affine, statistics = (contiguous(weight), contiguous(bias)), (mean, rstd)
     with launch.on_device(x):

@@ -1,8 +1,9 @@
-"""Gradient norms and clipping: one pass over all gradients of a model."""
+"""Gradient norms and clipping, in one pass over all gradients of a model."""
 
+from .activations import dead_neurons
 from .agc import adaptive_clip_grad_
 from .deferred import clip_grad_norm_in_optimizer
-from .health import GradientHealth, dead_neurons, gradient_health
+from .health import GradientHealth, gradient_health
 from .norms import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from .patch import patch_torch_clip
 

@@ -1,4 +1,4 @@
-"""Clipping inside a fused optimizer's own kernel: the clip reads the gradients once and never writes them."""
+"""Clipping inside a fused optimizer's kernel: the clip reads the gradients once and writes none."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _SCALER = f"a GradScaler is in charge of this optimizer: call scaler.unscale_(op
 
 @dataclass
 class _Deferred:
-    """A clip that waits for its step: the two attributes it set, and the gradients that it measured.
+    """A clip that waits for its step: the two attributes that it set, and the gradients that it measured.
 
-    Weak references, because a clip whose step is left out must not keep a model's gradients in memory.
+    The references are weak: a clip whose step never comes must not keep the gradients in memory.
     """
 
     grad_scale: Tensor
@@ -35,42 +35,48 @@ class _Deferred:
     stepping: bool = False
 
 
-# The hooks of an optimizer that is in here are registered; they do nothing while its value is None.
+# Optimizers with registered hooks, which do nothing while the value is None.
 _waiting: WeakKeyDictionary[Optimizer, _Deferred | None] = WeakKeyDictionary()
 
 
 @torch.no_grad()
 def clip_grad_norm_in_optimizer(
-    optimizer: Optimizer, max_norm: float, norm_type: float = 2.0, *, skip_nonfinite: bool = True
+    optimizer: Optimizer, max_norm: float | Tensor, norm_type: float | str = 2.0, *, skip_nonfinite: bool = True
 ) -> Tensor:
     """Clips the total norm of an optimizer's gradients in its next step, inside the optimizer's kernel.
 
-    Call it between `backward()` and `optimizer.step()`, in the place of `clip_grad_norm_`. The norm is computed in one
-    read of the gradients; the step then divides every gradient by `grad_scale = 1 / coefficient`, with the coefficient
-    of `clip_grad_norm_`, min(max_norm / (total_norm + 1e-6), 1). Nothing is read back to the host.
+    Call it between `backward()` and `optimizer.step()`, in place of `clip_grad_norm_`. It computes the norm in one read
+    of the gradients. The step then divides every gradient by `grad_scale = 1 / coefficient`, with the coefficient of
+    `clip_grad_norm_`, min(max_norm / (total_norm + 1e-6), 1). There is no host sync.
 
-    optimizer: a torch.optim.Adam, AdamW, SGD or Adagrad made with `fused=True`, whose gradients share one device.
-    max_norm, norm_type: as in `torch.nn.utils.clip_grad_norm_`.
-    skip_nonfinite: a norm that is NaN or infinite makes the step change nothing, step counters included; the device
-        decides. With False the step goes through with what `clip_grad_norm_` would have written.
-    Returns the total norm: 0-d, float32 (float64 where a gradient is float64), on the gradients' device; a float32 CPU
-    zero where there are none.
+    The parameters after the step are those of `clip_grad_norm_` and a step, up to rounding: the step computes
+    g / (1 / c) instead of g · c, which is bitwise the same if nothing is clipped. The scale is float32, as the fused
+    kernels demand, so that clipped float64 gradients have a relative error of 1e-7. 16-bit gradients are not rounded
+    between clip and update. After the step `.grad` holds the clipped gradients, which PyTorch's fused kernels store;
+    after a skipped step it is unchanged. The first step of an SGD with momentum and dampening waits for the device,
+    because it makes the momentum buffers. The fused SGD of torch 2.9 to 2.11 updates 16-bit parameters on the CPU
+    wrongly, with or without a clip.
 
-    Parameters after the step are those of `clip_grad_norm_` and a step, up to rounding: g / (1/c) for g · c, which is
-    the same bit by bit where nothing is clipped. The scale is float32, as the kernels demand, so that float64
-    gradients are scaled to within 1e-7 of themselves; 16-bit gradients are not rounded before the update as they are
-    when a clip writes them. After the step `.grad` holds the clipped gradients, because PyTorch's fused kernels store
-    what they scaled; after a skipped step it holds the gradients as they were. An SGD with momentum and dampening
-    reads the flag back once, in its first step: its buffers exist from then on. torch 2.9 to 2.11's fused SGD updates
-    16-bit parameters on the CPU wrongly, with or without a clip.
+    The clip holds for one step; a second call before that replaces the first. If all gradients are dropped meanwhile
+    (`zero_grad()`), so is the clip. A step that raises leaves the optimizer's attributes grad_scale and found_inf to
+    the next call or step, which removes them.
 
-    The clip holds for one step. A second call before it replaces the first. Where all gradients have been dropped
-    since (`zero_grad()`), the clip is dropped with them. A step that raises leaves the two attributes until the next
-    call or step, which ignores them.
+    Args:
+        optimizer: a torch.optim.Adam, AdamW, SGD or Adagrad with `fused=True` and all gradients on one device.
+        max_norm: a number, or a 0-d tensor, for which the host waits.
+        norm_type: p, any number or what float() takes.
+        skip_nonfinite: for a NaN or infinite norm, the step changes nothing, step counters included; the device
+            decides. With False the step uses what `clip_grad_norm_` would have written.
 
-    Raises TypeError for another optimizer, ValueError for a bad norm_type, RuntimeError where `fused=True` is missing
-    from a group, gradients lie on several devices or are DTensors, or a GradScaler has set its own scale; and, from
-    `optimizer.step()`, RuntimeError for a closure, for a GradScaler, and for gradients changed after the call.
+    Returns:
+        The norm before clipping: 0-d, float32 (float64 if a gradient is), on the gradients' device; a float32 CPU zero
+            if there are no gradients.
+
+    Raises:
+        TypeError: for another optimizer.
+        ValueError: for a norm_type that is no number.
+        RuntimeError: if a group lacks `fused=True`, gradients are on several devices or are DTensors, or a GradScaler
+            has set its scale. `optimizer.step()` raises it for a closure, a GradScaler, or gradients changed since.
     """
     max_norm, norm_type = float(max_norm), float(norm_type)
     _drop(optimizer)
@@ -85,14 +91,14 @@ def clip_grad_norm_in_optimizer(
     _register_hooks(optimizer)
     references = [TensorWeakRef(gradient) for gradient in gradients]
     _waiting[optimizer] = _Deferred(grad_scale, found_inf, references, _versions(gradients))
-    optimizer.grad_scale = grad_scale
+    optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]
     if found_inf is not None:
-        optimizer.found_inf = found_inf
+        optimizer.found_inf = found_inf  # type: ignore[attr-defined]
     return total_norm
 
 
 def _require_fused(optimizer: Optimizer) -> None:
-    """Raises unless the optimizer's kernels take a scale, and nobody has set one."""
+    """Raises unless the optimizer's kernels take a scale and nothing else has set one."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, but got {type(optimizer).__name__}")
     name = type(optimizer).__name__
@@ -119,7 +125,7 @@ def _require_plain(gradients: list[Tensor]) -> None:
 
 
 def _register_hooks(optimizer: Optimizer) -> None:
-    """Once per optimizer: a hook can't remove itself while torch goes through the hooks."""
+    """Registers the hooks once: a hook can't remove itself while torch iterates over the hooks."""
     if optimizer not in _waiting:
         _waiting[optimizer] = None
         optimizer.register_step_pre_hook(_before_step)
@@ -127,11 +133,11 @@ def _register_hooks(optimizer: Optimizer) -> None:
 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Drops a clip whose step or whose gradients are gone, and refuses a step that it can't stand for."""
+    """Drops a clip without a step or without gradients. Raises RuntimeError for a step that the clip doesn't fit."""
     deferred = _waiting[optimizer]
     if deferred is None:
         return
-    if deferred.stepping:  # the step before this one raised, and so never came to its post-hook
+    if deferred.stepping:  # the step before this one raised, so its post-hook never ran
         _drop(optimizer)
         return
     measured, gradients = [reference() for reference in deferred.gradients], _gradients(optimizer)
@@ -154,16 +160,16 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _are_ours(optimizer: Optimizer, deferred: _Deferred) -> bool:
-    """Whether the optimizer's attributes are those that the clip set: a GradScaler puts its own there."""
+    """Whether the optimizer's attributes are those that the clip set, and not a GradScaler's."""
     grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
     return grad_scale is deferred.grad_scale and found_inf is deferred.found_inf
 
 
 def _prepare_momenta(optimizer: SGD) -> list[Tensor]:
-    """Keeps a skipped first step from leaving uninitialised memory behind as momentum.
+    """Keeps a skipped first step from leaving uninitialised memory as momentum.
 
-    The fused step allocates the buffers and has the kernel fill them, which it doesn't when it skips. Without
-    dampening a buffer of zeros gives the same first step. With dampening it doesn't: returns those parameters.
+    The fused step allocates the buffers for its kernel to fill, which a skipped step doesn't do. Without dampening,
+    buffers of zeros give the same first step. Returns the parameters with dampening, where they don't.
     """
     damped = []
     for group in optimizer.param_groups:
@@ -183,13 +189,13 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
     if deferred is None:
         return
     _drop(optimizer)
-    if deferred.new_momenta and deferred.found_inf.item():
+    if deferred.new_momenta and deferred.found_inf is not None and deferred.found_inf.item():
         for parameter in deferred.new_momenta:
             del optimizer.state[parameter]["momentum_buffer"]
 
 
 def _drop(optimizer: Optimizer, foreign: bool = False) -> None:
-    """Forgets a waiting clip and takes its attributes off; `foreign` takes off whoever's are there."""
+    """Forgets a waiting clip and removes its attributes from the optimizer; with `foreign`, also those of others."""
     deferred = _waiting.get(optimizer) if isinstance(optimizer, Optimizer) else None
     if deferred is None:
         return
@@ -205,5 +211,5 @@ def _gradients(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _versions(gradients: list[Tensor]) -> list[int]:
-    """Numbers that grow with every write; the tensors of inference mode don't count theirs."""
+    """Each tensor's version, which grows with every write; tensors of inference mode have none."""
     return [0 if gradient.is_inference() else gradient._version for gradient in gradients]

@@ -1,10 +1,10 @@
-"""Norms of DTensors: every rank's shard is measured where it lies, and one reduction a process group adds them up."""
+"""Norms of DTensors: each rank measures its shards, and one reduction for each process group adds them up."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
@@ -16,51 +16,51 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-def is_dtensor(tensor: Tensor) -> bool:
-    """Whether a tensor is one of torch.distributed.tensor's."""
+def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is a torch.distributed.tensor.DTensor."""
     if type(tensor) in PLAIN or not torch.distributed.is_available():
         return False
-    from torch.distributed.tensor import DTensor  # a second to import, which only those who may have one should pay
+    from torch.distributed.tensor import DTensor  # imported late: it takes a second
 
     return isinstance(tensor, DTensor)
 
 
 def local_values(tensors: list[Tensor]) -> list[Tensor]:
-    """This rank's shares of DTensors' elements; what is still to be summed over ranks is summed. The list itself
-    where there are no DTensors."""
+    """This rank's shards of the DTensors, with partial placements reduced. Returns the list itself if it has none."""
     return tensors if set(map(type, tensors)) <= PLAIN else [_local_values(tensor) for tensor in tensors]
 
 
 def local_storage(tensors: list[Tensor]) -> list[Tensor]:
-    """What this rank holds of DTensors, to be multiplied in place. The list itself where there are no DTensors."""
+    """The local tensors of the DTensors, to be written in place. Returns the list itself if it has none."""
     if set(map(type, tensors)) <= PLAIN:
         return tensors
     return [tensor.to_local() if is_dtensor(tensor) else tensor for tensor in tensors]
 
 
 def _local_values(tensor: Tensor) -> Tensor:
-    if not is_dtensor(tensor):
-        return tensor
-    if any(placement.is_partial() for placement in tensor.placements):
-        from torch.distributed.tensor import Replicate
+    if is_dtensor(tensor):
+        if any(placement.is_partial() for placement in tensor.placements):
+            from torch.distributed.tensor import Replicate
 
-        placements = [Replicate() if placement.is_partial() else placement for placement in tensor.placements]
-        tensor = tensor.redistribute(placements=placements)
-    return tensor.to_local()
+            placements = [Replicate() if placement.is_partial() else placement for placement in tensor.placements]
+            tensor = tensor.redistribute(placements=placements)
+        return tensor.to_local()
+    return tensor
 
 
 def add_up(tensors: Sequence[Tensor], norms: Tensor, norm_type: float) -> Tensor:
-    """The norms of whole tensors, the same on every rank, from those of this rank's shares.
+    """The norms of whole tensors, the same on every rank, from the norms of this rank's shards.
 
-    tensors: all of the list, DTensors and others, in the same order on every rank of a mesh.
-    norms: (tensors,), of `local_values`. Powers of norms are added in double, and must fit it.
+    tensors: the whole list, DTensors and others, in the same order on every rank of a mesh.
+    norms: (tensors,), those of `local_values`. Their powers are added in float64, and must fit it.
     """
     shards: dict[ProcessGroup, list[int]] = {}
     devices: dict[ProcessGroup, str] = {}
     for i, tensor in enumerate(tensors):
-        for group in _sharding_groups(tensor) if is_dtensor(tensor) else ():
-            shards.setdefault(group, []).append(i)
-            devices[group] = tensor.device_mesh.device_type
+        if is_dtensor(tensor):
+            for group in _sharding_groups(tensor):
+                shards.setdefault(group, []).append(i)
+                devices[group] = tensor.device_mesh.device_type
     if not shards:
         return norms
     terms = _terms(norms, norm_type)
@@ -73,7 +73,7 @@ def add_up(tensors: Sequence[Tensor], norms: Tensor, norm_type: float) -> Tensor
 
 
 def _sharding_groups(tensor: DTensor) -> list[ProcessGroup]:
-    """The groups over whose ranks the elements are divided."""
+    """The process groups over whose ranks the tensor is sharded."""
     mesh = tensor.device_mesh
     return [
         mesh.get_group(dim)
@@ -83,7 +83,7 @@ def _sharding_groups(tensor: DTensor) -> list[ProcessGroup]:
 
 
 def _terms(norms: Tensor, norm_type: float) -> Tensor:
-    """What is added, or compared, over ranks: (tensors, 1), or (tensors, 2), since a maximum may lose a NaN."""
+    """What the reduction takes: powers of norms (tensors, 1); for a maximum (tensors, 2), as it may lose a NaN."""
     wide = norms if norms.device.type == "mps" else norms.double()
     if math.isinf(norm_type):
         nan = wide.isnan()
@@ -93,6 +93,7 @@ def _terms(norms: Tensor, norm_type: float) -> Tensor:
 
 
 def _norms(terms: Tensor, norm_type: float) -> Tensor:
+    """The norms (tensors,) from reduced `_terms`."""
     if math.isinf(norm_type):
         largest = terms[:, 0] if norm_type > 0 else -terms[:, 0]
         return largest.masked_fill(terms[:, 1] > 0, math.nan)

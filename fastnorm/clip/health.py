@@ -1,17 +1,15 @@
-"""What the gradients of a model look like: vanishing, exploding, uneven, not finite; and which activations are dead."""
+"""Diagnosis of a model's gradients: which vanish, explode, are uneven or not finite."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ..text import table
 from . import lists
@@ -21,12 +19,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 HEALTHY, VANISHING, EXPLODING, NONFINITE, MISSING = "", "vanishing", "exploding", "non-finite", "no gradient"
-RELU_LIKE = (nn.ReLU, nn.ReLU6, nn.Threshold, nn.Hardsigmoid, nn.Hardswish, nn.Hardshrink, nn.Softshrink)
 
 
 @dataclass(frozen=True)
 class GradientNorm:
-    """One parameter: its number of elements, its gradient's L2 norm (None without a gradient), and what is wrong."""
+    """One parameter's gradient.
+
+    Attributes:
+        name: the parameter's name.
+        size: its number of elements.
+        norm: the L2 norm of its gradient; None without a gradient.
+        flag: "" or what is wrong: "vanishing", "exploding", "non-finite" or "no gradient".
+    """
 
     name: str
     size: int
@@ -36,12 +40,16 @@ class GradientNorm:
 
 @dataclass(frozen=True)
 class GradientHealth:
-    """What `gradient_health` found. `print` shows it as a table; `to_dict()` and `plot()` are for programs and eyes.
+    """The result of `gradient_health`. `print` shows it as a table.
 
-    parameters: in the model's order, which is taken for its depth.
-    total_norm: L2 norm of all gradients together.
-    ratio: largest norm / smallest, of those that are finite and above zero; None if there are none.
-    diagnosis: the findings in words.
+    Attributes:
+        parameters: one entry for each parameter, in the model's order, which is taken for its depth.
+        total_norm: L2 norm of all gradients together.
+        ratio: largest norm / smallest norm, of those that are finite and above 0; None if there are none.
+        diagnosis: the findings in words.
+        vanishing_below: norms below it are vanishing.
+        exploding_above: norms above it are exploding.
+        ratio_above: ratios above it are uneven.
     """
 
     parameters: tuple[GradientNorm, ...]
@@ -96,17 +104,25 @@ class GradientHealth:
         return "\n".join((table(headers, rows, numbers=(1, 2)), summary, self.diagnosis))
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it for JSON: a norm that is not finite is None, and its flag says so."""
+        """A dict for JSON. A norm that is not finite is None there, and its flag says so."""
         result = asdict(self)
         result["parameters"] = [p | {"norm": _finite(p["norm"])} for p in result["parameters"]]
         result["total_norm"] = _finite(self.total_norm)
         return result | {"uneven": self.uneven, "healthy": self.healthy}
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draws the norms over depth on a log scale, flagged ones marked by name, and returns the Axes.
+        """Draws the norms over depth on a log scale, with the names of flagged parameters.
 
-        ax: where to draw; without one, a new figure. Norms that a log scale can't hold (zero, NaN, inf) stand on the
-        edge that is nearest. Raises ImportError without matplotlib.
+        Norms that a log scale can't show (0, NaN, inf) are drawn at the nearest edge.
+
+        Args:
+            ax: where to draw; None makes a new figure.
+
+        Returns:
+            The Axes.
+
+        Raises:
+            ImportError: without matplotlib.
         """
         try:
             from matplotlib import pyplot
@@ -126,14 +142,22 @@ def gradient_health(
     exploding_above: float = 1e3,
     ratio_above: float = 100.0,
 ) -> GradientHealth:
-    """Norms of all gradients of a model, and what is wrong with them, in one pass and with one host sync.
+    """Measures all gradients of a model and finds what is wrong with them, in one pass and with one host sync.
 
-    Call it after `backward()`. Nothing is changed.
+    Call it after `backward()`. It changes nothing.
 
-    model_or_named_parameters: a module, or (name, parameter) pairs from the input side to the output side.
-    vanishing_below, exploding_above: bounds of a healthy L2 norm of one parameter's gradient.
-    ratio_above: how many times the smallest norm the largest may be without being called uneven.
-    Raises TypeError for anything else, ValueError for bounds that aren't ordered.
+    Args:
+        model_or_named_parameters: a module, or (name, parameter) pairs from the input side to the output side.
+        vanishing_below: lower bound of a healthy L2 norm of one parameter's gradient.
+        exploding_above: upper bound of it.
+        ratio_above: largest norm / smallest norm above which the norms are uneven.
+
+    Returns:
+        The norms, flags and a diagnosis, to be printed or plotted.
+
+    Raises:
+        TypeError: for anything but a module or named parameters.
+        ValueError: for bounds out of order.
     """
     if not 0 <= vanishing_below < exploding_above:
         raise ValueError(f"vanishing_below must be at least 0 and below exploding_above, but got {vanishing_below} "
@@ -163,7 +187,7 @@ def _named(model_or_named_parameters: Any) -> tuple[list[str], list[Tensor]]:
 
 
 def _read_norms(grads: Sequence[Tensor | None]) -> tuple[float, list[float | None]]:
-    """Total norm and norms as numbers, by one copy to the host."""
+    """The total norm and each norm as numbers, by one copy to the host."""
     present = [_dense(grad) for grad in grads if grad is not None]
     if not present:
         return 0.0, [None] * len(grads)
@@ -174,7 +198,7 @@ def _read_norms(grads: Sequence[Tensor | None]) -> tuple[float, list[float | Non
 
 
 def _dense(grad: Tensor) -> Tensor:
-    """The values of a sparse gradient, those of rows that occur twice added up."""
+    """A sparse gradient's values, with duplicate rows added up; a strided one as it is."""
     if grad.layout is torch.strided:
         return grad
     return grad.coalesce().values() if grad.is_sparse else grad.values()
@@ -191,7 +215,7 @@ def _flag(norm: float | None, size: int, vanishing_below: float, exploding_above
 
 
 def _diagnose(rows: Sequence[GradientNorm], ratio: float | None, ratio_above: float) -> str:
-    """The findings, the worst first."""
+    """The findings in words, the worst first."""
     present = [row for row in rows if row.norm is not None and row.size > 0]
     if not present:
         return "no gradients: call backward() first" if rows else "no parameters"
@@ -212,7 +236,7 @@ def _diagnose(rows: Sequence[GradientNorm], ratio: float | None, ratio_above: fl
 
 
 def _where(flagged: Sequence[int], count: int) -> str:
-    """Which part of the depth the flagged positions lie in: within one half, or all that there are up to one end."""
+    """Where the flagged positions are in depth: within one half, or without a gap up to one end, or elsewhere."""
     first, last = flagged[0], flagged[-1]
     if len(flagged) == count:
         return "all layers have"
@@ -222,8 +246,8 @@ def _where(flagged: Sequence[int], count: int) -> str:
 
 
 def _trend(present: Sequence[GradientNorm], ratio_above: float) -> str:
-    """Whether norms grow or shrink along the depth, by the medians of its first and last third."""
-    norms = [row.norm for row in present if 0 < row.norm < math.inf]
+    """Whether norms grow or shrink over depth, by the medians of the first and the last third."""
+    norms = [row.norm for row in present if row.norm is not None and 0 < row.norm < math.inf]
     third = len(norms) // 3
     if third == 0:
         return ""
@@ -242,21 +266,22 @@ _COLOURS = {HEALTHY: "#0b6e75", VANISHING: "#d9963a", EXPLODING: "#b5525c", NONF
 
 
 def _draw(health: GradientHealth, ax: Axes) -> None:
-    """Norms over depth, the bounds as lines, what is flagged in its colour and by name."""
-    rows = [(i, row) for i, row in enumerate(health.parameters) if row.norm is not None]
-    usable = [row.norm for _, row in rows if 0 < row.norm < math.inf] or [1.0]
+    """Draws norms over depth, bounds as lines, and flagged parameters in a colour and by name."""
+    rows = [(i, p.name, p.norm, p.flag) for i, p in enumerate(health.parameters) if p.norm is not None]
+    usable = [norm for _, _, norm, _ in rows if 0 < norm < math.inf] or [1.0]
     bottom, top = min(usable) / 10, max(usable) * 10
-    heights = {i: bottom if row.norm == 0 else row.norm if row.norm < math.inf else top for i, row in rows}
-    # what is not finite leaves a gap in the line
-    line = [math.nan if row.flag == NONFINITE else heights[i] for i, row in rows]
-    ax.plot(heights.keys(), line, color="#c9d6d8", linewidth=1, zorder=1)
-    for flag, colour in _COLOURS.items():
-        here = [i for i, row in rows if row.flag == flag]
+    heights = {i: bottom if norm == 0 else norm if norm < math.inf else top for i, _, norm, _ in rows}
+    line = [math.nan if flag == NONFINITE else heights[i] for i, _, _, flag in rows]  # NaN leaves a gap
+    ax.plot(list(heights), line, color="#c9d6d8", linewidth=1, zorder=1)
+    for kind, colour in _COLOURS.items():
+        here = {i: name for i, name, _, flag in rows if flag == kind}
         if here:
-            ax.scatter(here, [heights[i] for i in here], 18, colour, label=flag or "in bounds", zorder=2)
-        for i in here if flag else ():
-            style = {"fontsize": 7, "color": colour, "rotation": 35, "annotation_clip": True}
-            ax.annotate(health.parameters[i].name, (i, heights[i]), (2, 4), textcoords="offset points", **style)
+            ax.scatter(list(here), [heights[i] for i in here], 18, colour, label=kind or "in bounds", zorder=2)
+        for i, name in here.items() if kind else ():
+            ax.annotate(
+                name, (i, heights[i]), (2, 4), textcoords="offset points", fontsize=7, color=colour, rotation=35,
+                annotation_clip=True,
+            )  # fmt: skip
     ax.set_yscale("log")
     for bound, flag in ((health.vanishing_below, VANISHING), (health.exploding_above, EXPLODING)):
         if bottom < bound < top:
@@ -266,97 +291,3 @@ def _draw(health: GradientHealth, ax: Axes) -> None:
     ax.set_title(health.diagnosis, fontsize=9, wrap=True)
     if rows:
         ax.legend(frameon=False, fontsize=8)
-
-
-@dataclass(frozen=True)
-class LayerActivity:
-    """One layer: how many activations it gave, the share that is exactly zero, and whether that is too much."""
-
-    name: str
-    size: int
-    zero_share: float
-    dead: bool
-
-
-@dataclass(frozen=True)
-class DeadNeurons:
-    """What `dead_neurons` found, in the order in which the layers first ran; `print` shows it as a table."""
-
-    layers: tuple[LayerActivity, ...]
-    threshold: float
-
-    @property
-    def dead(self) -> tuple[str, ...]:
-        """Names of the layers whose share of zeros is above the threshold."""
-        return tuple(layer.name for layer in self.layers if layer.dead)
-
-    def __str__(self) -> str:
-        rows = [(x.name, f"{x.size:,}", f"{x.zero_share:.1%}", "dead" if x.dead else "") for x in self.layers]
-        found = f"{len(self.dead)} of {len(rows)} layers have more than {self.threshold:.0%} zeros"
-        return table(("layer", "activations", "zeros", "flag"), rows, numbers=(1, 2)) + "\n" + found
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it for JSON."""
-        return asdict(self)
-
-
-@torch.no_grad()
-def dead_neurons(
-    model: nn.Module, inputs: Any, *, threshold: float = 0.9, layers: tuple[type[nn.Module], ...] = RELU_LIKE
-) -> DeadNeurons:
-    """Runs a model once, and counts the activations that are exactly zero after each ReLU-like module.
-
-    Some zeros are what a ReLU is for (half of them on centred inputs); a layer of almost nothing else has died. The
-    model runs in evaluation mode and without gradients; its modules' modes, and the hooks, are put back in any case.
-
-    inputs: what the model takes: a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
-    threshold: the share of zeros, 0 to 1, above which a layer is flagged.
-    layers: which modules are looked at. A module that runs several times is counted over all its runs. Functional
-        activations can't be seen.
-    Raises ValueError for a threshold outside 0 to 1, and where none of these modules ran.
-    """
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold must be from 0 to 1, but got {threshold}")
-    sizes: dict[str, int] = {}
-    nonzero: dict[str, Tensor] = {}
-    with _watched(model, layers, sizes, nonzero):
-        if isinstance(inputs, Mapping):
-            model(**inputs)
-        else:
-            model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
-    if not sizes:
-        kinds = ", ".join(kind.__name__ for kind in layers)
-        raise ValueError(f"no module of {type(model).__name__} that ran is one of {kinds}; functional activations "
-                         "can't be seen, other modules can be named by layers=")  # fmt: skip
-    device = next(iter(nonzero.values())).device
-    counts = torch.stack([count.to(device) for count in nonzero.values()]).tolist()
-    found = []
-    for (name, size), count in zip(sizes.items(), counts, strict=True):
-        share = 1 - count / size if size else 0.0
-        found.append(LayerActivity(name, size, share, share > threshold))
-    return DeadNeurons(tuple(found), threshold)
-
-
-@contextmanager
-def _watched(
-    model: nn.Module, layers: tuple[type[nn.Module], ...], sizes: dict[str, int], nonzero: dict[str, Tensor]
-) -> Iterator[None]:
-    """Counts what the layers give while the context lasts, with the model in evaluation mode."""
-
-    def watch(name: str, module: nn.Module) -> RemovableHandle:
-        def count(module: nn.Module, arguments: object, output: Tensor) -> None:
-            sizes[name] = sizes.get(name, 0) + output.numel()
-            nonzero[name] = nonzero.get(name, 0) + torch.count_nonzero(output)
-
-        return module.register_forward_hook(count)
-
-    modes = [(module, module.training) for module in model.modules()]
-    handles = [watch(name or type(m).__name__, m) for name, m in model.named_modules() if isinstance(m, layers)]
-    model.eval()
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes:
-            module.training = training

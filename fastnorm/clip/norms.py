@@ -1,8 +1,8 @@
 """Norms of lists of tensors, and clipping by norm and by value, with torch.nn.utils' signatures and meaning.
 
-Where a backend's kernels can read the tensors, one call takes the whole list; what they can't read (sparse, complex,
-overlapping, subclasses) goes through PyTorch's operations, one tensor after the other. One difference is meant: norms
-of float16 and bfloat16 tensors are accumulated, kept and returned in float32.
+One call of a backend takes all tensors that its kernels can read. The rest (sparse, complex, overlapping, subclasses)
+go through PyTorch's operations, one by one. One intended difference to torch: norms of float16 and bfloat16 tensors
+are accumulated, kept and returned in float32.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 class Measured(NamedTuple):
-    """What one pass over a list finds: 0-d total_norm, 0-d coefficient, norms of shape (tensors,), on one device."""
+    """The results of one pass over a list, on one device: total_norm and coefficient 0-d, norms (tensors,)."""
 
     total_norm: Tensor
     coefficient: Tensor
@@ -33,38 +33,49 @@ class Measured(NamedTuple):
 
 @torch.no_grad()
 def get_total_norm(
-    tensors: Parameters, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
+    tensors: Parameters, norm_type: float | str = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
 ) -> Tensor:
     """The p-norm of all tensors together: torch.nn.utils.get_total_norm.
 
-    tensors: one tensor, or an iterable of tensors of any shapes, dtypes and devices, or of (name, tensor) pairs.
-    norm_type: p, any number or what float() takes; for 0 it is the number of tensors with a non-zero element.
-    error_if_nonfinite: raises RuntimeError if the norm is NaN or infinite, and names the first such tensor; the host
-        waits for the device.
-    foreach: True raises RuntimeError for devices without torch._foreach operations; otherwise it changes nothing.
+    Args:
+        tensors: one tensor, or an iterable of tensors or of (name, tensor) pairs, of any shapes, dtypes and devices.
+        norm_type: p, any number or what float() takes. For 0 the norm is the number of tensors with a non-zero element.
+        error_if_nonfinite: raise if the norm is NaN or infinite; the host then waits for the device.
+        foreach: accepted as in torch; changes nothing.
 
-    Returns a 0-d tensor on the first tensor's device: float64 if any tensor is, else float32; a CPU zero for an empty
-    list. The norm of DTensors is the whole tensors', a plain tensor and the same on every rank.
+    Returns:
+        The norm: 0-d, on the first tensor's device, float64 if any tensor is, else float32; a CPU zero for an empty
+            list. For DTensors it is the norm of the whole tensors, as a plain tensor, the same on every rank.
+
+    Raises:
+        RuntimeError: for a non-finite norm, if asked for, naming the first such tensor; for foreach=True on a device
+            without torch._foreach operations.
     """
-    tensors, names = lists.listed(tensors)
+    listed, names = lists.listed(tensors)
     norm_type = float(norm_type)
-    if not tensors:
+    if not listed:
         return torch.tensor(0.0)
-    _check_foreach(tensors, foreach)
-    measured = measure(tensors, norm_type, float("inf"))
+    _check_foreach(listed, foreach)
+    measured = measure(listed, norm_type, float("inf"))
     if error_if_nonfinite:
-        _raise_if_nonfinite(measured, norm_type, names or [f"tensors[{i}]" for i in range(len(tensors))])
+        _raise_if_nonfinite(measured, norm_type, names or [f"tensors[{i}]" for i in range(len(listed))])
     return measured.total_norm
 
 
 @torch.no_grad()
 def clip_grads_with_norm_(
-    parameters: Parameters, max_norm: float, total_norm: Tensor, foreach: bool | None = None
+    parameters: Parameters, max_norm: float | Tensor, total_norm: Tensor, foreach: bool | None = None
 ) -> None:
     """Multiplies gradients by min(max_norm / (total_norm + 1e-6), 1), in place: torch.nn.utils.clip_grads_with_norm_.
 
-    parameters, foreach: as for clip_grad_norm_.
-    total_norm: a 0-d tensor, such as get_total_norm's result.
+    Args:
+        parameters: as for `clip_grad_norm_`.
+        max_norm: a number, or a 0-d tensor, for which the host waits.
+        total_norm: a 0-d tensor, such as the result of `get_total_norm`.
+        foreach: as for `clip_grad_norm_`.
+
+    Raises:
+        RuntimeError: for foreach=True on a device without torch._foreach operations.
     """
     grads = lists.gradients(lists.listed(parameters)[0])
     max_norm = float(max_norm)
@@ -79,27 +90,35 @@ def clip_grads_with_norm_(
 @torch.no_grad()
 def clip_grad_norm_(
     parameters: Parameters,
-    max_norm: float,
-    norm_type: float = 2.0,
+    max_norm: float | Tensor,
+    norm_type: float | str = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
-    """Scales all gradients by min(max_norm / (norm + 1e-6), 1), in place: torch.nn.utils.clip_grad_norm_.
+    """Multiplies all gradients by min(max_norm / (norm + 1e-6), 1), in place: torch.nn.utils.clip_grad_norm_.
 
-    parameters: one tensor or an iterable of tensors, those without .grad being left out; or of (name, tensor) pairs,
-        as from named_parameters(), which give the error below its name.
-    max_norm: a number or a 0-d tensor. The gradients are read once more and written only where the norm exceeds it,
-        which the device decides.
-    norm_type: p, any number or what float() takes.
-    error_if_nonfinite: raises RuntimeError if the norm is NaN or infinite, before anything is written, and names the
-        first such gradient; the host waits for the device. Without it a NaN norm makes every gradient NaN.
-    foreach: True raises RuntimeError for devices without torch._foreach operations; otherwise it changes nothing.
+    The norm takes one read of the gradients. If it exceeds max_norm, which the device decides without a host sync,
+    they are read and written once more.
 
-    Returns the norm before clipping, as get_total_norm does.
+    Args:
+        parameters: one tensor, or an iterable of tensors or of (name, tensor) pairs, as from named_parameters().
+            Those without .grad are left out.
+        max_norm: a number, or a 0-d tensor, for which the host waits.
+        norm_type: p, any number or what float() takes.
+        error_if_nonfinite: raise if the norm is NaN or infinite, before anything is written; the host then waits for
+            the device. Without it a NaN norm makes every gradient NaN.
+        foreach: accepted as in torch; changes nothing.
+
+    Returns:
+        The norm before clipping, as from `get_total_norm`.
+
+    Raises:
+        RuntimeError: for a non-finite norm, if asked for, naming the first such gradient; for foreach=True on a device
+            without torch._foreach operations.
     """
-    parameters, names = lists.listed(parameters, warning_level=2)
+    params, names = lists.listed(parameters, warning_level=2)
     norm_type, max_norm = float(norm_type), float(max_norm)
-    grads = lists.gradients(parameters)
+    grads = lists.gradients(params)
     if not grads:
         return torch.tensor(0.0)
     _check_foreach(grads, foreach)
@@ -107,8 +126,8 @@ def clip_grad_norm_(
     parts = lists.split("clip_grad_norm", values)
     measured = _measure(grads, parts, norm_type, max_norm)
     if error_if_nonfinite:
-        names = names or [f"parameters[{i}]" for i in range(len(parameters))]
-        names = [name for name, p in zip(names, parameters, strict=True) if p.grad is not None]
+        names = names or [f"parameters[{i}]" for i in range(len(params))]
+        names = [name for name, p in zip(names, params, strict=True) if p.grad is not None]
         _raise_if_nonfinite(measured, norm_type, names)
     if values is grads and len(parts) == 1:
         _scale_part_(parts[0], measured.coefficient)
@@ -118,10 +137,16 @@ def clip_grad_norm_(
 
 
 @torch.no_grad()
-def clip_grad_value_(parameters: Parameters, clip_value: float, foreach: bool | None = None) -> None:
-    """Clamps every gradient to [−clip_value, clip_value], in place: torch.nn.utils.clip_grad_value_.
+def clip_grad_value_(parameters: Parameters, clip_value: float | Tensor, foreach: bool | None = None) -> None:
+    """Clamps every gradient to [−clip_value, clip_value], in place: torch.nn.utils.clip_grad_value_. NaN stays NaN.
 
-    parameters, foreach: as for clip_grad_norm_. NaN stays NaN.
+    Args:
+        parameters: as for `clip_grad_norm_`.
+        clip_value: a number, or a 0-d tensor, for which the host waits.
+        foreach: as for `clip_grad_norm_`.
+
+    Raises:
+        RuntimeError: for foreach=True on a device without torch._foreach operations.
     """
     clip_value = float(clip_value)
     grads = lists.gradients(lists.listed(parameters)[0])
@@ -136,21 +161,21 @@ def clip_grad_value_(parameters: Parameters, clip_value: float, foreach: bool | 
 
 
 def measure(tensors: list[Tensor], norm_type: float, max_norm: float) -> Measured:
-    """Norms and coefficient of a list that is not empty, on the device of its first tensor, without waiting for it."""
+    """Norms and coefficient of a list that is not empty, on its first tensor's device, without a host sync."""
     parts = lists.split("clip_grad_norm", distributed.local_values(tensors))
     return _measure(tensors, parts, norm_type, max_norm)
 
 
 def scale_(tensors: list[Tensor], coefficient: Tensor) -> None:
-    """Multiplies the tensors; nothing is written by a kernel where the coefficient is at least one."""
+    """Multiplies the tensors in place. Kernels write nothing if the coefficient is at least 1."""
     for part in lists.split("clip_grad_norm", distributed.local_storage(tensors)):
         dtype = list_dtype(part.tensors) if part.impl is not None else coefficient.dtype
         _scale_part_(part, coefficient.to(part.tensors[0].device, dtype))
 
 
 def _measure(tensors: list[Tensor], parts: list[Part], norm_type: float, max_norm: float) -> Measured:
-    """`parts` are of the values that this rank has of the tensors."""
-    _refuse_norms_of_nothing(tensors, norm_type)
+    """As `measure`, with the `local_values` of the tensors divided into parts."""
+    _refuse_empty(tensors, norm_type)
     if parts[0].tensors is tensors and parts[0].impl is not None:
         total, coefficient, _, norms = parts[0].impl.multi_tensor_norm(parts[0].tensors, norm_type, max_norm)
         return Measured(total, coefficient, norms)
@@ -162,14 +187,14 @@ def _measure(tensors: list[Tensor], parts: list[Part], norm_type: float, max_nor
             found.update(zip(positions, impl.multi_tensor_norm(part, norm_type, max_norm)[3], strict=True))
     norms = torch.stack([found[i].to(found[0].device) for i in range(len(tensors))])
     norms = distributed.add_up(tensors, norms, norm_type)
-    # in double where the device has it: powers of the norms need not fit their dtype
+    # In float64 where the device has it: the norms' powers may overflow their dtype.
     wide = norms.dtype if norms.device.type == "mps" else torch.float64
     total = torch.linalg.vector_norm(norms, norm_type, dtype=wide).to(norms.dtype)
     return Measured(total, reference.clip_coefficient(total, max_norm), norms)
 
 
 def _scale_part_(part: Part, coefficient: Tensor) -> None:
-    """The coefficient is on the part's device, and in its norms' dtype if it has a backend."""
+    """Multiplies a part. coefficient: on its device; for a backend, in the dtype of its norms."""
     if part.impl is None or type(coefficient) not in lists.PLAIN:
         for tensor in part.tensors:
             tensor.mul_(coefficient.to(tensor.device))
@@ -179,18 +204,18 @@ def _scale_part_(part: Part, coefficient: Tensor) -> None:
 
 
 def _announce_writes(impl: Any, tensors: list[Tensor]) -> None:
-    """What an operation in place does for autograd."""
+    """Tells autograd of the writes, as an operation in place does."""
     if impl is not reference:
         torch.autograd.graph.increment_version(tensors)
 
 
 def _stock_norms(tensors: list[Tensor], norm_type: float) -> list[Tensor]:
-    tensors = [t.float() if t.dtype in _HALVES else t for t in tensors]  # the norm of a sparse one takes no dtype
+    tensors = [t.float() if t.dtype in _HALVES else t for t in tensors]  # a sparse tensor's norm takes no dtype
     return [torch.linalg.vector_norm(reference.with_a_norm(t, norm_type), norm_type) for t in tensors]
 
 
-def _refuse_norms_of_nothing(tensors: Sequence[Tensor], norm_type: float) -> None:
-    """Gives stock's error for the norms that an empty tensor hasn't; to kernels it is neutral, as shards need it."""
+def _refuse_empty(tensors: Sequence[Tensor], norm_type: float) -> None:
+    """Raises stock's error for an empty tensor without a norm of this order; kernels take it, for shards."""
     for tensor in () if 0 <= norm_type < float("inf") else tensors:
         if tensor.numel() == 0:
             torch.linalg.vector_norm(torch.empty(0), norm_type)

@@ -1,4 +1,4 @@
-"""fastnorm's clipping behind torch.nn.utils' names, for trainers that call those."""
+"""fastnorm's clipping under torch.nn.utils' names, for trainers that call those."""
 
 from __future__ import annotations
 
@@ -18,21 +18,26 @@ _enabled = False
 
 
 class patch_torch_clip:
-    """Puts fastnorm's functions behind torch.nn.utils.clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_ and
-    get_total_norm, or takes them away again: `patch_torch_clip()`, `patch_torch_clip(False)`.
+    """Puts fastnorm's functions in place of torch.nn.utils'.
 
-    In a `with` statement the state before it comes back at its end. Hugging Face's Trainer, Accelerate, Lightning,
-    Fabric and timm call these functions when they clip, and so take fastnorm's without a change. The setting is the
-    process's.
+    They are clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_ and get_total_norm.
 
-    enabled: whether fastnorm's functions are to serve.
+    `patch_torch_clip()` does so for the process, `patch_torch_clip(False)` takes it back; a `with` block restores the
+    state before it. Hugging Face's Trainer, Accelerate, Lightning, Fabric and timm clip by these functions, so they use
+    fastnorm's without a change.
 
-    It reaches the names in torch.nn.utils and torch.nn.utils.clip_grad, and those that a module had imported with
-    `from torch.nn.utils import clip_grad_norm_`, at whatever time. Of references elsewhere that are older than the
-    patch (default arguments, functools.partial, attributes of objects), clip_grad_norm_ is served in two steps, and
-    the others are torch's. It can't reach clipping that torch.compile has traced already, or methods that clip by
-    themselves: FullyShardedDataParallel.clip_grad_norm_ (FSDP1), which trainers call for such a model, DeepSpeed's and
-    Megatron's. FSDP2 (fully_shard) is reached.
+    Replaced are the names in torch.nn.utils and torch.nn.utils.clip_grad, and those that any module has imported with
+    `from torch.nn.utils import clip_grad_norm_`. Other references made before the patch (default arguments,
+    functools.partial, attributes of objects) stay torch's, but torch's clip_grad_norm_ then calls fastnorm's
+    get_total_norm and clip_grads_with_norm_. Out of reach are clipping that torch.compile has already traced, and
+    methods that clip by themselves: FullyShardedDataParallel.clip_grad_norm_ (FSDP1), DeepSpeed's and Megatron's. FSDP2
+    (fully_shard) is reached.
+
+    Args:
+        enabled: whether fastnorm's functions serve.
+
+    Raises:
+        TypeError: if `enabled` is no bool.
     """
 
     def __init__(self, enabled: bool = True) -> None:
@@ -42,7 +47,7 @@ class patch_torch_clip:
         _switch(enabled)
 
     def __enter__(self) -> patch_torch_clip:
-        _switch(self.enabled)  # other settings may have followed the constructor
+        _switch(self.enabled)  # another call may have come after the constructor
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -50,21 +55,21 @@ class patch_torch_clip:
 
 
 def _switch(enabled: bool) -> None:
-    """Replaces the functions in every module that has them; a name that is bound to neither is somebody else's."""
+    """Replaces the functions in every module that has them, and leaves names that others have rebound."""
     global _enabled
     _enabled = enabled
     before, after = (_STOCK, _REPLACEMENTS) if enabled else (_REPLACEMENTS, _STOCK)
     wanted = {id(before[name]): after[name] for name in _NAMES}
     for name, module in list(sys.modules.items()):
-        if not isinstance(module, ModuleType) or name == __name__:  # our own constants stay
+        if not isinstance(module, ModuleType) or name == __name__:  # this module's constants stay
             continue
-        # vars, because a lazy module would import more when asked for an attribute
+        # vars, because getattr would make lazy modules import more
         for key in [key for key, value in list(vars(module).items()) if id(value) in wanted]:
             setattr(module, key, wanted[id(vars(module)[key])])
 
 
 def _replacement(name: str) -> Callable[..., Any]:
-    """fastnorm's function while it is wanted, else torch's: whoever has kept it must not keep the patch."""
+    """Calls fastnorm's function while the patch is on, else torch's, for whoever has kept a reference to it."""
     ours, stock = getattr(norms, name), _STOCK[name]
 
     @functools.wraps(stock)

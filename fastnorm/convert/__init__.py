@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -10,31 +11,38 @@ from .. import backend
 from .recognise import KINDS, Proposal, Proposals, is_norm, proposals
 from .report import ConversionReport, NormReport
 from .swap import core_of, is_swapped, restore, swap
-from .verify import likeness, own_tensor, verified
+from .verify import fingerprint, own_tensor, verified
 
 __all__ = ["ConversionReport", "NormReport", "convert", "revert"]
 
 
 def convert(model: nn.Module, *, norms: Iterable[str] = KINDS, verify: bool = True) -> ConversionReport:
-    """Makes every norm of a model fastnorm's, in place.
+    """Makes every norm of a model fastnorm's, in place. `revert` takes it back.
 
-    Each norm stays the object that it is, and only its class changes: parameters, buffers, hooks, training mode,
-    dtype, device, requires_grad, sharing, parametrizations and state_dict keys are untouched, optimizers and wrappers
-    (DistributedDataParallel, fully_shard, torch.compile) go on, and `isinstance` holds for the original class.
-    `revert` takes it back. The model itself may be a norm.
+    Each norm stays the same object; only its class changes. Parameters, buffers, hooks, training mode, dtype, device,
+    requires_grad, sharing, parametrizations and state_dict keys stay; optimizers and wrappers (DistributedDataParallel,
+    fully_shard, torch.compile) still work; `isinstance` holds for the original class.
 
-    model: torch.nn's norms in it are known by their type. Others (RMS norms of transformers, norms of timm, your own)
-        are recognised by what they compute: a class with at most a weight and a bias of one dimension and an eps, or
-        one derived from torch's, whose forward takes the input alone.
-    norms: which kinds to swap: "layer", "rms", "batch", "group".
-    verify: runs a copy of each norm with random parameters beside fastnorm's on random inputs, in its dtype, forward
-        and backward, those that are not torch.nn's also in float32, bfloat16, mixtures of them, and under autocast. A
-        norm that differs, or can't be run, is left alone. Without it only torch.nn's own types are swapped.
-        SyncBatchNorm is compared in evaluation alone, because in training processes would wait for each other.
+    torch.nn's norms are known by their type. Others (RMS norms of transformers, norms of timm, your own) are recognised
+    by what they compute, if their forward takes the input alone, and if their class is derived from torch's or has an
+    eps and at most a weight and a bias of one dimension.
 
-    Returns a report, to be printed: what was swapped, what was left, and why.
+    Verification runs a copy of each norm, with random parameters, and fastnorm's on random inputs, forward and
+    backward, in the norm's dtype; norms that aren't torch.nn's also in float32, in bfloat16, in mixtures of both and
+    under autocast. A norm that differs, or can't be run, is left as it is. SyncBatchNorm is compared in evaluation
+    alone, because in training the processes would wait for each other.
 
-    Raises TypeError for what is no module, ValueError for an unknown kind.
+    Args:
+        model: the model, or a norm itself.
+        norms: the kinds to swap, of "layer", "rms", "batch", "group".
+        verify: whether to verify each swap. Without verification only torch.nn's own types are swapped.
+
+    Returns:
+        A report of what was swapped, what was left, and why, to be printed.
+
+    Raises:
+        TypeError: if the model is no module, or `norms` a string.
+        ValueError: for an unknown kind.
     """
     kinds = _checked(model, norms)
     seen: dict[int, list[str]] = {}
@@ -45,22 +53,29 @@ def convert(model: nn.Module, *, norms: Iterable[str] = KINDS, verify: bool = Tr
         if is_norm(parent) and "parametrizations" not in path.split("."):
             found[path] = parent
     reports = []
-    tried: dict[tuple, tuple[Proposal | None, str]] = {}  # norms that are alike are tried once
+    tried: dict[tuple[Any, ...], tuple[Proposal | None, str]] = {}  # equal norms are verified once
     for path, module in found.items():
         names = [path, *(name for name in seen.get(id(module), ()) if name != path)]
-        kind_of_module = likeness(module)
-        if kind_of_module not in tried:
-            tried[kind_of_module] = _chosen(module, proposals(module, kinds), verify)
-        reports.append(_converted(module, names, *tried[kind_of_module]))
+        key = fingerprint(module)
+        if key not in tried:
+            tried[key] = _chosen(module, proposals(module, kinds), verify)
+        reports.append(_converted(module, names, *tried[key]))
     return ConversionReport(tuple(reports))
 
 
 def revert(model: nn.Module) -> tuple[str, ...]:
-    """Gives every norm that `convert` swapped its own class back, in this model or in a copy of it.
+    """Gives every norm that `convert` swapped its original class back, in this model or in a copy of it.
 
-    The modules and their parameters are the same objects throughout, so what was trained in between stays.
+    The modules and their parameters stay the same objects, with their trained values.
 
-    Returns the names of the modules. Raises TypeError for what is no module.
+    Args:
+        model: the model, or a norm itself.
+
+    Returns:
+        The names of the modules that were changed.
+
+    Raises:
+        TypeError: if the model is no module.
     """
     _check_module("revert", model)
     found = {name: module for name, module in model.named_modules() if is_swapped(module)}
@@ -86,7 +101,7 @@ def _check_module(function: str, model: nn.Module) -> None:
 
 
 def _converted(module: nn.Module, names: list[str], proposal: Proposal | None, reason: str) -> NormReport:
-    """Swaps one norm, unless there is no proposal, and reports."""
+    """Swaps one norm if there is a proposal, and reports."""
     core = core_of(type(module))
     package = core.__module__.split(".")[0]
     original = f"{'torch.nn' if package == 'torch' else package}.{core.__name__}"
@@ -94,7 +109,7 @@ def _converted(module: nn.Module, names: list[str], proposal: Proposal | None, r
     if proposal is not None:
         try:
             swap(module, proposal.target, proposal.attributes, proposal.names)
-        except TypeError as error:  # Python's word for a class whose objects can't change theirs
+        except TypeError as error:  # Python can't change the class of such an object
             proposal, reason = None, str(error)
     if proposal is None:
         return NormReport(name, original, reason=reason, aliases=tuple(aliases))

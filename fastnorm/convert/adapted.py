@@ -1,6 +1,8 @@
-"""Norms that other libraries have and torch.nn hasn't, on fastnorm's operations; `convert` makes them."""
+"""Norms of other libraries that torch.nn doesn't have, on fastnorm's operations. `convert` makes them."""
 
 from __future__ import annotations
+
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +18,10 @@ from ..ops.sync_batch_norm import SyncBatchNorm
 _HALVES = (torch.float16, torch.bfloat16)
 
 
-class _OverChannels:
-    """The norm over dimension 1, as feature maps (N, C, *) have their channels.
+class _OverChannels(nn.Module):
+    """Normalises over dimension 1, the channels of feature maps (N, C, *).
 
-    keeps_layout: the result has the input's strides, as if it were computed in place, else adjacent channels.
+    keeps_layout: whether the result has the input's strides; else its channels are adjacent.
     """
 
     keeps_layout = False
@@ -37,7 +39,7 @@ class _OverChannels:
 
 
 class LayerNorm2d(_OverChannels, LayerNorm):
-    """timm's LayerNorm2d, and those of transformers with data_format="channels_first"."""
+    """timm's LayerNorm2d, and transformers' layer norms with data_format="channels_first"."""
 
 
 class RMSNorm2d(_OverChannels, RMSNorm):
@@ -45,11 +47,11 @@ class RMSNorm2d(_OverChannels, RMSNorm):
 
 
 class WeightTypedRMSNorm(RMSNorm):
-    """T5's: the result has the weight's dtype, if that is a half, else the promoted one; x̂ is rounded with it."""
+    """T5's: with a 16-bit weight, x̂ is rounded to x's dtype and y to the weight's; else y has the promoted dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor) and (node := module_node(self, WeightTypedRMSNorm.forward, x)) is not None:
-            return node  # a dtype decides what is done, and a trace has none
+            return node  # the rounding depends on dtypes, which a trace doesn't know
         weight = self.weight
         is_half = weight.dtype in _HALVES
         return rms_norm(
@@ -59,7 +61,7 @@ class WeightTypedRMSNorm(RMSNorm):
 
 
 class UnweightedRMSNorm(RMSNorm):
-    """x̂ alone, over a last dimension of any width (the V norms of Gemma 3n and 4, Llama 4's QK norm)."""
+    """y = x̂ over a last dimension of any width (the V norms of Gemma 3n and 4, Llama 4's QK norm)."""
 
     def __init__(self, eps: float) -> None:
         super().__init__(1, eps, elementwise_affine=False)
@@ -71,16 +73,18 @@ class UnweightedRMSNorm(RMSNorm):
         return f"eps={self.eps}"
 
 
-class _Activated:
-    """act(drop(norm(x))) of timm's norms with an activation, which are the parents of the modules `act` and `drop`.
+class _Activated(nn.Module):
+    """act(drop(norm(x))): timm's norms with an activation, whose children are `act` and `drop`.
 
-    The activation is fused where it is the one that the kernel has, and nobody looks on by hooks.
+    The activation is fused if the kernel has it, `drop` is the identity, and neither child has hooks.
     """
 
-    _FUSED: tuple[str, type] | None = None
+    _FUSED: tuple[Literal["relu", "silu"], type] | None = None
+    act: nn.Module
+    drop: nn.Module
 
     @property
-    def activation(self) -> str | None:
+    def activation(self) -> Any:
         if self._FUSED is None or not _is_plain(self.drop, nn.Identity) or not _is_plain(self.act, self._FUSED[1]):
             return None
         return self._FUSED[0]
@@ -92,19 +96,19 @@ class _Activated:
         return self.act(self.drop(y)) if self.activation is None else y
 
 
-class BatchNormAct2d(_Activated, BatchNorm2d):
+class BatchNormAct2d(_Activated, BatchNorm2d):  # type: ignore[misc, override]  # without a residual
     """timm's BatchNormAct2d."""
 
     _FUSED = ("relu", nn.ReLU)
 
 
-class SyncBatchNormAct(_Activated, SyncBatchNorm):
-    """What `SyncBatchNorm.convert_sync_batchnorm` makes of timm's BatchNormAct2d."""
+class SyncBatchNormAct(_Activated, SyncBatchNorm):  # type: ignore[misc, override]
+    """timm's BatchNormAct2d after `SyncBatchNorm.convert_sync_batchnorm`."""
 
     _FUSED = ("relu", nn.ReLU)
 
 
-class GroupNormAct(_Activated, GroupNorm):
+class GroupNormAct(_Activated, GroupNorm):  # type: ignore[override]  # its activation is a property
     """timm's GroupNormAct and GroupNorm1Act."""
 
     _FUSED = ("silu", nn.SiLU)
@@ -127,5 +131,5 @@ class RMSNormAct2d(_Activated, RMSNorm2d):
 
 
 def _is_plain(module: nn.Module, cls: type) -> bool:
-    """Of this very class, without hooks, not compiled or patched by itself."""
+    """Whether the module is of exactly this class, without hooks and without a forward of its own."""
     return type(module) is cls and not has_hooks(module) and "forward" not in module.__dict__

@@ -1,13 +1,12 @@
-"""What a module may be: proposals from its class and its structure, which `verify` then tries.
+"""Recognition: proposes what a module may compute, by its class and its structure. `verify` tries the proposals.
 
-Only a class of torch.nn itself says for certain what it computes. For any other, a subclass included, everything here
-is a guess that makes running it worth while.
+Only torch.nn's own classes are certain. For all others, subclasses included, a proposal is a guess to be verified.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,21 +24,22 @@ from .swap import Names, core_of
 KINDS = ("layer", "rms", "batch", "group")
 OPERATIONS = {"layer": "layer_norm", "rms": "rms_norm", "batch": "batch_norm", "group": "group_norm"}
 _OURS = (LayerNorm, RMSNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, GroupNorm)
-_OTHER_NORMS = (nn.modules.batchnorm._NormBase, nn.LocalResponseNorm, nn.CrossMapLRN2d)
-_BATCH_NORMS = {nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d, nn.BatchNorm3d: BatchNorm3d,
-                nn.SyncBatchNorm: SyncBatchNorm}  # fmt: skip
+_OTHER_NORMS: tuple[type, ...] = (nn.modules.batchnorm._NormBase, nn.LocalResponseNorm, nn.CrossMapLRN2d)
+_BATCH_NORMS: dict[type, type[Any]] = {
+    nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d, nn.BatchNorm3d: BatchNorm3d,
+    nn.SyncBatchNorm: SyncBatchNorm,
+}  # fmt: skip
 _META = torch.device("meta")
 _USUAL_EPS = (1e-5, 1e-6, 1e-8, 1e-12)
-MODULE_STATE = frozenset(vars(nn.Module()))  # what every module has among its attributes
+MODULE_STATE = frozenset(vars(nn.Module()))  # the attributes of every module
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A class of ours that may compute what a module does.
+    """A class of fastnorm's that may compute what a module does.
 
-    attributes: those that its instances have beside parameters, buffers and children.
-    shapes: inputs to try it on. names: (our name, the module's name) of parameters called otherwise.
-    options: the arguments of its constructor that tell it from its class's default.
+    attributes: those of its instances, without parameters, buffers and children. shapes: of inputs to try it on.
+    options: arguments of its constructor that differ from the defaults. names: parameters and eps with different names.
     """
 
     kind: str
@@ -60,7 +60,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Proposals:
-    """is_certain: by type; else none is right before it has been run. obstacle: why there are none."""
+    """is_certain: known by type, else to be verified. obstacle: why there are no proposals."""
 
     found: tuple[Proposal, ...] = ()
     is_certain: bool = False
@@ -68,11 +68,11 @@ class Proposals:
 
 
 class _Unfit(Exception):
-    """Why a module can't be swapped, in words for the report."""
+    """Why a module can't be swapped, in words of the report."""
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is to be reported, swapped or not: a norm by its class, or by its name and small structure."""
+    """Whether the report lists the module: as a norm by its class, or by its name or parameters if it is small."""
     core = core_of(type(module))
     if issubclass(core, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, *_OTHER_NORMS)):
         return True
@@ -83,7 +83,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def proposals(module: nn.Module, kinds: tuple[str, ...]) -> Proposals:
-    """What a norm may be, of the kinds that are asked for, the likeliest first."""
+    """The proposals for a norm, of the given kinds, the likeliest first."""
     core = core_of(type(module))
     if issubclass(core, _OURS):
         return Proposals(obstacle="is fastnorm's already")
@@ -92,7 +92,7 @@ def proposals(module: nn.Module, kinds: tuple[str, ...]) -> Proposals:
     try:
         _refuse_changed_calls(module, core)
         if any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False)):
-            raise _Unfit("it is lazy: run the model once before")
+            raise _Unfit("it is lazy: run the model once before converting it")
         _refuse_shards(module)
         kind = next((kind for kind, base in _BASES.items() if issubclass(core, base)), None)
         is_certain = core in (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, *_BATCH_NORMS)
@@ -111,21 +111,21 @@ def proposals(module: nn.Module, kinds: tuple[str, ...]) -> Proposals:
     return Proposals(tuple(found), is_certain, "" if found else "none of the norms asked for")
 
 
-def _refuse_changed_calls(module: nn.Module, core: type) -> None:
+def _refuse_changed_calls(module: nn.Module, core: type[Any]) -> None:
     if "forward" in module.__dict__ or core.__call__ is not nn.Module.__call__:
         raise _Unfit("its forward or __call__ is replaced by other code")
 
 
-def _refuse_more_arguments(core: type) -> None:
+def _refuse_more_arguments(core: type[Any]) -> None:
     _, *arguments = inspect.signature(core.forward).parameters.values()
     if len(arguments) != 1 or arguments[0].kind not in (
         inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
     ):  # fmt: skip
-        raise _Unfit(f"its forward takes ({', '.join(map(str, arguments))}), a norm's takes the input alone")
+        raise _Unfit(f"its forward takes ({', '.join(map(str, arguments))}), not the input alone")
 
 
 def _refuse_shards(module: nn.Module) -> None:
-    """DeepSpeed's ZeRO-3 and FullyShardedDataParallel keep a part of each parameter, which doesn't tell its shape."""
+    """Raises for DeepSpeed's ZeRO-3 and FullyShardedDataParallel: their shards don't have the parameters' shapes."""
     found = own_parameters(module) | {key: value for key, value in vars(module).items() if isinstance(value, Tensor)}
     for name, tensor in found.items():
         if is_shard(tensor) or name in vars(module):
@@ -133,12 +133,12 @@ def _refuse_shards(module: nn.Module) -> None:
 
 
 def is_shard(parameter: Tensor | None) -> bool:
-    """Whether it is what a process keeps of a parameter, by a framework that gathers the whole for the forward."""
+    """Whether it is one process's shard, of a framework that gathers the whole parameter for the forward."""
     return parameter is not None and (parameter.numel() == 0 or getattr(parameter, "_fsdp_flattened", False))
 
 
-def _refuse_more_state(module: nn.Module, parameters: set[str], buffers: set[str] = frozenset()) -> None:
-    """A subclass may have more than its base, which the base's formula can't use."""
+def _refuse_more_state(module: nn.Module, parameters: Set[str], buffers: Set[str] = frozenset()) -> None:
+    """Raises for parameters, buffers and children beyond a norm's, which its formula doesn't use."""
     names = {name for name, p in own_parameters(module).items() if p is not None} - parameters
     names |= {name for name, b in module._buffers.items() if b is not None} - buffers
     names |= set(module._modules) - {"act", "drop", "parametrizations"}
@@ -147,7 +147,7 @@ def _refuse_more_state(module: nn.Module, parameters: set[str], buffers: set[str
 
 
 def own_parameters(module: nn.Module) -> dict[str, Tensor | None]:
-    """The parameters by name, and for a parametrized one the largest that it is made from, without running anything."""
+    """The parameters by name. A parametrized one stands for its largest original, so that no parametrization runs."""
     found: dict[str, Tensor | None] = dict(module._parameters)
     for name, parametrization in getattr(module, "parametrizations", {}).items():
         found[name] = max(parametrization.parameters(recurse=False), key=Tensor.numel, default=None)
@@ -158,11 +158,11 @@ def _proposal(
     kind: str, template: nn.Module, shapes: list[tuple[int, ...]], target: type | None = None, names: Names = (),
     options: Mapping[str, Any] | None = None,
 ) -> Proposal:  # fmt: skip
-    """template: made by the constructor, on the meta device: its attributes are those that the target needs."""
+    """A proposal with the attributes of `template`, which a constructor has made on the meta device."""
     target = target or type(template)
     own = {key: value for key, value in vars(template).items() if key not in MODULE_STATE}
     attributes = {key: value for key, value in own.items() if not _is_derived(target, key)}
-    # a norm without a bias reads its bias as well
+    # forward reads the bias of a norm without one, too
     attributes |= {name: None for name, p in template._parameters.items() if p is None}
     return Proposal(kind, target, attributes, tuple(shapes), options or {}, names)
 
@@ -196,7 +196,8 @@ def _rms(module: nn.RMSNorm, core: type) -> Iterator[Proposal]:
 def _layers(
     module: nn.Module, shape: tuple[int, ...], eps: float, has_weight: bool, has_bias: bool, names: Names = ()
 ) -> Iterator[Proposal]:
-    for options in ({}, {"zero_centered": True}):
+    choices: tuple[dict[str, Any], ...] = ({}, {"zero_centered": True})
+    for options in choices:
         template = LayerNorm(shape, eps, has_weight, has_bias, device=_META, **options)
         yield from _placed("layer", template, module, names, options)
 
@@ -214,9 +215,9 @@ def _rmses(
 
 
 def _placed(
-    kind: str, template: nn.Module, module: nn.Module, names: Names, options: Mapping[str, Any]
+    kind: str, template: LayerNorm | RMSNorm, module: nn.Module, names: Names, options: Mapping[str, Any]
 ) -> Iterator[Proposal]:
-    """A row norm over the last dimensions, or over the channels; with an activation behind it, or not."""
+    """A row norm over the last dimensions, and over the channels; with an activation if the module has one."""
     shape = template.normalized_shape
     over_rows, over_channels = _PLACES[kind, "act" in module._modules]
     yield _proposal(kind, template, _row_shapes(shape), over_rows, names, options)
@@ -224,16 +225,16 @@ def _placed(
         for layout in ({}, {"keeps_layout": True}):
             vars(template).update(layout)
             for map_shapes in ([(2, *shape, 3, 2), *_ambiguous(shape, 3)], [(2, *shape, 3), *_ambiguous(shape, 4)]):
-                yield _proposal(kind, template, map_shapes, over_channels, names, options | layout)
+                yield _proposal(kind, template, map_shapes, over_channels, names, {**options, **layout})
 
 
 def _row_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The first for the numbers, the others for what depends on the number of dimensions."""
+    """Shapes of inputs: the first for the values, the others for what depends on the number of dimensions."""
     return [(2, 3, *shape), (5, *shape), *_ambiguous(shape, 4)]
 
 
 def _ambiguous(shape: tuple[int, ...], dims: int) -> list[tuple[int, ...]]:
-    """Both a norm over dimension 1 and one over the last accept it, and their results differ."""
+    """A shape that norms over dimension 1 and over the last one both accept, with different results."""
     return [(1, *shape, *[1] * (dims - 3), *shape)] if len(shape) == 1 and shape[0] <= 256 else []
 
 
@@ -242,22 +243,23 @@ def _batch(module: nn.modules.batchnorm._BatchNorm, core: type) -> Iterator[Prop
     channels = module.num_features
     _refuse_more_state(module, {"weight", "bias"}, {"running_mean", "running_var", "num_batches_tracked"})
     has_weight, has_bias = _has_parameters(module, (channels,))
-    ours = _BATCH_NORMS[base]
-    template = ours(
+    target = _BATCH_NORMS[base]
+    template = target(
         channels, module.eps, module.momentum, has_weight, module.track_running_stats,
-        device=_META, **({"process_group": module.process_group} if ours is SyncBatchNorm else {}),
+        device=_META, **({"process_group": module.process_group} if target is SyncBatchNorm else {}),
     )  # fmt: skip
     if not has_bias:
         template.bias = None  # older torch's constructor has no bias=False
-    shapes = {
+    shapes: dict[type, list[tuple[int, ...]]] = {
         BatchNorm1d: [(6, channels), (4, channels, 3)], BatchNorm3d: [(2, channels, 2, 2, 3)],
-    }.get(ours, [(3, channels, 2, 3)])  # fmt: skip
-    if ours is SyncBatchNorm and core is not nn.SyncBatchNorm:
+    }  # fmt: skip
+    if target is SyncBatchNorm and core is not nn.SyncBatchNorm:
         raise _Unfit("subclasses of SyncBatchNorm can't be compared in one process")
     has_act = "act" in module._modules
-    if has_act and ours is not BatchNorm2d:
+    if has_act and target is not BatchNorm2d:
         raise _Unfit("of the batch norms, only BatchNorm2d can have an activation module")
-    yield _proposal("batch", template, shapes, adapted.BatchNormAct2d if has_act else None)
+    own_shapes = shapes.get(target, [(3, channels, 2, 3)])
+    yield _proposal("batch", template, own_shapes, adapted.BatchNormAct2d if has_act else None)
 
 
 def _group(module: nn.GroupNorm, core: type) -> Iterator[Proposal]:
@@ -266,56 +268,60 @@ def _group(module: nn.GroupNorm, core: type) -> Iterator[Proposal]:
     has_weight, has_bias = _has_parameters(module, (channels,))
     template = GroupNorm(module.num_groups, channels, module.eps, has_weight, device=_META)
     if not has_bias:
-        template.bias = None
+        template.register_parameter("bias", None)
     target = adapted.GroupNormAct if "act" in module._modules else None
     yield _proposal("group", template, [(2, channels, 3, 2), (3, channels, 4)], target)
 
 
 def _by_structure(module: nn.Module) -> Iterator[Proposal]:
-    """For classes that are not torch's: at most a weight and a bias of one dimension, and one eps, kept or not."""
+    """Proposals for other classes than torch's: at most a weight and a bias of one dimension, and at most one eps."""
     parameters = {name: p for name, p in own_parameters(module).items() if p is not None}
     _refuse_more_state(module, set(parameters))
     kept = {key: value for key, value in vars(module).items() if "eps" in key.lower() and type(value) is float}
     if len(kept) > 1:
         raise _Unfit("it has several attributes named eps")
     if kept:
-        yield from _with_eps(module, parameters, *kept.values(), tuple(("eps", key) for key in kept if key != "eps"))
-    else:  # it may be written into the forward, which running it tells
+        ((name, eps),) = kept.items()
+        yield from _with_eps(module, parameters, eps, () if name == "eps" else (("eps", name),))
+    else:  # a constant in the forward, which verification finds
         for eps in _USUAL_EPS:
             yield from _with_eps(module, parameters, eps, ())
 
 
 def _with_eps(module: nn.Module, parameters: Mapping[str, Tensor], eps: float, beside: Names) -> Iterator[Proposal]:
-    """beside: eps's other name, if it has one: what the module's user sets there later is still to count."""
+    """Proposals with this eps.
+
+    beside: eps's name in the module, if it is another: setting it must still have an effect after the swap.
+    """
     shapes = {tuple(p.shape) for p in parameters.values()}
     if len(parameters) > 2 or len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
         raise _Unfit("its parameters are not a weight, or a weight and a bias, of one dimension")
     if not parameters:
-        shapes = [(2, 3, 24), (5, 40), (1, 6, 2, 6)]
-        yield _proposal("rms", adapted.UnweightedRMSNorm(eps), shapes, names=beside)
+        inputs: list[tuple[int, ...]] = [(2, 3, 24), (5, 40), (1, 6, 2, 6)]
+        yield _proposal("rms", adapted.UnweightedRMSNorm(eps), inputs, names=beside)
         if type(shape := getattr(module, "normalized_shape", None)) is tuple:
             yield from _placed("layer", LayerNorm(shape, eps, False, device=_META), module, beside, {})
         return
     width = shapes.pop()
-    orders = [tuple(parameters)] if len(parameters) == 1 else [tuple(parameters), tuple(reversed(parameters))]
-    for order in orders:
+    given = tuple(parameters)
+    for order in (given,) if len(given) == 1 else (given, given[::-1]):
         names = (*beside, *((o, n) for o, n in zip(("weight", "bias"), order, strict=False) if o != n))
         if set(dict(names)) & set(parameters):
-            continue  # what is called weight is no bias
+            continue  # a parameter named weight is no bias
         if len(order) == 1:
             yield from _rmses(module, width, eps, True, names)
         yield from _layers(module, width, eps, True, len(order) == 2, names)
 
 
 def _is_structured_as_norm(module: nn.Module) -> bool:
-    """A weight and perhaps a bias of one dimension, and an eps, in whatever class."""
+    """Whether the module has a weight, and perhaps a bias, of one dimension, and an eps."""
     parameters = [p for p in own_parameters(module).values() if p is not None]
     has_eps = any("eps" in key.lower() and type(value) is float for key, value in vars(module).items())
     return has_eps and 1 <= len(parameters) <= 2 and all(p.dim() == 1 for p in parameters)
 
 
 def _has_parameters(module: nn.Module, shape: tuple[int, ...]) -> tuple[bool, bool]:
-    """Whether there are a weight and a bias, which must have the shape; a parametrization computes it from any."""
+    """Whether it has a weight and a bias. Raises for another shape; a parametrized one may be made of any shape."""
     parameters = own_parameters(module)
     for name in ("weight", "bias"):
         parameter = module._parameters.get(name)
@@ -327,14 +333,16 @@ def _has_parameters(module: nn.Module, shape: tuple[int, ...]) -> tuple[bool, bo
     return has_weight, has_bias
 
 
-# by kind, and by whether there is an activation: over the last dimensions, and over the channels
+# (kind, has an activation): classes over the last dimensions and over the channels
 _PLACES = {
     ("layer", False): (LayerNorm, adapted.LayerNorm2d),
     ("layer", True): (adapted.LayerNormAct, adapted.LayerNormAct2d),
     ("rms", False): (RMSNorm, adapted.RMSNorm2d),
     ("rms", True): (adapted.RMSNormAct, adapted.RMSNormAct2d),
 }
-_BASES = {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "batch": tuple(_BATCH_NORMS), "group": nn.GroupNorm}
+_BASES: dict[str, type | tuple[type, ...]] = {
+    "layer": nn.LayerNorm, "rms": nn.RMSNorm, "batch": tuple(_BATCH_NORMS), "group": nn.GroupNorm
+}  # fmt: skip
 _PROPOSERS: dict[str, Callable[..., Iterator[Proposal]]] = {
     "layer": _layer, "rms": _rms, "batch": _batch, "group": _group
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What `convert` did: one line a norm."""
+"""The report of `convert`: one line for each norm."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from ..text import table
 class NormReport:
     """One norm of the model.
 
-    name: as in named_modules(), "" for the model itself; aliases: its other names, if it is shared.
-    original: package and class that it has, or had. replacement: the class of fastnorm that computes it now, with its
-    options, and backend: what serves its device and dtype; both are None for a norm that was left alone for the reason.
+    Attributes:
+        name: as in named_modules(); "" for the model itself.
+        original: package and class of the norm before `convert`.
+        replacement: fastnorm's class that computes it, with its options; None for a norm that was left.
+        backend: the backend that serves its device and dtype; None for a norm that was left.
+        reason: why the norm was left; "" for one that was swapped.
+        aliases: its other names, if the module is shared.
     """
 
     name: str
@@ -27,21 +31,22 @@ class NormReport:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What `convert` found, in the model's order; `print` shows it as a table.
+    """The result of `convert`. `print` shows it as a table.
 
-    norms: every norm that it saw, swapped or not.
+    Attributes:
+        norms: every norm found, swapped or left, in the model's order.
     """
 
     norms: tuple[NormReport, ...]
 
     @property
     def swapped(self) -> tuple[NormReport, ...]:
-        """The norms that are fastnorm's now."""
+        """The norms that were swapped."""
         return tuple(norm for norm in self.norms if norm.replacement is not None)
 
     @property
     def left(self) -> tuple[NormReport, ...]:
-        """The norms that were left alone, with the reason of each."""
+        """The norms that were left as they are, each with its reason."""
         return tuple(norm for norm in self.norms if norm.replacement is None)
 
     def __str__(self) -> str:
@@ -53,6 +58,6 @@ class ConversionReport:
         return "\n".join((table(("name", "from", "to (fastnorm)", "backend", "reason when left"), rows), summary))
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it for JSON."""
+        """A dict for JSON."""
         norms = [asdict(norm) | {"aliases": list(norm.aliases)} for norm in self.norms]
         return {"norms": norms, "swapped": len(self.swapped), "left": len(self.left)}

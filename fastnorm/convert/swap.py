@@ -1,8 +1,8 @@
-"""A norm becomes fastnorm's by its class: the object stays, and with it all that hangs on it or refers to it.
+"""Swapping changes a module's class and keeps the object.
 
-Hooks, parameters, buffers, parametrizations, wrappers and optimizers know modules and parameters as objects, so none
-of them notices. The new class is fastnorm's alone where that is a subclass of the original one, as it is of torch.nn's;
-else it derives from both, so that isinstance and the original's attributes and methods still hold.
+Hooks, parameters, buffers, parametrizations, wrappers and optimizers refer to modules and parameters as objects, so the
+swap doesn't affect them. The new class is fastnorm's itself if that is a subclass of the original class, as it is of
+torch.nn's. Otherwise it derives from both, so that isinstance and the original's attributes and methods still hold.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-Names = tuple[tuple[str, str], ...]
+Names = tuple[tuple[str, str], ...]  # (fastnorm's name, the module's name) of attributes with different names
 _RECORD = "_fastnorm_original"
-# the very class that a rebuilt one was made from, to be given back; by weak keys, as torch makes classes by the module
+# rebuilt class -> the class it was made from, which `restore` gives back. Weak keys: torch makes a class a module.
 _sources: WeakKeyDictionary[type, type] = WeakKeyDictionary()
 
 
 class _Original(NamedTuple):
-    """What `restore` needs, kept on the module, so that copies and pickles of it can be restored as well."""
+    """What `restore` needs. It is kept on the module, so that copies and pickles can be restored too."""
 
     core: type
     added: tuple[str, ...]
@@ -32,21 +32,21 @@ class _Original(NamedTuple):
 
 
 def is_swapped(module: torch.nn.Module) -> bool:
-    """Whether `swap` made the module what it is."""
+    """Whether `swap` has changed the module's class."""
     return _RECORD in module.__dict__
 
 
-def core_of(cls: type) -> type:
-    """The class that somebody wrote, below those that torch derives at run time (parametrizations, fully_shard)."""
+def core_of(cls: type[Any]) -> type[Any]:
+    """The class in source code below those that torch derives at run time (parametrizations, fully_shard)."""
     while _made_by_torch(cls):
         cls = cls.__bases__[-1]
     return cls
 
 
 def swap(module: torch.nn.Module, target: type, attributes: Mapping[str, Any], names: Names = ()) -> None:
-    """Makes the module an instance of `target` too, with these attributes beside its own.
+    """Makes the module an instance of `target` too, and adds these attributes to its own.
 
-    names: (target's name, module's name) of parameters and eps where the module calls them otherwise.
+    names: (target's name, module's name) of parameters and eps with different names.
     Raises TypeError where Python can't change the class of such an object.
     """
     core = core_of(type(module))
@@ -58,40 +58,39 @@ def swap(module: torch.nn.Module, target: type, attributes: Mapping[str, Any], n
         tuple(key for key in changed if key not in present),
         {key: present[key] for key in changed if key in present},
     )
-    module.__class__ = _rebuilt(type(module), core, combined(target, core, names))
+    module.__class__ = _rebuilt(type(module), core, combined(target, core, names))  # type: ignore[arg-type]
     present.update(changed)
     present[_RECORD] = original
 
 
 def restore(module: torch.nn.Module) -> None:
-    """Takes `swap` back."""
+    """Undoes `swap`."""
     original, swapped = module.__dict__.pop(_RECORD), type(module)
     module.__class__ = _rebuilt(swapped, core_of(swapped), original.core)
     for key, value in module.__dict__.items():
-        # what wraps a module's forward, such as accelerate's hooks, keeps the method of before among its attributes
+        # Wrappers of a module's forward, such as accelerate's hooks, keep the swapped class's method as an attribute.
         if isinstance(value, MethodType) and value.__func__ is swapped.forward:
             module.__dict__[key] = MethodType(type(module).forward, module)
     for key in original.added:
-        module.__dict__.pop(key, None)  # the module's user may have deleted it
+        module.__dict__.pop(key, None)  # the user may have deleted it
     module.__dict__.update(original.replaced)
 
 
 @cache
-def combined(target: type, core: type, names: Names = ()) -> type:
-    """`target` where it is a subclass of `core`, else a subclass of both, which can be pickled."""
+def combined(target: type[Any], core: type[Any], names: Names = ()) -> type:
+    """`target` if it is a subclass of `core`, else a new subclass of both, whose objects can be pickled."""
     if issubclass(target, core):
         return target
     namespace: dict[str, Any] = {name: _alias(other) for name, other in names}
     if (argument := argument_of(core.forward)) not in target.forward.__code__.co_varnames:
         namespace["forward"] = _with_argument(target.forward, argument)
-
-    if hasattr(core, "reset_parameters"):  # how it starts is not what it computes
+    if hasattr(core, "reset_parameters"):  # the original's initialisation, whatever fastnorm's is
         namespace["reset_parameters"] = core.reset_parameters
 
     def extra_repr(self: torch.nn.Module) -> str:
-        return target.extra_repr(_renamed(self, target, names))
+        return str(target.extra_repr(_renamed(self, target, names)))
 
-    def reduce(self: torch.nn.Module, protocol: Any) -> tuple:
+    def reduce(self: torch.nn.Module, protocol: Any) -> tuple[Any, ...]:
         return _blank, (target, core, names), object.__reduce_ex__(self, 2)[2]
 
     namespace |= {
@@ -104,15 +103,15 @@ def combined(target: type, core: type, names: Names = ()) -> type:
 
 
 def _blank(target: type, core: type, names: Names) -> torch.nn.Module:
-    """An object that a pickle's state is then given to."""
-    cls = combined(target, core, names)
+    """An object without a state, for unpickling."""
+    cls: Any = combined(target, core, names)
     return cls.__new__(cls)
 
 
 def _renamed(module: torch.nn.Module, cls: type, names: Names) -> torch.nn.Module:
-    """For torch's extra_repr, which reads attributes off __dict__: a module that has them there by our names."""
-    renamed = object.__new__(cls)
-    vars(renamed).update(vars(module) | {ours: getattr(module, theirs) for ours, theirs in names})
+    """A copy for torch's extra_repr, which reads __dict__: it has the attributes there under fastnorm's names."""
+    renamed: torch.nn.Module = object.__new__(cls)
+    vars(renamed).update(vars(module) | {name: getattr(module, other) for name, other in names})
     return renamed
 
 
@@ -120,16 +119,16 @@ def _alias(name: str) -> property:
     return property(lambda self: getattr(self, name), lambda self, value: setattr(self, name, value))
 
 
-def argument_of(forward: Callable) -> str:
-    """What the input is called in calls by keyword."""
+def argument_of(forward: Callable[..., Any]) -> str:
+    """The name of the forward's input."""
     return list(inspect.signature(forward).parameters)[1]
 
 
 def _with_argument(forward: FunctionType, name: str) -> FunctionType:
-    """The function with its input called otherwise. A wrapper would cost every call what this costs none."""
+    """The function with another name for its input. A wrapper would take time in every call."""
     code = forward.__code__
     own, _, *others = code.co_varnames
-    renamed = FunctionType(
+    renamed: Any = FunctionType(
         code.replace(co_varnames=(own, name, *others)), forward.__globals__, forward.__name__, forward.__defaults__,
         forward.__closure__,
     )  # fmt: skip
@@ -138,7 +137,7 @@ def _with_argument(forward: FunctionType, name: str) -> FunctionType:
 
 
 def _rebuilt(cls: type, old: type, new: type) -> type:
-    """The class with `new` in the place of its base `old`."""
+    """The class with its base `old` replaced by `new`."""
     if cls is old:
         return new
     source = _sources.get(cls)
@@ -152,7 +151,7 @@ def _rebuilt(cls: type, old: type, new: type) -> type:
 
 
 def _made_by_torch(cls: type) -> bool:
-    """Whether a function of torch made the class: then its module has no class of this name."""
+    """Whether torch made the class at run time: then its module has no class of this name."""
     if not cls.__module__.startswith("torch."):
         return False
     return getattr(sys.modules.get(cls.__module__), cls.__name__, None) is not cls

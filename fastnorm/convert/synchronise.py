@@ -1,4 +1,4 @@
-"""What `SyncBatchNorm.convert_sync_batchnorm` does: every batch norm becomes one over all processes, or is named."""
+"""`SyncBatchNorm.convert_sync_batchnorm`: replaces every batch norm by one over all processes, or names it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..ops.sync_batch_norm import SyncBatchNorm
 from . import adapted
 from .recognise import MODULE_STATE, is_shard, proposals
 from .swap import core_of
-from .verify import likeness, verified
+from .verify import fingerprint, verified
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 _FORWARDS = (FusedBatchNorm.forward, adapted.BatchNormAct2d.forward)
@@ -20,20 +20,20 @@ _NORMALIZERS = (FusedBatchNorm._normalize, SyncBatchNorm._normalize)
 
 
 def synchronised(cls: type[SyncBatchNorm], model: nn.Module, process_group: Any) -> nn.Module:
-    """The model with its batch norms replaced by instances of `cls`; warns of those that are left, with the reason."""
-    done: dict[int, nn.Module] = {}  # a norm that has several places keeps them
+    """Replaces the model's batch norms by instances of `cls`. Warns of those that are left, with the reason."""
+    done: dict[int, nn.Module] = {}  # a shared norm stays shared
     left: list[str] = []
-    tried: dict[tuple, tuple[type | None, str]] = {}
+    tried: dict[tuple[Any, ...], tuple[type | None, str]] = {}
 
     def replaced(module: nn.Module, name: str) -> nn.Module:
         if id(module) in done:
             return done[id(module)]
         result = module
         if isinstance(module, _BatchNorm):
-            kind = likeness(module)
-            if kind not in tried:
-                tried[kind] = _replacement(cls, module)
-            target, reason = tried[kind]
+            key = fingerprint(module)
+            if key not in tried:
+                tried[key] = _replacement(cls, module)
+            target, reason = tried[key]
             if target is None:
                 left.append(f"{name or 'the module'} ({type(module).__name__}): {reason}")
             else:
@@ -51,7 +51,7 @@ def synchronised(cls: type[SyncBatchNorm], model: nn.Module, process_group: Any)
 
 
 def _replacement(cls: type[SyncBatchNorm], module: nn.Module) -> tuple[type | None, str]:
-    """The class of a norm's replacement; None, and the reason, where there is none."""
+    """The class of a norm's replacement; else None and the reason."""
     own = type(module)
     if core_of(own) is not own:
         return None, f"torch has made it a {own.__name__}, which a new module would not be"
@@ -80,8 +80,8 @@ def _replacement(cls: type[SyncBatchNorm], module: nn.Module) -> tuple[type | No
     return adapted.SyncBatchNormAct, ""
 
 
-def _made(cls: type[SyncBatchNorm], target: type, module: nn.Module, process_group: Any) -> SyncBatchNorm:
-    """The replacement, without children: the state is the module's, the attributes are those that cls gives it."""
+def _made(cls: type[SyncBatchNorm], target: type, module: _BatchNorm, process_group: Any) -> SyncBatchNorm:
+    """The replacement without children: it shares the module's state, and gets its attributes from cls."""
     eps, activation = module.__dict__["eps"], module.__dict__.get("activation")
     has_weight = module._parameters["weight"] is not None
     new = cls(
@@ -90,7 +90,7 @@ def _made(cls: type[SyncBatchNorm], target: type, module: nn.Module, process_gro
     )  # fmt: skip
     if target is not cls:
         new.__class__ = target
-        del new.__dict__["activation"]  # it follows from the children
+        del new.__dict__["activation"]  # a property there, which follows from the children
     state = {key: value for key, value in vars(module).items() if key in MODULE_STATE}
     state |= {key: state[key].copy() for key in ("_parameters", "_buffers")}
     vars(new).update(state, _modules={})

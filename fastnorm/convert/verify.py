@@ -1,7 +1,7 @@
-"""Runs a norm beside what is to replace it, on random inputs, forward and backward.
+"""Verification: runs a norm and its proposed replacement on random inputs, forward and backward, and compares.
 
-Neither is the user's module: they are twins, of its class and with its attributes, but with random parameters and
-statistics of their own and without hooks. So running them leaves no trace; and parameters that happen to be ones and
+The user's module is never run. Both runs use a twin: a module of the same class and attributes, without hooks, with
+random parameters and statistics of its own. So verification has no side effects; and weights of ones and biases of
 zeros, as at the start of a training, can't hide what the module does with them.
 """
 
@@ -19,17 +19,17 @@ from torch import Tensor, nn
 from .recognise import MODULE_STATE, Proposal, Proposals, is_shard, own_parameters
 from .swap import combined, core_of
 
-# of the largest value of each result; half dtypes: where the original rounds more often, or reduces in them
+# Relative to the largest value of each result. The 16-bit ones allow for an original that rounds, or sums, in 16 bits.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _HALVES = (torch.float16, torch.bfloat16)
-_HUGE = 1e4  # to see a clamp, or an overflow that is caught
+_HUGE = 1e4  # shows a clamp, or the handling of overflows
 _CONTAINERS = (list, dict, set)
 _VALUES = (bool, int, float, str, torch.dtype, type(None))
 
 
 @dataclass(frozen=True)
 class _Probe:
-    """One run. parameters: their dtype, None being the module's own; scale: of the input."""
+    """One run. input and parameters: dtypes; None keeps the module's own. scale: the factor of the random input."""
 
     shape: tuple[int, ...]
     input: torch.dtype
@@ -48,7 +48,7 @@ class _Probe:
 
 
 class _Disagreement(Exception):
-    """What differs; rank: how near it came, by the number of probes that agreed, and by the last one's error."""
+    """What differs. rank: how close the proposal is, by the number of probes that agreed and the error of the last."""
 
     def __init__(self, what: str, error: float = math.inf) -> None:
         super().__init__(what)
@@ -60,16 +60,16 @@ class _Disagreement(Exception):
 
 
 def verified(module: nn.Module, proposals: Proposals) -> tuple[Proposal | None, str]:
-    """The proposal that does what the module does and rounds most alike; without one, None and the reason."""
+    """The proposal that computes what the module does, with the closest rounding; else None and the reason."""
     with warnings.catch_warnings(), torch.inference_mode(False):
-        warnings.simplefilter("ignore")  # about dtypes that are tried here, and that the model may never see
+        warnings.simplefilter("ignore")  # of dtypes that the model may never see
         return _verified(module, proposals)
 
 
 def _verified(module: nn.Module, proposals: Proposals) -> tuple[Proposal | None, str]:
     best: tuple[float, Proposal] | None = None
     closest: tuple[tuple[int, float], str] | None = None
-    known: dict[_Probe, dict[str, Tensor] | str] = {}
+    known: dict[_Probe, dict[str, Tensor] | str] = {}  # the original's results, or why it has none
     for proposal in proposals.found:
         try:
             error = _total_error(module, proposal, proposals.is_certain, known)
@@ -85,22 +85,22 @@ def _verified(module: nn.Module, proposals: Proposals) -> tuple[Proposal | None,
     return None, f"not {closest[1]}"
 
 
-def likeness(module: nn.Module) -> tuple:
-    """Equal for modules whose twins are equal, bit by bit: of them, one run tells all."""
+def fingerprint(module: nn.Module) -> tuple[Any, ...]:
+    """Equal for modules with bitwise equal twins, of which one verification is enough."""
     tensors = [(key, t if t is None or nn.parameter.is_lazy(t) else (tuple(t.shape), t.dtype, t.device, is_shard(t)))
                for key, t in (*own_parameters(module).items(), *module._buffers.items())]  # fmt: skip
     attributes = [(k, v if _is_value(v) else id(v)) for k, v in vars(module).items() if k not in MODULE_STATE]
-    children = [(key, child and likeness(child)) for key, child in module._modules.items()]
+    children = [(key, child and fingerprint(child)) for key, child in module._modules.items()]
     return type(module), module.training, tuple(tensors), tuple(attributes), tuple(children)
 
 
 def _is_value(attribute: Any) -> bool:
-    """Whether equality says that it is the same."""
+    """Whether attributes of this type are the same if they are equal."""
     return type(attribute) in _VALUES or (type(attribute) is tuple and all(map(_is_value, attribute)))
 
 
 def own_tensor(module: nn.Module) -> Tensor:
-    """Empty, of the module's dtype and device, which are taken for its input's."""
+    """An empty tensor of the module's dtype and device, which stand for its input's."""
     tensors = [*own_parameters(module).values(), *module._buffers.values()]
     floating = [t for t in tensors if t is not None and t.is_floating_point()]
     like = floating[0] if floating else torch.empty(0, device="cpu")
@@ -110,16 +110,16 @@ def own_tensor(module: nn.Module) -> Tensor:
 def _total_error(
     module: nn.Module, proposal: Proposal, is_certain: bool, known: dict[_Probe, dict[str, Tensor] | str]
 ) -> float:
-    """The largest of each probe, added up; raises _Disagreement at the first one that is too large."""
+    """The sum of each probe's largest error. Raises _Disagreement at the first probe that differs too much."""
     core = core_of(type(module))
-    reference = nn.BatchNorm2d if core is nn.SyncBatchNorm else core  # the same, where there is one process
-    ours = combined(proposal.target, core, proposal.names)
+    reference = nn.BatchNorm2d if core is nn.SyncBatchNorm else core  # the same for one process
+    ours = combined(proposal.target, core, proposal.names)  # type: ignore[arg-type]
     total = 0.0
     for agreed, probe in enumerate(_probes(module, proposal, is_certain)):
         if probe not in known:
             try:
                 known[probe] = _run(_twin(module, reference, probe), probe, may_change=is_certain)
-            except Exception as error:  # noqa: BLE001  other people's code may raise anything; the report shows it
+            except Exception as error:  # noqa: BLE001  foreign code may raise anything; the report shows it
                 known[probe] = f"raises {type(error).__name__} for {probe}: {error}"
         expected = known[probe]
         try:
@@ -138,7 +138,7 @@ def _total_error(
 def _tried(twin: nn.Module, probe: _Probe) -> dict[str, Tensor]:
     try:
         return _run(twin, probe, may_change=True)
-    except Exception as error:  # one norm that can't be tried must not end the conversion
+    except Exception as error:  # a norm that can't be run must not end the conversion
         raise _Disagreement(f"raises {type(error).__name__} for {probe}: {error}") from error
 
 
@@ -146,14 +146,14 @@ def _probes(module: nn.Module, proposal: Proposal, is_certain: bool) -> Iterator
     first, *others = proposal.shapes
     own, eps = own_tensor(module).dtype, proposal.attributes["eps"]
     probe = _Probe(first, own, is_activated="act" in module._modules)
-    synchronised = proposal.operation == "sync_batch_norm"  # in training, processes would wait for each other
+    synchronised = proposal.operation == "sync_batch_norm"  # its training would wait for other processes
     if not synchronised:
         yield probe
     if synchronised or proposal.kind == "batch" or not is_certain:
         yield replace(probe, training=False)
     for shape in others:
         yield replace(probe, shape=shape, training=not synchronised, is_optional=not is_certain)
-    tiny = math.sqrt(eps) if eps else 1.0  # of eps's size, so that it shows what is done with it
+    tiny = math.sqrt(eps) if eps else 1.0  # makes the variance as large as eps, so that eps shows
     if is_certain:
         if own not in _HALVES and not synchronised:
             yield replace(probe, scale=tiny)
@@ -162,18 +162,18 @@ def _probes(module: nn.Module, proposal: Proposal, is_certain: bool) -> Iterator
     yield single
     yield replace(single, scale=tiny)
     yield replace(single, scale=_HUGE)
-    # the dtypes of a model that is cast, or under autocast: they tell the kinds of rounding apart
+    # The dtypes of a cast model, or under autocast: they distinguish the kinds of rounding.
     half = replace(probe, input=torch.bfloat16, parameters=torch.bfloat16, is_optional=True)
     yield from (half, replace(half, input=torch.float32), replace(half, parameters=torch.float32))
     yield from (replace(single, autocast=True), replace(half, parameters=torch.float32, autocast=True))
 
 
 def _twin(module: nn.Module, cls: type, probe: _Probe | None) -> nn.Module:
-    """A module of the class with the module's attributes, twins of its children, and random tensors of its shapes.
+    """A module of the class, with the module's attributes, twins of its children, and random tensors of its shapes.
 
-    probe: for its dtype; None is for children, which keep theirs, and their values.
+    probe: gives the dtype of the tensors. None is for children, whose tensors are copied.
     """
-    twin = object.__new__(cls)
+    twin: nn.Module = object.__new__(cls)
     state = dict(vars(nn.Module()))
     state |= {key: value for key, value in vars(module).items() if key not in MODULE_STATE}
     state |= {key: value.copy() for key, value in state.items() if isinstance(value, _CONTAINERS)}
@@ -211,10 +211,9 @@ def _tensor(name: str, like: Tensor, probe: _Probe | None, generator: torch.Gene
 
 
 def _input(probe: _Probe, generator: torch.Generator) -> Tensor:
-    """Normal numbers around 1/2; or, for what has an activation, 1/2 ± about 1 by turns along every dimension.
+    """Normal numbers around 1/2; before an activation, about 1/2 ± 1 with alternating signs along every dimension.
 
-    With the twins' weights and biases, none of the latter comes near to zero, where the gradient of a ReLU jumps and
-    every other rounding shows.
+    With the twins' weights and biases, the alternating numbers keep away from 0, where the gradient of a ReLU jumps.
     """
     values = torch.randn(probe.shape, generator=generator, device="cpu")
     if probe.is_activated:
@@ -224,9 +223,9 @@ def _input(probe: _Probe, generator: torch.Generator) -> Tensor:
 
 
 def _run(twin: nn.Module, probe: _Probe, may_change: bool) -> dict[str, Tensor]:
-    """The output, the gradients and the buffers afterwards.
+    """The output, the gradients, and the buffers after the run.
 
-    may_change: whether the forward may change attributes; a swap would end that.
+    may_change: whether the forward may change attributes, which a swapped norm wouldn't do.
     """
     generator = torch.Generator().manual_seed(2)
     device = next((t.device for t in (*twin._parameters.values(), *twin._buffers.values()) if t is not None),
@@ -240,7 +239,7 @@ def _run(twin: nn.Module, probe: _Probe, may_change: bool) -> dict[str, Tensor]:
         torch.enable_grad(),
         torch.autocast(device.type, dtype=torch.bfloat16, enabled=probe.autocast),
     ):
-        y = type(twin).forward(twin, x)  # past __call__, where hooks of all modules would see it
+        y = type(twin).forward(twin, x)  # not __call__, which runs global hooks
     if not isinstance(y, Tensor):
         raise TypeError(f"the result is a {type(y).__name__}, not a tensor")
     if y.shape != x.shape:
@@ -256,7 +255,7 @@ def _run(twin: nn.Module, probe: _Probe, may_change: bool) -> dict[str, Tensor]:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """What of a module can be compared: its containers copied, tensors and objects by identity."""
+    """A module's attributes in a form to compare: containers copied, tensors and objects by identity."""
     result = {}
     for key, value in vars(module).items():
         if key in MODULE_STATE:
@@ -275,7 +274,7 @@ def _largest_error(
     dtypes = {probe.input, probe.parameters or probe.input} | ({torch.bfloat16} if probe.autocast else set())
     tolerance = max(TOLERANCES[dtype] for dtype in dtypes)
     if not is_certain:
-        tolerance = max(tolerance, TOLERANCES[torch.float32])  # many compute in float32, whatever the input is
+        tolerance = max(tolerance, TOLERANCES[torch.float32])  # many norms compute in float32 for any input
     largest = 0.0
     for name, right in expected.items():
         ours = actual[name]
@@ -295,7 +294,7 @@ def _largest_error(
 
 
 def _strides(tensor: Tensor) -> list[int]:
-    """Those that matter: a dimension of one element may have any."""
+    """The strides of dimensions longer than 1; the others have no meaning."""
     return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
 
 

@@ -1,1 +1,1 @@
-"""One file an operation: its autograd.Function, functional and Module."""
+"""One file for each operation, with its autograd.Function, functional and Module."""

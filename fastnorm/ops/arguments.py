@@ -1,4 +1,4 @@
-"""What the norms ask of their arguments. A call that is right costs one look; a wrong one is explained."""
+"""Checks of the row norms' arguments, and what all norms share. A right call is checked once; a wrong one explained."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from torch import Tensor
 from ..backend import DTYPES
 from .symbolic import refuse_overridden
 
+_FLOATS: tuple[type, ...] = (int, float)
+_INTS: tuple[type, ...] = (int,)
 try:
     import numpy
-except ImportError:  # torch works without it, and then nobody has its numbers
-    _FLOATS, _INTS = (int, float), (int,)
+except ImportError:  # torch works without numpy
+    pass
 else:
-    _FLOATS = (int, float, numpy.number, numpy.bool_)
-    _INTS = (int, numpy.integer)
+    _FLOATS += (numpy.number, numpy.bool_)
+    _INTS += (numpy.integer,)
 
 _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu", "mtia", "maia", "hpu")
 
 
 def _autocast_devices(op: str) -> tuple[str, ...]:
-    """Where stock autocast has a rule for the operation. Every rule that there is for a norm is to take float32."""
+    """The device types on which stock autocast has a rule for a norm. Each of these rules casts to float32."""
     keys = {device: f"Autocast{device.upper()}" for device in _AUTOCAST_DEVICES}
     return tuple(
         device for device, key in keys.items()
@@ -33,7 +35,7 @@ def _autocast_devices(op: str) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-# asked once, because torch.compile can't trace a question to the dispatcher
+# The dispatcher is asked once, here: torch.compile can't trace it.
 _AUTOCAST_FLOAT32 = {op: _autocast_devices(op) for op in ("layer_norm", "rms_norm", "group_norm", "batch_norm")}
 
 
@@ -45,7 +47,7 @@ def check(
     *parameters: Tensor | None,
     residual: Tensor | None = None,
 ) -> tuple[tuple[int, ...], float | None]:
-    """Returns normalized_shape and eps in Python's types; raises what torch raises for the same mistake, or Overridden.
+    """Returns normalized_shape and eps in Python's types. Raises what torch raises for the same mistake, or Overridden.
 
     parameters: weight and bias, in this order.
     """
@@ -60,7 +62,7 @@ def check(
             and all(p is None or _fits(p, shape, x) for p in parameters)
             and (residual is None or _fits(residual, x.shape, x))
         )
-    except (TypeError, AttributeError, ValueError):  # the last is torch.fx's, whose proxies have no truth value
+    except (TypeError, AttributeError, ValueError):  # ValueError: torch.fx's proxies have no truth value
         right = False
     if not right:
         refuse_overridden(x, residual, *parameters)
@@ -69,7 +71,7 @@ def check(
 
 
 def as_float(op: str, name: str, value: Any) -> float:
-    """A number of what torch takes for one: Python's and numpy's types, symbols, tensors of no dimension."""
+    """A float from what torch takes for one: Python's and numpy's numbers, symbols, 0-d tensors. Else TypeError."""
     if isinstance(value, Tensor):
         is_number = value.dim() == 0 and not value.requires_grad
     else:
@@ -82,7 +84,7 @@ def as_float(op: str, name: str, value: Any) -> float:
 def as_int(op: str, name: str, value: Any) -> int:
     """As `as_float`, for an integer; a symbol stays one."""
     if type(value) is int or isinstance(value, torch.SymInt):
-        return value
+        return value  # type: ignore[return-value]
     if isinstance(value, Tensor):
         no_integer = value.is_floating_point() or value.is_complex() or value.dtype is torch.bool
         is_integer = value.dim() == 0 and not no_integer
@@ -94,26 +96,26 @@ def as_int(op: str, name: str, value: Any) -> int:
 
 
 def _as_shape(shape: Any) -> tuple[int, ...]:
-    """A tuple or list of integers, of all that have __index__, as a tuple of Python's; TypeError for anything else."""
+    """A tuple or list of integers (whatever has __index__) as a tuple of int; TypeError for anything else."""
     if not isinstance(shape, (tuple, list)):
         raise TypeError
     return tuple(shape) if all(type(n) is int for n in shape) else tuple(map(_as_index, shape))
 
 
-def _as_index(n: Any) -> int:
+def _as_index(n: Any) -> Any:
     if isinstance(n, bool) or (isinstance(n, Tensor) and n.dtype is torch.bool):
         raise TypeError
     return n if isinstance(n, torch.SymInt) else operator.index(n)
 
 
 def _fits(tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> bool:
-    if not isinstance(tensor, Tensor):  # asking more of it would leave its traces in a graph
+    if not isinstance(tensor, Tensor):  # further questions would be recorded in a graph
         return False
     return tensor.shape == shape and tensor.device == x.device and (tensor.dtype in DTYPES or x.is_complex())
 
 
-def _mistake(op, x, normalized_shape, parameters, residual) -> Exception:
-    """What is wrong, as the exception that torch has for it."""
+def _mistake(op: str, x: Any, normalized_shape: Any, parameters: Sequence[Any], residual: Any) -> Exception:
+    """The first mistake in the arguments, as the exception that torch raises for it."""
     if not isinstance(x, Tensor):
         return TypeError(f"{op}(): argument 'input' must be Tensor, not {type(x).__name__}")
     try:
@@ -126,8 +128,8 @@ def _mistake(op, x, normalized_shape, parameters, residual) -> Exception:
         return RuntimeError(f"{op}(): normalized_shape must have at least one dimension, but got {list(shape)}")
     if len(shape) > x.dim() or tuple(x.shape[-len(shape) :]) != shape:
         expected = ", ".join(["*", *map(str, shape)])
-        error = ValueError if op.endswith("rms_norm") and len(shape) > x.dim() else RuntimeError
-        return error(
+        kind = ValueError if op.endswith("rms_norm") and len(shape) > x.dim() else RuntimeError
+        return kind(
             f"{op}(): with normalized_shape={list(shape)}, input must have the shape [{expected}], "
             f"but got {list(x.shape)}"
         )
@@ -142,7 +144,7 @@ def _mistake(op, x, normalized_shape, parameters, residual) -> Exception:
     return _tensor_mistake(op, "residual", residual, x, tuple(x.shape)) or AssertionError("the arguments are right")
 
 
-def _tensor_mistake(op, name, tensor, x, shape) -> Exception | None:
+def _tensor_mistake(op: str, name: str, tensor: Any, x: Tensor, shape: tuple[int, ...]) -> Exception | None:
     if tensor is None:
         return None
     if not isinstance(tensor, Tensor):
@@ -157,7 +159,7 @@ def _tensor_mistake(op, name, tensor, x, shape) -> Exception | None:
 
 
 def check_dtype(op: str, name: str, dtype: torch.dtype | None) -> None:
-    """Raises TypeError for what is no dtype, NotImplementedError for one that no kernel writes."""
+    """Raises TypeError for what is no torch.dtype, NotImplementedError for a dtype that no kernel writes."""
     if dtype is None:
         return
     if not isinstance(dtype, torch.dtype):
@@ -167,14 +169,14 @@ def check_dtype(op: str, name: str, dtype: torch.dtype | None) -> None:
 
 
 def result_dtype(op: str, x: Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of y: what was asked for, float32 where stock autocast has it so, else the input's."""
+    """The dtype of y: out_dtype if given, float32 where stock autocast casts to it, else the input's."""
     if out_dtype is not None:
         return out_dtype
     return torch.float32 if _autocasts(op, x) else x.dtype
 
 
 def autocast(op: str, x: Tensor) -> Tensor:
-    """What stock autocast makes of an input."""
+    """The input as stock autocast casts it."""
     return x.float() if _autocasts(op, x) else x
 
 
@@ -185,7 +187,7 @@ def _autocasts(op: str, x: Tensor) -> bool:
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """function.apply or, where nothing wants a gradient, its forward alone: an eighth of what a short call costs."""
+    """function.apply; where no gradient is wanted its forward alone, which takes an eighth of a short call's time."""
     is_tracked = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
     if is_tracked or torch.compiler.is_compiling():
         return function.apply(*arguments)
@@ -193,9 +195,9 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 
 
 class _Evaluation:
-    """The context of a forward that has no backward."""
+    """The autograd context of a forward without a backward."""
 
-    needs_input_grad = ()
+    needs_input_grad: tuple[bool, ...] = ()
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         pass
@@ -205,6 +207,6 @@ class _Evaluation:
 
 
 def options_repr(module: torch.nn.Module, **defaults: object) -> str:
-    """For extra_repr: the options that are not at their default."""
+    """For extra_repr: ", name=value" for each option that differs from its default."""
     changed = ((name, getattr(module, name)) for name, default in defaults.items() if getattr(module, name) != default)
     return "".join(f", {name}={value}" for name, value in changed)

@@ -1,10 +1,11 @@
-"""BatchNorm (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167), with a residual and a ReLU fused in."""
+"""BatchNorm (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167), with a residual and a ReLU in the same pass."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,10 +29,14 @@ from .symbolic import Overridden, module_node, refuse_overridden
 
 
 class BatchNormFunction(torch.autograd.Function):
-    """y = relu((x − mean) · rstd · w + b + residual), the statistics being the batch's, or the running ones."""
+    """y = relu((x − mean) · rstd · w + b + residual), with the batch's statistics or the running ones."""
 
     @staticmethod
-    def forward(ctx: Any, x, residual, weight, bias, running, impl, training, momentum, eps, relu):
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+        running: tuple[Tensor, Tensor] | None, impl: Any, training: bool, momentum: float | Tensor, eps: float,
+        relu: bool,
+    ) -> Tensor:  # fmt: skip
         memory_format = batch_norm_format(x)
         out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
         statistics = [None if r is None else r.contiguous() for r in running or (None, None)]
@@ -42,25 +47,25 @@ class BatchNormFunction(torch.autograd.Function):
                 0.0 if factor is not None else momentum, eps, memory_format, relu, out_dtype,
             )  # fmt: skip
             for statistic, moved in zip(running or (), statistics, strict=False):
-                if moved is not statistic:  # a copy, because of its strides
+                if moved is not None and moved is not statistic:  # it was not contiguous
                     statistic.copy_(moved)
         else:
             mean, scale = statistics
             y, mask = impl.batch_norm_evaluation(
                 x, residual, weight, bias, mean, scale, eps, memory_format, relu, any(ctx.needs_input_grad), out_dtype
             )
-        # in evaluation `scale` is the running variance: rstd costs a launch or two, and only a backward needs it
+        # In evaluation `scale` is the running variance: only the backward needs rstd, which takes a launch or two.
         ctx.save_for_backward(x, weight, bias, mean, scale, mask)
         ctx.impl, ctx.memory_format, ctx.training, ctx.eps = impl, memory_format, training, eps
         ctx.residual_dtype = None if residual is None else residual.dtype
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return *_batch_norm_gradients(ctx, dy), None, None, None, None, None, None
 
 
-def _batch_norm_gradients(ctx: Any, dy: Tensor):
+def _batch_norm_gradients(ctx: Any, dy: Tensor) -> Sequence[Tensor | None]:
     """(dx, dresidual, dweight, dbias)."""
     x, weight, bias, mean, scale, mask = ctx.saved_tensors
     if backend.backward_needs_formula(dy):
@@ -83,7 +88,7 @@ def _batch_norm_gradients(ctx: Any, dy: Tensor):
 
 
 def running_moments(mean: Tensor, variance: Tensor, eps: float, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and rstd of running statistics, in the dtype of the statistics of x."""
+    """Mean and rstd from running mean and variance, in the dtype of x's statistics."""
     dtype = reference.stat_dtype(x.dtype)
     return mean.to(dtype), torch.rsqrt(variance.to(dtype) + eps)
 
@@ -99,26 +104,40 @@ def batch_norm(
     eps: float = 1e-5,
     *,
     residual: Tensor | None = None,
-    activation: str | None = None,
+    activation: Literal["relu"] | None = None,
 ) -> Tensor:
     """torch.nn.functional.batch_norm, fused: y = (input − mean) / √(var + eps) · weight + bias for each channel.
 
-    input: (N, C, *), float32, bfloat16, float16 or float64, any strides; contiguous and channels_last inputs, and
-        slices of them along the batch or the channels, are read without a copy.
-    running_mean, running_var: (C,), both or neither. In training they are updated in place, once, the variance by its
-        unbiased estimate; in evaluation they are what is normalised with.
-    weight, bias: (C,) or None. All of these may have other dtypes than the input.
-    training: whether the statistics are this batch's (with the biased variance).
-    momentum: the share of this batch in the running statistics: a number, or a tensor with one element (such as
-        1/count, for a cumulative average), which is not waited for if it lies on the input's device in up to 32 bits.
-    residual: the input's shape; added to the normalised input. activation: "relu" or None, else ValueError; applied
-        last: y = relu(batch_norm(input) + residual) in one pass. For the backward, one bit an element is kept of it.
+    Statistics are computed in float32 (float64 for float64). dweight and dbias are summed in a fixed order, so that two
+    runs on one device are bitwise equal.
 
-    Returns y: the input's shape and memory format, in the promoted dtype of input and residual. Statistics are
-    computed in float32 (float64 for float64); dweight and dbias are summed in a fixed order.
+    Args:
+        input: `(N, C, *)`, float32, bfloat16, float16 or float64, any strides. Contiguous and channels_last inputs, and
+            slices of them along the batch or the channels, are read without a copy.
+        running_mean: `(C,)`, or None together with running_var. Training updates both in place; evaluation normalises
+            with them.
+        running_var: `(C,)` or None; training moves it towards the unbiased variance of the batch.
+        weight: `(C,)` or None. It, the bias and the running statistics may have other dtypes than the input.
+        bias: `(C,)` or None.
+        training: whether to normalise with the mean and the biased variance of this batch.
+        momentum: the share of this batch in the running statistics: a number, or a tensor of one element (such as
+            1/count, for a cumulative average). The host doesn't wait for a tensor of up to 32 bits on the input's
+            device.
+        eps: added to the variance; positive in training, else not negative.
+        residual: the input's shape, any floating dtype; added to the normalised input.
+        activation: "relu" gives y = relu(batch_norm(input) + residual) in the same pass. The backward needs one bit
+            an element of it.
 
-    Raises what torch.nn.functional.batch_norm raises: ValueError for a single value a channel in training, for an eps
-    out of range and for one running statistic without the other, RuntimeError for wrong shapes or devices.
+    Returns:
+        y, with the input's shape and memory format, in the promoted dtype of input and residual.
+
+    Raises:
+        TypeError: for arguments of a wrong type, as in torch.
+        RuntimeError: for shapes, devices or dtypes that don't fit, as in torch.
+        ValueError: for one value a channel in training, an eps out of range, or one running statistic without the
+            other, as in torch; for an unknown activation.
+        NotImplementedError: for an input of another dtype.
+
     Source: torch.nn.functional.batch_norm; Ioffe & Szegedy, "Batch Normalization", 2015.
     """
     relu = check_activation("batch_norm", activation, "relu")
@@ -127,7 +146,8 @@ def batch_norm(
     )
     if y is not NotImplemented:
         return y
-    running = None if running_mean is None and running_var is None else (running_mean, running_var)
+    # Of a call that the checks refuse, one of the two may be None.
+    running: Any = None if running_mean is None and running_var is None else (running_mean, running_var)
     if backend.needs_formula("batch_norm", input, residual, weight, bias, running_mean, running_var):
         input = autocast("batch_norm", input)
         momentum = checked_momentum(momentum, input)
@@ -140,7 +160,7 @@ def batch_norm(
             batch_norm, tensors, *tensors[:-1], training, momentum, eps, residual=residual, activation=activation
         )
     except (RuntimeError, IndexError):
-        if input.numel():  # of an empty input torch asks nothing, not even a second dimension
+        if input.numel():  # torch checks nothing of an empty input, not even that it has two dimensions
             raise
     check_several_values(input, values_per_channel(input) if training else 0)
     input = autocast("batch_norm", input)
@@ -156,12 +176,14 @@ def batch_norm(
 
 
 def as_precise_as(x: Tensor, residual: Tensor | None) -> Tensor:
-    """x, in float64 where the residual is: kernels compute in x's precision, the sum is to have the residual's."""
+    """x, in float64 if the residual is: kernels compute in x's precision, and the sum needs the residual's."""
     return x.double() if residual is not None and residual.dtype == torch.float64 else x
 
 
-def check_batch_norm(x, running_mean, running_var, weight, bias, residual, training: bool) -> None:
-    """Raises what torch raises for wrong tensors."""
+def check_batch_norm(
+    x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, residual: Any, training: Any
+) -> None:
+    """Raises what torch raises for wrong arguments, or Overridden."""
     check_input("batch_norm", x)
     if not isinstance(training, bool):
         raise TypeError(f"batch_norm(): argument 'training' must be bool, not {type(training).__name__}")
@@ -189,15 +211,17 @@ def check_batch_norm(x, running_mean, running_var, weight, bias, residual, train
 
 
 def checked_momentum(momentum: float | Tensor, x: Tensor) -> float | Tensor:
-    """A number, or, where a kernel can read it beside x without losing a bit, a tensor: float32, of no dimension."""
-    is_readable = isinstance(momentum, Tensor) and momentum.numel() == 1 and momentum.device == x.device
-    if is_readable and not momentum.requires_grad and momentum.dtype in (torch.float32, torch.bfloat16, torch.float16):
+    """The momentum for kernels: a float, or 0-d float32 on x's device where the given tensor fits that exactly."""
+    if (
+        isinstance(momentum, Tensor) and momentum.numel() == 1 and momentum.device == x.device
+        and not momentum.requires_grad and momentum.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    ):  # fmt: skip
         return momentum.reshape(()).float()
     return as_float("batch_norm", "momentum", momentum)
 
 
 class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
-    """What the batch norms have beyond torch's: the activation, the residual, and no host sync for momentum=None."""
+    """fastnorm's additions to torch's batch norms: activation, residual, and momentum=None without a host sync."""
 
     def __init__(
         self,
@@ -210,27 +234,27 @@ class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
-        activation: str | None = None,
+        activation: Literal["relu"] | None = None,
     ) -> None:
         check_activation(type(self).__name__, activation, "relu")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        if not bias:  # an argument of torch.nn's since 2.13 only
-            self.bias = None
+        if not bias:  # torch.nn has this argument only since 2.13
+            self.register_parameter("bias", None)
         self.activation = activation
 
     @property
     def eps(self) -> float:
-        """Warns where there is an activation: who reads eps computes the norm elsewhere, or makes another one of it.
+        """Added to the variance. Reading it warns if there is an activation, because the reader may not know that.
 
-        So do torch's fuse_conv_bn_eval, its convert_sync_batchnorm and their like, which know no activation.
+        torch's fuse_conv_bn_eval and convert_sync_batchnorm, for example, make another norm of eps and the rest.
         """
         if torch.compiler.is_compiling() or self.__dict__.get("activation") is None:
             return self._eps
-        # torch.jit.trace and inspect read every attribute, by getattr: their code names no eps
+        # torch.jit.trace and inspect read every attribute by getattr, and their code doesn't contain the name eps.
         if "eps" in sys._getframe(1).f_code.co_names:
             warnings.warn(
-                f"the eps of a fastnorm.{type(self).__name__}(activation={self.activation!r}) is read: what is made of "
-                "its attributes has no activation, and must be followed by one. "
+                f"the eps of a fastnorm.{type(self).__name__}(activation={self.activation!r}) is read: a module made "
+                "from its attributes has no activation, so add one behind it. "
                 "fastnorm.SyncBatchNorm.convert_sync_batchnorm, unlike torch's, keeps the activation.",
                 stacklevel=2,
             )
@@ -238,10 +262,10 @@ class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
     @eps.setter
     def eps(self, eps: float) -> None:
-        self._eps = self.__dict__["eps"] = eps  # torch's methods format __dict__, and torch.compile can't read it
+        self._eps = self.__dict__["eps"] = eps  # torch's methods read __dict__, which torch.compile can't
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state | {"_eps": state["eps"]})  # a state may be torch.nn's
+        super().__setstate__(state | {"_eps": state["eps"]})  # the state may be torch.nn's
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if not isinstance(input, Tensor) or not isinstance(residual, (Tensor, type(None))):
@@ -249,7 +273,7 @@ class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             if node is not None:
                 return node
         self._check_input_dim(input)
-        momentum = 0.0 if self.momentum is None else self.momentum
+        momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:  # the cumulative average
@@ -259,9 +283,12 @@ class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         running = (self.running_mean, self.running_var) if is_tracked else (None, None)
         return self._normalize(input, running, training, momentum, residual)
 
-    def _normalize(self, input, running, training: bool, momentum: float | Tensor, residual: Tensor | None) -> Tensor:
+    def _normalize(
+        self, input: Tensor, running: tuple[Tensor | None, Tensor | None], training: bool, momentum: float | Tensor,
+        residual: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         return batch_norm(
-            input, *running, self.weight, self.bias, training, momentum, self._eps,
+            input, running[0], running[1], self.weight, self.bias, training, momentum, self._eps,
             residual=residual, activation=self.activation,
         )  # fmt: skip
 
@@ -271,20 +298,25 @@ class FusedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         return super().extra_repr() + options_repr(self, activation=None)
 
 
-_DOC = """torch.nn.{name}, fused: the same constructor, state_dict and errors.
+class BatchNorm1d(FusedBatchNorm, torch.nn.BatchNorm1d):
+    """torch.nn.BatchNorm1d, fused: the same constructor, state_dict and errors.
 
-    activation: "relu" or None, applied after the residual that `forward(x, residual=None)` adds:
+    `forward(x, residual=None)` adds a residual of x's shape, then applies the activation, "relu" or None:
     y = relu(batch_norm(x) + residual) in one pass. With momentum=None, the cumulative average costs no host sync.
     """
 
 
-class BatchNorm1d(FusedBatchNorm, torch.nn.BatchNorm1d):
-    __doc__ = _DOC.format(name="BatchNorm1d")
-
-
 class BatchNorm2d(FusedBatchNorm, torch.nn.BatchNorm2d):
-    __doc__ = _DOC.format(name="BatchNorm2d")
+    """torch.nn.BatchNorm2d, fused: the same constructor, state_dict and errors.
+
+    `forward(x, residual=None)` adds a residual of x's shape, then applies the activation, "relu" or None:
+    y = relu(batch_norm(x) + residual) in one pass. With momentum=None, the cumulative average costs no host sync.
+    """
 
 
 class BatchNorm3d(FusedBatchNorm, torch.nn.BatchNorm3d):
-    __doc__ = _DOC.format(name="BatchNorm3d")
+    """torch.nn.BatchNorm3d, fused: the same constructor, state_dict and errors.
+
+    `forward(x, residual=None)` adds a residual of x's shape, then applies the activation, "relu" or None:
+    y = relu(batch_norm(x) + residual) in one pass. With momentum=None, the cumulative average costs no host sync.
+    """

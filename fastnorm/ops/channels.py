@@ -1,4 +1,4 @@
-"""What batch_norm and group_norm ask of their arguments."""
+"""Checks of the arguments of batch_norm and group_norm."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .symbolic import refuse_overridden
 
 
 def as_vector(parameter: Tensor | None) -> Tensor | None:
-    """A weight or bias, which may have any shape with C elements, as (C,)."""
+    """A weight or bias of any shape with C elements as (C,)."""
     return parameter if parameter is None or parameter.dim() == 1 else parameter.reshape(-1)
 
 
 def check_input(op: str, x: Tensor) -> None:
-    """Raises what torch raises for an input that is no tensor of a kernel's dtype, or Overridden."""
+    """Raises what torch raises unless x is a tensor of a kernel's dtype; Overridden for a proxy."""
     if not isinstance(x, Tensor):
         refuse_overridden(x)
         raise TypeError(f"{op}(): argument 'input' must be Tensor, not {type(x).__name__}")
@@ -28,19 +28,19 @@ def check_input(op: str, x: Tensor) -> None:
 
 
 def check_channels(op: str, x: Tensor, error: type[Exception] = RuntimeError) -> None:
-    """Raises where x has no dimension of channels."""
+    """Raises `error` where x has no dimension of channels."""
     if x.dim() < 2:
         raise error(f"{op}(): input must have at least 2 dimensions, (N, C, *), but got {list(x.shape)}")
 
 
 def check_several_values(x: Tensor, count: int) -> None:
-    """Raises torch's error where a statistic would be taken of one element."""
+    """Raises torch's ValueError where statistics would be taken of one element."""
     if count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
 
 
 def check_vector(op: str, name: str, vector: Tensor | None, x: Tensor) -> None:
-    """Raises unless it is None, or one number of a kernel's dtype for each channel of x, on its device."""
+    """Raises what torch raises unless the vector is None, or has C elements of a kernel's dtype on x's device."""
     if vector is None:
         return
     channels = x.shape[1]
@@ -57,7 +57,7 @@ def check_vector(op: str, name: str, vector: Tensor | None, x: Tensor) -> None:
 
 
 def checked_eps(op: str, eps: float, zero_allowed: bool) -> float:
-    """batch_norm's eps, which torch wants to be positive; ValueError for another one."""
+    """batch_norm's eps as a float. Raises ValueError if it is negative, or 0 where that is not allowed, as in torch."""
     number = eps if isinstance(eps, Tensor) else as_float(op, "eps", eps)
     if number < 0 or (number == 0 and not zero_allowed):
         raise ValueError(f"{op} eps must be {'non-negative' if zero_allowed else 'positive'}, but got {eps}")
@@ -65,12 +65,12 @@ def checked_eps(op: str, eps: float, zero_allowed: bool) -> float:
 
 
 def check_activation(op: str, activation: str | None, known: str) -> bool:
-    """Whether the operation's one activation is asked for; ValueError for another."""
+    """Whether the operation's only activation, `known`, is asked for. Raises ValueError for another one."""
     if activation is not None and activation != known:
         raise ValueError(f"{op}: activation must be {known!r} or None, but got {activation!r}")
     return activation is not None
 
 
 def values_per_channel(x: Tensor) -> int:
-    """N·S: how many elements a channel of x has."""
+    """How many elements of x a channel has: N·S."""
     return x.shape[0] * math.prod(x.shape[2:])

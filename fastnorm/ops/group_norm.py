@@ -1,9 +1,9 @@
-"""GroupNorm (Wu & He 2018, https://arxiv.org/abs/1803.08494), with a SiLU fused in."""
+"""GroupNorm (Wu & He 2018, https://arxiv.org/abs/1803.08494), with a SiLU in the same pass."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,10 +24,13 @@ from .symbolic import Overridden
 
 
 class GroupNormFunction(torch.autograd.Function):
-    """y = silu((x − mean) · rstd · w + b), the statistics being those of a sample's group of channels."""
+    """y = silu((x − mean) · rstd · w + b), with the statistics of each group of channels of each sample."""
 
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, impl, groups, eps, silu, out_dtype):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, impl: Any, groups: int, eps: float, silu: bool,
+        out_dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
         memory_format = suggested_format(x)
         y, mean, rstd = impl.group_norm_forward(x, groups, weight, bias, eps, memory_format, silu, out_dtype)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
@@ -35,7 +38,7 @@ class GroupNormFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
         groups, eps, silu = ctx.options
         if backend.backward_needs_formula(dy):
@@ -55,21 +58,32 @@ def group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     *,
-    activation: str | None = None,
+    activation: Literal["silu"] | None = None,
 ) -> Tensor:
     """torch.nn.functional.group_norm, fused: y = (input − mean) / √(var + eps) · weight + bias in groups of channels.
 
-    input: (N, C, *), float32, bfloat16, float16 or float64, any strides; contiguous and channels_last inputs, and
-        slices of them along the batch or the channels, are read without a copy.
-    num_groups: of C / num_groups adjacent channels; divides C.
-    weight, bias: (C,) or None, each of any of these dtypes.
-    activation: "silu" or None: y = silu(group_norm(input)) in one pass.
+    Statistics are computed in float32 (float64 for float64). dweight and dbias are summed in a fixed order, so that two
+    runs on one device are bitwise equal.
 
-    Returns y: the input's shape and memory format, and its dtype, or what stock autocast gives. Statistics are computed
-    in float32 (float64 for float64); dweight and dbias are summed in a fixed order.
+    Args:
+        input: `(N, C, *)`, float32, bfloat16, float16 or float64, any strides. Contiguous and channels_last inputs, and
+            slices of them along the batch or the channels, are read without a copy.
+        num_groups: how many groups of adjacent channels there are; divides C.
+        weight: `(C,)`, any of these dtypes, or None.
+        bias: `(C,)`, any of these dtypes, or None.
+        eps: added to the variance. A negative eps is no error: y is NaN where var + eps < 0.
+        activation: "silu" gives y = silu(group_norm(input)) in the same pass.
 
-    Raises what torch.nn.functional.group_norm raises: RuntimeError for wrong shapes or devices, ValueError for groups
-    of one element; ValueError for an unknown activation. A negative eps is no error: y is NaN where var + eps < 0.
+    Returns:
+        y, with the input's shape and memory format, and its dtype or what stock autocast gives.
+
+    Raises:
+        TypeError: for arguments of a wrong type, as in torch.
+        RuntimeError: for shapes, devices or dtypes that don't fit, as in torch.
+        ZeroDivisionError: for num_groups=0, as in torch.
+        ValueError: for groups of one element, as in torch; for an unknown activation.
+        NotImplementedError: for an input of another dtype.
+
     Source: torch.nn.functional.group_norm; Wu & He, "Group Normalization", 2018.
     """
     silu = check_activation("group_norm", activation, "silu")
@@ -93,7 +107,7 @@ def group_norm(
 
 
 def check_group_norm(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None) -> int:
-    """The number of groups in Python's type; raises what torch raises for wrong arguments."""
+    """Returns num_groups as an int. Raises what torch raises for wrong arguments, or Overridden."""
     check_input("group_norm", x)
     check_channels("group_norm", x)
     groups = as_int("group_norm", "num_groups", num_groups)
@@ -117,7 +131,7 @@ def check_group_norm(x: Tensor, num_groups: int, weight: Tensor | None, bias: Te
 class GroupNorm(torch.nn.GroupNorm):
     """torch.nn.GroupNorm, fused: the same constructor, state_dict and errors.
 
-    activation: "silu" or None, applied last, in the same pass.
+    activation: "silu" or None; it is applied last, in the same pass.
     """
 
     def __init__(
@@ -130,12 +144,12 @@ class GroupNorm(torch.nn.GroupNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
-        activation: str | None = None,
+        activation: Literal["silu"] | None = None,
     ) -> None:
         check_activation("GroupNorm", activation, "silu")
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
-        if not bias:  # an argument of torch.nn's since 2.13 only
-            self.bias = None
+        if not bias:  # torch.nn has this argument only since 2.13
+            self.register_parameter("bias", None)
         self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:

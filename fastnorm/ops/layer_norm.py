@@ -1,4 +1,4 @@
-"""LayerNorm (Ba, Kiros & Hinton 2016, https://arxiv.org/abs/1607.06450), alone and behind a residual addition."""
+"""LayerNorm (Ba, Kiros & Hinton 2016, https://arxiv.org/abs/1607.06450), alone and after a residual addition."""
 
 from __future__ import annotations
 
@@ -26,17 +26,26 @@ def layer_norm(
 ) -> Tensor:
     """torch.nn.functional.layer_norm, fused: y = (x − mean) / √(var + eps) · weight + bias over the last dimensions.
 
-    input: (*, *normalized_shape), float32, bfloat16, float16 or float64, any strides.
-    weight, bias: normalized_shape or None, each of any of these dtypes.
-    eps: added to the variance.
-    zero_centered: the weight is applied as 1 + weight.
-    out_dtype: of the result; None is the input's, or what stock autocast gives.
+    Statistics are computed in float32 (float64 for float64), the variance in a second pass over the centred row.
+    dweight and dbias are summed in a fixed order, so that two runs on one device are bitwise equal.
 
-    Returns y: (*, *normalized_shape), contiguous. Statistics are computed in float32 (float64 for float64), the
-    variance in a second pass over the centred row. dweight and dbias are summed in a fixed order: two runs on the same
-    device are bitwise equal.
+    Args:
+        input: `(*, *normalized_shape)`, float32, bfloat16, float16 or float64, any strides.
+        normalized_shape: the sizes of the last dimensions, over which each row is normalised.
+        weight: `normalized_shape`, any of these dtypes, or None.
+        bias: `normalized_shape`, any of these dtypes, or None.
+        eps: added to the variance. A negative eps is no error: y is NaN where var + eps < 0.
+        zero_centered: the weight is applied as 1 + weight.
+        out_dtype: dtype of y; None is the input's, or what stock autocast gives.
 
-    Raises what torch.nn.functional.layer_norm raises. A negative eps is no error: y is NaN where var + eps < 0.
+    Returns:
+        y, `(*, *normalized_shape)`, contiguous.
+
+    Raises:
+        TypeError: for arguments of a wrong type, as in torch.
+        RuntimeError: for shapes, devices or dtypes that don't fit, as in torch.
+        NotImplementedError: for an input or out_dtype of another dtype.
+
     Source: torch.nn.functional.layer_norm; Ba, Kiros & Hinton, "Layer Normalization", 2016.
     """
     try:
@@ -60,13 +69,18 @@ def add_layer_norm(
     out_dtype: torch.dtype | None = None,
     residual_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """h = x + residual and y = layer_norm(h), in one kernel: what a pre-norm block does between two layers.
+    """h = x + residual and y = layer_norm(h) in one kernel: the step of a pre-norm block between two layers.
 
-    x: (*, *normalized_shape). residual: the same shape, any floating dtype; None starts the stream (h is x).
-    residual_dtype: of h; None is the promoted dtype of x and residual. out_dtype: of y; None is x's dtype.
     The other arguments and the errors are those of `layer_norm`.
 
-    Returns (y, h). y is computed from the rounded h. Gradients flow through both.
+    Args:
+        x: `(*, *normalized_shape)`, the output of the layer before.
+        residual: the same shape, any floating dtype; None in the first block, where h is x.
+        out_dtype: dtype of y; None is x's, or what stock autocast gives.
+        residual_dtype: dtype of h; None is the promoted dtype of x and residual.
+
+    Returns:
+        The pair (y, h), both of x's shape; y is computed from the rounded h. Gradients flow through both.
     """
     try:
         return row_norm(
@@ -83,8 +97,8 @@ def add_layer_norm(
 class LayerNorm(RowNorm, torch.nn.LayerNorm):
     """torch.nn.LayerNorm, fused: the same constructor, state_dict and errors.
 
-    The keyword arguments zero_centered and out_dtype are those of `fastnorm.functional.layer_norm`; a zero-centred
-    weight starts at zero, so that it is applied as one.
+    The keyword arguments zero_centered and out_dtype are those of `fastnorm.functional.layer_norm`. A zero-centred
+    weight starts at 0, which is applied as 1.
     """
 
     def __init__(
@@ -99,7 +113,7 @@ class LayerNorm(RowNorm, torch.nn.LayerNorm):
         zero_centered: bool = False,
         out_dtype: torch.dtype | None = None,
     ) -> None:
-        check_options("LayerNorm", out_dtype)  # wrong options show here, not in the forward
+        check_options("LayerNorm", out_dtype)  # raises here, not at the first forward
         self.zero_centered, self.out_dtype = zero_centered, out_dtype
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
 
@@ -111,10 +125,10 @@ class LayerNorm(RowNorm, torch.nn.LayerNorm):
 
 
 class AddLayerNorm(LayerNorm):
-    """The pre-norm block's two steps in one kernel: `forward(x, residual=None) -> (y, h)`.
+    """Residual addition and LayerNorm in one kernel: `forward(x, residual=None) -> (y, h)`.
 
-    h = x + residual is the stream to hand on, y = layer_norm(h) what the next layer reads; without a residual h is x.
-    The constructor and the state_dict are those of LayerNorm; residual_dtype is h's dtype, None the promoted one.
+    h = x + residual is the next block's residual, and y = layer_norm(h) the next layer's input. Without a residual, h
+    is x. The constructor and the state_dict are those of LayerNorm; residual_dtype is h's dtype, None the promoted one.
     """
 
     def __init__(
@@ -132,10 +146,14 @@ class AddLayerNorm(LayerNorm):
     ) -> None:
         check_dtype("AddLayerNorm", "residual_dtype", residual_dtype)
         self.residual_dtype = residual_dtype
-        options = {"zero_centered": zero_centered, "out_dtype": out_dtype}
-        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype, **options)
+        super().__init__(
+            normalized_shape, eps, elementwise_affine, bias, device, dtype,
+            zero_centered=zero_centered, out_dtype=out_dtype,
+        )  # fmt: skip
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(  # type: ignore[override]  # it has another input and output than LayerNorm's
+        self, x: Tensor, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         return add_layer_norm(
             x, residual, self.normalized_shape, self.weight, self.bias, self.eps,
             zero_centered=self.zero_centered, out_dtype=self.out_dtype, residual_dtype=self.residual_dtype,

@@ -1,9 +1,9 @@
-"""RMSNorm (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467), alone and behind a residual addition."""
+"""RMSNorm (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467), alone and after a residual addition."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,22 +22,33 @@ def rms_norm(
     *,
     zero_centered: bool = False,
     out_dtype: torch.dtype | None = None,
-    rounding: str = "torch",
+    rounding: Literal["torch", "llama"] = "torch",
 ) -> Tensor:
     """torch.nn.functional.rms_norm, fused: y = x / √(mean(x²) + eps) · weight over the last dimensions.
 
-    input: (*, *normalized_shape), float32, bfloat16, float16 or float64, any strides.
-    weight: normalized_shape or None, of any of these dtypes.
-    eps: added to the mean square; None is the machine epsilon of the type computed in (float32; float64 for float64).
-    zero_centered: the weight is applied as 1 + weight (Gemma).
-    out_dtype: of the result; None is the input's, or what stock autocast gives.
-    rounding: "torch" rounds once, at the end. "llama" rounds x / √(mean(x²) + eps) to the input's dtype before the
-        weight is applied, and the result has the promoted dtype of the two (Hugging Face's Llama).
+    Statistics are computed in float32 (float64 for float64). dweight is summed in a fixed order, so that two runs on
+    one device are bitwise equal.
 
-    Returns y: (*, *normalized_shape), contiguous. Statistics are computed in float32 (float64 for float64). dweight is
-    summed in a fixed order: two runs on the same device are bitwise equal.
+    Args:
+        input: `(*, *normalized_shape)`, float32, bfloat16, float16 or float64, any strides.
+        normalized_shape: the sizes of the last dimensions, over which each row is normalised.
+        weight: `normalized_shape`, any of these dtypes, or None.
+        eps: added to the mean square; None is the machine epsilon of the dtype of the statistics. A negative eps is no
+            error: y is NaN where mean(x²) + eps < 0.
+        zero_centered: the weight is applied as 1 + weight (Gemma).
+        out_dtype: dtype of y; None is the input's, or what stock autocast gives.
+        rounding: "torch" rounds once, at the end. "llama" first rounds x / √(mean(x²) + eps) to the input's dtype,
+            then applies the weight, as Hugging Face's Llama does; y then has the promoted dtype of input and weight.
 
-    Raises what torch.nn.functional.rms_norm raises. A negative eps is no error: y is NaN where mean(x²) + eps < 0.
+    Returns:
+        y, `(*, *normalized_shape)`, contiguous.
+
+    Raises:
+        TypeError: for arguments of a wrong type, as in torch.
+        RuntimeError: for shapes, devices or dtypes that don't fit, as in torch.
+        ValueError: for an input with fewer dimensions than normalized_shape, as in torch; for an unknown `rounding`.
+        NotImplementedError: for an input or out_dtype of another dtype.
+
     Source: torch.nn.functional.rms_norm; Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019.
     """
     try:
@@ -61,15 +72,20 @@ def add_rms_norm(
     zero_centered: bool = False,
     out_dtype: torch.dtype | None = None,
     residual_dtype: torch.dtype | None = None,
-    rounding: str = "torch",
+    rounding: Literal["torch", "llama"] = "torch",
 ) -> tuple[Tensor, Tensor]:
-    """h = x + residual and y = rms_norm(h), in one kernel: what a pre-norm block does between two layers.
+    """h = x + residual and y = rms_norm(h) in one kernel: the step of a pre-norm block between two layers.
 
-    x: (*, *normalized_shape). residual: the same shape, any floating dtype; None starts the stream (h is x).
-    residual_dtype: of h; None is the promoted dtype of x and residual. out_dtype: of y; None is x's dtype.
     The other arguments and the errors are those of `rms_norm`.
 
-    Returns (y, h). y is computed from the rounded h. Gradients flow through both.
+    Args:
+        x: `(*, *normalized_shape)`, the output of the layer before.
+        residual: the same shape, any floating dtype; None in the first block, where h is x.
+        out_dtype: dtype of y; None is x's, or what stock autocast gives.
+        residual_dtype: dtype of h; None is the promoted dtype of x and residual.
+
+    Returns:
+        The pair (y, h), both of x's shape; y is computed from the rounded h. Gradients flow through both.
     """
     try:
         return row_norm(
@@ -86,8 +102,8 @@ def add_rms_norm(
 class RMSNorm(RowNorm, torch.nn.RMSNorm):
     """torch.nn.RMSNorm, fused: the same constructor, state_dict and errors.
 
-    The keyword arguments zero_centered, out_dtype and rounding are those of `fastnorm.functional.rms_norm`; a
-    zero-centred weight starts at zero, so that it is applied as one.
+    The keyword arguments zero_centered, out_dtype and rounding are those of `fastnorm.functional.rms_norm`. A
+    zero-centred weight starts at 0, which is applied as 1.
     """
 
     def __init__(
@@ -100,9 +116,9 @@ class RMSNorm(RowNorm, torch.nn.RMSNorm):
         *,
         zero_centered: bool = False,
         out_dtype: torch.dtype | None = None,
-        rounding: str = "torch",
+        rounding: Literal["torch", "llama"] = "torch",
     ) -> None:
-        check_options("RMSNorm", out_dtype, rounding=rounding)  # wrong options show here, not in the forward
+        check_options("RMSNorm", out_dtype, rounding=rounding)  # raises here, not at the first forward
         self.zero_centered, self.out_dtype, self.rounding = zero_centered, out_dtype, rounding
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
 
@@ -114,10 +130,10 @@ class RMSNorm(RowNorm, torch.nn.RMSNorm):
 
 
 class AddRMSNorm(RMSNorm):
-    """The pre-norm block's two steps in one kernel: `forward(x, residual=None) -> (y, h)`.
+    """Residual addition and RMSNorm in one kernel: `forward(x, residual=None) -> (y, h)`.
 
-    h = x + residual is the stream to hand on, y = rms_norm(h) what the next layer reads; without a residual h is x.
-    The constructor and the state_dict are those of RMSNorm; residual_dtype is h's dtype, None the promoted one.
+    h = x + residual is the next block's residual, and y = rms_norm(h) the next layer's input. Without a residual, h is
+    x. The constructor and the state_dict are those of RMSNorm; residual_dtype is h's dtype, None the promoted one.
     """
 
     def __init__(
@@ -131,14 +147,18 @@ class AddRMSNorm(RMSNorm):
         zero_centered: bool = False,
         out_dtype: torch.dtype | None = None,
         residual_dtype: torch.dtype | None = None,
-        rounding: str = "torch",
+        rounding: Literal["torch", "llama"] = "torch",
     ) -> None:
         check_dtype("AddRMSNorm", "residual_dtype", residual_dtype)
         self.residual_dtype = residual_dtype
-        options = {"zero_centered": zero_centered, "out_dtype": out_dtype, "rounding": rounding}
-        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype, **options)
+        super().__init__(
+            normalized_shape, eps, elementwise_affine, device, dtype,
+            zero_centered=zero_centered, out_dtype=out_dtype, rounding=rounding,
+        )  # fmt: skip
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(  # type: ignore[override]  # it has another input and output than RMSNorm's
+        self, x: Tensor, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         return add_rms_norm(
             x, residual, self.normalized_shape, self.weight, self.eps,
             zero_centered=self.zero_centered, out_dtype=self.out_dtype,

@@ -1,4 +1,4 @@
-"""What the row norms share: layer_norm and rms_norm, alone and behind a residual addition."""
+"""The row norms' common part: layer_norm and rms_norm, alone and after a residual addition."""
 
 from __future__ import annotations
 
@@ -13,23 +13,28 @@ from .arguments import apply, check, check_dtype, options_repr, result_dtype
 from .scripting import scriptable
 
 ROUNDINGS = ("torch", "llama")
+Gradients = tuple[Tensor | None, ...]
 
 
 class RowNormFunction(torch.autograd.Function):
-    """h = x + residual; y = (h − mean) · rstd · w + b. Returns y and h, without a residual y alone."""
+    """h = x + residual; y = (h − mean) · rstd · w + b. Returns (y, h), or y alone without a residual."""
 
     @staticmethod
-    def forward(ctx: Any, x, residual, weight, bias, impl, shape, options, dtypes):
-        """options: eps, subtract_mean, zero_centered, cast_dtype. dtypes: of y and h."""
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, impl: Any,
+        shape: tuple[int, ...], options: tuple[float, bool, bool, torch.dtype | None],
+        dtypes: tuple[torch.dtype, torch.dtype | None],
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        """options: eps, subtract_mean, zero_centered, cast_dtype. dtypes: those of y and h."""
         y, h, mean, rstd = impl.row_norm_forward(x, residual, len(shape), weight, bias, *options, *dtypes)
         ctx.save_for_backward(x if residual is None else h, weight, bias, mean, rstd)
         ctx.impl, ctx.shape, ctx.options = impl, shape, options
         ctx.dtypes = x.dtype, None if residual is None else residual.dtype
-        ctx.set_materialize_grads(False)  # the last block's h goes nowhere, and its gradient is then not read
+        ctx.set_materialize_grads(False)  # the last block's h is unused: no kernel reads zeros as its gradient
         return y if residual is None else (y, h)
 
     @staticmethod
-    def backward(ctx: Any, dy, dh=None):
+    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> Gradients:
         if dy is None or backend.backward_needs_formula(dy, dh):
             return *_gradients_by_formula(ctx, dy, dh), None, None, None, None
         h, weight, bias, mean, rstd = ctx.saved_tensors
@@ -44,13 +49,13 @@ class RowNormFunction(torch.autograd.Function):
         return dx, dresidual, dweight, dbias, None, None, None, None
 
 
-def _gradients_by_formula(ctx: Any, dy, dh):
-    """(dx, dresidual, dweight, dbias); dy is None where y was not used."""
+def _gradients_by_formula(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> Gradients:
+    """(dx, dresidual, dweight, dbias) in PyTorch's operations. dy is None where y is unused."""
     total, dweight, dbias = dh, None, None
     if dy is not None:
         total, dweight, dbias = reference.row_norm_gradients(ctx.saved_tensors[:3], dy, ctx.shape, *ctx.options)
-        total = total if dh is None else total + dh
-    return *reference.stream_gradients(total, *ctx.dtypes), dweight, dbias
+        total = total if dh is None else total + dh  # type: ignore[operator]  # an h with dh has a gradient
+    return *reference.residual_gradients(total, *ctx.dtypes), dweight, dbias
 
 
 def row_norm(
@@ -65,8 +70,8 @@ def row_norm(
     out_dtype: torch.dtype | None,
     residual_dtype: torch.dtype | None = None,
     rounding: str = "torch",
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The functional with this name: y, or (y, h). Raises Overridden, as `check` does."""
+) -> Any:
+    """The functional of the name `op`: returns y, or (y, h) for add_*. Raises Overridden, as `check` does."""
     outputs = backend.call_directly(
         op, x, residual, normalized_shape, weight, bias, eps, zero_centered, out_dtype, residual_dtype, rounding
     )
@@ -92,8 +97,8 @@ def row_norm(
     options, dtypes = (eps, subtract_mean, zero_centered, cast_dtype), (out_dtype, residual_dtype)
     impl = backend.pick(stock if residual is None else op, x) if is_readable else None
     if impl is None or x.numel() == 0:
-        h = reference.stream(x, residual, residual_dtype)
-        y = reference.row_norm(h, normalized_shape, weight, bias, *options, out_dtype)
+        h = reference.add_residual(x, residual, residual_dtype)
+        y = reference.row_norm(h, normalized_shape, weight, bias, *options, out_dtype)  # type: ignore[arg-type]
     elif residual is None:
         h, y = x, apply(RowNormFunction, x, None, weight, bias, impl, normalized_shape, options, dtypes)
     else:
@@ -102,7 +107,7 @@ def row_norm(
 
 
 def check_options(op: str, out_dtype: Any, residual_dtype: Any = None, rounding: str = "torch") -> None:
-    """Raises what is wrong with the keyword arguments."""
+    """Raises ValueError, TypeError or NotImplementedError for a wrong keyword argument."""
     if rounding == "torch" and out_dtype is residual_dtype is None:
         return
     if rounding not in ROUNDINGS:
@@ -112,10 +117,13 @@ def check_options(op: str, out_dtype: Any, residual_dtype: Any = None, rounding:
 
 
 class RowNorm(torch.nn.Module):
-    """What our modules have beside torch.nn's: options, set before torch.nn's constructor runs."""
+    """The options of fastnorm's row norms. Subclasses set them before torch.nn's constructor resets the parameters."""
+
+    weight: torch.nn.Parameter
+    zero_centered: bool
 
     def reset_parameters(self) -> None:
-        super().reset_parameters()
+        super().reset_parameters()  # type: ignore[misc]  # of torch.nn.LayerNorm or RMSNorm
         if self.zero_centered and self.weight is not None:
             torch.nn.init.zeros_(self.weight)
 

@@ -1,4 +1,4 @@
-"""torch.jit.script compiles torch.nn's norm in the place of ours: it asks every module for what is to be compiled."""
+"""torch.jit.script compiles torch.nn's norm in place of fastnorm's, which it gets from __prepare_scriptable__."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .arguments import options_repr
 
 
 def scriptable(module: nn.Module) -> nn.Module:
-    """torch.nn's norm, or the one that `convert` has swapped, with the module's own parameters and buffers.
+    """torch.nn's norm, or the one that `convert` swapped, with the module's own parameters and buffers.
 
-    Raises RuntimeError for subclasses, and where an option is set that torch.nn's norm hasn't.
+    Raises RuntimeError for subclasses, and where an option is set that torch.nn's norm doesn't have.
     """
     from ..convert.swap import is_swapped, restore
 
@@ -27,7 +27,7 @@ def scriptable(module: nn.Module) -> nn.Module:
     options = options_repr(module, **defaults).removeprefix(", ")
     if options or not stock.__module__.startswith("torch.nn."):
         raise RuntimeError(
-            f"torch.jit.script can't compile {own.__name__}({options}), for which torch.nn has no module: "
+            f"torch.jit.script can't compile {own.__name__}({options}), because torch.nn has no such module: "
             "use torch.jit.trace"
         )
     twin.__class__ = stock

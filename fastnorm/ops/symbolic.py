@@ -1,7 +1,7 @@
-"""Arguments that stand for tensors without being any: above all the proxies of torch.fx's symbolic tracing.
+"""Arguments that stand for tensors: above all the proxies of torch.fx's symbolic tracing.
 
-A functional hands such a call to the argument's __torch_function__, as torch.nn.functional does, so that it becomes
-one node of the graph. Modules that have a state beside their parameters become a node as modules, as torch.nn's do.
+A functional gives such a call to the argument's __torch_function__, as torch.nn.functional does, so that the call
+becomes one node of the graph. A module with further state becomes a node as a module, as torch.nn's do.
 """
 
 from __future__ import annotations
@@ -13,21 +13,24 @@ from torch.fx import Proxy, Tracer
 
 
 class Overridden(Exception):
-    """An argument that is no tensor has a __torch_function__, which is to decide what the call does."""
+    """Raised where an argument that is no tensor has a __torch_function__, which then handles the call."""
 
 
 def refuse_overridden(*arguments: Any) -> None:
-    """Raises Overridden for such an argument. Tensor subclasses are none: they see the operations that a call takes."""
+    """Raises Overridden for an argument that is no tensor and has a __torch_function__.
+
+    Tensor subclasses don't count: they see the operations of the call.
+    """
     for argument in arguments:
         if not isinstance(argument, (Tensor, type(None))) and hasattr(type(argument), "__torch_function__"):
             raise Overridden
 
 
 def module_node(module: nn.Module, forward: Any, *inputs: Any) -> Proxy | None:
-    """The module's call as a node of the graph that is traced; None where nothing is traced, or its forward is to be.
+    """The module's call as a node of the graph being traced; None where tracing goes through its forward, or none runs.
 
-    So the graph keeps the module, and with it what tracing would freeze: training mode, counters, options.
-    forward: the function that asks. One of a subclass that calls it has more to do, and is traced through.
+    As a node, the module keeps what tracing through it would freeze: training mode, counters, options.
+    forward: the calling function. If a subclass overrides it, tracing goes through the subclass's forward.
     """
     tracer = next((x.tracer for x in inputs if isinstance(x, Proxy)), None)
     own = type(module).forward
@@ -35,16 +38,16 @@ def module_node(module: nn.Module, forward: Any, *inputs: Any) -> Proxy | None:
     if not is_own or not isinstance(tracer, Tracer):
         return None
     path = tracer.path_of_module(module)
-    if not path:  # it is the root itself, which has no name to be called by
+    if not path:  # the root module has no name in the graph
         return None
     given = tuple(x for x in inputs if x is not None)
-    if has_hooks(module):  # they have run, and been traced, by now: the graph must call what lies behind them
+    if has_hooks(module):  # the pre-hooks have been traced already, so that the graph calls the forward behind them
         return tracer.create_proxy("get_attr", path, (), {}).forward(*given)
     return tracer.create_proxy("call_module", path, given, {})
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody looks on at the module's calls."""
+    """Whether hooks observe the module's calls."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )

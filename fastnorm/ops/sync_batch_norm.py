@@ -1,8 +1,9 @@
-"""SyncBatchNorm: batch_norm over the batches of all processes of a group, on every device."""
+"""SyncBatchNorm: batch_norm over the batches of all processes of a group, on any device."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -15,13 +16,16 @@ from .channels import as_vector, check_activation, checked_eps, values_per_chann
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
-    """y = relu((x − mean) · rstd · w + b + residual), mean and rstd being those of all processes' batches together.
+    """y = relu((x − mean) · rstd · w + b + residual), with mean and rstd of the batches of all processes together.
 
-    A process whose batch is empty takes part in the collectives; one in the forward, one in the backward.
+    The forward and the backward call one collective each, which a process with an empty batch takes part in.
     """
 
     @staticmethod
-    def forward(ctx: Any, x, residual, weight, bias, running, impl, momentum, eps, relu, group):
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+        running: tuple[Tensor, Tensor] | None, impl: Any, momentum: float | Tensor, eps: float, relu: bool, group: Any,
+    ) -> Tensor:  # fmt: skip
         memory_format = batch_norm_format(x)
         out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
         mean, variance, count = _gathered_moments(x, impl, memory_format, group)
@@ -40,14 +44,14 @@ class SyncBatchNormFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return *_gradients(ctx, dy), None, None, None, None, None, None
 
 
 def _gathered_moments(
     x: Tensor, impl: Any, memory_format: torch.memory_format, group: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, biased variance and number of values of each channel over all processes, in float64."""
+    """Each channel's mean (C,), biased variance (C,) and number of values () over all processes, in float64."""
     channels = x.shape[1]
     mine = x.new_zeros(2 * channels + 1, dtype=torch.float64)
     if x.numel():
@@ -55,31 +59,32 @@ def _gathered_moments(
         mine[-1].fill_(values_per_channel(x))
     everyone = mine.new_empty(dist.get_world_size(group), 2 * channels + 1)
     dist.all_gather(list(everyone.unbind()), mine, group)
-    means, square_sums, counts = everyone.split((channels, channels, 1), dim=1)
+    means, m2, counts = everyone.split((channels, channels, 1), dim=1)
     count = counts.sum()
-    origin = means[counts.argmax()]  # distances from one mean have an exact one where all means are alike
+    origin = means[counts.argmax()]  # from one of the means on, so that equal means give exactly that mean
     mean = origin + ((means - origin) * counts).sum(0) / count
-    return mean, (square_sums + counts * (means - mean).square()).sum(0) / count, count
+    return mean, (m2 + counts * (means - mean).square()).sum(0) / count, count
 
 
-def _move(running, mean: Tensor, variance: Tensor, count: Tensor, momentum: float | Tensor) -> None:
-    """Updates running statistics, unless every process's batch is empty; decided without asking the device."""
-    momentum = torch.as_tensor(momentum, dtype=torch.float64, device=mean.device)
+def _move(running: Sequence[Tensor], mean: Tensor, variance: Tensor, count: Tensor, momentum: float | Tensor) -> None:
+    """Updates the running statistics, unless the batches of all processes are empty; without a host sync."""
+    factor = torch.as_tensor(momentum, dtype=torch.float64, device=mean.device)
     unbiased = variance * (count / (count - 1).clamp(min=1))
     safe = [torch.where(count > 0, value, 0.0) for value in (mean, unbiased)]
-    reference.move(running, safe, torch.where(count > 0, momentum, 0.0))
+    reference.move(running, safe, torch.where(count > 0, factor, 0.0))
 
 
-def _gradients(ctx: Any, dy: Tensor):
-    """(dx, dresidual, dweight, dbias); those of the parameters are this process's own part."""
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """(dx, dresidual, dweight, dbias); dweight and dbias are sums over this process's batch alone."""
     x, weight, bias, mean, rstd, count, mask = ctx.saved_tensors
     if torch.is_grad_enabled():
         return _differentiable_gradients(ctx, dy)
-    dy = dy.clone() if backend.backward_needs_formula(dy) else dy  # all processes must take the same collectives
+    # The formula would call other collectives than the rest of the processes do; a copy can be read by kernels.
+    dy = dy.clone() if backend.backward_needs_formula(dy) else dy
     sums = mean.new_zeros(2, x.shape[1])
     if x.numel():
         sums = ctx.impl.batch_norm_backward_sums(dy, mask, x, mean, rstd, ctx.memory_format)
-    everyones = sums.to(torch.float64, copy=True)  # the collective writes to it; sums stay this process's own
+    everyones = sums.to(torch.float64, copy=True)  # a copy for the collective to write to: sums stay this process's own
     dist.all_reduce(everyones, group=ctx.group)
     dresidual = None
     if x.numel():
@@ -97,8 +102,8 @@ def _gradients(ctx: Any, dy: Tensor):
     return dx, dresidual, dweight, dbias
 
 
-def _differentiable_gradients(ctx: Any, dy: Tensor):
-    """As `_gradients`, by PyTorch's operations and collectives that are differentiable themselves."""
+def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """As `_gradients`, by PyTorch's operations and differentiable collectives."""
     x, weight, bias, _, _, count, mask = ctx.saved_tensors
     dz = reference.masked(dy, mask, ctx.memory_format)
 
@@ -110,17 +115,17 @@ def _differentiable_gradients(ctx: Any, dy: Tensor):
 
 
 class AllReduce(torch.autograd.Function):
-    """The sum over all processes; each one's gradient is then the sum of all processes' gradients."""
+    """The sum over all processes. The gradient of each process's input is the sum of all processes' dy."""
 
     @staticmethod
-    def forward(ctx: Any, x, group):
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.group = group
         total = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx: Any, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return AllReduce.apply(dy, ctx.group), None
 
 
@@ -140,11 +145,11 @@ def _formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, count: Tenso
 
 
 class SyncBatchNorm(FusedBatchNorm, torch.nn.SyncBatchNorm):
-    """torch.nn.SyncBatchNorm, fused: the same constructor, state_dict and errors; on the CPU (gloo), too.
+    """torch.nn.SyncBatchNorm, fused: the same constructor, state_dict and errors; on the CPU (gloo) too.
 
     activation and the residual of `forward(x, residual=None)` are those of `fastnorm.BatchNorm2d`. In training, the
-    statistics of forward and backward take one packed collective each. Batches may differ in size between processes,
-    and may be empty. Double backward works, if all processes ask for it. torch's DistributedDataParallel refuses every
+    forward and the backward call one packed collective each. Batches may differ in size between processes, and may be
+    empty. Double backward works if all processes ask for it. torch's DistributedDataParallel refuses every
     SyncBatchNorm on the CPU; other ways to average gradients take it.
     """
 
@@ -160,14 +165,17 @@ class SyncBatchNorm(FusedBatchNorm, torch.nn.SyncBatchNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
-        activation: str | None = None,
+        activation: Literal["relu"] | None = None,
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias, activation=activation
         )
         self.process_group = process_group
 
-    def _normalize(self, input, running, training: bool, momentum: float | Tensor, residual: Tensor | None) -> Tensor:
+    def _normalize(
+        self, input: Tensor, running: tuple[Tensor | None, Tensor | None], training: bool, momentum: float | Tensor,
+        residual: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         self._check_non_zero_input_channels(input)
         is_split = self.training and dist.is_available() and dist.is_initialized()
         group = self.process_group or (dist.group.WORLD if is_split else None)
@@ -179,26 +187,33 @@ class SyncBatchNorm(FusedBatchNorm, torch.nn.SyncBatchNorm):
 
     @classmethod
     def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: Any = None) -> torch.nn.Module:
-        """The module with every BatchNorm in it, torch's, fastnorm's or timm's, replaced by a fastnorm.SyncBatchNorm.
+        """Replaces every BatchNorm in a module, torch's, fastnorm's or timm's, by a fastnorm.SyncBatchNorm.
 
-        Parameters, buffers, hooks, activations and training mode stay. A module that is a BatchNorm itself is not
-        changed: its replacement is returned. process_group: whose batches are normalised together; None is all
-        processes.
+        Parameters, buffers, hooks, activations and training mode stay. A subclass of a BatchNorm is replaced if it
+        computes what its base does, followed by its children `drop` and `act` if it has them; this is verified on
+        random input, as `fastnorm.convert` does. A norm that can't be replaced stays, and a UserWarning says which and
+        why.
 
-        A subclass of a BatchNorm is replaced if it computes what its base does, or with the activation and dropout of
-        its children `act` and `drop`, which is tried on random input, as `fastnorm.convert` does. A norm that can't be
-        replaced is left as it is, and a UserWarning says which and why.
+        Args:
+            module: changed in place, unless it is a BatchNorm itself.
+            process_group: the processes whose batches are normalised together; None is all.
+
+        Returns:
+            The module, or the replacement of a BatchNorm.
         """
         from ..convert.synchronise import synchronised
 
         return synchronised(cls, module, process_group)
 
 
-def sync_batch_norm(module: SyncBatchNorm, input, running, momentum, residual, group) -> Tensor:
-    """One step of training over a group. SyncBatchNorm calls it outside compiled graphs, by `uncompiled`."""
+def sync_batch_norm(
+    module: SyncBatchNorm, input: Tensor, running: tuple[Tensor | None, Tensor | None], momentum: float | Tensor,
+    residual: Tensor | None, group: Any,
+) -> Tensor:  # fmt: skip
+    """A training forward over a group. SyncBatchNorm calls it through `uncompiled`, outside compiled graphs."""
     relu = check_activation("SyncBatchNorm", module.activation, "relu")
     weight, bias = module.weight, module.bias
-    check_batch_norm(input, *running, weight, bias, residual, training=True)
+    check_batch_norm(input, running[0], running[1], weight, bias, residual, training=True)
     eps = checked_eps("SyncBatchNorm", module._eps, zero_allowed=False)
     needs_formula = backend.needs_formula("sync_batch_norm", input, residual, weight, bias, *running)
     impl = reference if needs_formula else backend.pick("sync_batch_norm", input)
