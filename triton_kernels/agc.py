@@ -112,8 +112,7 @@ def _kept_units_kernel(
     GRADIENT: tl.constexpr, PARAMETER: tl.constexpr, KIND: tl.constexpr, P: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PACK: tl.constexpr, IS_ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """g = g · max_norm / ‖g‖ of ROWS units that are kept in registers, where max_norm = max(‖w‖, eps) · clip_factor is
-    reached.
+    """g = g · max_norm / ‖g‖ where ‖g‖ ≥ max_norm = max(‖w‖, eps) · clip_factor, for ROWS units kept in registers.
 
     Grid: (blocks of ROWS units of all tensors,)."""
     dtype: tl.constexpr = tl.float64 if GRADIENT.is_fp64() or PARAMETER.is_fp64() else tl.float32
@@ -133,8 +132,8 @@ def _kept_units_kernel(
 
 @triton.jit
 def _span(address, unit, length, DTYPE: tl.constexpr):
-    """A pointer to the 16-byte boundary at or before a unit, and the elements from there to its begin and to its
-    end."""
+    """A pointer to the 16-byte boundary at or before a unit; low and high: counted from there, the unit is [low, high).
+    """
     item: tl.constexpr = DTYPE.primitive_bitwidth // 8
     start = address + unit * length * item
     low = ((start % 16) // item).to(tl.int32)
@@ -148,7 +147,8 @@ def _looped_unit_kernel(
     GRADIENT: tl.constexpr, PARAMETER: tl.constexpr, KIND: tl.constexpr, P: tl.constexpr,
     ROWS: tl.constexpr, G_COLS: tl.constexpr, W_COLS: tl.constexpr,
 ):  # fmt: skip
-    """g = g · max_norm / ‖g‖ of one unit that doesn't fit in registers: where it is clipped, g is read again.
+    """g = g · max_norm / ‖g‖ where ‖g‖ ≥ max_norm = max(‖w‖, eps) · clip_factor, for one unit that doesn't fit in
+    registers: where it is clipped, g is read again.
 
     Grid: (units of all tensors,)."""
     dtype: tl.constexpr = tl.float64 if GRADIENT.is_fp64() else tl.float32

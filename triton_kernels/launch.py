@@ -28,13 +28,11 @@ MAX_KEPT_BYTES = 65536  # of a row that the forward keeps in registers: 128 byte
 # Registers of a thread, for rows that the backward keeps in registers beside their parameter sums. A program of 16
 # warps has 128 of them for each thread; the others hold addresses, masks and what is loaded next.
 KEPT_REGISTERS = 96
-CHUNK_REGISTERS = 64  # of such a thread, for the parameter sums of a chunk; the others hold two tiles of h and of dy
-# Registers of a thread, for rows shorter than one access of a warp. Each parameter sum beside them takes as many again,
-# so that with one the row gets half of them, and with two a quarter.
-NARROW_REGISTERS = 32
+CHUNK_REGISTERS = 64  # of such a thread, for the parameter sums of a chunk; others hold the tiles of h and dy
+NARROW_REGISTERS = 32  # of a thread, for rows shorter than one access of a warp; halved for each parameter sum beside
 PARTIAL_SHARE = 0.03  # of the backward's traffic that partial sums may add, from PARTIAL_ROWS rows on
 PARTIAL_ROWS = 4096
-INTERPRETER_PROGRAMS = 5  # Triton's interpreter has no device to ask; an odd number, which divides few numbers of rows
+INTERPRETER_PROGRAMS = 5  # the interpreter has no device to ask; odd, so that programs get different numbers of rows
 
 
 # Launch choices are cached: to compute them takes the host longer than the launch.
@@ -192,9 +190,9 @@ def refines(cols: int, dtype: torch.dtype) -> bool:
     """Whether LayerNorm's forward centres twice. The mean of the centred values is what rounding left in the mean, and
     it shows where mean ≫ std.
 
-    16-bit rows don't need it. The rounding of their elements is coarser; and a sum of equal values is exact in
-    float32's 24 bits: a value has 8 or 11 of them, which leaves 13 for the number of elements, up to 8192. A multiple
-    of 8 elements needs 3 bits fewer.
+    16-bit rows don't need it: the rounding of their elements is coarser. But the mean of equal values must be exact. A
+    float16 has 11 of float32's 24 bits, which leaves 13 for the number of elements in a sum: up to 8192, or up to 65536
+    where 16-byte accesses make it a multiple of 8. A bfloat16 has 8.
     """
     return dtype.itemsize >= 4 or (dtype == torch.float16 and cols > 8192 and cols % 8 > 0)
 
@@ -258,7 +256,7 @@ def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.accelerator.device_index(index)
 
 
-MAX_CHUNKS = 4096  # of a list of tensors, besides one for each tensor: several for each multiprocessor of any card
+MAX_CHUNKS = 4096  # of a list of tensors, besides one for each tensor: some 30 for each multiprocessor of an H100
 MIN_CHUNK_BYTES = 1 << 14  # two steps of a program of 4 warps, each thread of which has four 16-byte accesses in a step
 MAX_KEPT_UNIT_BYTES = 1 << 15  # of a unit's gradient or parameter, the larger one, that a program keeps in registers
 # |x|^p takes a logarithm in float64, and that many registers: a thread has a quarter of the elements.

@@ -39,7 +39,7 @@ _LEAD, _END, _FIRST, _POSITION = (tl.constexpr(i) for i in (tables.LEAD, tables.
 @triton.jit
 def _chunk(addresses_ptr, tensors_ptr, chunk_tensor_ptr, first, DTYPE: tl.constexpr, CHUNK: tl.constexpr):
     """This program's chunk: the tensor's place in the tables; a pointer to the chunk's start, which is on a 16-byte
-    boundary; and low and high: of its CHUNK elements, those from low to high are the tensor's."""
+    boundary; low and high: of the chunk's CHUNK elements, [low, high) are the tensor's."""
     chunk = first + tl.program_id(0)
     tensor = tl.load(chunk_tensor_ptr + chunk)
     row = tensors_ptr + tensor * _FIELDS
@@ -59,15 +59,15 @@ def _tile_offsets(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def _is_inside(tile, low, high, SIZE: tl.constexpr):
-    """Whether all elements of a tile are from low to high, and need no mask."""
+    """Whether all elements of a tile are in [low, high), so that it needs no mask."""
     return (tile * SIZE >= low) & ((tile + 1) * SIZE <= high)
 
 
 @triton.jit
 def _sum_span(ptr, low, high, dtype: tl.constexpr, KIND: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
               COLS: tl.constexpr):  # fmt: skip
-    """The rows' Σ|x|^p over the elements from low to high, (ROWS,), or their extremum: terms in `dtype` along a tile's
-    rows, added up over the tiles in float64. And 1 if any of them needs float64, else 0."""
+    """The rows' Σ|x|^p over the elements [low, high), (ROWS,), or their extremum: sums along a tile's rows in `dtype`,
+    over the tiles in float64. And 1 if any of the former needs float64, else 0."""
     total = identity((ROWS,), dtype, KIND)
     is_wrong = tl.zeros((ROWS,), tl.int32)
     for tile in range(tl.cdiv(high, ROWS * COLS)):
@@ -87,7 +87,7 @@ def _sum_span(ptr, low, high, dtype: tl.constexpr, KIND: tl.constexpr, P: tl.con
 
 @triton.jit
 def sum_span(ptr, low, high, KIND: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Σ|x|^p of the elements from low to high, or their extremum, in float64. ptr is on a 16-byte boundary."""
+    """Σ|x|^p of the elements [low, high), or their extremum, in float64. ptr is on a 16-byte boundary."""
     if ptr.dtype.element_ty == tl.float64 or KIND == "powers":
         total, is_wrong = _sum_span(ptr, low, high, tl.float64, KIND, P, ROWS, COLS)
     else:
@@ -113,7 +113,7 @@ def _norm_kernel(
 
 @triton.jit
 def _fold(ptr, start, stop, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """The float64 values from start to stop, combined: first those of each lane, in their order, then the lanes."""
+    """The float64 values [start, stop), combined: first those of each lane, in their order, then the lanes."""
     total = identity((BLOCK,), tl.float64, KIND)
     for offset in range(start, stop, BLOCK):
         places = offset + tl.arange(0, BLOCK)
@@ -180,7 +180,7 @@ def _change_tile(ptr, mask, factor, bound, CLAMP: tl.constexpr):
 
 @triton.jit
 def change_span(ptr, low, high, factor, bound, CLAMP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Changes the elements from low to high; see `_changed`. ptr is on a 16-byte boundary."""
+    """Changes the elements [low, high); see `_changed`. ptr is on a 16-byte boundary."""
     for tile in range(tl.cdiv(high, ROWS * COLS)):
         offsets = _tile_offsets(tile, ROWS, COLS)
         if _is_inside(tile, low, high, ROWS * COLS):
@@ -197,6 +197,7 @@ def _change_kernel(
     """x = x · factor where the factor is below 1 or NaN; without factors, x = min(max(x, −bound), bound).
 
     factors_ptr: one factor, or PER_TENSOR one for each. bound: by float64_bits.
+
     Grid: (chunks,) of the tensors with one dtype."""
     CLAMP: tl.constexpr = factors_ptr is None
     dtype: tl.constexpr = tl.float64 if DTYPE.is_fp64() else tl.float32

@@ -294,7 +294,7 @@ def _walk(tensors, depth, mask=None, batch_invariant=False):
 def _walk_of(shape, align, depth, has_mask, batch_invariant, multiprocessors):
     samples, n_pixels, channels = shape
     width = 8 if has_mask else align
-    depth = max(1, depth * align // width)  # a wide vector of narrow accesses takes the registers of several
+    depth = max(1, depth * align // width)  # a vector of several narrow accesses takes registers for each
     tiling = launch.channel_vectors(launch.ceil_div(channels, width), n_pixels, depth)
     blocks = launch.ceil_div(channels, width * tiling.vectors)
     chunk_pixels = launch.chunk_length(

@@ -129,7 +129,7 @@ def _walk_of(shape, align, groups, depth, has_mask, batch_invariant, multiproces
     width = 8 if has_mask else align
     inner, planes = (channels, samples) if groups is None else (groups, channels // groups)
     outer = 1 if groups is None else samples
-    depth = max(1, depth * align // width)  # a wide vector of narrow accesses takes the registers of several
+    depth = max(1, depth * align // width)  # a vector of several narrow accesses takes registers for each
     plane_vectors = launch.ceil_div(cols, width)
     units = inner if batch_invariant else outer * inner
     tiling = launch.unit_lanes(planes * plane_vectors, units, depth, multiprocessors)

@@ -18,8 +18,9 @@ from .moments import add_tiles, join_lanes, load_centered, moment_fields
 from .plane_walk import advance, begin, element_mask, unit_offset, vector_offset, walk_units
 from .tiles import load_tile, store_tile, sum_pair
 
-_SIZES = ["n_units", "n_inner", "n_vectors", "plane_vectors", "plane_steps", "chunk_vectors", "n_planes"]
-_SIZES += ["group_channels"]
+_SIZES = [
+    "n_units", "n_inner", "n_vectors", "plane_vectors", "plane_steps", "chunk_vectors", "n_planes", "group_channels",
+]  # fmt: skip
 
 
 @jit(do_not_specialize=_SIZES)  # the same code for every size

@@ -53,7 +53,7 @@ class Group(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What doesn't depend on the addresses. The tables' tensors are sorted by dtype: `order` has their positions in the
+    """What depends on no address, but on the alignment. Tensors are sorted by dtype: `order` has their positions in the
     list."""
 
     order: list[int]
