@@ -120,7 +120,7 @@ def _kept_units_kernel(
     rows = unit + tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, COLS)[None, :]
     if IS_ALIGNED:
-        length = length // PACK * PACK  # the same number, but now the compiler knows that PACK divides it
+        length = length // PACK * PACK  # the same number; it tells the compiler that PACK divides it
     mask = (rows < units) & (cols < length)
     g_ptr = _pointers(gradient, rows * length + cols, GRADIENT, IS_ALIGNED)
     w_ptr = _pointers(parameter, rows * length + cols, PARAMETER, IS_ALIGNED)

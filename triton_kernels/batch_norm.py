@@ -90,8 +90,7 @@ def batch_norm_backward_sums(dy, mask, x, mean, rstd, memory_format):
 
 
 def batch_norm_backward_apply(dy, mask, x, weight, mean, rstd, means, memory_format, dresidual_dtype):
-    """means: (2, C), the means of dz and dz · x̂ over all elements. Returns dx, and dresidual, None where its dtype is.
-    """
+    """means: (2, C), of dz and of dz · x̂ over all elements. Returns dx, and dresidual, None if its dtype is None."""
     view = ChannelView(x, memory_format, pooled=True)
     dy, x = view.blocks(dy), view.blocks(x)
     with launch.on_device(x):

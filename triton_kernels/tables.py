@@ -1,8 +1,8 @@
 """Lists of tensors as tables on the device: where each tensor lies, and which program works on which chunk of it.
 
-A table has two parts. The layout (sizes, chunks) stays the same from step to step. The addresses change where gradients
-are allocated anew; only they are copied then, from pinned memory, without waiting for the copy. Both are cached by what
-they depend on.
+A table is a layout (sizes, chunks), which stays the same from step to step, and addresses, which change where gradients
+are allocated anew. Only the addresses are then copied, from pinned memory, without waiting for the copy. Both are
+cached by what they depend on.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ class _Recent:
         self.limit, self.values, self.captured = limit, OrderedDict(), {}
 
     def get(self, key: Hashable, device: torch.device, make: Callable[[], T]) -> T:
-        """The value of this key and the current stream, made where there is none. Another stream has its own, as nobody
-        waits for a table's copy.
+        """The value of this key and the current stream; makes it where there is none. Each stream has its own, because
+        no stream waits for another one's copy of a table.
 
         A capture has a stream of its own, and begins when all streams are done: it takes the value of any stream."""
         if _is_capturing(device):
