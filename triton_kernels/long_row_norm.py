@@ -62,17 +62,17 @@ def _row_norm_long_forward_kernel(
     lane_count = tl.zeros((), stat)
     for start in range(0, n_cols, TILE):
         cols = start + tl.arange(0, TILE)
-        mask = cols < n_cols
-        h = load_tile(x_ptr + row * x_stride + cols, mask, stat)
+        col_mask = cols < n_cols
+        h = load_tile(x_ptr + row * x_stride + cols, col_mask, stat)
         if residual_ptr is not None:
-            h += load_tile(residual_ptr + row * residual_stride + cols, mask, stat)
-            h = store_h(h, h_ptr + row * n_cols + cols, mask)
+            h += load_tile(residual_ptr + row * residual_stride + cols, col_mask, stat)
+            h = store_h(h, h_ptr + row * n_cols + cols, col_mask)
         if mean_ptr is not None:
             lane_count += 1.0
             delta = h - lane_mean
             new_mean = lane_mean + delta / lane_count
-            lane_m2 = tl.where(mask, lane_m2 + delta * (h - new_mean), lane_m2)
-            lane_mean = tl.where(mask, new_mean, lane_mean)
+            lane_m2 = tl.where(col_mask, lane_m2 + delta * (h - new_mean), lane_m2)
+            lane_mean = tl.where(col_mask, new_mean, lane_mean)
         else:
             lane_m2 += h * inv_n * h  # n squares of 1e18 overflow float32, and their mean doesn't
     if mean_ptr is not None:
@@ -84,20 +84,20 @@ def _row_norm_long_forward_kernel(
     store_tile(rstd_ptr + row + tl.arange(0, 1), rstd, None)
     for start in range(0, n_cols, TILE):
         cols = start + tl.arange(0, TILE)
-        mask = cols < n_cols
+        col_mask = cols < n_cols
         if residual_ptr is not None:
             # needs no barrier: each thread reads what it wrote itself, the same lanes of the same tile
-            h = load_tile(h_ptr + row * n_cols + cols, mask, stat)
+            h = load_tile(h_ptr + row * n_cols + cols, col_mask, stat)
         else:
-            h = load_tile(x_ptr + row * x_stride + cols, mask, stat)
+            h = load_tile(x_ptr + row * x_stride + cols, col_mask, stat)
         if mean_ptr is not None:
             h = h - mean - shift
         y = rounded_to(h * rstd, CAST)
         if weight_ptr is not None:
-            y *= load_weight(weight_ptr + cols, mask, stat, ZERO_CENTERED)
+            y *= load_weight(weight_ptr + cols, col_mask, stat, ZERO_CENTERED)
         if bias_ptr is not None:
-            y += load_tile(bias_ptr + cols, mask, stat)
-        store_tile(y_ptr + row * n_cols + cols, y, mask)
+            y += load_tile(bias_ptr + cols, col_mask, stat)
+        store_tile(y_ptr + row * n_cols + cols, y, col_mask)
 
 
 @triton.jit
@@ -117,8 +117,8 @@ def _coefficient_sums(
             first = start + t * TILE
             x_factor, wdy_factor = factors(h_tiles[t], dy_tiles[t], statistics)
             if weight_ptr is not None:
-                mask = lanes < n_cols - first
-                wdy_factor *= load_weight(weight_ptr + lanes + first, mask, wdy_factor.dtype, ZERO_CENTERED)
+                col_mask = lanes < n_cols - first
+                wdy_factor *= load_weight(weight_ptr + lanes + first, col_mask, wdy_factor.dtype, ZERO_CENTERED)
             c1_sums, c2_sums = c1_sums + x_factor * wdy_factor, c2_sums + wdy_factor
     return c1_sums, c2_sums
 
@@ -157,9 +157,9 @@ def _row_norm_long_backward_kernel(
         dweight_sums, dbias_sums = (), ()
         for t in tl.static_range(N_TILES):
             first = chunk_start + t * TILE
-            mask = lanes < n_cols - first
-            dy = tl.load(dy_row + first, mask=mask, other=0.0)
-            x_factor, dy_factor = factors(tl.load(h_row + first, mask=mask, other=0.0), dy, statistics)
+            col_mask = lanes < n_cols - first
+            dy = tl.load(dy_row + first, mask=col_mask, other=0.0)
+            x_factor, dy_factor = factors(tl.load(h_row + first, mask=col_mask, other=0.0), dy, statistics)
             if dweight_ptr is not None:
                 dweight_sums = dweight_sums + (old_dweight_sums[t] + dy_factor * rounded_to(x_factor, CAST),)
             if dbias_ptr is not None:
@@ -167,21 +167,21 @@ def _row_norm_long_backward_kernel(
             dweight_sums, dbias_sums, statistics = materialize(dweight_sums, dbias_sums, statistics, r - t, n_rows)
             wdy_factor = dy_factor
             if weight_ptr is not None:
-                wdy_factor *= load_weight(weight_ptr + lanes + first, mask, stat, ZERO_CENTERED)
+                wdy_factor *= load_weight(weight_ptr + lanes + first, col_mask, stat, ZERO_CENTERED)
             dx = gradient(x_factor, wdy_factor, coefficients, statistics[0])
             if dh_ptr is not None:
                 dx += dh_tiles[t].to(stat)
                 if dbias_ptr is not None and t + 1 < N_TILES:
                     next_dh = tl.load(dh_row + (first + TILE) + lanes, mask=lanes < n_cols - first - TILE, other=0.0)
                     dh_tiles = dh_tiles + (next_dh,)
-            store_gradient(dx_ptr, dresidual_ptr, row * n_cols + first + lanes, dx, mask)
+            store_gradient(dx_ptr, dresidual_ptr, row * n_cols + first + lanes, dx, col_mask)
     for t in tl.static_range(N_TILES):
         first = chunk_start + t * TILE
-        offsets, mask = tl.program_id(1).to(tl.int64) * n_cols + first + lanes, lanes < n_cols - first
+        offsets, col_mask = tl.program_id(1).to(tl.int64) * n_cols + first + lanes, lanes < n_cols - first
         if dweight_ptr is not None:
-            store_tile(dweight_ptr + offsets, dweight_sums[t], mask)
+            store_tile(dweight_ptr + offsets, dweight_sums[t], col_mask)
         if dbias_ptr is not None:
-            store_tile(dbias_ptr + offsets, dbias_sums[t], mask)
+            store_tile(dbias_ptr + offsets, dbias_sums[t], col_mask)
 
 
 def forward(arguments, strides, itemsize, features):
