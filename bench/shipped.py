@@ -95,6 +95,6 @@ def _call_with_gradients(problem: Problem) -> None:
     else:
         for norm_type, length in itertools.product(norm_types, UNITS):
             entries = tables.Entry(1 << 20, 64 * length, types.x), tables.Entry(1 << 30, 64 * length, types.parameters)
-            for group in agc.parts((agc.Pair(*entries, 64),), HOST)[0][0]:
+            for group in agc.launches_of((agc.Pair(*entries, 64),), HOST)[0][0]:
                 agc.launch_group(group, 0.01, 1e-3, norm_type)
         multi_tensor.change(gradients, torch.empty(1, dtype=torch.float64), per_tensor=True)  # of units beyond those

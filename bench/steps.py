@@ -59,7 +59,7 @@ def _long_step(cols: int, kernel: str, constants: Mapping[str, Any], size: Any) 
 
 
 def _gradient_step(kernel: str, constants: Mapping[str, Any]) -> Step | None:
-    if kernel == "held_units":
+    if kernel == "kept_units":
         return Step((constants["ROWS"] * constants["COLS"],), is_whole=True)
     if kernel == "looped_unit":  # the gradient's norm, the parameter's, and the change
         gradient, parameter = (constants["ROWS"] * constants[name] for name in ("G_COLS", "W_COLS"))

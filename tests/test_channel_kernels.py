@@ -23,7 +23,7 @@ layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["planes",
 
 @given(length=lengths, step=st.sampled_from([1, 64, 1024]), blocks=st.integers(1, 10**6), count=multiprocessor_counts)
 def test_slices_cover_the_length_and_fill_the_card_at_most_once(length, step, blocks, count):
-    slice_length = launch.slice_length(length, step, blocks, count)
+    slice_length = launch.chunk_length(length, step, blocks, count)
     slices = -(-length // slice_length)
     assert slice_length % step == 0
     assert slices == 1 or slices * blocks <= launch.CHANNEL_PROGRAMS * count
@@ -31,8 +31,8 @@ def test_slices_cover_the_length_and_fill_the_card_at_most_once(length, step, bl
 
 
 def test_64_channels_fill_a_card():
-    tiling = launch.unit_lanes(32 * 3136 // 8, 64, launch.STREAM_DEPTH, 132)
-    slices = -(-(32 * 3136 // 8) // launch.slice_length(32 * 3136 // 8, tiling.step, 64, 132))
+    tiling = launch.unit_lanes(32 * 3136 // 8, 64, launch.ELEMENTWISE_DEPTH, 132)
+    slices = -(-(32 * 3136 // 8) // launch.chunk_length(32 * 3136 // 8, tiling.step, 64, 132))
     assert tiling.units == 1 and 64 * slices >= 2 * 132
 
 
@@ -73,7 +73,7 @@ def test_width_of_an_access():
 
 
 def test_the_tiling_of_a_group_knows_nothing_of_the_batch():
-    for choose in (launch.unit_lanes, launch.channel_vectors, launch.slice_length):
+    for choose in (launch.unit_lanes, launch.channel_vectors, launch.chunk_length):
         assert not {"samples", "batch"} & set(inspect.signature(choose).parameters)
 
 

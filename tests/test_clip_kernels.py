@@ -255,10 +255,10 @@ def test_launch_choices():
     from fastnorm.triton_kernels import launch
 
     for total in (0, 1 << 14, 1 << 29, 1 << 40):
-        size = launch.piece_bytes(total)
+        size = launch.chunk_bytes(total)
         assert 1 << 14 <= size <= 1 << 30 and (total // size <= 4096 or size == 1 << 30)
     for itemsize in (2, 4, 8):
-        rows, cols, warps = launch.piece_tile(itemsize)
+        rows, cols, warps = launch.chunk_tile(itemsize)
         assert cols * itemsize == 16 and rows % (32 * warps) == 0 and rows * cols * itemsize <= 1 << 14
         for length in (1, 9, 64, 1000, 4096, 8192, 16384, 16385, 100000):
             tiles = launch.unit_tiles(length, itemsize)

@@ -167,7 +167,7 @@ def clip_kernels(tmp_path_factory) -> list[dict]:
 
 def test_clip_kernels_do_not_spill(clip_kernels):
     assert {k["target"] for k in clip_kernels} == TARGETS
-    norms = ("norm", "fold_tensor", "total", "held_units", "looped_unit")
+    norms = ("norm", "fold_tensor", "total", "kept_units", "looped_unit")
     kinds = ("", "_magnitudes", "_maximum", "_powers")
     assert {k["kernel"] for k in clip_kernels} == {"change"} | {f"{norm}{kind}" for norm in norms for kind in kinds}
     assert not {name(k): k["spilled"] for k in clip_kernels if k["spilled"]}

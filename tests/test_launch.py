@@ -37,7 +37,7 @@ def power_of_two(n: int) -> bool:
 @given(cols=columns)
 def test_tiles_cover_the_row_and_every_thread_has_work(choose, itemsize, cols):
     tiles = choose(cols, itemsize)
-    parts = launch.parts(cols, tiles)
+    parts = launch.column_chunks(cols, tiles)
     assert tiles.tile * tiles.count * (parts - 1) < cols <= tiles.tile * tiles.count * parts
     assert all(power_of_two(n) for n in (tiles.tile, tiles.rows, tiles.warps))
     assert tiles.warps <= 16
@@ -57,7 +57,7 @@ def test_a_thread_holds_a_bounded_part_of_the_row(choose, itemsize, cols):
 @pytest.mark.parametrize("cols", MODEL_WIDTHS)
 def test_padding_at_model_widths(choose, itemsize, cols):
     tiles = choose(cols, itemsize)
-    assert launch.padding(cols, tiles.tile) == tiles.tile * tiles.count * launch.parts(cols, tiles) / cols - 1
+    assert launch.padding(cols, tiles.tile) == tiles.tile * tiles.count * launch.column_chunks(cols, tiles) / cols - 1
     assert launch.padding(cols, tiles.tile) <= 0.125
 
 
@@ -67,7 +67,7 @@ def test_padding_at_model_widths(choose, itemsize, cols):
 def test_padding_of_other_widths(choose, itemsize, cols):
     """Less than half of the row, or than what one warp takes at once."""
     tiles = choose(cols, itemsize)
-    idle = tiles.tile * tiles.count * launch.parts(cols, tiles) - cols
+    idle = tiles.tile * tiles.count * launch.column_chunks(cols, tiles) - cols
     assert idle < max(cols / 2, 32 * 16 // itemsize)
 
 
@@ -83,7 +83,7 @@ def test_a_thread_has_whole_16_byte_accesses(choose, itemsize, cols):
 
 
 def test_the_tiling_knows_nothing_of_the_batch():
-    for choose in (launch.row_tiles, launch.backward_tiles, launch.prefetches, launch.part_tiles, launch.long_tile):
+    for choose in (launch.row_tiles, launch.backward_tiles, launch.prefetches, launch.chunk_tiles, launch.long_tile):
         assert not {"rows", "n_rows", "multiprocessors"} & set(inspect.signature(choose).parameters)
 
 
@@ -97,7 +97,7 @@ def test_backward_programs(itemsize, adds, cols, rows, multiprocessors, partials
     """All of them resident at once, each with a row, and few enough for their partial sums."""
     passes = 4 if adds else 3
     tiles, _ = launch.backward_tiles(cols, itemsize, max(1, partials), adds, itemsize)
-    parts = launch.parts(cols, tiles)
+    parts = launch.column_chunks(cols, tiles)
     programs = launch.backward_programs(rows, tiles, multiprocessors // parts, itemsize, partials, passes)
     assert 1 <= programs <= -(-rows // tiles.rows)
     assert programs * parts <= max(parts, tiles.resident * multiprocessors)
@@ -194,4 +194,4 @@ def test_units_take_no_more_warps_than_a_card_has(itemsize, length):
     tiles = launch.unit_tiles(length, itemsize)
     assert tiles.warps <= 16
     # one unit a program, as the kernel that doesn't hold it takes them
-    assert launch.holds_powers(tiles) or tiles.rows == 1
+    assert launch.keeps_powers(tiles) or tiles.rows == 1

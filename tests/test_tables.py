@@ -47,7 +47,7 @@ def table_at(address: int):
 
 def memory_of(table) -> list[weakref.ref]:
     """What the kernels read of a table."""
-    return [weakref.ref(t) for t in (table.addresses, table.layout.tensors, table.layout.piece_tensor)]
+    return [weakref.ref(t) for t in (table.addresses, table.layout.tensors, table.layout.chunk_tensor)]
 
 
 def test_a_capture_finds_what_another_stream_has_made(card):

@@ -209,7 +209,7 @@ def assert_read_once_from_memory(seen: Run, rows: int) -> None:
     (backward,) = seen.backward
     _, (reads, writes) = seen.passes
     size, weight, cols = seen.x.nbytes, seen.weight.nbytes, seen.x.shape[1]
-    parts = launch.parts(cols, seen.tiles)
+    parts = launch.column_chunks(cols, seen.tiles)
     assert backward.unique_read == reads * size + weight + 4 * seen.statistics * rows
     statistics = 4 * seen.statistics * rows * parts * backward.threads_per_block  # read by every thread
     assert backward.loads.bytes == (reads + 2 * parts) * size + (1 + parts) * rows * weight + statistics

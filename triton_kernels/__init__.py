@@ -1,4 +1,8 @@
-"""Triton kernels: the functions of fastnorm.operators, with the arguments of their schemas."""
+"""The Triton backend: a launcher for each operator of fastnorm.operators, with its name and its schema's arguments.
+
+Each operation's file has its kernels and then their launchers: row_norm.py, batch_norm.py, group_norm.py,
+multi_tensor.py (clips) and agc.py. launch.py chooses tiles and programs; jit.py and plans.py make launches cheap.
+"""
 
 from collections import ChainMap
 
@@ -11,13 +15,13 @@ from . import plans as plans
 from . import tables as tables
 from .launch import INTERPRETED as INTERPRETED
 
-# every operator's function, whichever of these modules has it
+# each operator's launcher, from whichever of these modules has it
 _functions = ChainMap(*map(vars, (agc, batch_norm, group_norm, multi_tensor, row_norm)))
 globals().update({name: _functions[name] for name in OPERATORS})
 
 
 def device_type() -> str | None:
-    """The type of the device that Triton's kernels run on: "cpu" in its interpreter, None where it finds no device."""
+    """The type of the device that Triton's kernels run on: "cpu" in the interpreter, None where there is no device."""
     if INTERPRETED:
         return "cpu"
     if driver._active is None and not torch.accelerator.is_available():
@@ -26,7 +30,7 @@ def device_type() -> str | None:
 
 
 def serves(device: str) -> bool:
-    """Whether tensors of this device type can be given to the kernels."""
+    """Whether the kernels take tensors of this device type."""
     if device == "cpu" and not INTERPRETED and driver._active is None:
-        return False  # a driver that runs on the CPU is set by hand; creating the card's only to ask it takes seconds
+        return False  # a driver for the CPU is only ever set by hand, and to create a card's takes seconds
     return device_type() == device

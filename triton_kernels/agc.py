@@ -1,4 +1,9 @@
-"""Adaptive gradient clipping (Brock et al. 2021, by timm's rule) of lists of gradients, unit by unit."""
+"""Adaptive gradient clipping (Brock et al. 2021, by timm's rule) of lists of gradients, unit by unit.
+
+A unit is a row of a gradient and of its parameter, which has a norm of its own. One kernel keeps several short units in
+registers, another one loops along one that doesn't fit, and units longer than LONG_UNIT_BYTES go through
+multi_tensor.py as if they were tensors, so that many programs share them.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +19,11 @@ from torch import Tensor
 from . import launch, tables
 from .jit import jit
 from .multi_tensor import change, change_span, norms_of, sum_span
-from .norms import bits_of, kind_of, number, number_of, root, tile_terms
+from .p_norms import decode, float64_bits, float64_of, kind_of, root, row_terms
 from .types import triton_dtype
 
-_LENGTH, _UNITS, _FIRST, _FIELDS = (tl.constexpr(i) for i in range(4))  # columns of a group's tensors
+# columns of Group.tensors: elements of a unit, number of units, the first program; and how many columns there are
+_LENGTH, _UNITS, _FIRST, _FIELDS = (tl.constexpr(i) for i in range(4))
 
 
 class Pair(NamedTuple):
@@ -29,10 +35,12 @@ class Pair(NamedTuple):
 
     @property
     def length(self) -> int:
+        """Elements of a unit."""
         return self.gradient.size // self.units
 
     @property
     def itemsize(self) -> int:
+        """Bytes of the larger element."""
         return max(self.gradient.dtype.itemsize, self.parameter.dtype.itemsize)
 
     @property
@@ -43,7 +51,7 @@ class Pair(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Pairs that one launch serves."""
+    """Pairs that one launch serves: those of the same dtypes, tiling and alignment."""
 
     dtypes: tuple[torch.dtype, torch.dtype]
     tiles: launch.UnitTiles
@@ -56,9 +64,9 @@ class Group(NamedTuple):
 
 @triton.jit
 def _unit_norm(x, mask, KIND: tl.constexpr, P: tl.constexpr):
-    """(rows, 1) norms of rows that are on chip; masked elements are zeros."""
+    """The norms of x's rows, (rows, 1). Masked elements of x are zeros."""
     if KIND == "squares" and x.dtype == tl.float32:
-        # by the largest magnitude, so that no square overflows or vanishes
+        # scaled by the largest magnitude, so that squares don't overflow or underflow
         largest = tl.max(tl.abs(x), axis=1, keep_dims=True)
         largest = tl.where((largest > 0.0) & (largest < float("inf")), largest, 1.0)
         scaled = x / largest
@@ -66,23 +74,24 @@ def _unit_norm(x, mask, KIND: tl.constexpr, P: tl.constexpr):
     else:
         if KIND == "powers":
             x = x.to(tl.float64)
-        return root(number(tile_terms(x, mask, KIND, P), KIND), KIND, P)[:, None]
+        return root(decode(row_terms(x, mask, KIND, P), KIND), KIND, P)[:, None]
 
 
 @triton.jit
-def _factor(gradient, parameter, clip_factor, eps):
-    """max_norm / ‖g‖ where it reaches max_norm = max(‖w‖, eps) · clip_factor; 2, which stands for none, elsewhere.
-    Where either norm is NaN, it is NaN."""
-    gradient, parameter = gradient.to(tl.float64), parameter.to(tl.float64)
-    eps = number_of(eps)
-    max_norm = tl.where(parameter < eps, eps, parameter) * number_of(clip_factor)
-    factor = max_norm / tl.where(gradient < 1e-6, 1e-6, gradient)
-    return tl.where(gradient < max_norm, 2.0, factor)
+def _factor(g_norm, w_norm, clip_factor, eps):
+    """The units' factors, in float64: max_norm / max(‖g‖, 1e-6) where ‖g‖ ≥ max_norm = max(‖w‖, eps) · clip_factor; NaN
+    where either norm is NaN; elsewhere 2, which says that the unit is not clipped."""
+    g_norm, w_norm = g_norm.to(tl.float64), w_norm.to(tl.float64)
+    eps = float64_of(eps)
+    max_norm = tl.where(w_norm < eps, eps, w_norm) * float64_of(clip_factor)
+    factor = max_norm / tl.where(g_norm < 1e-6, 1e-6, g_norm)
+    return tl.where(g_norm < max_norm, 2.0, factor)
 
 
 @triton.jit
 def _units(addresses_ptr, tensors_ptr, program_tensor_ptr, ROWS: tl.constexpr):
-    """The addresses, the length of a unit, the number of units and this program's first one."""
+    """Of this program's tensors: the gradient's and the parameter's address, the length of a unit, the number of units;
+    and the first of this program's ROWS units."""
     tensor = tl.load(program_tensor_ptr + tl.program_id(0))
     row = tensors_ptr + tensor * _FIELDS
     unit = (tl.program_id(0) - tl.load(row + _FIRST)) * ROWS
@@ -91,28 +100,30 @@ def _units(addresses_ptr, tensors_ptr, program_tensor_ptr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _rows(address, offsets, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr):
-    """Pointers to elements of a tensor."""
+def _pointers(address, offsets, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr):
+    """Pointers to the elements of a tensor at an address, which is a multiple of 16 where it IS_ALIGNED."""
     ptr = address.to(tl.pointer_type(DTYPE))
     return (tl.multiple_of(ptr, 16) if IS_ALIGNED else ptr) + offsets
 
 
 @jit(do_not_specialize=["clip_factor", "eps"])
-def _held_units_kernel(
+def _kept_units_kernel(
     addresses_ptr, tensors_ptr, program_tensor_ptr, clip_factor: tl.int64, eps: tl.int64,
     GRADIENT: tl.constexpr, PARAMETER: tl.constexpr, KIND: tl.constexpr, P: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PACK: tl.constexpr, IS_ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """g = g · max_norm / ‖g‖ for ROWS units that are on chip."""
+    """g = g · max_norm / ‖g‖ where ‖g‖ ≥ max_norm = max(‖w‖, eps) · clip_factor, for ROWS units kept in registers.
+
+    Grid: (blocks of ROWS units of all tensors,)."""
     dtype: tl.constexpr = tl.float64 if GRADIENT.is_fp64() or PARAMETER.is_fp64() else tl.float32
     gradient, parameter, length, units, unit = _units(addresses_ptr, tensors_ptr, program_tensor_ptr, ROWS)
     rows = unit + tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, COLS)[None, :]
     if IS_ALIGNED:
-        length = length // PACK * PACK  # the same number, and the compiler knows what divides it
+        length = length // PACK * PACK  # the same number; it tells the compiler that PACK divides it
     mask = (rows < units) & (cols < length)
-    g_ptr = _rows(gradient, rows * length + cols, GRADIENT, IS_ALIGNED)
-    w_ptr = _rows(parameter, rows * length + cols, PARAMETER, IS_ALIGNED)
+    g_ptr = _pointers(gradient, rows * length + cols, GRADIENT, IS_ALIGNED)
+    w_ptr = _pointers(parameter, rows * length + cols, PARAMETER, IS_ALIGNED)
     g = tl.load(g_ptr, mask=mask, other=0.0).to(dtype)
     w = tl.load(w_ptr, mask=mask, other=0.0).to(dtype)
     factor = _factor(_unit_norm(g, mask, KIND, P), _unit_norm(w, mask, KIND, P), clip_factor, eps)
@@ -121,7 +132,8 @@ def _held_units_kernel(
 
 @triton.jit
 def _span(address, unit, length, DTYPE: tl.constexpr):
-    """The 16-byte boundary at or before a unit, and where from there it begins and ends."""
+    """A pointer to the 16-byte boundary at or before a unit; low and high: counted from there, the unit is [low, high).
+    """
     item: tl.constexpr = DTYPE.primitive_bitwidth // 8
     start = address + unit * length * item
     low = ((start % 16) // item).to(tl.int32)
@@ -135,7 +147,10 @@ def _looped_unit_kernel(
     GRADIENT: tl.constexpr, PARAMETER: tl.constexpr, KIND: tl.constexpr, P: tl.constexpr,
     ROWS: tl.constexpr, G_COLS: tl.constexpr, W_COLS: tl.constexpr,
 ):  # fmt: skip
-    """As the kernel above, for one unit that does not fit on chip: where it is clipped, g is read again."""
+    """g = g · max_norm / ‖g‖ where ‖g‖ ≥ max_norm = max(‖w‖, eps) · clip_factor, for one unit that doesn't fit in
+    registers: where it is clipped, g is read again.
+
+    Grid: (units of all tensors,)."""
     dtype: tl.constexpr = tl.float64 if GRADIENT.is_fp64() else tl.float32
     gradient, parameter, length, _count, unit = _units(addresses_ptr, tensors_ptr, program_tensor_ptr, 1)
     g_ptr, g_low, g_high = _span(gradient, unit, length, GRADIENT)
@@ -151,12 +166,14 @@ def multi_tensor_agc_(
     grads: Sequence[Tensor], params: Sequence[Tensor], units: Sequence[int], clip_factor: float, eps: float,
     norm_type: float,
 ) -> None:  # fmt: skip
-    """g = g · max_norm / max(‖g‖, 1e-6) for the units whose norm reaches max_norm = max(‖w‖, eps) · clip_factor."""
+    """g = g · max_norm / max(‖g‖, 1e-6) for the units whose norm reaches max_norm = max(‖w‖, eps) · clip_factor.
+
+    units: how many units each gradient and parameter has, which are of equal length."""
     device, key = grads[0].device, (tables.list_key(grads), tables.list_key(params), tuple(units))
 
     def make():
         entries = zip(tables.entries_of(grads), tables.entries_of(params), units, strict=True)
-        return parts([Pair(*entry) for entry in entries], device)
+        return launches_of([Pair(*entry) for entry in entries], device)
 
     for groups, long_units in tables.recent(key, device, make):
         for group in groups:
@@ -166,14 +183,15 @@ def multi_tensor_agc_(
 
 
 def launch_group(group: Group, clip_factor: float, eps: float, norm_type: float) -> None:
-    """All units of a group."""
+    """Clips all units of a group, in one launch."""
     kind = kind_of(norm_type)
     norm = {"KIND": kind, "P": float(norm_type)}
     tiles, types = group.tiles, [triton_dtype(dtype) for dtype in group.dtypes]
-    arguments = (group.addresses, group.tensors, group.program_tensor, bits_of(clip_factor), bits_of(eps), *types)
+    numbers = float64_bits(clip_factor), float64_bits(eps)
+    arguments = (group.addresses, group.tensors, group.program_tensor, *numbers, *types)
     with launch.on_device(group.addresses):
-        if tiles.looped or (kind == "powers" and not launch.holds_powers(tiles)):
-            rows, _, warps = launch.piece_tile(1)
+        if tiles.looped or (kind == "powers" and not launch.keeps_powers(tiles)):
+            rows, _, warps = launch.chunk_tile(1)
             if kind == "powers":
                 rows //= launch.POWERS_SPREAD
             cols = [launch.ACCESS_BYTES // dtype.itemsize for dtype in group.dtypes]
@@ -184,7 +202,7 @@ def launch_group(group: Group, clip_factor: float, eps: float, norm_type: float)
         else:
             pack = launch.ACCESS_BYTES // min(dtype.itemsize for dtype in group.dtypes)
             # grid: one program for each block of units
-            _held_units_kernel[(group.programs,)](
+            _kept_units_kernel[(group.programs,)](
                 *arguments, **norm, ROWS=tiles.rows, COLS=tiles.cols, PACK=pack, IS_ALIGNED=group.is_aligned,
                 **launch.options(launch.POWERS_SPREAD * tiles.warps if kind == "powers" else tiles.warps),
             )  # fmt: skip
@@ -193,7 +211,8 @@ def launch_group(group: Group, clip_factor: float, eps: float, norm_type: float)
 def _clip_long_units(
     table: tables.Table, gradients: tables.Table, clip_factor: float, eps: float, norm_type: float
 ) -> None:
-    """Units as the tensors of the clip's own kernels: `table` has the gradients' and then the parameters' units."""
+    """Clips units as tensors, by multi_tensor.py. table: of the gradients' units and then the parameters'; gradients:
+    of the former alone."""
     norms, _ = norms_of(table, norm_type, torch.float64)
     g_norm, w_norm = norms.chunk(2)
     max_norm = w_norm.clamp(min=eps) * clip_factor
@@ -202,21 +221,22 @@ def _clip_long_units(
     change(gradients, factors, per_tensor=True)
 
 
-def parts(
+def launches_of(
     pairs: Sequence[Pair], device: torch.device
 ) -> list[tuple[list[Group], tuple[tables.Table, tables.Table] | None]]:
-    """Launches for gradients that share no memory, one part after the other."""
+    """(groups, tables of the long units or None) for each set of pairs whose gradients share no memory: sets are
+    clipped one after the other."""
     found = []
     for places in tables.disjoint([pair.gradient for pair in pairs]):
-        part = [pairs[i] for i in places]
-        long = [pair for pair in part if pair.length * pair.itemsize > launch.LONG_UNIT_BYTES]
+        members = [pairs[i] for i in places]
+        long = [pair for pair in members if pair.length * pair.itemsize > launch.LONG_UNIT_BYTES]
         groups: dict[tuple, list[Pair]] = {}
-        for pair in part:
+        for pair in members:
             if pair.length * pair.itemsize <= launch.LONG_UNIT_BYTES:
                 dtypes = (pair.gradient.dtype, pair.parameter.dtype)
                 key = (dtypes, launch.unit_tiles(pair.length, pair.itemsize), pair.is_aligned)
                 groups.setdefault(key, []).append(pair)
-        made = [_group(*key, members, device) for key, members in groups.items()]
+        made = [_group(*key, alike, device) for key, alike in groups.items()]
         found.append((made, _long_tables(long, device) if long else None))
     return found
 
@@ -225,6 +245,7 @@ def _group(
     dtypes: tuple[torch.dtype, torch.dtype], tiles: launch.UnitTiles, is_aligned: bool, pairs: list[Pair],
     device: torch.device,
 ) -> Group:  # fmt: skip
+    """The tables of pairs that one launch serves."""
     counts = [launch.ceil_div(pair.units, tiles.rows) for pair in pairs]
     firsts = list(accumulate(counts, initial=0))
     addresses = [address for pair in pairs for address in (pair.gradient.address, pair.parameter.address)]
@@ -236,6 +257,8 @@ def _group(
 
 
 def _long_tables(pairs: list[Pair], device: torch.device) -> tuple[tables.Table, tables.Table]:
+    """Tables of units as tensors, for _clip_long_units: gradients and parameters, and the gradients alone."""
+
     def units_of(entry: tables.Entry, pair: Pair) -> list[tables.Entry]:
         step = pair.length * entry.dtype.itemsize
         return [tables.Entry(entry.address + i * step, pair.length, entry.dtype) for i in range(pair.units)]

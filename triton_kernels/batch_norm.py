@@ -1,7 +1,11 @@
-"""BatchNorm (Ioffe & Szegedy 2015) with a residual and a ReLU fused in: whole calls, and their parts for SyncBatchNorm.
+"""BatchNorm (Ioffe & Szegedy 2015) with a residual and a ReLU fused in, and its steps one by one for SyncBatchNorm.
 
-x: (N, C, *), any strides; residual and dy are as x. Statistics are those of a channel in all samples. Results like x
-have the memory format that is given.
+x: (N, C, *), any strides; residual and dy: like x. Statistics and sums are of a channel over all samples: (C,). Results
+like x have the given memory format. The kernels are in planes.py for contiguous results and in pixels.py for
+channels_last ones; moments.py joins the statistics of their chunks, tiles.column_sums their sums.
+
+dz is dy where the ReLU passed, x̂ = (x − mean) · rstd, dx = (w · dz − c2 − x̂ · c1) · rstd with c1 = mean(w · dz · x̂)
+and c2 = mean(w · dz). A mask of the ReLU has one bit an element.
 """
 
 from __future__ import annotations
@@ -15,7 +19,8 @@ from .tiles import column_sums
 def batch_norm_forward(
     x, residual, weight, bias, running_mean, running_var, factor, momentum, eps, memory_format, relu, out_dtype
 ):
-    """Returns y in out_dtype, the mask of relu, or None, and mean and rstd: (C,). Updates the running statistics."""
+    """Returns y in out_dtype, the ReLU's mask or None, and mean and rstd: (C,). Updates the running statistics, unless
+    they are None, by factor, a tensor, or by momentum."""
     view = ChannelView(x, memory_format, across_samples=True)
     x, residual = view.blocks(x), view.blocks(residual)
     with launch.on_device(x):
@@ -28,7 +33,7 @@ def batch_norm_forward(
 
 
 def batch_norm_statistics(x, memory_format):
-    """Returns mean and Σ(x − mean)²: (2, C)."""
+    """Returns the moments mean and m2 = Σ(x − mean)²: (2, C)."""
     view = ChannelView(x, memory_format, across_samples=True)
     x = view.blocks(x)
     with launch.on_device(x):
@@ -39,7 +44,7 @@ def batch_norm_statistics(x, memory_format):
 
 
 def batch_norm_normalize(x, residual, weight, bias, mean, rstd, memory_format, relu, out_dtype):
-    """Returns y in out_dtype, and the mask of relu, or None."""
+    """Returns y in out_dtype, and the ReLU's mask or None."""
     view = ChannelView(x, memory_format, across_samples=True)
     x, residual = view.blocks(x), view.blocks(residual)
     with launch.on_device(x):
@@ -49,7 +54,7 @@ def batch_norm_normalize(x, residual, weight, bias, mean, rstd, memory_format, r
 def batch_norm_evaluation(
     x, residual, weight, bias, running_mean, running_var, eps, memory_format, relu, wants_mask, out_dtype
 ):
-    """Returns y in out_dtype, and the mask of relu where it is wanted."""
+    """Normalises by the running statistics. Returns y in out_dtype, and the ReLU's mask if it is wanted, else None."""
     view = ChannelView(x, memory_format, across_samples=True)
     x, residual, statistics = view.blocks(x), view.blocks(residual), (running_mean, running_var)
     with launch.on_device(x):
@@ -59,7 +64,8 @@ def batch_norm_evaluation(
 def batch_norm_backward(
     dy, mask, x, weight, mean, rstd, training, memory_format, dresidual_dtype, dweight_dtype, dbias_dtype
 ):
-    """Returns dx, dresidual, dweight and dbias, None where their dtype is None."""
+    """Returns dx, dresidual, dweight and dbias; the last three are None where their dtype is None. Not training: mean
+    and rstd are constants, and dx = w · dz · rstd."""
     view = ChannelView(x, memory_format, across_samples=True)
     dy, x = view.blocks(dy), view.blocks(x)
     dweight = dbias = means = None
@@ -84,7 +90,7 @@ def batch_norm_backward_sums(dy, mask, x, mean, rstd, memory_format):
 
 
 def batch_norm_backward_apply(dy, mask, x, weight, mean, rstd, means, memory_format, dresidual_dtype):
-    """means: (2, C), of dz and dz · x̂ over all elements. Returns dx and dresidual, None where its dtype is None."""
+    """means: (2, C), of dz and of dz · x̂ over all elements. Returns dx, and dresidual, None if its dtype is None."""
     view = ChannelView(x, memory_format, across_samples=True)
     dy, x = view.blocks(dy), view.blocks(x)
     with launch.on_device(x):
@@ -92,11 +98,12 @@ def batch_norm_backward_apply(dy, mask, x, weight, mean, rstd, means, memory_for
 
 
 def _layout(view):
+    """The module with the kernels for this view."""
     return pixels if view.channels_last else planes
 
 
 def _normalize(view, x, residual, affine, statistics, eps, relu, wants_mask, out_dtype):
-    """y and the mask from blocks; with an eps the statistics are mean and variance, else mean and rstd."""
+    """y and the mask, or None, from blocks. statistics: mean and rstd, or, with an eps, mean and variance."""
     y, mask = view.make_result(out_dtype), view.make_mask(relu and wants_mask)
     affine, activation = [contiguous(parameter) for parameter in affine], "relu" if relu else None
     _layout(view).normalize(x, residual, affine, statistics, view.blocks(y), mask, eps=eps, activation=activation)
@@ -104,7 +111,7 @@ def _normalize(view, x, residual, affine, statistics, eps, relu, wants_mask, out
 
 
 def _gradient(view, dy, mask, x, weight, statistics, means, dresidual_dtype):
-    """dx and dresidual from blocks."""
+    """dx, and dresidual or None, from blocks."""
     dx, dresidual = view.make_result(x.dtype), view.make_result(dresidual_dtype)
     affine, results = (contiguous(weight), None), (view.blocks(dx), view.blocks(dresidual))
     _layout(view).gradient(dy, mask, x, affine, statistics, means, *results)

@@ -1,4 +1,4 @@
-"""What only makes compilers emit good code, each under the name of what it does."""
+"""Tricks that make LLVM and ptxas emit the code that is wanted, each under the name of what it does."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ import triton.language as tl
 
 @triton.jit
 def no_fma(a, b):
-    """a · b, rounded, to be summed over lanes.
+    """a · b, rounded before it is added to anything.
 
-    LLVM and ptxas, of all versions, fuse a plain product into the sum on one side of an exchange between lanes, and
-    lanes that should have the same sum differ in the last bit."""
+    In a sum over lanes, two lanes exchange their products, and each adds the other's to its own. LLVM and ptxas (seen
+    with Triton 3.8) fuse a plain product into that addition: a lane rounds the other's product and not its own. So
+    lanes that should have the same sum differ in the last bit, and threads that store it store different values. With a
+    plain product here, the virtual GPU reports that as races: `pytest -m triton -p ptxsim.pytest_plugin --ptxsim-target
+    90 tests/test_channel_norms.py -k two_runs`."""
     zero = tl.zeros_like(a)
     return tl.fma(a, b + zero, zero)
 
 
 @triton.jit
-def _raised(tiles):
+def _plus_one(tiles):
+    """The tiles, each plus 1."""
     raised = ()
     for t in tl.static_range(len(tiles)):
         raised = raised + (tiles[t] + 1.0,)
@@ -25,17 +29,20 @@ def _raised(tiles):
 
 
 @triton.jit
-def materialize(sums, others, statistics, never, n_rows):
-    """The same tiles, computed where this is written.
+def materialize(dweight_sums, dbias_sums, statistics, stop, n_rows):
+    """The same three tuples of tiles, computed at this place. `stop` must be below n_rows, in a way that the compiler
+    can't prove, and be another value in each call.
 
-    LLVM and ptxas (seen with Triton 3.8) put off sums that only the next row needs, and keep all that they are made of
-    till then. Without this, add_layer_norm's backward of 16384 columns in bfloat16 spills 112 bytes a thread on sm_100,
-    with it 32; on sm_90 none: `python -m bench codegen --operations add_layer_norm --dtypes bf16 --widths 16384`.
+    LLVM and ptxas (Triton 3.8) move an addition down to the first use of its result. A sum over rows is first used in
+    the next row, so that all addends of a row stay in registers till its end. Without this, add_layer_norm's backward
+    of 16384 columns spills 64 bytes a thread in bfloat16 and 72 in float32 on sm_100, with it none:
+    `python -m bench codegen --operations add_layer_norm --dtypes bf16,fp32 --widths 16384 --targets sm_100`.
 
-    They can't where a loop may change the sums: this one never turns, as never < n_rows, which compilers
-    can't know. Each call needs another `never`, or they decide once for all. A step that they don't know keeps them
-    from unrolling it.
+    The loop below has no iterations, because stop < n_rows. The compiler can't know that, so what the loop would change
+    must be complete before it. If two calls had the same `stop`, the compiler would merge their loops; with a constant
+    step it would unroll them.
     """
-    for _ in range(n_rows, never, n_rows):
-        sums, others, statistics = _raised(sums), _raised(others), _raised(statistics)
-    return sums, others, statistics
+    for _ in range(n_rows, stop, n_rows):
+        dweight_sums, dbias_sums = _plus_one(dweight_sums), _plus_one(dbias_sums)
+        statistics = _plus_one(statistics)
+    return dweight_sums, dbias_sums, statistics

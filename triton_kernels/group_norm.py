@@ -1,4 +1,8 @@
-"""GroupNorm (Wu & He 2018), alone and with a SiLU behind it, forward and backward."""
+"""GroupNorm (Wu & He 2018), alone and with a SiLU behind it, forward and backward.
+
+The kernels are batch_norm's: planes.py for contiguous results, pixels.py for channels_last ones; moments.py joins the
+statistics and sums of their chunks into those of the groups.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,9 @@ from .tiles import column_sums
 
 
 def group_norm_forward(x, groups, weight, bias, eps, memory_format, silu, out_dtype):
-    """x: (N, C, *), any strides. Returns y in the memory format and out_dtype, mean and rstd: (N, groups)."""
+    """x: (N, C, *), any strides; weight, bias: (C,) or None.
+
+    Returns y: like x, in the memory format and out_dtype; mean, rstd: (N, groups)."""
     view = ChannelView(x, memory_format, across_samples=False)
     layout = pixels if view.channels_last else planes
     x, y, affine = view.blocks(x), view.make_result(out_dtype), (contiguous(weight), contiguous(bias))
@@ -27,7 +33,7 @@ def group_norm_forward(x, groups, weight, bias, eps, memory_format, silu, out_dt
 def group_norm_backward(
     dy, x, groups, weight, bias, mean, rstd, memory_format, silu, dweight_dtype, dbias_dtype
 ):  # fmt: skip
-    """dy: as x. Returns dx in the memory format, dweight and dbias: (C,), None where their dtype is None."""
+    """dy: like x. Returns dx: like x, in the memory format; dweight, dbias: (C,), None where their dtype is None."""
     view = ChannelView(x, memory_format, across_samples=False)
     layout = pixels if view.channels_last else planes
     dy, x, dx = view.blocks(dy), view.blocks(x), view.make_result(x.dtype)
@@ -37,6 +43,6 @@ def group_norm_backward(
         means = group_means(partials, affine[0], x[0].numel() // groups, groups)
         dbias, dweight = column_sums(partials.rows, [dbias_dtype, dweight_dtype])
         if x[0].numel() == groups:
-            statistics = mean, torch.zeros_like(rstd)  # of one element, dx is 0 whatever is rounded
+            statistics = mean, torch.zeros_like(rstd)  # groups of one element: dx is exactly 0, without rounding errors
         layout.gradient(dy, None, x, affine, statistics, means, view.blocks(dx), None, groups=groups, silu=silu)
     return dx, dweight, dbias

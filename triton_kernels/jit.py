@@ -1,4 +1,4 @@
-"""Kernels that are launched again and again: what the host does for each launch."""
+"""The decorator of kernels that are launched: repeated launches cost the host less than through triton.jit alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from . import launch
 
 
 class _Recorder(threading.local):
-    """Who is told of this thread's launches, note(compiled, grid, arguments, constexprs), in the device's place."""
+    """Records this thread's launches for plans.py: while `note` is set, launches are not done, but reported to
+    note(compiled, grid, arguments, constexprs)."""
 
     note: Callable[[Any, tuple[int, ...], tuple, tuple], None] | None = None
 
@@ -23,11 +24,11 @@ recorder = _Recorder()
 
 
 class Kernel(triton.JITFunction):
-    """A kernel whose repeated launches cost the host less than Triton's JIT takes for each.
+    """A JITFunction that caches compiled kernels by what Triton specialises on.
 
-    The JIT compiles and launches it the first time; the compiled kernel is cached by the specialisation key, and later
-    launches with that key call it directly. Triton's check for changed globals is the JIT's alone. So are launches with
-    a profiler's hook, in debug mode, and with a grid to be computed.
+    The first launch with a key goes through Triton's JIT, which compiles; later ones call the compiled kernel directly.
+    They skip Triton's check for changed globals. Launches with a profiler's hook, in debug mode, or with a grid that is
+    a function always go through the JIT.
     """
 
     def __init__(self, *arguments: Any, **options: Any):
@@ -35,7 +36,7 @@ class Kernel(triton.JITFunction):
         self.plans: dict[tuple, tuple[Any, tuple]] = {}
 
     def run(self, *arguments: Any, grid: tuple[int, ...], warmup: bool, **constants: Any) -> Any:
-        """kernel[grid](*arguments, **constants): constants are all constexprs, by name, and the launch options."""
+        """kernel[grid](*arguments, **constants); constants: constexprs that are not arguments, and launch options."""
         if recorder.note is not None:
             compiled = super().run(*arguments, grid=grid, warmup=True, **constants)
             recorder.note(compiled, grid, arguments, self._constexprs(arguments, constants))
@@ -48,7 +49,7 @@ class Kernel(triton.JITFunction):
         plan = self.plans.get(key)
         if plan is None:
             compiled = super().run(*arguments, grid=grid, warmup=False, **constants)
-            if isinstance(compiled, triton.compiler.CompiledKernel):  # and not one that other threads still compile
+            if isinstance(compiled, triton.compiler.CompiledKernel):  # not while another thread still compiles it
                 self.plans[key] = compiled, self._constexprs(arguments, constants)
             return compiled
         compiled, constexprs = plan
@@ -60,12 +61,12 @@ class Kernel(triton.JITFunction):
         return compiled
 
     def _constexprs(self, arguments: tuple, constants: dict[str, Any]) -> tuple:
-        """What a compiled kernel is given for its constexprs, which follow the arguments."""
+        """The values of the constexprs, which follow the arguments in a compiled kernel's parameters."""
         return tuple(constants[name] for name in self.arg_names[len(arguments) :])
 
 
 def needs_jit() -> bool:
-    """Whether somebody watches launches or changes how kernels are compiled, as profilers and debuggers do."""
+    """Whether launches must go through Triton's JIT: a profiler or debugger watches them or changes the compilation."""
     runtime = triton.knobs.runtime
     before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(
@@ -77,8 +78,10 @@ def needs_jit() -> bool:
 
 
 def traits(arguments: tuple, is_hip: bool) -> list:
-    """What Triton specialises a kernel on: of a tensor its dtype, whether its address is a multiple of 16 and, on AMD's
-    cards, whether its storage ends below 2 GiB; of an integer its width, whether it is 1, and whether a multiple of 16.
+    """What Triton specialises a kernel on, for all arguments.
+
+    Of a tensor: its dtype, whether its address is a multiple of 16, and on AMD's cards whether its storage has less
+    than 2 GiB. Of an integer: its width, whether it is 1, and whether it is a multiple of 16.
     """
     found: list = []
     for argument in arguments:
@@ -95,13 +98,13 @@ def traits(arguments: tuple, is_hip: bool) -> list:
         elif argument.__class__ is tuple:
             found.append(len(argument))
             found += traits(argument, is_hip)
-        else:  # None and dtypes; and no True for 1.0
+        else:  # None and dtypes; with the class, as True == 1.0
             found.append((argument.__class__, argument))
     return found
 
 
 def jit(function: Callable | None = None, **options: Any) -> Any:
-    """triton.jit, for the kernels that are launched."""
+    """triton.jit for kernels that are launched; functions that kernels call are decorated with triton.jit itself."""
     if function is None:
         return functools.partial(jit, **options)
     return triton.jit(function, **options) if launch.INTERPRETED else Kernel(function, **options)

@@ -1,4 +1,12 @@
-"""Tile, warp and program choices: pure functions of the problem's size, so that a test can call them."""
+"""How kernels are launched: tiles, warps and programs, as pure functions of the problem's size that a test can call.
+
+There is no autotuning: the choices follow from what a multiprocessor has (65,536 registers, of which a thread can have
+255; 64 warps; programs that wait for memory in turn) and from how many bytes must be in flight to keep memory busy.
+
+`warps` are always of 32 threads; `options` translates them for cards whose warps have 64. `itemsize` is that of the
+largest element among the tensors of a row, which limits how many elements a 16-byte access has. Functions that choose
+the tiling of a row, or of a sample of a group norm, are given nothing of the batch, so that results don't depend on it.
+"""
 
 from __future__ import annotations
 
@@ -15,39 +23,41 @@ from triton.backends.compiler import GPUTarget
 INTERPRETED = triton.knobs.runtime.interpret  # read once, as the kernels' decorators do
 WARP = 32
 ACCESS_BYTES = 16  # the widest load of a thread
-MAX_PADDING = 1 / 8  # idle lanes that a tiling may cost, as a part of the row
-RESIDENT_BYTES = 65536  # longer rows go through the looped kernels
-HELD_REGISTERS = 96  # of a thread with 16 warps, which has 128, that a row and its parameter sums may take
-PART_REGISTERS = 64  # of such a thread, for parameter sums of a row that isn't held
-NARROW_REGISTERS = 32  # of a thread, for rows shorter than a warp's access; half for each parameter sum beside them
+MAX_PADDING = 1 / 8  # of a row: idle lanes that a tiling may cost
+MAX_KEPT_BYTES = 65536  # of a row that the forward keeps in registers: 128 bytes for each of 512 threads
+# Registers of a thread, for rows that the backward keeps in registers beside their parameter sums. A program of 16
+# warps has 128 of them for each thread; the others hold addresses, masks and what is loaded next.
+KEPT_REGISTERS = 96
+CHUNK_REGISTERS = 64  # of such a thread, for the parameter sums of a chunk; others hold the tiles of h and dy
+NARROW_REGISTERS = 32  # of a thread, for rows shorter than one access of a warp; halved for each parameter sum beside
 PARTIAL_SHARE = 0.03  # of the backward's traffic that partial sums may add, from PARTIAL_ROWS rows on
 PARTIAL_ROWS = 4096
-INTERPRETER_PROGRAMS = 5  # Triton's interpreter has no device to ask; odd, so that rows divide unevenly
+INTERPRETER_PROGRAMS = 5  # the interpreter has no device to ask; odd, so that programs get different numbers of rows
 
 
-# the launch choices' cache: computing them takes the host longer than the launch
+# Launch choices are cached: to compute them takes the host longer than the launch.
 remembered = functools.lru_cache(maxsize=1024)
 
 
 def ceil_div(a: int, b: int) -> int:
-    """a / b, rounded up. Triton's own serves kernels as well, and takes the host microseconds."""
+    """a / b, rounded up. triton.cdiv also works in kernels, and takes the host microseconds a call for that."""
     return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:
-    """The least that is not below n, which is positive."""
+    """The smallest power of two that is at least n, for n ≥ 1."""
     return 1 << (n - 1).bit_length()
 
 
 class RowTiles(NamedTuple):
-    """A row, or a part of one, of `count` tiles with `tile` columns; `rows` rows a program of `warps` warps."""
+    """`rows` rows a program of `warps` warps; a row, or a chunk of one, is `count` tiles of `tile` columns."""
 
     tile: int
     count: int
     rows: int
     warps: int
     width: int  # registers of an element: 2 in float64
-    resident: int = 1  # programs of the backward on a multiprocessor: as many as registers are left for
+    resident: int = 1  # programs of the backward on a multiprocessor, each of which gets that share of its registers
 
     @property
     def registers(self) -> int:
@@ -62,13 +72,14 @@ def padding(cols: int, tile: int) -> float:
 
 @remembered
 def row_tiles(cols: int, itemsize: int, sums: int = 0) -> RowTiles:
-    """The tiling of a row, beside so many parameter sums in the backward; it depends on nothing but the row, so that
-    results do not depend on the batch.
+    """The tiling of a row in the forward, or, beside `sums` parameter sums, in the backward.
 
-    A row gets more warps once it would take more than `max_registers` of a thread; a program gets more rows until it
-    has `min_warps` warps: with one, the limit on programs would leave half of a multiprocessor's warp slots empty. The
-    backward has more: its sums allow few programs on a multiprocessor. Where accesses of 16 bytes would leave too many
-    lanes idle, the forward has half of the warps; the backward, whose threads must not hold more, half of the bytes.
+    A thread holds at most 32 registers of a row, so that rows get up to 16 warps; longer rows take more registers. A
+    program has at least 2 warps, by taking several rows: a multiprocessor's limit on programs would leave half of its
+    warp slots empty with one. The backward's programs have at least 8, as its sums allow few of them.
+
+    A thread's access has 16 bytes. Where that leaves more than MAX_PADDING of the lanes idle, tiles are half as long:
+    the forward has half of the warps, and the backward, whose threads must not hold more, accesses of 8 bytes.
     """
     max_registers, min_warps = (32, 8) if sums else (32, 2)
     vector = ACCESS_BYTES // itemsize
@@ -79,8 +90,8 @@ def row_tiles(cols: int, itemsize: int, sums: int = 0) -> RowTiles:
     while warps < 16 and cols * width > WARP * warps * max_registers:
         warps *= 2
     tile = WARP * warps * vector
-    # once only: a row that takes four times the registers costs more than idle lanes, as does one that takes twice as
-    # many where the forward can't read it 16 bytes at a time, which takes registers too
+    # Halved once only: a row that takes four times the registers costs more than idle lanes do. So does one that takes
+    # twice as many, where the forward can't read it 16 bytes at a time, which takes registers too.
     can_halve = warps > 1 and (sums or cols * itemsize % ACCESS_BYTES == 0)
     if can_halve and padding(cols, tile) > MAX_PADDING:
         tile //= 2
@@ -90,17 +101,18 @@ def row_tiles(cols: int, itemsize: int, sums: int = 0) -> RowTiles:
 
 
 def _narrow_tiles(cols: int, vector: int, width: int, sums: int) -> RowTiles:
-    """Rows shorter than one access of a warp: several rows a warp, four warps a program; in the backward eight, as
-    fewer programs leave fewer partial sums."""
+    """Rows shorter than one access of a warp: each warp has several. Four warps a program; eight in the backward, where
+    fewer programs leave fewer partial sums. Where rows take at most two accesses of a thread, registers are left for a
+    second resident program, whose loads are in flight while the first computes."""
     warps = 8 if sums else 4
     tile = next_power_of_2(cols)
     while tile > 4 * vector and padding(cols, tile) > MAX_PADDING:
         tile //= 2
-    if ceil_div(cols, tile) * tile == next_power_of_2(cols):  # no less than one tile would have
+    if ceil_div(cols, tile) * tile == next_power_of_2(cols):  # one tile leaves no more lanes idle than several
         tile = next_power_of_2(cols)
     count = ceil_div(cols, tile)
     rows = warps * WARP * (NARROW_REGISTERS >> sums) // (tile * next_power_of_2(count) * width)
-    rows = max(rows, warps * WARP * vector // tile)  # a thread has whole accesses
+    rows = max(rows, warps * WARP * vector // tile)  # at least one access a thread
     tiles = RowTiles(tile, count, rows, warps, width)
     leaves_half = tiles.registers <= 2 * vector * width  # two accesses a thread
     return tiles._replace(resident=2) if sums and leaves_half else tiles
@@ -108,50 +120,54 @@ def _narrow_tiles(cols: int, vector: int, width: int, sums: int) -> RowTiles:
 
 @remembered
 def backward_tiles(cols: int, itemsize: int, sums: int, adds: bool, widest: int) -> tuple[RowTiles, bool]:
-    """The tiling of the backward with `sums` parameter sums and, where it `adds`, a gradient of the residual stream;
-    `widest` is as `itemsize`, with the weight's elements among them. Also whether a program holds whole rows: if not,
-    it reads a row twice, and the tiles are those of a part of it."""
+    """The tiling of the backward, and whether a program keeps whole rows in registers.
+
+    If it does not, it reads a row twice, and the tiles are those of a chunk of the row. sums: parameter sums; adds:
+    whether a gradient of the residual stream is added; widest: like `itemsize`, but with the weight among the tensors.
+    """
     tiles = row_tiles(cols, itemsize, sums)
     if tiles.warps < 16:
         if adds and sums == 2 and tiles.rows > 1 and tiles.registers == 32:
-            # twice the threads a row, which hold half as much
+            # dh takes registers too: twice the threads a row, each with half of it
             tiles = tiles._replace(tile=2 * tiles.tile, count=tiles.count // 2, rows=tiles.rows // 2)
         return tiles, True
-    # x̂, w·dy and a sum; with two sums, dy as well
-    held = tiles.registers * (2 * sums + 1) + 8 * (widest > 2)  # more than 16 bits take more while loaded
+    # x̂, w·dy and a sum; with two sums, dy as well. Elements of more than 16 bits take more registers while loaded.
+    kept = tiles.registers * (2 * sums + 1) + 8 * (widest > 2)
     if adds:
-        held += tiles.registers * min(itemsize, 4) // 4 + 8
-    if held <= HELD_REGISTERS and not is_long(cols, itemsize):
+        kept += tiles.registers * min(itemsize, 4) // 4 + 8
+    if kept <= KEPT_REGISTERS and not is_long(cols, itemsize):
         return tiles, True
-    return part_tiles(cols, itemsize, sums, adds), False
+    return chunk_tiles(cols, itemsize, sums, adds), False
 
 
-def part_tiles(cols: int, itemsize: int, sums: int, adds: bool) -> RowTiles:
-    """The tiling of a row's parts, whose parameter sums alone are held; they are of one size, up to a tile."""
+def chunk_tiles(cols: int, itemsize: int, sums: int, adds: bool) -> RowTiles:
+    """The tiling of a row's chunks, for programs that keep only the parameter sums in registers: as many tiles as
+    CHUNK_REGISTERS allow, up to 8, and chunks of one size, up to a tile."""
     vector, width = ACCESS_BYTES // itemsize, max(1, itemsize // 4)
     tile = 16 * WARP * vector
-    most = min(8, PART_REGISTERS // (max(sums, 1 + adds) * vector * width))
+    most = min(8, CHUNK_REGISTERS // (max(sums, 1 + adds) * vector * width))
     count = ceil_div(cols, tile)
     return RowTiles(tile, ceil_div(count, ceil_div(count, most)), 1, 16, width)
 
 
-def parts(cols: int, tiles: RowTiles) -> int:
-    """That rows are cut into, each for another program."""
+def column_chunks(cols: int, tiles: RowTiles) -> int:
+    """The number of chunks that rows are cut into, each for another program; 1 where programs keep whole rows."""
     return ceil_div(cols, tiles.tile * tiles.count)
 
 
 def prefetches(tiles: RowTiles, itemsize: int) -> bool:
-    """Whether a program has registers for its next rows. Wider elements have enough bytes on their way without."""
+    """Whether a program of the backward loads its next rows before it stores. A thread of 16 warps has no registers for
+    them; elements of more than 16 bits have enough bytes in flight without."""
     return itemsize == 2 and tiles.warps < 16
 
 
 def is_long(cols: int, itemsize: int) -> bool:
-    """Whether a row is too long for the forward to hold."""
-    return cols * itemsize > RESIDENT_BYTES
+    """Whether a row is too long for the forward to keep it in registers."""
+    return cols * itemsize > MAX_KEPT_BYTES
 
 
 def long_tile(itemsize: int) -> tuple[int, int]:
-    """Columns of one step along a long row, and the number of warps: two accesses a thread are in flight."""
+    """Columns of one step along a long row, and the number of warps: each thread has two 16-byte accesses in flight."""
     warps = 8
     return 2 * WARP * warps * ACCESS_BYTES // itemsize, warps
 
@@ -159,26 +175,30 @@ def long_tile(itemsize: int) -> tuple[int, int]:
 def backward_programs(
     rows: int, tiles: RowTiles, multiprocessors: int, itemsize: int, partials: int, passes: int
 ) -> int:
-    """Programs of the persistent backward: as many as the multiprocessors hold, but keep `partials` sums a program, in
-    float32 or the rows' float64, within PARTIAL_SHARE of the traffic, which is so many passes over the rows."""
-    filling = min(max(1, multiprocessors) * tiles.resident, ceil_div(rows, tiles.rows))
+    """Programs of the persistent backward: as many as are resident at once, and no more than there are blocks of rows.
+
+    Each writes `partials` partial sums of a row's length, in float32 or the rows' float64. From PARTIAL_ROWS rows on,
+    these may add PARTIAL_SHARE to the traffic, which is `passes` passes over the rows."""
+    resident = min(max(1, multiprocessors) * tiles.resident, ceil_div(rows, tiles.rows))
     if partials == 0 or rows < PARTIAL_ROWS:
-        return filling
+        return resident
     affordable = int(PARTIAL_SHARE * passes * rows * itemsize / (max(4, itemsize) * partials))
-    return min(filling, affordable)
+    return min(resident, affordable)
 
 
 def refines(cols: int, dtype: torch.dtype) -> bool:
-    """Whether LayerNorm centres twice: what rounding left in a mean ≫ std shows in the centred values, exactly.
+    """Whether LayerNorm's forward centres twice. The mean of the centred values is what rounding left in the mean, and
+    it shows where mean ≫ std.
 
-    16-bit rows are too coarse for it to matter, and sums of one value fit into float32's 24 bits: the 8 or 11 of the
-    value, and those of the number of terms, which in aligned rows is a multiple of a thread's 8.
+    16-bit rows don't need it: the rounding of their elements is coarser. But the mean of equal values must be exact. A
+    float16 has 11 of float32's 24 bits, which leaves 13 for the number of elements in a sum: up to 8192, or up to 65536
+    where 16-byte accesses make it a multiple of 8. A bfloat16 has 8.
     """
     return dtype.itemsize >= 4 or (dtype == torch.float16 and cols > 8192 and cols % 8 > 0)
 
 
 def access_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
-    """The largest element among the tensors that are there: it bounds what one 16-byte access holds."""
+    """Bytes of the largest element among the tensors that are not None: a 16-byte access has 16 over that many."""
     return max([t.element_size() for t in tensors if t is not None])
 
 
@@ -193,14 +213,15 @@ def _current_target() -> GPUTarget:
 
 
 def backend() -> str:
-    """"hip" on AMD's cards, else "cuda", on which a thread is known to have the fewest registers."""
+    """"hip" on AMD's cards, else "cuda", also in the interpreter."""
     return "hip" if not INTERPRETED and _current_target().backend == "hip" else "cuda"
 
 
 def options(warps: int, resident: int = 1) -> dict[str, int]:
-    """The launch options for `warps` warps of 32 threads, on a card whose own may have 64. On NVIDIA's, every register
-    that a program can have where `resident` share a multiprocessor: left to itself the assembler spills some to let
-    one more program in."""
+    """The launch options for `warps` warps of 32 threads, with `resident` programs on a multiprocessor.
+
+    On NVIDIA's cards, maxnreg gives each program its whole share of the registers: by itself the assembler may spill
+    some so that one more program is resident. AMD's warps of 64 threads are half as many."""
     return {"num_warps": warps} if INTERPRETED else _options(warps, resident, _current_target())
 
 
@@ -217,7 +238,7 @@ def _multiprocessors(driver: object, device: int) -> int:
 
 
 def multiprocessors() -> int:
-    """Of the device that Triton runs on, by Triton's own driver."""
+    """The multiprocessors of the device that Triton runs on, as Triton's own driver tells."""
     if INTERPRETED:
         return INTERPRETER_PROGRAMS
     driver = triton.runtime.driver.active
@@ -235,16 +256,18 @@ def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.accelerator.device_index(index)
 
 
-PIECES = 4096  # that a list of tensors is cut into at most, besides one for each tensor
-MIN_PIECE_BYTES = 1 << 14
-HELD_UNIT_BYTES = 1 << 15  # of a unit's gradient or parameter, whichever is larger, that a program keeps on chip
-POWERS_SPREAD = 4  # as few elements a thread: a logarithm in float64 takes many registers
+MAX_CHUNKS = 4096  # of a list of tensors, besides one for each tensor: some 30 for each multiprocessor of an H100
+MIN_CHUNK_BYTES = 1 << 14  # two steps of a program of 4 warps, each thread of which has four 16-byte accesses in a step
+MAX_KEPT_UNIT_BYTES = 1 << 15  # of a unit's gradient or parameter, the larger one, that a program keeps in registers
+# |x|^p takes a logarithm in float64, and that many registers: a thread has a quarter of the elements.
+POWERS_SPREAD = 4
 UNIT_REGISTERS = 32  # of a thread, for a unit's gradient; and as many for its parameter
-LONG_UNIT_BYTES = 1 << 18  # longer units are shared by many programs
+LONG_UNIT_BYTES = 1 << 18  # longer units are shared by many programs, as one would take too long
 
 
 class UnitTiles(NamedTuple):
-    """`rows` units a program, in tiles of `cols` elements; a unit that takes several tiles is read tile by tile."""
+    """AGC's units: `rows` units a program of `warps` warps, each in `cols` lanes. A looped unit doesn't fit in
+    registers: it is read tile by tile."""
 
     cols: int
     rows: int
@@ -252,45 +275,48 @@ class UnitTiles(NamedTuple):
     looped: bool
 
 
-def piece_bytes(total_bytes: int) -> int:
-    """Bytes of a list's tensors that one program works on."""
-    size = MIN_PIECE_BYTES
-    while size < total_bytes // PIECES and size < 1 << 30:
+def chunk_bytes(total_bytes: int) -> int:
+    """Bytes of a list's tensors that one program works on: a power of two, so that there are at most MAX_CHUNKS."""
+    size = MIN_CHUNK_BYTES
+    while size < total_bytes // MAX_CHUNKS and size < 1 << 30:
         size *= 2
     return size
 
 
-def piece_tile(itemsize: int) -> tuple[int, int, int]:
-    """Rows and columns of a step through a piece, and warps: a row is one access, and a thread has four in flight."""
+def chunk_tile(itemsize: int) -> tuple[int, int, int]:
+    """Rows and columns of a step through a chunk, and warps: a row is one access, and a thread has four in flight."""
     warps = 4
     return 4 * WARP * warps, ACCESS_BYTES // itemsize, warps
 
 
 def unit_tiles(length: int, itemsize: int) -> UnitTiles:
-    """The tiling of units with `length` elements, of which the larger one takes `itemsize` bytes."""
+    """The tiling of AGC's units with `length` elements, where the larger of gradient and parameter has `itemsize`."""
     cols = max(16, next_power_of_2(length))
-    if cols * itemsize > HELD_UNIT_BYTES:
-        return UnitTiles(HELD_UNIT_BYTES // (2 * itemsize), 1, 8, True)
-    rows = max(1, HELD_UNIT_BYTES // 4 // (cols * itemsize))  # each thread of four warps has four accesses
+    if cols * itemsize > MAX_KEPT_UNIT_BYTES:
+        return UnitTiles(MAX_KEPT_UNIT_BYTES // (2 * itemsize), 1, 8, True)
+    rows = max(1, MAX_KEPT_UNIT_BYTES // 4 // (cols * itemsize))  # each thread of four warps has four accesses
     warps = max(4, cols * max(1, itemsize // 4) // (WARP * UNIT_REGISTERS))
     return UnitTiles(cols, rows, warps, False)
 
 
-def holds_powers(tiles: UnitTiles) -> bool:
-    """Whether a program can hold a unit whose powers it adds up; no card has more than 32 warps a program."""
+def keeps_powers(tiles: UnitTiles) -> bool:
+    """Whether a program can keep a unit in registers for a norm of powers, which takes POWERS_SPREAD times the warps:
+    no card has more than 32 a program."""
     return not tiles.looped and POWERS_SPREAD * tiles.warps <= 32
 
 
-VECTOR_WARPS = 4  # of a program that walks along channels
-# vectors of a tile: one a thread; Triton's interpreter takes time for operations, not for elements
-TILE_VECTORS = 1024 if INTERPRETED else WARP * VECTOR_WARPS
-MOMENTS_DEPTH = 2 if INTERPRETED else 8  # tiles at once, which share the work of joining their moments to the others'
-STREAM_DEPTH = 2 if INTERPRETED else 4
-CHANNEL_PROGRAMS = 4  # on a multiprocessor, where the sizes allow it
+CHANNEL_WARPS = 4  # of a program of batch_norm or group_norm: several such programs hide each other's waits
+# Vectors of a tile: one for each thread. In the interpreter operations take time, and elements little.
+TILE_VECTORS = 1024 if INTERPRETED else WARP * CHANNEL_WARPS
+# Tiles that are loaded before any is used: bytes in flight. The moments have one input, and join each batch of tiles to
+# the moments so far at a cost that more tiles share; the other kernels have up to three inputs.
+MOMENTS_DEPTH = 2 if INTERPRETED else 8
+ELEMENTWISE_DEPTH = 2 if INTERPRETED else 4
+CHANNEL_PROGRAMS = 4  # on a multiprocessor, where there is work for as many
 
 
 class UnitLanes(NamedTuple):
-    """`units` units a program, each with `lanes` vectors of a tile; `depth` tiles at once."""
+    """planes.py's tiling: `units` units a program, each walked by `lanes` lanes, `depth` tiles at once."""
 
     units: int
     lanes: int
@@ -303,8 +329,8 @@ class UnitLanes(NamedTuple):
 
 
 def vector_width(cols: int, tensors: Iterable[torch.Tensor]) -> int:
-    """Elements of one access that every row of `cols` elements begins and ends on a multiple of: 16 bytes of the
-    largest element, and less where strides or addresses demand it."""
+    """Elements of one access, such that every row of `cols` elements begins and ends on a multiple of it in all
+    tensors: 16 bytes of the largest element, and less where strides or addresses demand it."""
     tensors = list(tensors)
     width = math.gcd(ACCESS_BYTES // access_bytes(tensors), cols)
     for t in tensors:
@@ -317,26 +343,27 @@ def vector_width(cols: int, tensors: Iterable[torch.Tensor]) -> int:
 
 
 def unit_lanes(vectors: int, units: int, max_depth: int, multiprocessors: int) -> UnitLanes:
-    """The tiling of `units` units with so many vectors. Several short ones share a program, which then has less to do
-    for each besides its vectors, as long as there are programs for half of the multiprocessors."""
+    """The tiling of `units` units of `vectors` vectors. Several short units share a program, so that its fixed costs
+    are paid once for all of them, as long as there are programs for half of the multiprocessors."""
     lanes = min(TILE_VECTORS, next_power_of_2(vectors))
     while lanes > WARP and lanes * max_depth >= 2 * vectors and units * lanes >= multiprocessors * TILE_VECTORS:
         lanes //= 2
     return UnitLanes(TILE_VECTORS // lanes, lanes, min(max_depth, next_power_of_2(ceil_div(vectors, lanes))))
 
 
-def slice_length(length: int, step: int, blocks: int, multiprocessors: int) -> int:
-    """How much of `length` a program takes, in whole steps, where `blocks` programs can work side by side anyway: few
-    enough that the programs of all slices fill the card."""
-    slices = max(1, CHANNEL_PROGRAMS * multiprocessors // blocks)
-    return step * ceil_div(ceil_div(length, step), slices)
+def chunk_length(length: int, step: int, blocks: int, multiprocessors: int) -> int:
+    """How much of `length` a program takes, in whole steps, where the grid's first dimension has `blocks` programs:
+    there are as many chunks as keep CHANNEL_PROGRAMS programs on each multiprocessor, and no more."""
+    chunks = max(1, CHANNEL_PROGRAMS * multiprocessors // blocks)
+    return step * ceil_div(ceil_div(length, step), chunks)
 
 
-CHANNEL_VECTORS = 8  # of a program, where channels are adjacent: whole cache lines
+CHANNEL_VECTORS = 8  # adjacent vectors of channels in a program's tile: 128 bytes, a cache line
 
 
 class ChannelVectors(NamedTuple):
-    """A tile of `vectors` adjacent vectors of channels and `pixels` pixels; `depth` tiles at once."""
+    """pixels.py's tiling: a tile has `vectors` adjacent vectors of channels of `pixels` pixels; `depth` tiles at
+    once."""
 
     vectors: int
     pixels: int
@@ -349,7 +376,8 @@ class ChannelVectors(NamedTuple):
 
 
 def channel_vectors(vectors: int, n_pixels: int, max_depth: int) -> ChannelVectors:
-    """The tiling of pixels with so many vectors of channels."""
+    """The tiling of pixels with `vectors` vectors of channels: as many of them in a tile as a cache line has, or half
+    as many where that leaves fewer lanes idle."""
     chosen = min(CHANNEL_VECTORS, next_power_of_2(vectors))
     while chosen > 4 and padding(vectors, chosen) > MAX_PADDING:
         chosen //= 2

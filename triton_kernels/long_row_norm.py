@@ -1,4 +1,9 @@
-"""The row norms of rows that don't fit on chip: loops along the row, launched by row_norm.py."""
+"""The row norms of rows that don't fit in registers, launched by row_norm.py.
+
+The forward loops along the row twice: for the statistics, and for y. The backward cuts the columns into chunks of
+N_TILES tiles. A program takes one chunk of every num_programs-th row, and keeps the chunk's sums of dweight and dbias
+in registers. It reads the whole row for c1 and c2, and then the chunk once more, from the cache, for dx.
+"""
 
 from __future__ import annotations
 
@@ -9,34 +14,35 @@ from . import launch
 from .compiler import materialize
 from .jit import jit
 from .tiles import (
-    empty_sums,
     factors,
     gradient,
-    gradient_means,
+    gradient_coefficients,
     load_tile,
     load_weight,
     reciprocal_sqrt,
     rounded_to,
     store_gradient,
-    store_stream,
+    store_h,
     store_tile,
+    zero_sums,
 )
 
 
 @triton.jit
-def _join_lanes(lane_mean, lane_squares, n_cols, TILE: tl.constexpr):
-    """Chan's rule: the mean, what rounding left of it, and the variance."""
+def _join_lanes(lane_mean, lane_m2, n_cols, TILE: tl.constexpr):
+    """Joins the lanes' moments, (TILE,) each, by Chan's formula. Returns mean, shift and var of the row: the mean of
+    x − mean is not 0 but `shift`, which is what rounding left of the mean."""
     stat = lane_mean.dtype
-    # a lane's part of the row
+    # the share of the row's elements that a lane has
     share = tl.cdiv(tl.maximum(n_cols - tl.arange(0, TILE), 0), TILE).to(stat) / tl.cast(n_cols, stat)
     mean = tl.sum(lane_mean * share)
-    # rounding can't push it out from between the lanes' means: where they are all alike, it is exact
+    # kept between the lanes' smallest and largest mean: where they are all alike, the row's is exactly that
     mean = tl.maximum(mean, tl.min(lane_mean), tl.PropagateNan.ALL)
     mean = tl.minimum(mean, tl.max(lane_mean), tl.PropagateNan.ALL)
     deviation = tl.where(share > 0, lane_mean - mean, 0.0)
     shift = tl.sum(deviation * share)
-    variance = tl.sum(lane_squares / tl.cast(n_cols, stat) + share * deviation * deviation, axis=0, keep_dims=True)
-    return mean, shift, tl.maximum(variance - shift * shift, 0.0, tl.PropagateNan.ALL)
+    var = tl.sum(lane_m2 / tl.cast(n_cols, stat) + share * deviation * deviation, axis=0, keep_dims=True)
+    return mean, shift, tl.maximum(var - shift * shift, 0.0, tl.PropagateNan.ALL)
 
 
 @jit
@@ -44,130 +50,142 @@ def _row_norm_long_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr, n_cols, x_stride, residual_stride,
     EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr, CAST: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """As _row_norm_forward_kernel; h is read again for y. LayerNorm's lanes keep Welford's mean and squares."""
+    """y = (h − mean) · rstd · w + b with h = x + residual, rstd = 1/√(mean((h − mean)²) + eps); RMSNorm has mean 0.
+    LayerNorm's lanes keep Welford's mean and m2. h is read again for y.
+
+    Grid: (rows,)."""
     stat = rstd_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     inv_n = 1.0 / tl.cast(n_cols, stat)
     lane_mean = tl.zeros((TILE,), stat)
-    lane_squares = tl.zeros((TILE,), stat)
-    step = tl.zeros((), stat)
+    lane_m2 = tl.zeros((TILE,), stat)  # of RMSNorm: Σ h² / n
+    lane_count = tl.zeros((), stat)
     for start in range(0, n_cols, TILE):
         cols = start + tl.arange(0, TILE)
-        mask = cols < n_cols
-        h = load_tile(x_ptr + row * x_stride + cols, mask, stat)
+        col_mask = cols < n_cols
+        h = load_tile(x_ptr + row * x_stride + cols, col_mask, stat)
         if residual_ptr is not None:
-            h += load_tile(residual_ptr + row * residual_stride + cols, mask, stat)
-            h = store_stream(h, h_ptr + row * n_cols + cols, mask)
+            h += load_tile(residual_ptr + row * residual_stride + cols, col_mask, stat)
+            h = store_h(h, h_ptr + row * n_cols + cols, col_mask)
         if mean_ptr is not None:
-            step += 1.0
+            lane_count += 1.0
             delta = h - lane_mean
-            new_mean = lane_mean + delta / step
-            lane_squares = tl.where(mask, lane_squares + delta * (h - new_mean), lane_squares)
-            lane_mean = tl.where(mask, new_mean, lane_mean)
+            new_mean = lane_mean + delta / lane_count
+            lane_m2 = tl.where(col_mask, lane_m2 + delta * (h - new_mean), lane_m2)
+            lane_mean = tl.where(col_mask, new_mean, lane_mean)
         else:
-            lane_squares += h * inv_n * h  # their mean fits where their sum overflows
+            lane_m2 += h * inv_n * h  # n squares of 1e18 overflow float32, and their mean doesn't
     if mean_ptr is not None:
-        mean, shift, variance = _join_lanes(lane_mean, lane_squares, n_cols, TILE)
-        rstd = reciprocal_sqrt(variance + EPS)
+        mean, shift, var = _join_lanes(lane_mean, lane_m2, n_cols, TILE)
+        rstd = reciprocal_sqrt(var + EPS)
         tl.store(mean_ptr + row, mean + shift)
     else:
-        rstd = reciprocal_sqrt(tl.sum(lane_squares, axis=0, keep_dims=True) + EPS)
+        rstd = reciprocal_sqrt(tl.sum(lane_m2, axis=0, keep_dims=True) + EPS)
     store_tile(rstd_ptr + row + tl.arange(0, 1), rstd, None)
     for start in range(0, n_cols, TILE):
         cols = start + tl.arange(0, TILE)
-        mask = cols < n_cols
+        col_mask = cols < n_cols
         if residual_ptr is not None:
-            # a thread reads here what it wrote itself: same tile, same lanes
-            h = load_tile(h_ptr + row * n_cols + cols, mask, stat)
+            # needs no barrier: each thread reads what it wrote itself, the same lanes of the same tile
+            h = load_tile(h_ptr + row * n_cols + cols, col_mask, stat)
         else:
-            h = load_tile(x_ptr + row * x_stride + cols, mask, stat)
+            h = load_tile(x_ptr + row * x_stride + cols, col_mask, stat)
         if mean_ptr is not None:
             h = h - mean - shift
         y = rounded_to(h * rstd, CAST)
         if weight_ptr is not None:
-            y *= load_weight(weight_ptr + cols, mask, stat, ZERO_CENTERED)
+            y *= load_weight(weight_ptr + cols, col_mask, stat, ZERO_CENTERED)
         if bias_ptr is not None:
-            y += load_tile(bias_ptr + cols, mask, stat)
-        store_tile(y_ptr + row * n_cols + cols, y, mask)
+            y += load_tile(bias_ptr + cols, col_mask, stat)
+        store_tile(y_ptr + row * n_cols + cols, y, col_mask)
 
 
 @triton.jit
-def _row_sums(h_row, dy_row, weight_ptr, statistics, lanes, n_cols, ZERO_CENTERED: tl.constexpr, TILE: tl.constexpr):
-    """Σ c · w·g of each lane and, of LayerNorm, Σ w·g: see `factors`. Two tiles at once are on their way."""
-    product, total = tl.zeros((1, TILE), statistics[0].dtype), tl.zeros((1, TILE), statistics[0].dtype)
+def _coefficient_sums(
+    h_row, dy_row, weight_ptr, statistics, lanes, n_cols, ZERO_CENTERED: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Each lane's Σ x_factor · w·dy_factor and Σ w·dy_factor over the row, (1, TILE): see `gradient_coefficients`.
+    Two tiles are loaded before either is used."""
+    c1_sums, c2_sums = tl.zeros((1, TILE), statistics[0].dtype), tl.zeros((1, TILE), statistics[0].dtype)
     for start in range(0, n_cols, 2 * TILE):
         h_tiles, dy_tiles = (), ()
         for t in tl.static_range(2):
-            at = start + t * TILE
-            h_tiles = h_tiles + (tl.load(h_row + at, mask=lanes < n_cols - at, other=0.0),)
-            dy_tiles = dy_tiles + (tl.load(dy_row + at, mask=lanes < n_cols - at, other=0.0),)
+            first = start + t * TILE
+            h_tiles = h_tiles + (tl.load(h_row + first, mask=lanes < n_cols - first, other=0.0),)
+            dy_tiles = dy_tiles + (tl.load(dy_row + first, mask=lanes < n_cols - first, other=0.0),)
         for t in tl.static_range(2):
-            at = start + t * TILE
-            c, g = factors(h_tiles[t], dy_tiles[t], statistics)
+            first = start + t * TILE
+            x_factor, wdy_factor = factors(h_tiles[t], dy_tiles[t], statistics)
             if weight_ptr is not None:
-                g *= load_weight(weight_ptr + lanes + at, lanes < n_cols - at, g.dtype, ZERO_CENTERED)
-            product, total = product + c * g, total + g
-    return product, total
+                col_mask = lanes < n_cols - first
+                wdy_factor *= load_weight(weight_ptr + lanes + first, col_mask, wdy_factor.dtype, ZERO_CENTERED)
+            c1_sums, c2_sums = c1_sums + x_factor * wdy_factor, c2_sums + wdy_factor
+    return c1_sums, c2_sums
 
 
-@jit(do_not_specialize=["n_rows"])  # one code for every batch, to the last bit
+@jit(do_not_specialize=["n_rows"])  # the same code for every batch: the same bits
 def _row_norm_long_backward_kernel(
     dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr,
     n_rows, n_cols, dy_stride, dh_stride, h_stride,
     ZERO_CENTERED: tl.constexpr, CAST: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr,
 ):  # fmt: skip
-    """As _row_norm_backward_kernel, for one part of the columns and every num_programs-th row. A row's sums take all of
-    its columns; the part is then read again, from the cache."""
+    """dx = (w·dy − c2 − x̂ · c1) · rstd + dh with c1 = mean(x̂ · w·dy), c2 = mean(w·dy); RMSNorm has no c2.
+    dweight = Σ dy · x̂ and dbias = Σ dy over this program's rows.
+
+    Grid: (chunks of N_TILES tiles of columns, programs that share the rows)."""
     stat = rstd_ptr.dtype.element_ty
-    lanes, first = tl.arange(0, TILE)[None, :], tl.program_id(0).to(tl.int64) * (N_TILES * TILE)
-    weight_sums, bias_sums = empty_sums(dweight_ptr, 1, TILE, N_TILES), empty_sums(dbias_ptr, 1, TILE, N_TILES)
+    lanes, chunk_start = tl.arange(0, TILE)[None, :], tl.program_id(0).to(tl.int64) * (N_TILES * TILE)
+    dweight_sums, dbias_sums = zero_sums(dweight_ptr, 1, TILE, N_TILES), zero_sums(dbias_ptr, 1, TILE, N_TILES)
     for r in range(tl.program_id(1), n_rows, tl.num_programs(1)):
         row = tl.cast(r, tl.int64)
         h_row, dy_row = h_ptr + (row * h_stride + lanes), dy_ptr + (row * dy_stride + lanes)
         statistics = (tl.load(rstd_ptr + row),)
         if mean_ptr is not None:
             statistics = statistics + (tl.load(mean_ptr + row),)
-        product, total = _row_sums(h_row, dy_row, weight_ptr, statistics, lanes, n_cols, ZERO_CENTERED, TILE)
+        c1_sums, c2_sums = _coefficient_sums(
+            h_row, dy_row, weight_ptr, statistics, lanes, n_cols, ZERO_CENTERED, TILE
+        )  # fmt: skip
         dh_tiles = ()
         if dh_ptr is not None:
-            # before stores, which might alias them: all, or one ahead where two sums leave no registers
+            # loaded before stores, which might alias them; one tile ahead where two sums leave no registers for all
             dh_row = dh_ptr + row * dh_stride
             for t in tl.static_range(N_TILES if dbias_ptr is None else 1):
-                at = first + t * TILE
-                dh_tiles = dh_tiles + (tl.load(dh_row + at + lanes, mask=lanes < n_cols - at, other=0.0),)
-        means = gradient_means(product, total, statistics, n_cols)
-        dweight, dbias = weight_sums, bias_sums
-        weight_sums, bias_sums = (), ()
+                first = chunk_start + t * TILE
+                dh_tiles = dh_tiles + (tl.load(dh_row + first + lanes, mask=lanes < n_cols - first, other=0.0),)
+        coefficients = gradient_coefficients(c1_sums, c2_sums, statistics, n_cols)
+        old_dweight_sums, old_dbias_sums = dweight_sums, dbias_sums
+        dweight_sums, dbias_sums = (), ()
         for t in tl.static_range(N_TILES):
-            at = first + t * TILE
-            mask = lanes < n_cols - at
-            dy = tl.load(dy_row + at, mask=mask, other=0.0)
-            c, g = factors(tl.load(h_row + at, mask=mask, other=0.0), dy, statistics)
+            first = chunk_start + t * TILE
+            col_mask = lanes < n_cols - first
+            dy = tl.load(dy_row + first, mask=col_mask, other=0.0)
+            x_factor, dy_factor = factors(tl.load(h_row + first, mask=col_mask, other=0.0), dy, statistics)
             if dweight_ptr is not None:
-                weight_sums = weight_sums + (dweight[t] + g * rounded_to(c, CAST),)
+                dweight_sums = dweight_sums + (old_dweight_sums[t] + dy_factor * rounded_to(x_factor, CAST),)
             if dbias_ptr is not None:
-                bias_sums = bias_sums + (dbias[t] + dy.to(stat),)
-            weight_sums, bias_sums, statistics = materialize(weight_sums, bias_sums, statistics, r - t, n_rows)
+                dbias_sums = dbias_sums + (old_dbias_sums[t] + dy.to(stat),)
+            dweight_sums, dbias_sums, statistics = materialize(dweight_sums, dbias_sums, statistics, r - t, n_rows)
+            wdy_factor = dy_factor
             if weight_ptr is not None:
-                g *= load_weight(weight_ptr + lanes + at, mask, stat, ZERO_CENTERED)
-            dx = gradient(c, g, means, statistics[0])
+                wdy_factor *= load_weight(weight_ptr + lanes + first, col_mask, stat, ZERO_CENTERED)
+            dx = gradient(x_factor, wdy_factor, coefficients, statistics[0])
             if dh_ptr is not None:
                 dx += dh_tiles[t].to(stat)
                 if dbias_ptr is not None and t + 1 < N_TILES:
-                    ahead = tl.load(dh_row + (at + TILE) + lanes, mask=lanes < n_cols - at - TILE, other=0.0)
-                    dh_tiles = dh_tiles + (ahead,)
-            store_gradient(dx_ptr, dresidual_ptr, row * n_cols + at + lanes, dx, mask)
+                    next_dh = tl.load(dh_row + (first + TILE) + lanes, mask=lanes < n_cols - first - TILE, other=0.0)
+                    dh_tiles = dh_tiles + (next_dh,)
+            store_gradient(dx_ptr, dresidual_ptr, row * n_cols + first + lanes, dx, col_mask)
     for t in tl.static_range(N_TILES):
-        at = first + t * TILE
-        partial_at, mask = tl.program_id(1).to(tl.int64) * n_cols + at + lanes, lanes < n_cols - at
+        first = chunk_start + t * TILE
+        offsets, col_mask = tl.program_id(1).to(tl.int64) * n_cols + first + lanes, lanes < n_cols - first
         if dweight_ptr is not None:
-            store_tile(dweight_ptr + partial_at, weight_sums[t], mask)
+            store_tile(dweight_ptr + offsets, dweight_sums[t], col_mask)
         if dbias_ptr is not None:
-            store_tile(dbias_ptr + partial_at, bias_sums[t], mask)
+            store_tile(dbias_ptr + offsets, dbias_sums[t], col_mask)
 
 
 def forward(arguments, strides, itemsize, features):
-    """Fills y, h, mean and rstd, as far as they are there."""
+    """Fills y, h, mean and rstd; h and mean may be None. arguments: the forward kernel's pointers, in its order."""
     rows, cols = arguments[0].shape
     tile, warps = launch.long_tile(itemsize)
     # grid: one program for each row
@@ -175,10 +193,11 @@ def forward(arguments, strides, itemsize, features):
 
 
 def backward(arguments, partials, strides, tiles, programs, features):
-    """Fills dx, dresidual and the (programs, cols) partials of dweight and dbias, as far as they are there."""
+    """Fills dx, dresidual and the (programs, cols) partials of dweight and dbias; all but dx may be None. arguments:
+    the backward kernel's pointers up to dresidual."""
     rows, cols = arguments[2].shape
-    # grid: (parts of the columns, programs that share the rows)
-    _row_norm_long_backward_kernel[(launch.parts(cols, tiles), programs)](
+    # grid: (chunks of the columns, programs that share the rows)
+    _row_norm_long_backward_kernel[(launch.column_chunks(cols, tiles), programs)](
         *arguments, *partials, rows, cols, *strides,
         **features, TILE=tiles.tile, N_TILES=tiles.count, **launch.options(tiles.warps),
     )  # fmt: skip

@@ -1,7 +1,19 @@
-"""The kernels of batch_norm and group_norm where the channels of a pixel are adjacent: (N, S, C).
+"""The kernels of batch_norm and group_norm for channels_last tensors, seen as (N, S, C): the C channels of a position,
+a pixel, are adjacent in memory. Contiguous tensors, seen as (N, C, S), go to planes.py.
 
-A tile's rows are vectors of adjacent channels, `VECTORS` of them side by side, `PIXELS` pixels below each other; a
-program keeps its channels and goes along the pixels of a slice.
+A vector is WIDTH adjacent channels of a pixel, which a thread loads at once. A tile is VECTORS adjacent vectors of
+PIXELS pixels, (VECTORS · PIXELS, WIDTH), a row for each vector. With WIDTH = 8, VECTORS = 4 and PIXELS = 2:
+
+    channel     0 … 7   8 … 15  16 … 23  24 … 31 │ 32 …
+    pixel 0     row 0   row 1   row 2    row 3   │            tile 0
+    pixel 1     row 4   row 5   row 6    row 7   │ another
+    pixel 2     row 0   row 1   row 2    row 3   │ program    tile 1
+    pixel 3     row 4   row 5   row 6    row 7   │
+
+A program keeps its channels, and loads DEPTH tiles before it uses one. The pixels of a sample are cut into chunks, one
+for each program of the grid's second dimension; moments.py joins what they leave, for batch_norm of all samples, for
+group_norm of all channels of a group. batch_norm's samples may be seen as one, (1, N · S, C). Strides and offsets are
+multiples of ALIGN elements.
 """
 
 from __future__ import annotations
@@ -12,341 +24,344 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .activations import activated, affine, input_gradient, normalized, relu_gradient, silu_gradient, statistics
+from .channel_tiles import activated, activation_gradient, affine, input_gradient, normalized, statistics
 from .compiler import no_fma
 from .jit import jit
-from .moments import Partials, add_tiles, join_lanes, load_centered, moment_numbers
+from .moments import Partials, add_tiles, join_lanes, load_centered, moment_fields
 from .tiles import load_tile, store_tile
 from .types import stat_dtype
 
 
 @triton.jit
-def _begin(n_pixels, n_blocks, slice_pixels, VECTORS: tl.constexpr, PIXELS: tl.constexpr):
-    """This program's sample, the first pixel of its slice and how many it has; the tile's vectors of channels and its
-    pixels, (rows, 1)."""
+def _begin(n_pixels, n_blocks, chunk_pixels, VECTORS: tl.constexpr, PIXELS: tl.constexpr):
+    """This program's sample, the first pixel of its chunk and the number of them; the vector of channels and the pixel
+    of each row of its first tile, (VECTORS · PIXELS, 1)."""
     row = tl.arange(0, VECTORS * PIXELS)[:, None]
     sample, block = tl.program_id(0) // n_blocks, tl.program_id(0) % n_blocks
-    start = tl.program_id(1).to(tl.int64) * slice_pixels
-    size = tl.minimum(n_pixels - start, slice_pixels).to(tl.int32)
+    start = tl.program_id(1).to(tl.int64) * chunk_pixels
+    size = tl.minimum(n_pixels - start, chunk_pixels).to(tl.int32)
     return sample.to(tl.int64), start, size, block * VECTORS + row % VECTORS, row // VECTORS
 
 
 @triton.jit
-def tile_offset(sample, pixel, strides, ALIGN: tl.constexpr):
-    """A pixel's first channel. Strides are those of samples and pixels, in ALIGN elements: what addresses are
-    multiples of is then known at compile time, whatever the sizes."""
+def _pixel_offset(sample, pixel, strides, ALIGN: tl.constexpr):
+    """The offset of a pixel's first channel. strides: of samples and pixels, in ALIGN elements, so that the compiler
+    knows what offsets are multiples of, whatever the sizes."""
     return (sample * strides[0] + pixel.to(tl.int64) * strides[1]) * ALIGN
 
 
 @triton.jit
-def _statistic_at(sample, channel, n_channels, span, GROUPED: tl.constexpr):
-    """Where the statistics of a channel are: pooled over the samples, or those of its group of `span` channels."""
+def _unit_of(sample, channel, n_channels, group_channels, GROUPED: tl.constexpr):
+    """The unit that a channel's statistics belong to: its group in the sample, or the channel of all samples."""
     if GROUPED:
-        return sample * (n_channels // span) + channel // span
+        return sample * (n_channels // group_channels) + channel // group_channels
     else:
         return channel
 
 
-_SIZES = ["n_pixels", "channel_steps", "n_blocks", "slice_pixels", "span"]
+_SIZES = ["n_pixels", "channel_steps", "n_blocks", "chunk_pixels", "group_channels"]
 
 
-@jit(do_not_specialize=_SIZES)  # one code for every size
+@jit(do_not_specialize=_SIZES)  # the same code for every size
 def _pixels_moments_kernel(
-    x_ptr, moments_ptr, x_strides, n_pixels, channel_steps, n_blocks, slice_pixels, span, GROUPED: tl.constexpr,
+    x_ptr, moments_ptr, x_strides, n_pixels, channel_steps, n_blocks, chunk_pixels, group_channels,
+    GROUPED: tl.constexpr,
     ALIGN: tl.constexpr, WIDTH: tl.constexpr, VECTORS: tl.constexpr, PIXELS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """mean(x) and var(x) of this program's channels in its slice of the pixels; x₀ is the first pixel's element of the
-    channel, or of the first of its group's `span` channels."""
+    """mean(x) and var(x) of each channel in a chunk of the pixels, as partials; x₀ is the first pixel's element of the
+    channel, or, where GROUPED, of the first of its group's channels.
+
+    Grid: (samples times blocks of channels, chunks)."""
     stat = moments_ptr.dtype.element_ty
-    sample, start, size, vector, pixel = _begin(n_pixels, n_blocks, slice_pixels, VECTORS, PIXELS)
+    sample, start, size, vector, pixel = _begin(n_pixels, n_blocks, chunk_pixels, VECTORS, PIXELS)
     channel, n_channels = vector * WIDTH + tl.arange(0, WIDTH)[None, :], channel_steps * ALIGN
     origin_ptr = x_ptr
     if GROUPED:
         origin_ptr += sample * x_strides[0] * ALIGN
-    origin = tl.load(origin_ptr + (channel - channel % span), mask=channel < n_channels, other=0.0)
-    x_ptr += tile_offset(sample, start + pixel, x_strides, ALIGN) + channel
+    origin = tl.load(origin_ptr + (channel - channel % group_channels), mask=channel < n_channels, other=0.0)
+    x_ptr += _pixel_offset(sample, start + pixel, x_strides, ALIGN) + channel
     mean = tl.zeros((VECTORS * PIXELS, WIDTH), stat)
-    variance = mean
-    seen = tl.zeros((VECTORS * PIXELS, 1), stat)
+    var = mean
+    count = tl.zeros((VECTORS * PIXELS, 1), stat)
     for done in range(0, size, DEPTH * PIXELS):
         tiles, masks = (), ()
         added = tl.zeros((VECTORS * PIXELS, 1), stat)
         for t in tl.static_range(DEPTH):
-            here = done + t * PIXELS
-            mask = pixel + here < size
-            at = tile_offset(0, here, x_strides, ALIGN)
-            tiles = tiles + (load_centered(x_ptr + at, mask & (channel < n_channels), origin, stat),)
-            masks = masks + (mask,)
-            added += mask.to(stat)
-        mean, variance, seen = add_tiles(mean, variance, seen, tiles, masks, added, False, DEPTH)
+            first = done + t * PIXELS
+            pixel_mask = pixel + first < size
+            offset = _pixel_offset(0, first, x_strides, ALIGN)
+            tiles = tiles + (load_centered(x_ptr + offset, pixel_mask & (channel < n_channels), origin, stat),)
+            masks = masks + (pixel_mask,)
+            added += pixel_mask.to(stat)
+        mean, var, count = add_tiles(mean, var, count, tiles, masks, added, False, DEPTH)
     shape: tl.constexpr = (PIXELS, VECTORS * WIDTH)
-    share = tl.reshape(seen.to(tl.float64) / size.to(tl.float64) + tl.zeros(mean.shape, tl.float64), shape)
-    mean, variance = join_lanes(tl.reshape(mean, shape), tl.reshape(variance, shape), share, 0)
+    share = tl.reshape(count.to(tl.float64) / size.to(tl.float64) + tl.zeros(mean.shape, tl.float64), shape)
+    mean, var = join_lanes(tl.reshape(mean, shape), tl.reshape(var, shape), share, 0)
     channel = _block_channels(n_blocks, VECTORS * WIDTH)
-    origin = tl.load(origin_ptr + (channel - channel % span), mask=channel < n_channels, other=0.0)
-    _store_partials(moments_ptr, moment_numbers(mean, variance, origin, stat), channel, n_blocks, n_channels)
+    origin = tl.load(origin_ptr + (channel - channel % group_channels), mask=channel < n_channels, other=0.0)
+    _store_partials(moments_ptr, moment_fields(mean, var, origin, stat), channel, n_blocks, n_channels)
 
 
 @triton.jit
 def _block_channels(n_blocks, COLS: tl.constexpr):
+    """The channels of this program's block, (1, COLS)."""
     return tl.program_id(0) % n_blocks * COLS + tl.arange(0, COLS)[None, :]
 
 
 @triton.jit
-def _store_partials(partial_ptr, numbers, channel, n_blocks, n_channels):
-    """Numbers of each channel of the tile, (1, channels), in (numbers, samples, slices, channels)."""
-    n_slices = tl.num_programs(1)
-    at = (tl.program_id(0) // n_blocks * n_slices + tl.program_id(1)).to(tl.int64) * n_channels + channel
-    n_partials = (tl.num_programs(0) // n_blocks * n_slices).to(tl.int64) * n_channels
-    for i in tl.static_range(len(numbers)):
-        store_tile(partial_ptr + n_partials * i + at, numbers[i], channel < n_channels)
+def _store_partials(partial_ptr, fields, channel, n_blocks, n_channels):
+    """Stores the fields of this program's channels, (1, COLS) each, into (fields, samples, chunks, channels)."""
+    n_chunks = tl.num_programs(1)
+    offsets = (tl.program_id(0) // n_blocks * n_chunks + tl.program_id(1)).to(tl.int64) * n_channels + channel
+    n_partials = (tl.num_programs(0) // n_blocks * n_chunks).to(tl.int64) * n_channels
+    for i in tl.static_range(len(fields)):
+        store_tile(partial_ptr + n_partials * i + offsets, fields[i], channel < n_channels)
 
 
-@jit(do_not_specialize=_SIZES)  # one code for every size
+@jit(do_not_specialize=_SIZES)  # the same code for every size
 def _pixels_normalize_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, mean_ptr, spread_ptr, y_ptr, mask_ptr,
-    x_strides, residual_strides, y_strides, mask_strides, n_pixels, channel_steps, n_blocks, slice_pixels, span,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_or_var_ptr, y_ptr, mask_ptr,
+    x_strides, residual_strides, y_strides, mask_strides,
+    n_pixels, channel_steps, n_blocks, chunk_pixels, group_channels,
     EPS: tl.constexpr, ACTIVATION: tl.constexpr, GROUPED: tl.constexpr, RAGGED: tl.constexpr,
     ALIGN: tl.constexpr, WIDTH: tl.constexpr, VECTORS: tl.constexpr, PIXELS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """y = act((x − mean) · rstd · w + b + residual)."""
+    """y = act((x − mean) · rstd · w + b + residual).
+
+    Grid: (samples times blocks of channels, chunks)."""
     stat: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    sample, start, size, vector, pixel = _begin(n_pixels, n_blocks, slice_pixels, VECTORS, PIXELS)
+    sample, start, size, vector, pixel = _begin(n_pixels, n_blocks, chunk_pixels, VECTORS, PIXELS)
     channel, n_channels = vector * WIDTH + tl.arange(0, WIDTH)[None, :], channel_steps * ALIGN
-    col_mask = channel < n_channels
-    x_ptr += tile_offset(sample, start + pixel, x_strides, ALIGN) + channel
-    y_ptr += tile_offset(sample, start + pixel, y_strides, ALIGN) + channel
+    channel_mask = channel < n_channels
+    x_ptr += _pixel_offset(sample, start + pixel, x_strides, ALIGN) + channel
+    y_ptr += _pixel_offset(sample, start + pixel, y_strides, ALIGN) + channel
     if residual_ptr is not None:
-        residual_ptr += tile_offset(sample, start + pixel, residual_strides, ALIGN) + channel
+        residual_ptr += _pixel_offset(sample, start + pixel, residual_strides, ALIGN) + channel
     if mask_ptr is not None:
-        mask_ptr += tile_offset(sample, start + pixel, mask_strides, 1) + vector
-    at = _statistic_at(sample, channel, n_channels, span, GROUPED)
-    mean, rstd = statistics(mean_ptr, spread_ptr, at, col_mask, stat, EPS)
-    w, b = affine(weight_ptr, bias_ptr, channel, col_mask, stat)
+        mask_ptr += _pixel_offset(sample, start + pixel, mask_strides, 1) + vector
+    unit = _unit_of(sample, channel, n_channels, group_channels, GROUPED)
+    mean, rstd = statistics(mean_ptr, rstd_or_var_ptr, unit, channel_mask, stat, EPS)
+    w, b = affine(weight_ptr, bias_ptr, channel, channel_mask, stat)
     for done in range(0, size, DEPTH * PIXELS):
-        tiles, residuals = (), ()
+        x_tiles, residual_tiles = (), ()
         for t in tl.static_range(DEPTH):
-            here = done + t * PIXELS
-            mask = (pixel + here < size) & col_mask
-            tiles = tiles + (load_tile(x_ptr + tile_offset(0, here, x_strides, ALIGN), mask, stat),)
+            first = done + t * PIXELS
+            mask = (pixel + first < size) & channel_mask
+            x_tiles = x_tiles + (load_tile(x_ptr + _pixel_offset(0, first, x_strides, ALIGN), mask, stat),)
             if residual_ptr is not None:
-                residual = load_tile(residual_ptr + tile_offset(0, here, residual_strides, ALIGN), mask, stat)
-                residuals = residuals + (residual,)
+                residual = load_tile(residual_ptr + _pixel_offset(0, first, residual_strides, ALIGN), mask, stat)
+                residual_tiles = residual_tiles + (residual,)
         for t in tl.static_range(DEPTH):
-            here = done + t * PIXELS
-            row_mask = (pixel + here < size) & (vector * WIDTH < n_channels)
-            mask = (pixel + here < size) & col_mask
-            z = normalized(tiles[t], mean, rstd * w, b, EPS is not None)
+            first = done + t * PIXELS
+            vector_mask = (pixel + first < size) & (vector * WIDTH < n_channels)
+            mask = (pixel + first < size) & channel_mask
+            z = normalized(x_tiles[t], mean, rstd * w, b, EPS is not None)
             if residual_ptr is not None:
-                z += residuals[t]
-            bytes_ptr = mask_ptr + tile_offset(0, here, mask_strides, 1) if mask_ptr is not None else None
-            y = activated(z, bytes_ptr, row_mask, mask, ACTIVATION, WIDTH, RAGGED)
-            store_tile(y_ptr + tile_offset(0, here, y_strides, ALIGN), y, mask)
+                z += residual_tiles[t]
+            byte_ptr = mask_ptr + _pixel_offset(0, first, mask_strides, 1) if mask_ptr is not None else None
+            y = activated(z, byte_ptr, vector_mask, mask, ACTIVATION, WIDTH, RAGGED)
+            store_tile(y_ptr + _pixel_offset(0, first, y_strides, ALIGN), y, mask)
 
 
-@triton.jit
-def _dz(
-    dy, c, mask_ptr, row_mask, scale, bias, here, mask_strides, ACTIVATION: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
-    """The gradient before the activation; relu's is known by the mask, silu's is worked out again."""
-    if mask_ptr is not None:
-        return relu_gradient(dy, mask_ptr + tile_offset(0, here, mask_strides, 1), row_mask, WIDTH)
-    elif ACTIVATION == "silu":
-        return silu_gradient(dy, c * scale + bias)
-    else:
-        return dy
-
-
-@jit(do_not_specialize=_SIZES)  # one code for every size
+@jit(do_not_specialize=_SIZES)  # the same code for every size
 def _pixels_sums_kernel(
     dy_ptr, mask_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sums_ptr,
-    dy_strides, mask_strides, x_strides, n_pixels, channel_steps, n_blocks, slice_pixels, span,
+    dy_strides, mask_strides, x_strides, n_pixels, channel_steps, n_blocks, chunk_pixels, group_channels,
     ACTIVATION: tl.constexpr, GROUPED: tl.constexpr,
     ALIGN: tl.constexpr, WIDTH: tl.constexpr, VECTORS: tl.constexpr, PIXELS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Σ dz and Σ dz · x̂ of this program's channels in its slice of the pixels."""
+    """Σ dz and Σ dz · x̂ of each channel in a chunk of the pixels, as partials.
+
+    Grid: (samples times blocks of channels, chunks)."""
     stat = sums_ptr.dtype.element_ty
-    sample, start, size, vector, pixel = _begin(n_pixels, n_blocks, slice_pixels, VECTORS, PIXELS)
+    sample, start, size, vector, pixel = _begin(n_pixels, n_blocks, chunk_pixels, VECTORS, PIXELS)
     channel, n_channels = vector * WIDTH + tl.arange(0, WIDTH)[None, :], channel_steps * ALIGN
-    col_mask = channel < n_channels
-    dy_ptr += tile_offset(sample, start + pixel, dy_strides, ALIGN) + channel
-    x_ptr += tile_offset(sample, start + pixel, x_strides, ALIGN) + channel
+    channel_mask = channel < n_channels
+    dy_ptr += _pixel_offset(sample, start + pixel, dy_strides, ALIGN) + channel
+    x_ptr += _pixel_offset(sample, start + pixel, x_strides, ALIGN) + channel
     if mask_ptr is not None:
-        mask_ptr += tile_offset(sample, start + pixel, mask_strides, 1) + vector
-    at = _statistic_at(sample, channel, n_channels, span, GROUPED)
-    mean, rstd = statistics(mean_ptr, rstd_ptr, at, col_mask, stat, None)
-    w, b = affine(weight_ptr, bias_ptr, channel, col_mask, stat)
-    total = tl.zeros((VECTORS * PIXELS, WIDTH), stat)
-    product = total
+        mask_ptr += _pixel_offset(sample, start + pixel, mask_strides, 1) + vector
+    unit = _unit_of(sample, channel, n_channels, group_channels, GROUPED)
+    mean, rstd = statistics(mean_ptr, rstd_ptr, unit, channel_mask, stat, None)
+    w, b = affine(weight_ptr, bias_ptr, channel, channel_mask, stat)
+    dz_sum = tl.zeros((VECTORS * PIXELS, WIDTH), stat)
+    dz_x_hat_sum = dz_sum
     for done in range(0, size, DEPTH * PIXELS):
-        tiles, gradients = (), ()
+        x_tiles, dy_tiles = (), ()
         for t in tl.static_range(DEPTH):
-            here = done + t * PIXELS
-            mask = (pixel + here < size) & col_mask
-            tiles = tiles + (load_tile(x_ptr + tile_offset(0, here, x_strides, ALIGN), mask, stat),)
-            gradients = gradients + (load_tile(dy_ptr + tile_offset(0, here, dy_strides, ALIGN), mask, stat),)
+            first = done + t * PIXELS
+            mask = (pixel + first < size) & channel_mask
+            x_tiles = x_tiles + (load_tile(x_ptr + _pixel_offset(0, first, x_strides, ALIGN), mask, stat),)
+            dy_tiles = dy_tiles + (load_tile(dy_ptr + _pixel_offset(0, first, dy_strides, ALIGN), mask, stat),)
         for t in tl.static_range(DEPTH):
-            here = done + t * PIXELS
-            row_mask = (pixel + here < size) & (vector * WIDTH < n_channels)
-            c = tiles[t] - mean
-            dz = _dz(gradients[t], c, mask_ptr, row_mask, rstd * w, b, here, mask_strides, ACTIVATION, WIDTH)
-            total += dz
-            product += dz * c
+            first = done + t * PIXELS
+            vector_mask = (pixel + first < size) & (vector * WIDTH < n_channels)
+            centered = x_tiles[t] - mean
+            byte_ptr = mask_ptr + _pixel_offset(0, first, mask_strides, 1) if mask_ptr is not None else None
+            dz = activation_gradient(dy_tiles[t], centered, rstd * w, b, byte_ptr, vector_mask, ACTIVATION, WIDTH)
+            dz_sum += dz
+            dz_x_hat_sum += dz * centered
     shape: tl.constexpr = (PIXELS, VECTORS * WIDTH)
-    # a lane has few terms; those of all lanes together deserve more bits
-    total = tl.sum(tl.reshape(total.to(tl.float64), shape), axis=0, keep_dims=True)
-    product = tl.sum(tl.reshape(no_fma(product.to(tl.float64), rstd.to(tl.float64)), shape), axis=0, keep_dims=True)
-    _store_partials(sums_ptr, (total, product), _block_channels(n_blocks, VECTORS * WIDTH), n_blocks, n_channels)
+    # float32 is enough for the terms of a lane, which are few; the lanes' sums are added in float64
+    dz_sum = tl.sum(tl.reshape(dz_sum.to(tl.float64), shape), axis=0, keep_dims=True)
+    dz_x_hat_sum = no_fma(dz_x_hat_sum.to(tl.float64), rstd.to(tl.float64))
+    dz_x_hat_sum = tl.sum(tl.reshape(dz_x_hat_sum, shape), axis=0, keep_dims=True)
+    _store_partials(sums_ptr, (dz_sum, dz_x_hat_sum), _block_channels(n_blocks, VECTORS * WIDTH), n_blocks, n_channels)
 
 
-@jit(do_not_specialize=_SIZES)  # one code for every size
+@jit(do_not_specialize=_SIZES)  # the same code for every size
 def _pixels_gradient_kernel(
     dy_ptr, mask_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, means_ptr, dx_ptr, dresidual_ptr,
-    dy_strides, mask_strides, x_strides, dx_strides, n_pixels, channel_steps, n_blocks, slice_pixels, span,
+    dy_strides, mask_strides, x_strides, dx_strides, n_pixels, channel_steps, n_blocks, chunk_pixels, group_channels,
     ACTIVATION: tl.constexpr, GROUPED: tl.constexpr,
     ALIGN: tl.constexpr, WIDTH: tl.constexpr, VECTORS: tl.constexpr, PIXELS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """dx = (w · dz − mean(w · dz) − x̂ · mean(w · dz · x̂)) · rstd; dresidual = dz. The means, where there are any, have
-    w in them only where it differs within them."""
+    """dx = (w · dz − c2 − x̂ · c1) · rstd with c1 = mean(w · dz · x̂), c2 = mean(w · dz); dresidual = dz.
+
+    means_ptr: (2, units), c2 and c1, of batch_norm without w, which is the same in the whole unit; None of batch_norm
+    in evaluation, where dx = w · dz · rstd.
+
+    Grid: (samples times blocks of channels, chunks)."""
     stat = rstd_ptr.dtype.element_ty
-    sample, start, size, vector, pixel = _begin(n_pixels, n_blocks, slice_pixels, VECTORS, PIXELS)
+    sample, start, size, vector, pixel = _begin(n_pixels, n_blocks, chunk_pixels, VECTORS, PIXELS)
     channel, n_channels = vector * WIDTH + tl.arange(0, WIDTH)[None, :], channel_steps * ALIGN
-    col_mask = channel < n_channels
-    dy_ptr += tile_offset(sample, start + pixel, dy_strides, ALIGN) + channel
-    dx_at = tile_offset(sample, start + pixel, dx_strides, ALIGN) + channel
-    at = _statistic_at(sample, channel, n_channels, span, GROUPED)
-    mean, rstd = statistics(mean_ptr, rstd_ptr, at, col_mask, stat, None)
-    w, b = affine(weight_ptr, bias_ptr, channel, col_mask, stat)
+    channel_mask = channel < n_channels
+    dy_ptr += _pixel_offset(sample, start + pixel, dy_strides, ALIGN) + channel
+    dx_offset = _pixel_offset(sample, start + pixel, dx_strides, ALIGN) + channel
+    unit = _unit_of(sample, channel, n_channels, group_channels, GROUPED)
+    mean, rstd = statistics(mean_ptr, rstd_ptr, unit, channel_mask, stat, None)
+    w, b = affine(weight_ptr, bias_ptr, channel, channel_mask, stat)
     if mask_ptr is not None:
-        mask_ptr += tile_offset(sample, start + pixel, mask_strides, 1) + vector
+        mask_ptr += _pixel_offset(sample, start + pixel, mask_strides, 1) + vector
     if means_ptr is not None:
-        x_ptr += tile_offset(sample, start + pixel, x_strides, ALIGN) + channel
-        n_units = tl.num_programs(0) // n_blocks * (n_channels // span) if GROUPED else n_channels
-        mean_dz = load_tile(means_ptr + at, col_mask, stat)
-        slope = load_tile(means_ptr + n_units + at, col_mask, stat) * rstd
+        x_ptr += _pixel_offset(sample, start + pixel, x_strides, ALIGN) + channel
+        n_units = tl.num_programs(0) // n_blocks * (n_channels // group_channels) if GROUPED else n_channels
+        c2 = load_tile(means_ptr + unit, channel_mask, stat)
+        c1_rstd = load_tile(means_ptr + n_units + unit, channel_mask, stat) * rstd
     for done in range(0, size, DEPTH * PIXELS):
-        tiles, gradients = (), ()
+        x_tiles, dy_tiles = (), ()
         for t in tl.static_range(DEPTH):
-            here = done + t * PIXELS
-            mask = (pixel + here < size) & col_mask
+            first = done + t * PIXELS
+            mask = (pixel + first < size) & channel_mask
             if means_ptr is not None:
-                tiles = tiles + (load_tile(x_ptr + tile_offset(0, here, x_strides, ALIGN), mask, stat),)
-            gradients = gradients + (load_tile(dy_ptr + tile_offset(0, here, dy_strides, ALIGN), mask, stat),)
+                x_tiles = x_tiles + (load_tile(x_ptr + _pixel_offset(0, first, x_strides, ALIGN), mask, stat),)
+            dy_tiles = dy_tiles + (load_tile(dy_ptr + _pixel_offset(0, first, dy_strides, ALIGN), mask, stat),)
         for t in tl.static_range(DEPTH):
-            here = done + t * PIXELS
-            row_mask = (pixel + here < size) & (vector * WIDTH < n_channels)
-            mask = (pixel + here < size) & col_mask
-            c = tiles[t] - mean if means_ptr is not None else None
-            dz = _dz(gradients[t], c, mask_ptr, row_mask, rstd * w, b, here, mask_strides, ACTIVATION, WIDTH)
+            first = done + t * PIXELS
+            vector_mask = (pixel + first < size) & (vector * WIDTH < n_channels)
+            mask = (pixel + first < size) & channel_mask
+            centered = x_tiles[t] - mean if means_ptr is not None else None
+            byte_ptr = mask_ptr + _pixel_offset(0, first, mask_strides, 1) if mask_ptr is not None else None
+            dz = activation_gradient(dy_tiles[t], centered, rstd * w, b, byte_ptr, vector_mask, ACTIVATION, WIDTH)
             dx = dz * (rstd * w)
             if means_ptr is not None:
-                dx = input_gradient(dz, c, w, rstd, mean_dz, slope, GROUPED)
-            out_at = dx_at + tile_offset(0, here, dx_strides, ALIGN)
-            store_tile(dx_ptr + out_at, dx, mask)
+                dx = input_gradient(dz, centered, w, rstd, c2, c1_rstd, GROUPED)
+            offset = dx_offset + _pixel_offset(0, first, dx_strides, ALIGN)
+            store_tile(dx_ptr + offset, dx, mask)
             if dresidual_ptr is not None:
-                store_tile(dresidual_ptr + out_at, dz, mask)
+                store_tile(dresidual_ptr + offset, dz, mask)
 
 
 class _Walk(NamedTuple):
-    """How tensors (N, S, C) are walked."""
+    """How programs walk tensors (N, S, C): the kernels' sizes, grid and constants."""
 
     align: int
-    sizes: tuple[int, ...]  # n_pixels, channel_steps, n_blocks, slice_pixels
+    sizes: tuple[int, ...]  # n_pixels, channel_steps (C / align), n_blocks, chunk_pixels
     grid: tuple[int, int]
-    tiles: dict[str, int]
+    constants: dict[str, int]
     ragged: bool
 
     def strides(self, t):
-        """Of samples and pixels, in `align` elements; zero where there is one of them."""
+        """A tensor's strides of samples and pixels, in `align` elements; zero for a dimension of size one."""
         if t is None:
             return (0, 0)
         return tuple(0 if n == 1 else s // self.align for n, s in zip(t.shape[:2], t.stride()[:2], strict=True))
 
+    def byte_strides(self, mask):
+        """The strides of a ReLU's mask, in bytes: it is not aligned."""
+        return self._replace(align=1).strides(mask)
 
-def _walk(tensors, depth, mask=None, lone_samples=False):
-    """A mask has a byte for each vector. lone_samples: slices as if there were one sample, so that what is summed in
-    one does not depend on the others."""
+
+def _walk(tensors, depth, mask=None, batch_invariant=False):
+    """mask: a ReLU's, with a byte for each vector. batch_invariant: chunks are chosen as for a single sample, so that
+    sums over a sample don't depend on how many others there are."""
     shape = tensors[0].shape
     align = launch.vector_width(shape[2], tensors)
-    return _walk_of(shape, align, depth, mask is not None, lone_samples, launch.multiprocessors())
+    return _walk_of(shape, align, depth, mask is not None, batch_invariant, launch.multiprocessors())
 
 
 @launch.remembered
-def _walk_of(shape, align, depth, has_mask, lone_samples, multiprocessors):
+def _walk_of(shape, align, depth, has_mask, batch_invariant, multiprocessors):
     samples, n_pixels, channels = shape
     width = 8 if has_mask else align
-    depth = max(1, depth * align // width)  # narrow accesses are many, and each needs its registers
+    depth = max(1, depth * align // width)  # a vector of several narrow accesses takes registers for each
     tiling = launch.channel_vectors(launch.ceil_div(channels, width), n_pixels, depth)
     blocks = launch.ceil_div(channels, width * tiling.vectors)
-    slice_pixels = launch.slice_length(
-        n_pixels, tiling.step, blocks if lone_samples else samples * blocks, multiprocessors
+    chunk_pixels = launch.chunk_length(
+        n_pixels, tiling.step, blocks if batch_invariant else samples * blocks, multiprocessors
     )
     return _Walk(
-        align, (n_pixels, channels // align, blocks, slice_pixels),
-        (samples * blocks, launch.ceil_div(n_pixels, slice_pixels)),
+        align, (n_pixels, channels // align, blocks, chunk_pixels),
+        (samples * blocks, launch.ceil_div(n_pixels, chunk_pixels)),
         dict(ALIGN=align, WIDTH=width, VECTORS=tiling.vectors, PIXELS=tiling.pixels, DEPTH=tiling.depth),
         channels % width > 0,
     )  # fmt: skip
 
 
-def _partials(walk, numbers, x):
-    """Room for what the slices leave of each channel."""
+def _partials(walk, fields, x):
+    """Uninitialised memory for what the chunks leave of each channel."""
     samples, n_pixels, channels = x.shape
-    values = x.new_empty((numbers, samples, walk.grid[1], channels), dtype=stat_dtype(x))
+    values = x.new_empty((fields, samples, walk.grid[1], channels), dtype=stat_dtype(x))
     return Partials(values, walk.sizes[-1], n_pixels)
 
 
 def moments(x, groups=None):
-    """x: (N, S, C). Partial means and variances of the channels in each sample."""
-    walk = _walk([x], launch.MOMENTS_DEPTH, lone_samples=groups is not None)
+    """x: (N, S, C). Partial moments of the channels of each sample."""
+    walk = _walk([x], launch.MOMENTS_DEPTH, batch_invariant=groups is not None)
     partials = _partials(walk, 3, x)
-    # grid: (samples times blocks of channels, slices)
+    # grid: (samples times blocks of channels, chunks)
     _pixels_moments_kernel[walk.grid](
         x, partials.values, walk.strides(x), *walk.sizes, x.shape[2] // (groups or x.shape[2]),
-        GROUPED=groups is not None, **walk.tiles, **launch.options(launch.VECTOR_WARPS),
+        GROUPED=groups is not None, **walk.constants, **launch.options(launch.CHANNEL_WARPS),
     )  # fmt: skip
     return partials
 
 
 def normalize(x, residual, affine, statistics, y, mask, *, eps=None, groups=None, activation=None):
-    """Fills y, and the mask where there is one. affine: weight and bias; statistics: mean and rstd, or with an eps the
-    variance."""
-    walk = _walk([t for t in (x, residual, y) if t is not None], launch.STREAM_DEPTH, mask)
-    # grid: (samples times blocks of channels, slices)
+    """Fills y, and a ReLU's mask unless it is None. affine: weight and bias; statistics: mean and rstd, or with an eps
+    mean and variance."""
+    walk = _walk([t for t in (x, residual, y) if t is not None], launch.ELEMENTWISE_DEPTH, mask)
+    # grid: (samples times blocks of channels, chunks)
     _pixels_normalize_kernel[walk.grid](
-        x, residual, *affine, *statistics, y, mask, *map(walk.strides, (x, residual, y)), _byte_strides(walk, mask),
+        x, residual, *affine, *statistics, y, mask, *map(walk.strides, (x, residual, y)), walk.byte_strides(mask),
         *walk.sizes, x.shape[2] // (groups or x.shape[2]), EPS=eps, ACTIVATION=activation, GROUPED=groups is not None,
-        RAGGED=walk.ragged, **walk.tiles, **launch.options(launch.VECTOR_WARPS),
+        RAGGED=walk.ragged, **walk.constants, **launch.options(launch.CHANNEL_WARPS),
     )  # fmt: skip
 
 
-def _byte_strides(walk, mask):
-    return walk._replace(align=1).strides(mask)
-
-
 def sums(dy, mask, x, affine, statistics, *, groups=None, silu=False):
-    """Partial Σ dz and Σ dz · x̂ of the channels in each sample."""
-    walk = _walk([dy, x], launch.STREAM_DEPTH, mask, groups is not None)
+    """Partial Σ dz and Σ dz · x̂ of the channels of each sample."""
+    walk = _walk([dy, x], launch.ELEMENTWISE_DEPTH, mask, batch_invariant=groups is not None)
     partials = _partials(walk, 2, x)
-    # grid: (samples times blocks of channels, slices)
+    # grid: (samples times blocks of channels, chunks)
     _pixels_sums_kernel[walk.grid](
         dy, mask, x, *affine, *statistics, partials.values,
-        walk.strides(dy), _byte_strides(walk, mask), walk.strides(x), *walk.sizes, x.shape[2] // (groups or x.shape[2]),
-        ACTIVATION="silu" if silu else None, GROUPED=groups is not None, **walk.tiles,
-        **launch.options(launch.VECTOR_WARPS),
+        walk.strides(dy), walk.byte_strides(mask), walk.strides(x), *walk.sizes, x.shape[2] // (groups or x.shape[2]),
+        ACTIVATION="silu" if silu else None, GROUPED=groups is not None, **walk.constants,
+        **launch.options(launch.CHANNEL_WARPS),
     )  # fmt: skip
     return partials
 
 
 def gradient(dy, mask, x, affine, statistics, means, dx, dresidual, *, groups=None, silu=False):
-    """Fills dx, and dresidual where there is one. means: of dz and dz · x̂, without the weight where a unit has one;
-    None where the statistics were given and not computed."""
-    walk = _walk([t for t in (dy, x, dx, dresidual) if t is not None], launch.STREAM_DEPTH, mask)
-    # grid: (samples times blocks of channels, slices)
+    """Fills dx, and dresidual unless it is None. means: (2, units), c2 and c1, of batch_norm without the weight; None
+    where the statistics are constants."""
+    walk = _walk([t for t in (dy, x, dx, dresidual) if t is not None], launch.ELEMENTWISE_DEPTH, mask)
+    # grid: (samples times blocks of channels, chunks)
     _pixels_gradient_kernel[walk.grid](
         dy, mask, x, *affine, *statistics, means, dx, dresidual,
-        walk.strides(dy), _byte_strides(walk, mask), walk.strides(x), walk.strides(dx),
+        walk.strides(dy), walk.byte_strides(mask), walk.strides(x), walk.strides(dx),
         *walk.sizes, x.shape[2] // (groups or x.shape[2]),
-        ACTIVATION="silu" if silu else None, GROUPED=groups is not None, **walk.tiles,
-        **launch.options(launch.VECTOR_WARPS),
+        ACTIVATION="silu" if silu else None, GROUPED=groups is not None, **walk.constants,
+        **launch.options(launch.CHANNEL_WARPS),
     )  # fmt: skip

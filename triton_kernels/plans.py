@@ -1,8 +1,8 @@
-"""Launch plans: what an operator does on the device, written down so that it can be done again without its launcher.
+"""Launch plans: what an operator's launcher does on the device, recorded once and then repeated without the launcher.
 
-The launcher runs once with its kernels compiled and not launched. What it allocates, copies and would launch is the
-plan. It is kept by all that a launcher may look at: the operator, shapes, strides, dtypes, alignment, options, driver
-and device. csrc/plans.cpp keeps and repeats plans; without the extension `call` does.
+To record, the launcher runs with its kernels compiled but not launched. The plan is what it allocates, copies and would
+launch. Plans are cached by all that a launcher may look at: the operator, shapes, strides, dtypes, alignment, options,
+driver and device. csrc/plans.cpp caches and repeats plans; without the extension `call` does.
 """
 
 from __future__ import annotations
@@ -35,23 +35,24 @@ _LIBRARIES = {
     "hip": ("hipModuleLaunchKernel", ("libamdhip64.so", "libamdhip64.so.7", "libamdhip64.so.6")),
 }
 
-# What launches in place of the GPU's driver: the address of a C function with cuLaunchKernel's parameters, or a
-# function of Python, launcher(function, grid, values, tensors), whose values hold addresses in memory of the tensors.
+# What launches in place of the GPU's driver; a virtual GPU sets it. It is the address of a C function with
+# cuLaunchKernel's parameters, or a Python function launcher(function, grid, values, tensors), whose values hold
+# addresses in memory of the tensors.
 launcher: int | Callable[..., Any] | None = None
 
-# Calls of a combination that the launcher makes before its plan is worth making, which takes as long as five: the next
-# batch may have another number of rows.
+# Calls with a key that go through the launcher before a plan is recorded. To record one takes as long as five calls,
+# which don't pay where each batch has another number of rows.
 CALLS_BEFORE = 1
 
 
 class Plan(NamedTuple):
-    """Tensors are numbered: the call's, the results that are there, the temporaries.
+    """Tensors are numbered: the call's arguments, its results that are not None, and temporaries.
 
     results, temporaries: (shape, strides, dtype) of each; None for a result that is None.
-    steps: ("copy", to, from, offset, shape, strides) and ("launch", function, grid, threads, shared bytes, parameters);
-    a parameter is (−1, number), or (tensor, bytes from its first element).
-    launches: of each launch the compiled kernel, which stays loaded, and the parameters of Triton's own launcher, which
-        takes constexprs as well.
+    steps: ("copy", to, from, offset, shape, strides) or ("launch", function, grid, threads, shared bytes, parameters);
+        a parameter is (−1, number) or (tensor's number, bytes from its first element).
+    launches: for each launch the compiled kernel, which keeps it loaded, and the parameters of Triton's own launcher,
+        which takes constexprs as well.
     """
 
     results: list[tuple | None]
@@ -61,11 +62,13 @@ class Plan(NamedTuple):
 
 
 class _NoPlan(Exception):
-    """The call does what C++ can't repeat."""
+    """A plan can't repeat what the call does."""
 
 
 class _Recording(TorchDispatchMode):
-    """Sees what a launcher allocates and copies; `note` is told what it would launch."""
+    """Records what a launcher allocates and copies; `note` records what it would launch.
+
+    is_plain: the launcher has done nothing else but take views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,13 +88,14 @@ class _Recording(TorchDispatchMode):
         return result
 
     def note(self, compiled: Any, grid: tuple[int, ...], arguments: tuple, constexprs: tuple) -> None:
-        if not isinstance(compiled, triton.compiler.CompiledKernel):  # another thread still compiles it
+        if not isinstance(compiled, triton.compiler.CompiledKernel):  # another thread is still compiling it
             raise _NoPlan
         self.steps.append((compiled, grid, arguments, constexprs))
 
 
 def state(device_type: str) -> tuple | None:
-    """Driver, device, stream, launcher, CALLS_BEFORE of launches now; None where they must go through Triton's JIT."""
+    """(driver, device, stream, launcher, CALLS_BEFORE) for a launch by csrc/plans.cpp at this moment; None where
+    launches must go through Triton's JIT."""
     if INTERPRETED:
         return None
     driver = drivers.active
@@ -104,7 +108,7 @@ def state(device_type: str) -> tuple | None:
 
 @functools.lru_cache(maxsize=4)
 def _driver_launcher(driver: Any) -> int | None:
-    """The address of the launch function in the GPU's driver, which Triton has loaded."""
+    """The address of the launch function in the GPU's driver library, which Triton has loaded; None if it has not."""
     name, libraries = _LIBRARIES[driver.get_current_target().backend]
     for library in libraries:
         try:
@@ -123,10 +127,10 @@ def launcher_of(name: str) -> Callable[..., Any]:
 
 
 def record(name: str, arguments: tuple) -> Plan | None:
-    """The plan of an operator's call, which launches nothing; None where C++ can't repeat it."""
+    """The plan of an operator's call, without launching anything; None where a plan can't repeat the call."""
     recording = _Recording()
     try:
-        arguments = _apart(arguments)
+        arguments = _without_aliases(arguments)
         recorder.note = recording.note
         with recording:
             results = launcher_of(name)(*arguments)
@@ -137,28 +141,29 @@ def record(name: str, arguments: tuple) -> Plan | None:
         recorder.note = None
 
 
-def _apart(arguments: tuple) -> tuple:
-    """The arguments; for tensors in memory of another one, which an address would not tell apart, some like them."""
+def _without_aliases(arguments: tuple) -> tuple:
+    """The arguments, with uninitialised tensors for those that share memory: an address must belong to one argument."""
     storages = Counter(_storage(a) for a in arguments if isinstance(a, Tensor))
     return tuple(_like(a) if isinstance(a, Tensor) and storages[_storage(a)] > 1 else a for a in arguments)
 
 
 def _like(tensor: Tensor) -> Tensor:
-    """Another tensor with the same shape, strides and alignment."""
+    """An uninitialised tensor with the same shape, strides and alignment."""
     if tensor.untyped_storage().nbytes() >= 2**31:
-        raise _NoPlan  # AMD's kernels are specialised on such a storage
+        raise _NoPlan  # AMD's kernels are specialised on storages that large
     extent = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     offset = tensor.data_ptr() % 16 // tensor.element_size()
     return tensor.new_empty(offset + extent).as_strided(tensor.shape, tensor.stride(), offset)
 
 
 def _plan(recording: _Recording, inputs: list[Tensor], results: Any) -> Plan:
+    """The plan of what was recorded, with tensors numbered in the order of `slots`."""
     results = results if isinstance(results, tuple) else (results,)
     outputs = [result for result in results if result is not None]
     made = {_storage(tensor): tensor for tensor in recording.made}
     for output in outputs:
         if made.pop(_storage(output), None) is None or output.nbytes != output.untyped_storage().nbytes():
-            raise _NoPlan  # a view, or an argument, or a part of memory with more in it
+            raise _NoPlan  # it is a view, an argument, or smaller than its storage
     slots = [*inputs, *outputs, *made.values()]
     place = {_storage(slot): i for i, slot in enumerate(slots)}
     if not recording.is_plain or len(place) < len(slots):
@@ -202,8 +207,8 @@ def _launch(place: dict[int, int], slots: list[Tensor], compiled: Any, grid: tup
 
 
 def _flat(arguments: Iterable, types: Iterable) -> Iterable[Any]:
-    """The arguments that the compiled kernel takes: not those that it is specialised on."""
-    for argument, kind in zip(arguments, types, strict=False):  # constexprs come last, and are none of the arguments
+    """The arguments that the compiled kernel takes, out of their tuples, without those that it is specialised on."""
+    for argument, kind in zip(arguments, types, strict=False):  # the types of constexprs follow those of the arguments
         if isinstance(kind, tuple):
             yield from _flat(argument, kind)
         elif kind != "constexpr":
@@ -219,16 +224,16 @@ def _parameter(place: dict[int, int], slots: list[Tensor], value: Any) -> tuple[
     return slot, value.data_ptr() - slots[slot].data_ptr()
 
 
-_known: dict[tuple, list] = {}  # by key: how many calls there were, and the plan, None before there is one
+_known: dict[tuple, list] = {}  # by key: the number of calls, and the plan or None
 _MOST_KEYS = 4096
 
 
 def call(name: str, *arguments: Any) -> Any:
-    """An operator by its launch plan, as csrc/plans.cpp does it, but in Python."""
+    """Calls an operator by its launch plan; csrc/plans.cpp does the same where there is the extension."""
     driver = drivers.active
     device = driver.get_current_device()
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-    # meta tensors have no memory; and the launcher makes another device current
+    # meta tensors have no memory; and for tensors on another device the launcher makes that device current
     if needs_jit() or tensors[0].is_meta or tensors[0].device.index not in (None, device):
         return launcher_of(name)(*arguments)
     is_hip = backend() == "hip"
@@ -247,11 +252,13 @@ def call(name: str, *arguments: Any) -> Any:
 
 
 def _trait(tensor: Tensor, is_hip: bool) -> tuple:
+    """What of a tensor its launcher and Triton's specialisation look at."""
     is_large = is_hip and tensor.untyped_storage().nbytes() >= 2**31
     return tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16, is_large
 
 
 def _run(plan: Plan, slots: list[Tensor], stream: int) -> Any:
+    """Repeats the plan with the call's tensors. Returns the operator's results."""
     device = slots[0].device
     made = [
         layout and torch.empty_strided(layout[0], layout[1], dtype=layout[2], device=device)
@@ -272,7 +279,7 @@ def _run(plan: Plan, slots: list[Tensor], stream: int) -> Any:
 
 
 def _at(tensor: Tensor, offset: int) -> Tensor:
-    """What begins so many bytes behind the tensor's beginning."""
+    """A view whose address is `offset` bytes after the tensor's."""
     if offset == 0:
         return tensor
     return tensor.as_strided((), (), tensor.storage_offset() + offset // tensor.element_size())

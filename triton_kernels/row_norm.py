@@ -1,5 +1,10 @@
-"""LayerNorm (Ba, Kiros & Hinton 2016) and RMSNorm (Zhang & Sennrich 2019), alone and behind a residual addition,
-forward and backward. What a norm lacks is an absent pointer: one without a mean_ptr is RMSNorm."""
+"""LayerNorm (Ba, Kiros & Hinton 2016) and RMSNorm (Zhang & Sennrich 2019), alone and behind a residual addition.
+
+One forward and one backward kernel serve all four; what a norm doesn't have is a None pointer, and a norm without
+mean_ptr is RMSNorm. The backward is persistent: each program takes blocks of ROWS rows in turn and keeps its sums of
+dweight and dbias in registers; a second kernel adds up the programs' sums. Rows that don't fit in registers go to
+long_row_norm.py. tiles.py says how a row is cut into tiles.
+"""
 
 from __future__ import annotations
 
@@ -14,77 +19,82 @@ from .tiles import (
     column_sums,
     empty_like,
     empty_partials,
-    empty_sums,
     factors,
     gradient,
-    gradient_means,
-    keep_zero,
-    lane_means,
+    gradient_coefficients,
     load_tiles,
     load_weight_tile,
+    mean_terms,
     reciprocal_sqrt,
     rounded_to,
     row_mean,
     store_gradient,
+    store_h,
     store_partials,
-    store_stream,
     store_tile,
     tile_mask,
+    zero_masked,
+    zero_sums,
 )
 from .types import stat_dtype, triton_dtype
 
 
 @triton.jit
 def _subtract(tiles, value):
-    """The tiles less a value of their row."""
-    less = ()
+    """The tiles minus a value of their row, (rows, 1)."""
+    differences = ()
     for t in tl.static_range(len(tiles)):
-        less = less + (tiles[t] - value,)
-    return less
+        differences = differences + (tiles[t] - value,)
+    return differences
 
 
 @triton.jit
 def _center(tiles, total, lanes, REFINE: tl.constexpr, N_COLS: tl.constexpr, TILE: tl.constexpr):
-    """The mean of h, the tiles of h − mean, and Σ (h − mean)² of each lane; total: Σ h of each lane."""
+    """The mean of h, (ROWS, 1), the tiles of h − mean, and each lane's Σ (h − mean)², (ROWS, TILE).
+
+    total: each lane's Σ h. REFINE: centre a second time, by the mean of h − mean, which is what rounding left."""
     mean = row_mean(tl.sum(total, axis=1, keep_dims=True), N_COLS)
     centered = _subtract(tiles, mean)
     if REFINE:
         remainder = tl.zeros_like(total)
         for t in tl.static_range(len(tiles)):
-            remainder += keep_zero(centered[t], t, lanes, N_COLS, TILE)
+            remainder += zero_masked(centered[t], t, lanes, N_COLS, TILE)
         shift = row_mean(tl.sum(remainder, axis=1, keep_dims=True), N_COLS)
         mean += shift
         centered = _subtract(centered, shift)
     square_sum = tl.zeros_like(total)
     for t in tl.static_range(len(tiles)):
-        c = keep_zero(centered[t], t, lanes, N_COLS, TILE)
+        c = zero_masked(centered[t], t, lanes, N_COLS, TILE)
         square_sum += c * c
     return mean, centered, square_sum
 
 
-@jit(do_not_specialize=["n_rows"])  # one code for every batch, to the last bit
+@jit(do_not_specialize=["n_rows"])  # the same code for every batch: the same bits
 def _row_norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr, n_rows, x_stride, residual_stride,
     EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr, CAST: tl.constexpr, REFINE: tl.constexpr,
     N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """y = (h − mean) · rstd · w + b with h = x + residual, rstd = 1/√(mean((h − mean)²) + eps); RMSNorm has mean 0."""
+    """y = (h − mean) · rstd · w + b with h = x + residual, rstd = 1/√(mean((h − mean)²) + eps); RMSNorm has mean 0.
+
+    Grid: (blocks of ROWS rows,)."""
     stat = rstd_ptr.dtype.element_ty
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     row_mask = rows < n_rows if ROWS > 1 else None
-    # each row's address is worked out once; those of its tiles are constants away
+    # offsets of tile 0, computed once a row; those of the other tiles are constants away
     lanes = tl.arange(0, TILE)[None, :]
-    x_at, residual_at, y_at = rows * x_stride + lanes, rows * residual_stride + lanes, rows * N_COLS + lanes
+    x_offsets, residual_offsets = rows * x_stride + lanes, rows * residual_stride + lanes
+    y_offsets = rows * N_COLS + lanes
     total, square_sum = tl.zeros((ROWS, TILE), stat), tl.zeros((ROWS, TILE), stat)
-    # all of them before the first store of h, which might alias them
-    x_tiles = load_tiles(x_ptr, x_at, lanes, row_mask, N_COLS, TILE, N_TILES)
-    residual_tiles = load_tiles(residual_ptr, residual_at, lanes, row_mask, N_COLS, TILE, N_TILES)
+    # all loads before the first store of h: it might alias them, so the compiler would not move them ahead of it
+    x_tiles = load_tiles(x_ptr, x_offsets, lanes, row_mask, N_COLS, TILE, N_TILES)
+    residual_tiles = load_tiles(residual_ptr, residual_offsets, lanes, row_mask, N_COLS, TILE, N_TILES)
     tiles = ()
     for t in tl.static_range(N_TILES):
         h = x_tiles[t].to(stat)
         if residual_ptr is not None:
             mask = tile_mask(t, lanes, row_mask, N_COLS, TILE)
-            h = store_stream(h + residual_tiles[t].to(stat), h_ptr + y_at + t * TILE, mask)
+            h = store_h(h + residual_tiles[t].to(stat), h_ptr + y_offsets + t * TILE, mask)
         if mean_ptr is not None:
             total += h
         else:
@@ -92,8 +102,8 @@ def _row_norm_forward_kernel(
         tiles = tiles + (h,)
     if mean_ptr is not None:
         mean, tiles, square_sum = _center(tiles, total, lanes, REFINE, N_COLS, TILE)
-    # scaled before the lanes are added: n squares of 1e18 have a mean that fits, and a sum that does not
-    rstd = reciprocal_sqrt(tl.sum(lane_means(square_sum, N_COLS), axis=1, keep_dims=True) + EPS)
+    # divided by n before the lanes are added: of n squares of 1e18 the mean fits into float32, and the sum doesn't
+    rstd = reciprocal_sqrt(tl.sum(mean_terms(square_sum, N_COLS), axis=1, keep_dims=True) + EPS)
     if mean_ptr is not None:
         store_tile(mean_ptr + rows, mean, row_mask)
     store_tile(rstd_ptr + rows, rstd, row_mask)
@@ -103,7 +113,7 @@ def _row_norm_forward_kernel(
             y *= load_weight_tile(weight_ptr, lanes, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
         if bias_ptr is not None:
             y += load_weight_tile(bias_ptr, lanes, t, stat, False, N_COLS, TILE, ROWS)
-        store_tile(y_ptr + y_at + t * TILE, y, tile_mask(t, lanes, row_mask, N_COLS, TILE))
+        store_tile(y_ptr + y_offsets + t * TILE, y, tile_mask(t, lanes, row_mask, N_COLS, TILE))
 
 
 @triton.jit
@@ -111,7 +121,8 @@ def _load_rows(
     dy_ptr, h_ptr, mean_ptr, rstd_ptr, block, n_rows, dy_stride, h_stride,
     N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of h and dy in the types of the memory, and (rstd, mean) or (rstd,); zeros beyond the last row."""
+    """A block's tiles of h and dy in the types of the memory, and its statistics: (rstd, mean), or (rstd,) for RMSNorm,
+    (ROWS, 1) each. Zeros for rows beyond the last."""
     row_ids = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
     mask = row_ids < n_rows
     rows, row_mask, lanes = row_ids[:, None], mask[:, None], tl.arange(0, TILE)[None, :]
@@ -123,66 +134,72 @@ def _load_rows(
     return h_tiles, dy_tiles, statistics
 
 
-@jit(do_not_specialize=["n_rows", "n_blocks"])  # one code for every batch, to the last bit
+@jit(do_not_specialize=["n_rows", "n_blocks"])  # the same code for every batch: the same bits
 def _row_norm_backward_kernel(
     dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr,
     n_rows, n_blocks, dy_stride, dh_stride, h_stride,
     ZERO_CENTERED: tl.constexpr, CAST: tl.constexpr, PREFETCH: tl.constexpr,
     N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """dx = (w·dy − mean(w·dy) − x̂ · mean(x̂ · w·dy)) · rstd + dh, of RMSNorm without mean(w·dy); dweight = Σ dy · x̂,
-    dbias = Σ dy over this program's rows. Its next rows are loaded before it stores, as stores might alias them."""
+    """dx = (w·dy − c2 − x̂ · c1) · rstd + dh with c1 = mean(x̂ · w·dy), c2 = mean(w·dy); RMSNorm has no c2.
+    dweight = Σ dy · x̂ and dbias = Σ dy over this program's rows.
+
+    Grid: (programs,), as many as are resident; each takes every programs-th block of ROWS rows."""
     stat = rstd_ptr.dtype.element_ty
     lanes = tl.arange(0, TILE)[None, :]
-    dweight, dbias = empty_sums(dweight_ptr, ROWS, TILE, N_TILES), empty_sums(dbias_ptr, ROWS, TILE, N_TILES)
-    # else what store_partials needs is worked out twice, once for a program without rows, and kept
+    dweight_sums, dbias_sums = zero_sums(dweight_ptr, ROWS, TILE, N_TILES), zero_sums(dbias_ptr, ROWS, TILE, N_TILES)
+    # without it the compiler makes a second copy of store_partials, for programs without rows, and keeps in registers
+    # through the loop what both copies share
     tl.assume(tl.program_id(0) < n_blocks)
-    ahead = _load_rows(
+    loaded = _load_rows(
         dy_ptr, h_ptr, mean_ptr, rstd_ptr, tl.program_id(0), n_rows, dy_stride, h_stride, N_COLS, TILE, N_TILES, ROWS
     )
     for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
-        h_tiles, dy_tiles, statistics = ahead
+        h_tiles, dy_tiles, statistics = loaded
         rows = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
         dh_tiles = load_tiles(dh_ptr, rows * dh_stride + lanes, lanes, rows < n_rows, N_COLS, TILE, N_TILES)
-        product, total = tl.zeros((ROWS, TILE), stat), tl.zeros((ROWS, TILE), stat)
-        weight_sums, bias_sums, c_tiles, g_tiles = (), (), (), ()
+        c1_sums, c2_sums = tl.zeros((ROWS, TILE), stat), tl.zeros((ROWS, TILE), stat)
+        new_dweight_sums, new_dbias_sums, x_factors, wdy_factors = (), (), (), ()
         for t in tl.static_range(N_TILES):
-            c, g = factors(h_tiles[t], dy_tiles[t], statistics)
+            x_factor, dy_factor = factors(h_tiles[t], dy_tiles[t], statistics)
             if dweight_ptr is not None:
-                weight_sums = weight_sums + (dweight[t] + g * rounded_to(c, CAST),)
+                new_dweight_sums = new_dweight_sums + (dweight_sums[t] + dy_factor * rounded_to(x_factor, CAST),)
             if dbias_ptr is not None:
-                bias_sums = bias_sums + (dbias[t] + dy_tiles[t].to(stat),)
+                new_dbias_sums = new_dbias_sums + (dbias_sums[t] + dy_tiles[t].to(stat),)
+            wdy_factor = dy_factor
             if weight_ptr is not None:
-                g *= load_weight_tile(weight_ptr, lanes, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
-            product, total = tl.fma(c, g, product), total + g
-            c_tiles, g_tiles = c_tiles + (c,), g_tiles + (g,)
-        dweight, dbias = weight_sums, bias_sums
+                wdy_factor *= load_weight_tile(weight_ptr, lanes, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
+            c1_sums, c2_sums = tl.fma(x_factor, wdy_factor, c1_sums), c2_sums + wdy_factor
+            x_factors, wdy_factors = x_factors + (x_factor,), wdy_factors + (wdy_factor,)
+        dweight_sums, dbias_sums = new_dweight_sums, new_dbias_sums
+        # the next block is loaded before this one is stored: stores might alias loads, which then wait for them
         next_block = block + tl.num_programs(0)
         if PREFETCH:
-            ahead = _load_rows(
+            loaded = _load_rows(
                 dy_ptr, h_ptr, mean_ptr, rstd_ptr, next_block, n_rows, dy_stride, h_stride, N_COLS, TILE, N_TILES, ROWS
             )
-        means = gradient_means(product, total, statistics, N_COLS)
+        coefficients = gradient_coefficients(c1_sums, c2_sums, statistics, N_COLS)
         for t in tl.static_range(N_TILES):
-            dx = gradient(c_tiles[t], g_tiles[t], means, statistics[0], N_COLS)
+            dx = gradient(x_factors[t], wdy_factors[t], coefficients, statistics[0], N_COLS)
             if dh_ptr is not None:
                 dx += dh_tiles[t].to(stat)
-            at, mask = rows * N_COLS + lanes + t * TILE, tile_mask(t, lanes, rows < n_rows, N_COLS, TILE)
-            store_gradient(dx_ptr, dresidual_ptr, at, dx, mask)
-        if not PREFETCH:  # for want of registers
-            ahead = _load_rows(
+            offsets, mask = rows * N_COLS + lanes + t * TILE, tile_mask(t, lanes, rows < n_rows, N_COLS, TILE)
+            store_gradient(dx_ptr, dresidual_ptr, offsets, dx, mask)
+        if not PREFETCH:  # there are no registers for two blocks
+            loaded = _load_rows(
                 dy_ptr, h_ptr, mean_ptr, rstd_ptr, next_block, n_rows, dy_stride, h_stride, N_COLS, TILE, N_TILES, ROWS
             )
-    store_partials(dweight_ptr, dweight, N_COLS, TILE, N_TILES)
-    store_partials(dbias_ptr, dbias, N_COLS, TILE, N_TILES)
+    store_partials(dweight_ptr, dweight_sums, N_COLS, TILE, N_TILES)
+    store_partials(dbias_ptr, dbias_sums, N_COLS, TILE, N_TILES)
 
 
 def row_norm_forward(
     x, residual, dims, weight, bias, eps, subtract_mean, zero_centered, cast_dtype, out_dtype, residual_dtype
 ):
-    """x: (*, *shape), the last `dims` dimensions; residual: as x, or None; weight, bias: shape, or None. Returns y: as
-    x, contiguous, in out_dtype, h = x + residual in residual_dtype, or None, mean, if it is subtracted, or None, and
-    rstd: (rows,)."""
+    """x: (*, *shape), the last `dims` dimensions; residual: like x, or None; weight, bias: shape, or None.
+
+    Returns y: like x, contiguous, in out_dtype; h = x + residual, contiguous, in residual_dtype, None without a
+    residual; mean: (rows,), None if it is not subtracted; rstd: (rows,)."""
     y = empty_like(x, out_dtype)
     h = None if residual is None else empty_like(x, residual_dtype)
     x, residual, weight, bias = as_rows(x, dims), as_rows(residual, dims), contiguous(weight), contiguous(bias)
@@ -201,7 +218,7 @@ def row_norm_forward(
         else:
             tiles = launch.row_tiles(cols, itemsize)
             refines = subtract_mean and launch.refines(cols, (x if h is None else h).dtype)
-            # grid: one program for each tiles.rows rows
+            # grid: one program for each block of tiles.rows rows
             _row_norm_forward_kernel[(launch.ceil_div(rows, tiles.rows),)](
                 *arguments, rows, *strides,
                 **features, REFINE=refines, N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows,
@@ -213,9 +230,10 @@ def row_norm_forward(
 def row_norm_backward(
     dy, dh, h, dims, weight, mean, rstd, zero_centered, cast_dtype, x_dtype, residual_dtype, dweight_dtype, dbias_dtype
 ):
-    """dy: as h; dh: as h, or None; h: x, or x + residual. Returns dx: as h, contiguous, in x_dtype, dresidual in
-    residual_dtype, or None where dx serves as both or there is no residual, and dweight and dbias: the last `dims`
-    dimensions of h, None where their dtype is None."""
+    """h: x, or x + residual: (*, *shape), the last `dims` dimensions; dy: like h; dh: like h, or None.
+
+    Returns dx: like h, contiguous, in x_dtype; dresidual: the same in residual_dtype, None where there is no residual
+    or dx has that dtype; dweight, dbias: shape, None where their dtype is None."""
     shape, dtypes = h.shape[-dims:], [dweight_dtype, dbias_dtype]
     dx = empty_like(h, x_dtype)
     dresidual = None if residual_dtype in (None, x_dtype) else empty_like(h, residual_dtype)
@@ -227,16 +245,17 @@ def row_norm_backward(
     arguments = (dy, dh, h, weight, mean, rstd, dx, dresidual)
     strides = (dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0))
     features = dict(ZERO_CENTERED=zero_centered, CAST=triton_dtype(cast_dtype))
-    # LayerNorm's room is for two sums, wanted or not: dx does not depend on which gradients are
+    # LayerNorm has registers for two sums, whichever gradients are wanted, so that dx does not depend on that
     sums = 1 if mean is None and dbias_dtype is None else 2
     widest = launch.access_bytes((dy, dh, h, weight, dx, dresidual))
-    tiles, is_held = launch.backward_tiles(cols, itemsize, sums, dh is not None, widest)
-    multiprocessors, wanted = launch.multiprocessors() // launch.parts(cols, tiles), sum(d is not None for d in dtypes)
+    tiles, is_kept = launch.backward_tiles(cols, itemsize, sums, dh is not None, widest)
+    multiprocessors = launch.multiprocessors() // launch.column_chunks(cols, tiles)
+    wanted = sum(d is not None for d in dtypes)
     programs = launch.backward_programs(rows, tiles, multiprocessors, itemsize, wanted, 3 + (dh is not None))
     partials = empty_partials(h, programs, dtypes, rstd.dtype)
     with launch.on_device(h):
-        if is_held:
-            # grid: as many programs as the card holds, each takes every programs-th block of rows
+        if is_kept:
+            # grid: as many programs as are resident; each takes every programs-th block of rows
             _row_norm_backward_kernel[(programs,)](
                 *arguments, *partials, rows, launch.ceil_div(rows, tiles.rows), *strides, **features,
                 PREFETCH=launch.prefetches(tiles, itemsize), N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count,

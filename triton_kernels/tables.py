@@ -1,7 +1,8 @@
-"""Lists of tensors as tables on the device: where each tensor lies, and which program works on which part of it.
+"""Lists of tensors as tables on the device: where each tensor lies, and which program works on which chunk of it.
 
-A training loop gives the same list every step: its tables are kept. Where the gradients lie elsewhere each step, only
-their addresses are copied, without waiting, from pinned memory.
+A table is a layout (sizes, chunks), which stays the same from step to step, and addresses, which change where gradients
+are allocated anew. Only the addresses are then copied, from pinned memory, without waiting for the copy. Both are
+cached by what they depend on.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from torch import Tensor
 from . import launch
 
 T = TypeVar("T")
-LEAD, END, FIRST, POSITION, FIELDS = 0, 1, 2, 3, 4  # columns of Layout.tensors
+# Columns of Layout.tensors, a row for each tensor. Elements are counted from the 16-byte boundary at or before the
+# tensor's start: LEAD and END are its first element and the one after its last. FIRST is its first chunk, POSITION its
+# place in the list. FIELDS is the number of columns.
+LEAD, END, FIRST, POSITION, FIELDS = 0, 1, 2, 3, 4
 
 
 class Entry(NamedTuple):
@@ -36,11 +40,12 @@ class Entry(NamedTuple):
 
     @property
     def end(self) -> int:
+        """The address of the byte after the last."""
         return self.address + self.size * self.dtype.itemsize
 
 
 class Group(NamedTuple):
-    """The pieces of the tensors with one dtype: `count` of them from `first` on."""
+    """The chunks of the tensors with one dtype, which one launch serves: `count` of them from `first` on."""
 
     dtype: torch.dtype
     first: int
@@ -48,14 +53,15 @@ class Group(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What the addresses don't change. Tensors are in the order of their dtypes; POSITION is that in the list."""
+    """What depends on no address, but on the alignment. Tensors are sorted by dtype: `order` has their positions in the
+    list."""
 
     order: list[int]
     groups: list[Group]
-    piece_bytes: int
-    pieces: int
-    tensors: Tensor  # (tensors + 1, FIELDS) int64: first and last element from the boundary on, first piece, position
-    piece_tensor: Tensor  # (pieces,) int32
+    chunk_bytes: int
+    chunks: int
+    tensors: Tensor  # (tensors + 1, FIELDS) int64; the last row only ends the chunks of the tensor before it
+    chunk_tensor: Tensor  # (chunks,) int32: the row of each chunk's tensor
 
 
 class Table:
@@ -69,9 +75,9 @@ class Table:
         self.addresses = upload(starts, torch.int64, device)
 
     @cached_property
-    def parts(self) -> list[Table]:
-        """Tables none of which has a byte twice, empty tensors left out: a duplicate must be changed twice, one after
-        the other."""
+    def disjoint_tables(self) -> list[Table]:
+        """The list as tables whose tensors share no memory, without empty tensors: launched one after the other, so
+        that what is in the list twice is changed twice."""
         groups = disjoint(self.entries)
         if len(groups) == 1 and len(groups[0]) == len(self.entries):
             return [self]
@@ -79,20 +85,21 @@ class Table:
 
 
 class _Recent:
-    """What was made for the last few keys, and for good what was asked for while a graph was captured: its replays
-    read the memory that it lies in, and nobody tells when the last one is over."""
+    """Values by key: the most recent ones, and for good those that were asked for while a CUDA graph was captured. Its
+    replays read their memory, and there is no way to learn of the last replay."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.values, self.captured = limit, OrderedDict(), {}
 
     def get(self, key: Hashable, device: torch.device, make: Callable[[], T]) -> T:
-        """make(), or what it gave for the same key on the same stream: tables are copied without waiting for them.
+        """The value of this key and the current stream; makes it where there is none. Each stream has its own, because
+        no stream waits for another one's copy of a table.
 
-        A capture has a stream of its own, and begins when all streams are done: it takes the tables of any."""
+        A capture has a stream of its own, and begins when all streams are done: it takes the value of any stream."""
         if _is_capturing(device):
             return self._get_captured((key, device), make)
         place = (key, device, _stream(device))
-        value = self.values.pop(place, None)  # out, so that no other thread evicts it meanwhile
+        value = self.values.pop(place, None)  # taken out, so that no other thread evicts it meanwhile
         self.values[place] = value = make() if value is None else value
         while len(self.values) > self.limit:
             self.values.popitem(last=False)
@@ -115,23 +122,23 @@ def recent(key: Hashable, device: torch.device, make: Callable[[], T]) -> T:
 
 
 def entries_of(tensors: Sequence[Tensor]) -> tuple[Entry, ...]:
-    """Of tensors without gaps and overlaps."""
+    """The entries of tensors whose elements have neither gaps nor overlaps."""
     return tuple(Entry(t.data_ptr(), t.numel(), t.dtype) for t in tensors)
 
 
 def list_key(tensors: Sequence[Tensor]) -> Hashable:
-    """A list's addresses, sizes and dtypes. fastnorm.backend puts the extension's, which is faster, in its place."""
+    """A list's addresses, sizes and dtypes. fastnorm.backend replaces this function by the extension's faster one."""
     return *map(Tensor.data_ptr, tensors), *map(Tensor.numel, tensors), *map(attrgetter("dtype"), tensors)
 
 
 def table_of(tensors: Sequence[Tensor]) -> Table:
-    """The list's table. A list that is known is found by its key, before any entry is made."""
+    """The list's table, cached by list_key: entries are made only for a new list."""
     device = tensors[0].device
     return recent(list_key(tensors), device, lambda: Table(entries_of(tensors), device))
 
 
 def disjoint(entries: Sequence[Entry]) -> list[list[int]]:
-    """The places of the entries in groups, none of which has a byte twice; without empty entries."""
+    """The entries' indices in groups that share no memory within a group; without empty entries."""
     groups: list[list[int]] = []
     ends: list[int] = []
     occupied = [i for i, entry in enumerate(entries) if entry.size]
@@ -146,9 +153,9 @@ def disjoint(entries: Sequence[Entry]) -> list[list[int]]:
 
 
 def upload(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(len(values),) on the device, in stream order. Raises RuntimeError while a graph is captured."""
-    host = torch.tensor(values, dtype=dtype, device="cpu")  # whatever torch.set_default_device says
-    if device.type == "cpu":  # an interpreter's, or a virtual GPU's
+    """The values as a tensor on the device, copied in stream order. Raises RuntimeError while a graph is captured."""
+    host = torch.tensor(values, dtype=dtype, device="cpu")  # there may be another default device
+    if device.type == "cpu":  # Triton's interpreter, or a virtual GPU
         return host
     if _is_capturing(device):
         raise RuntimeError(
@@ -159,17 +166,18 @@ def upload(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> T
 
 
 def repeated(counts: Sequence[int]) -> list[int]:
-    """Each place as often as its count says: [2, 0, 1] makes [0, 0, 2]."""
+    """Each index as often as its count says: [2, 0, 1] gives [0, 0, 2]."""
     places = torch.arange(len(counts), device="cpu")
     return places.repeat_interleave(torch.tensor(counts, device="cpu")).tolist()
 
 
 def _stream(device: torch.device) -> int:
+    """The handle of the device's current stream; 0 where there are no streams."""
     return 0 if device.type != "cuda" else torch.cuda.current_stream(device).cuda_stream
 
 
 def _is_capturing(device: torch.device) -> bool:
-    """Whether what is launched on the device now becomes part of a CUDA graph."""
+    """Whether the device's current stream is captured into a CUDA graph."""
     if device.type != "cuda":
         return False
     with torch.cuda.device(device):
@@ -177,10 +185,11 @@ def _is_capturing(device: torch.device) -> bool:
 
 
 def _layout(entries: Sequence[Entry], device: torch.device) -> Layout:
+    """Sorts the tensors by dtype, cuts them into chunks of one size, and uploads what programs need to find theirs."""
     dtypes = list(dict.fromkeys(entry.dtype for entry in entries))
     order = sorted(range(len(entries)), key=lambda i: dtypes.index(entries[i].dtype))
-    size = launch.piece_bytes(sum(entry.size * entry.dtype.itemsize for entry in entries))
-    # at least one, so that every tensor gets its norm
+    size = launch.chunk_bytes(sum(entry.size * entry.dtype.itemsize for entry in entries))
+    # an empty tensor has a chunk too, so that it gets a norm
     counts = [max(1, -(-(entries[i].lead + entries[i].size) * entries[i].dtype.itemsize // size)) for i in order]
     firsts = list(accumulate(counts, initial=0))
     groups = []

@@ -1,4 +1,11 @@
-"""What the row kernels share: masked tiles of a row, a reciprocal root, and the sum of the partials."""
+"""Building blocks of the row norms' kernels: tiles of rows, their masks, the formula of dx, and sums over programs.
+
+A row of N_COLS elements is cut into N_TILES tiles of TILE columns. A program takes ROWS rows and keeps their tiles in
+registers, as a tuple of (ROWS, TILE) blocks. `lanes`, (1, TILE), are the columns of the first tile; tile t has the
+columns `lanes + t * TILE`. Only the last tile may extend beyond the row, and only its accesses have a column mask.
+
+Statistics and sums have the type `stat`: float32, or float64 for float64 data.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +17,23 @@ from . import launch
 from .compiler import no_fma
 from .jit import jit
 
-SUM_ROWS, SUM_COLS = 32, 32
+SUM_ROWS, SUM_COLS = 32, 32  # the tile of _column_sum_kernel
 _INTERPRETED = tl.constexpr(launch.INTERPRETED)
 
 
 @triton.jit
-def all_lanes(lanes):
-    """The mask that leaves nothing out. Compilers drop it; and before Triton 3.7 no function can return None."""
+def all_true(lanes):
+    """A mask of lanes' shape that is true everywhere, which compilers drop. It stands where None would do: before
+    Triton 3.7 a function called in a kernel can't return None."""
     return tl.full(lanes.shape, True, tl.int1)
 
 
 @triton.jit
 def tile_mask(t: tl.constexpr, lanes, row_mask, N_COLS: tl.constexpr, TILE: tl.constexpr):
-    """Leaves nothing out where every lane of tile t is in the row: an unmasked load spares the zeroing of registers."""
+    """(ROWS, TILE) mask of tile t: rows in row_mask, (ROWS, 1) or None for all, and columns within the row. A tile that
+    lies within the row has no column mask: a load without a mask needs no registers set to zero before it."""
     if row_mask is None:
-        row_mask = all_lanes(lanes)
+        row_mask = all_true(lanes)
     if (t + 1) * TILE <= N_COLS:
         return row_mask
     else:
@@ -32,17 +41,17 @@ def tile_mask(t: tl.constexpr, lanes, row_mask, N_COLS: tl.constexpr, TILE: tl.c
 
 
 @triton.jit
-def keep_zero(c, t: tl.constexpr, lanes, N_COLS: tl.constexpr, TILE: tl.constexpr):
-    """c, and 0 in masked lanes: (0 − mean)² would enter the variance."""
+def zero_masked(x, t: tl.constexpr, lanes, N_COLS: tl.constexpr, TILE: tl.constexpr):
+    """Tile t with zeros beyond the row's end: there, (0 − mean)² would enter the variance."""
     if (t + 1) * TILE > N_COLS:
-        return tl.where(tile_mask(t, lanes, None, N_COLS, TILE), c, 0.0)
+        return tl.where(tile_mask(t, lanes, None, N_COLS, TILE), x, 0.0)
     else:
-        return c
+        return x
 
 
 @triton.jit
 def load_tile(ptr, mask, dtype: tl.constexpr):
-    """The tile in the type that is computed in; masked lanes are zero."""
+    """Load as dtype, with zeros where masked; mask is None for all lanes."""
     if mask is None:
         return tl.load(ptr).to(dtype)
     else:
@@ -51,7 +60,7 @@ def load_tile(ptr, mask, dtype: tl.constexpr):
 
 @triton.jit
 def load_weight(weight_ptr, mask, dtype: tl.constexpr, ZERO_CENTERED: tl.constexpr):
-    """The weight that is applied: w, or 1 + w."""
+    """The factor of x̂: the weight w, or 1 + w where weights are ZERO_CENTERED."""
     w = load_tile(weight_ptr, mask, dtype)
     if ZERO_CENTERED:
         w += 1.0
@@ -63,43 +72,46 @@ def load_weight_tile(
     weight_ptr, lanes, t: tl.constexpr, dtype: tl.constexpr, ZERO_CENTERED: tl.constexpr,
     N_COLS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Tile t of the weight. Threads with one row each load it for themselves: as (1, TILE) it would be spread over the
-    threads differently from x, and go through shared memory, which pays only where a thread has several rows."""
+    """Tile t of the weight, (ROWS, TILE) or (1, TILE).
+
+    With up to 8 rows a program, a thread has elements of one row, and loads the weights of its own elements. A (1,
+    TILE) load would be laid out over the threads differently from x and pass through shared memory. That pays only
+    where a thread has several rows, and uses each weight several times."""
     if ROWS > 8:
-        lane = tl.arange(0, TILE)
-        mask = tile_mask(t, lane, None, N_COLS, TILE)
-        return load_weight(weight_ptr + lane + t * TILE, mask, dtype, ZERO_CENTERED)[None, :]
+        cols = tl.arange(0, TILE)
+        mask = tile_mask(t, cols, None, N_COLS, TILE)
+        return load_weight(weight_ptr + cols + t * TILE, mask, dtype, ZERO_CENTERED)[None, :]
     else:
-        every = tl.zeros((ROWS, 1), tl.int32)
-        mask = tile_mask(t, tl.arange(0, TILE)[None, :] + every, None, N_COLS, TILE)
-        return load_weight(weight_ptr + (lanes + every) + t * TILE, mask, dtype, ZERO_CENTERED)
+        every_row = tl.zeros((ROWS, 1), tl.int32)
+        mask = tile_mask(t, tl.arange(0, TILE)[None, :] + every_row, None, N_COLS, TILE)
+        return load_weight(weight_ptr + (lanes + every_row) + t * TILE, mask, dtype, ZERO_CENTERED)
 
 
 @triton.jit
 def store_tile(ptr, value, mask):
-    """One rounding, to the type of the memory."""
+    """Store, rounded once, to the type of the memory."""
     tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def store_stream(h, ptr, mask):
-    """Stores h, and returns it rounded as it was stored: y is the norm of what the next layer will read."""
+def store_h(h, ptr, mask):
+    """Stores h = x + residual, and returns it rounded as stored: y is the norm of what the next layer will read."""
     rounded = h.to(ptr.dtype.element_ty)
     tl.store(ptr, rounded, mask=mask)
     return rounded.to(h.dtype)
 
 
 @triton.jit
-def store_gradient(dx_ptr, dresidual_ptr, at, dx, mask):
-    """For x and, where it has another type, for the residual."""
-    store_tile(dx_ptr + at, dx, mask)
+def store_gradient(dx_ptr, dresidual_ptr, offsets, dx, mask):
+    """Stores dx, and once more for the residual where that has another type."""
+    store_tile(dx_ptr + offsets, dx, mask)
     if dresidual_ptr is not None:
-        store_tile(dresidual_ptr + at, dx, mask)
+        store_tile(dresidual_ptr + offsets, dx, mask)
 
 
 @triton.jit
-def empty_sums(ptr, ROWS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr):
-    """A row's tiles of zeros in the type of the memory; none, where there is no memory for their sums."""
+def zero_sums(ptr, ROWS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr):
+    """A row's tiles of zeros, in the type of the memory that gets their sums; () without that memory."""
     tiles = ()
     if ptr is not None:
         for _ in tl.static_range(N_TILES):
@@ -108,26 +120,26 @@ def empty_sums(ptr, ROWS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexp
 
 
 @triton.jit
-def load_tiles(ptr, at, lanes, row_mask, N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr):
-    """Rows as tiles in the type of the memory, zeros where masked; none, where there is no memory."""
+def load_tiles(ptr, offsets, lanes, row_mask, N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr):
+    """A row's tiles in the type of the memory, zeros where masked; offsets: those of tile 0. () where ptr is None."""
     tiles = ()
     if ptr is not None:
         for t in tl.static_range(N_TILES):
             mask = tile_mask(t, lanes, row_mask, N_COLS, TILE)
-            tiles = tiles + (tl.load(ptr + at + t * TILE, mask=mask, other=0.0),)
+            tiles = tiles + (tl.load(ptr + offsets + t * TILE, mask=mask, other=0.0),)
     return tiles
 
 
 @triton.jit
-def lane_means(sums, N_COLS: tl.constexpr):
-    """What lanes add to a row's mean."""
+def mean_terms(sums, N_COLS: tl.constexpr):
+    """sums / N_COLS, lane by lane: their sum over a row's lanes is the row's mean."""
     return no_fma(sums, 1.0 / N_COLS)
 
 
 @triton.jit
 def row_mean(total, N_COLS: tl.constexpr):
-    """total / N_COLS, rounded once: the mean of N times the same number is that number. The product with 1 / N_COLS may
-    be a unit off, and where std is zero, that unit over √eps would be all of y."""
+    """total / N_COLS, rounded once, so that the mean of N equal numbers is that number. The product with 1 / N_COLS
+    can be off by a unit in the last place; where std is zero, y would be that unit over √eps."""
     zeros = tl.zeros_like(total)
     mean = total * (1.0 / N_COLS)
     return tl.fma(tl.fma(mean, zeros - N_COLS, total), zeros + (1.0 / N_COLS), mean)
@@ -135,8 +147,8 @@ def row_mean(total, N_COLS: tl.constexpr):
 
 @triton.jit
 def sum_pair(a, b):
-    """The sums of a and b along each row, as (rows, 1): one exchange between the warps for both."""
-    if _INTERPRETED:  # there, joined numbers are added one after the other, with more rounding than in a tree
+    """The sums of a and b along each row, (rows, 1) each. Warps exchange both at once, not one after the other."""
+    if _INTERPRETED:  # the interpreter adds joined tiles one element after the other, not as a tree: it rounds more
         return tl.sum(a, axis=1, keep_dims=True), tl.sum(b, axis=1, keep_dims=True)
     else:
         a, b = tl.split(tl.sum(tl.join(a, b), axis=1))
@@ -153,8 +165,10 @@ def rounded_to(x_hat, CAST: tl.constexpr):
 
 @triton.jit
 def factors(h, dy, statistics):
-    """c and g with c · g = x̂ · dy; statistics: (rstd, mean) or, of RMSNorm, (rstd,). RMSNorm's are x̂ and dy, and its dx
-    needs no rstd², which overflows before x̂ does. LayerNorm's are h − mean and dy · rstd, and its dx needs no x̂."""
+    """Two factors of x̂ · dy, like h: x̂ and dy for RMSNorm, h − mean and dy · rstd for LayerNorm.
+
+    statistics: (rstd,) of RMSNorm, (rstd, mean) of LayerNorm, each (rows, 1). LayerNorm's dx = dy · rstd + … is then
+    three operations an element. RMSNorm's form has no rstd², which overflows before x̂ does."""
     stat = statistics[0].dtype
     if len(statistics) > 1:
         return h.to(stat) - statistics[1], dy.to(stat) * statistics[0]
@@ -164,33 +178,35 @@ def factors(h, dy, statistics):
 
 
 @triton.jit
-def gradient_means(product, total, statistics, n_cols):
-    """What `gradient` takes, from each lane's Σ c · w·g and Σ w·g: −mean(x̂ · w·dy) or, of LayerNorm, that times rstd²
-    and mean(w·dy · rstd)."""
-    inverse = 1.0 / tl.cast(n_cols, product.dtype)
+def gradient_coefficients(c1_sums, c2_sums, statistics, n_cols):
+    """What `gradient` needs of a row, (rows, 1) each: (−c1,) for RMSNorm, (−c1 · rstd², c2 · rstd) for LayerNorm.
+
+    c1 = mean(x̂ · w·dy), c2 = mean(w·dy). c1_sums, c2_sums: (rows, TILE), each lane's Σ x_factor · w·dy_factor and
+    Σ w·dy_factor; see `factors`."""
+    inverse = 1.0 / tl.cast(n_cols, c1_sums.dtype)
     if len(statistics) > 1:
-        product, total = sum_pair(product, total)
-        return product * -inverse * statistics[0] * statistics[0], total * inverse
+        c1_sum, c2_sum = sum_pair(c1_sums, c2_sums)
+        return c1_sum * -inverse * statistics[0] * statistics[0], c2_sum * inverse
     else:
-        return (tl.sum(product, axis=1, keep_dims=True) * -inverse,)  # negated once a row, not once an element
+        return (tl.sum(c1_sums, axis=1, keep_dims=True) * -inverse,)  # negated once a row, not once an element
 
 
 @triton.jit
-def gradient(c, g, means, rstd, N_COLS: tl.constexpr = 0):
-    """dx of a tile."""
-    if len(means) == 1:
-        return (g + c * means[0]) * rstd
+def gradient(x_factor, wdy_factor, coefficients, rstd, N_COLS: tl.constexpr = 0):
+    """A tile of dx = (w·dy − c2 − x̂ · c1) · rstd, where RMSNorm has no c2."""
+    if len(coefficients) == 1:
+        return (wdy_factor + x_factor * coefficients[0]) * rstd
     else:
-        dx = g - means[1] + c * means[0]
+        dx = wdy_factor - coefficients[1] + x_factor * coefficients[0]
         if N_COLS == 1:
-            dx *= 0.0  # x̂ is 0 whatever x is: what a fused product is not rounded by must not get through
+            dx *= 0.0  # x̂ is 0 whatever x is, and so is dx; the fused multiply-add leaves its rounding error
         return dx
 
 
 @triton.jit
 def sum_of_rows(tile):
-    """(1, cols) from (rows, cols). Few rows are spread over the warps: brought together in a thread, which takes one
-    exchange where tl.sum makes three of it, they are added in pairs."""
+    """(1, cols) from (rows, cols). Up to 8 rows are spread over the warps. A thread then gets all rows of its columns
+    by one exchange and adds them in pairs; tl.sum would take three exchanges."""
     if tile.shape[0] == 1:
         return tile
     elif tile.shape[0] <= 8:
@@ -201,7 +217,7 @@ def sum_of_rows(tile):
 
 @triton.jit
 def _sum_of_halves(tile):
-    """Sums along the last axis of (cols, rows), whose length is a power of two."""
+    """(cols,) sums along the last axis of (cols, rows), whose length is a power of two."""
     even, odd = tl.split(tl.reshape(tile, (tile.shape[0], tile.shape[1] // 2, 2)))
     if tile.shape[1] == 2:
         return even + odd
@@ -211,19 +227,21 @@ def _sum_of_halves(tile):
 
 @triton.jit
 def store_partials(ptr, sums, N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr):
-    """This program's row of a (programs, cols) tensor, if there is one, from its tiles of sums."""
+    """Adds up the rows of this program's sums, tiles of (ROWS, TILE), and stores them as its row of a (programs, cols)
+    tensor, unless that is None."""
     if ptr is not None:
         lanes = tl.arange(0, TILE)[None, :]
-        at = tl.program_id(0).to(tl.int64) * N_COLS + lanes
+        offsets = tl.program_id(0).to(tl.int64) * N_COLS + lanes
         for t in tl.static_range(N_TILES):
             total = sum_of_rows(sums[t])
-            store_tile(ptr + at + t * TILE, total, tile_mask(t, lanes, None, N_COLS, TILE))
+            store_tile(ptr + offsets + t * TILE, total, tile_mask(t, lanes, None, N_COLS, TILE))
 
 
 @triton.jit
 def reciprocal_sqrt(v):
-    """1/√v: rsqrt.approx is off by up to two units; a step of Newton's leaves one, and no call to a slow path, around
-    which registers would be spilled. Zero and subnormal v, which need eps = 0, give infinity."""
+    """1/√v. rsqrt.approx is off by up to two units in the last place; one step of Newton's leaves one. An exact root
+    has a slow path that is called, and registers are spilled around the call. Zero and subnormal v, which need eps = 0,
+    give infinity."""
     if v.dtype == tl.float64:
         return 1.0 / tl.sqrt(v)
     else:
@@ -234,28 +252,31 @@ def reciprocal_sqrt(v):
 
 @jit
 def _column_sum_kernel(
-    partial_ptr, sum_ptr, other_partial_ptr, other_sum_ptr, means_ptr, n_rows, n_cols, count,
+    partial_ptr, sum_ptr, second_partial_ptr, second_sum_ptr, means_ptr, n_rows, n_cols, count,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """sum over rows of partial, in a fixed order; the same for a second pair, if there is one; and both over count."""
+    """sum = Σ partial over the rows, in a fixed order; the same of a second pair, if there is one; means: sums / count.
+
+    Grid: (blocks of COLS columns,)."""
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)[None, :]
     total = tl.zeros((ROWS, COLS), partial_ptr.dtype.element_ty)
-    other_total = tl.zeros((ROWS, COLS), partial_ptr.dtype.element_ty)
+    second_total = tl.zeros((ROWS, COLS), partial_ptr.dtype.element_ty)
     for start in range(0, n_rows, ROWS):
         rows = start + tl.arange(0, ROWS)[:, None]
         mask = (rows < n_rows) & (cols < n_cols)
         offsets = rows.to(tl.int64) * n_cols + cols
         total += tl.load(partial_ptr + offsets, mask=mask, other=0.0)
-        if other_partial_ptr is not None:
-            other_total += tl.load(other_partial_ptr + offsets, mask=mask, other=0.0)
+        if second_partial_ptr is not None:
+            second_total += tl.load(second_partial_ptr + offsets, mask=mask, other=0.0)
     _store_column_sum(sum_ptr, means_ptr, total, cols, n_cols, count)
-    if other_partial_ptr is not None:
-        other_means_ptr = means_ptr + n_cols if means_ptr is not None else None
-        _store_column_sum(other_sum_ptr, other_means_ptr, other_total, cols, n_cols, count)
+    if second_partial_ptr is not None:
+        second_means_ptr = means_ptr + n_cols if means_ptr is not None else None
+        _store_column_sum(second_sum_ptr, second_means_ptr, second_total, cols, n_cols, count)
 
 
 @triton.jit
 def _store_column_sum(sum_ptr, mean_ptr, total, cols, n_cols, count):
+    """Stores the sum of total's rows, and that sum over count, where there is memory for them."""
     total = tl.sum(total, axis=0, keep_dims=True)
     if sum_ptr is not None:
         store_tile(sum_ptr + cols, total, cols < n_cols)
@@ -267,9 +288,9 @@ def column_sums(
     partials: list[torch.Tensor | None], dtypes: list[torch.dtype | None], means: torch.Tensor | None = None,
     count: int = 1, shape: torch.Size | None = None,
 ) -> list[torch.Tensor | None]:  # fmt: skip
-    """Sums (programs, cols) partials into tensors of the given dtypes; None stays None. One launch.
+    """Sums up to two (programs, cols) partials into tensors of the given dtypes, in one launch; None for a None dtype.
 
-    means: (2, cols), for the sums of two partials in their own dtype, divided by count.
+    means: (2, cols), gets the sums of both partials divided by count, in its own dtype.
     shape: of the sums, with cols elements; None is (cols,)."""
     sums = [
         None if d is None else p.new_empty(shape or p.shape[1:], dtype=d) for p, d in zip(partials, dtypes, strict=True)
@@ -286,10 +307,10 @@ def column_sums(
 
 
 def empty_like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Of x's shape, contiguous. Takes the host half of new_empty's time."""
+    """An uninitialised contiguous tensor of x's shape. It takes the host half of new_empty's time."""
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def empty_partials(x: torch.Tensor, programs: int, dtypes: list[torch.dtype | None], dtype: torch.dtype):
-    """A (programs, cols) tensor for each parameter gradient that is wanted, None for the others."""
+    """A (programs, cols) tensor in `dtype` for each parameter gradient that is wanted; None for a None in dtypes."""
     return [None if d is None else x.new_empty((programs, x.shape[1]), dtype=dtype) for d in dtypes]

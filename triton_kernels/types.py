@@ -1,4 +1,4 @@
-"""Torch dtypes and Triton's, and the type that statistics are kept in."""
+"""Torch dtypes as Triton's, and the type of statistics and sums."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 
 
 def triton_dtype(dtype: torch.dtype | None) -> tl.dtype | None:
-    """The same type by Triton's name."""
+    """Triton's type of the same name; None for None."""
     return None if dtype is None else _TRITON[dtype]
 
 
 def stat_dtype(*typed: Any) -> torch.dtype:
-    """float64 where any of them is, float32 otherwise: tensors, tables' groups, or None."""
+    """The type of statistics: float64 if one of the arguments is, else float32. typed: tensors, tables' groups or None.
+    """
     return torch.float64 if torch.float64 in [t.dtype for t in typed if t is not None] else torch.float32

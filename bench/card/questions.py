@@ -34,7 +34,7 @@ def _held(cols, itemsize, sums, adds, widest):
 
 
 def _read_again(cols, itemsize, sums, adds, widest):
-    return launch.part_tiles(cols, itemsize, sums, adds), False
+    return launch.chunk_tiles(cols, itemsize, sums, adds), False
 
 
 def _programs(factor, rows, tiles, *others, counted=launch.backward_programs) -> int:

@@ -1,7 +1,8 @@
-"""‖x‖_p as terms that are added up, or compared, and a root of their total; p tells the kind.
+"""‖x‖_p = (Σ|x|^p)^(1/p): its terms, their sum or extremum, and the root. KIND says how a p is computed.
 
-Extrema are compared as integers, whose order is that of the magnitudes they are the bits of: NaN, the largest, is the
-maximum by itself, and becomes −1 for the minimum.
+Sums are float64. The norms of p = ±∞ compare the bits of |x| as integers, which are ordered as the magnitudes are. The
+bits of NaN are larger than those of infinity: NaN is the maximum without being asked for; for the minimum its bits are
+replaced by −1.
 """
 
 from __future__ import annotations
@@ -14,26 +15,26 @@ import triton.language as tl
 
 
 def kind_of(norm_type: float) -> str:
-    """How the norm is computed."""
+    """How the norm of this p is computed: KIND of the functions below."""
     if math.isinf(norm_type):
         return "maximum" if norm_type > 0 else "minimum"
     return {0.0: "nonzeros", 1.0: "magnitudes", 2.0: "squares"}.get(norm_type, "powers")
 
 
-def bits_of(x: float) -> int:
-    """A float64 number as a kernel's argument: as a float it would be rounded to float32."""
+def float64_bits(x: float) -> int:
+    """A float64's bits, as a kernel's argument: Triton would round a float to float32."""
     return struct.unpack("<q", struct.pack("<d", x))[0]
 
 
 @triton.jit
-def number_of(bits):
-    """The float64 number that bits_of was given."""
+def float64_of(bits):
+    """The float64 that float64_bits was given."""
     return tl.cast(bits, tl.int64).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def identity(SHAPE: tl.constexpr, dtype: tl.constexpr, KIND: tl.constexpr):
-    """What changes nothing: float64 zeros, or bits of an extremum's dtype."""
+    """The identity element of `combine`, in a block of SHAPE: 0, or of the minimum infinity, as bits of dtype."""
     if KIND == "maximum":
         return tl.zeros(SHAPE, tl.int64 if dtype == tl.float64 else tl.int32)
     elif KIND == "minimum":
@@ -44,6 +45,7 @@ def identity(SHAPE: tl.constexpr, dtype: tl.constexpr, KIND: tl.constexpr):
 
 @triton.jit
 def combine(a, b, KIND: tl.constexpr):
+    """a + b, or the larger or smaller one."""
     if KIND == "maximum":
         return tl.maximum(a, b)
     elif KIND == "minimum":
@@ -54,9 +56,9 @@ def combine(a, b, KIND: tl.constexpr):
 
 @triton.jit
 def encode(x, mask, KIND: tl.constexpr):
-    """Magnitudes as what `combine` takes; without a mask, every element counts."""
+    """Magnitudes x ≥ 0 in the form that `combine` takes: bits for an extremum, else float64. Masked elements of x are
+    zeros, and become the identity; mask is None for all elements."""
     if KIND == "maximum":
-        # masked elements are zeros
         return x.to(tl.int64 if x.dtype == tl.float64 else tl.int32, bitcast=True)
     elif KIND == "minimum":
         infinity = tl.full(x.shape, float("inf"), x.dtype).to(
@@ -70,8 +72,8 @@ def encode(x, mask, KIND: tl.constexpr):
 
 
 @triton.jit
-def number(total, KIND: tl.constexpr):
-    """What `combine` gives as float64 numbers; −1 is the bits of a NaN."""
+def decode(total, KIND: tl.constexpr):
+    """What `combine` gives as float64; −1 is the bits of a NaN."""
     if KIND == "maximum" or KIND == "minimum":
         return total.to(tl.float64 if total.dtype == tl.int64 else tl.float32, bitcast=True).to(tl.float64)
     else:
@@ -79,26 +81,26 @@ def number(total, KIND: tl.constexpr):
 
 
 @triton.jit
-def decode(total, KIND: tl.constexpr):
-    """The lanes' common result as a float64 number."""
+def combine_lanes(total, KIND: tl.constexpr):
+    """All lanes of total, (lanes,), combined into one float64."""
     if KIND == "maximum":
-        return number(tl.max(total, axis=0), KIND)
+        return decode(tl.max(total, axis=0), KIND)
     elif KIND == "minimum":
-        return number(tl.min(total, axis=0), KIND)
+        return decode(tl.min(total, axis=0), KIND)
     else:
         return tl.sum(total, axis=0)
 
 
 @triton.jit
 def power_terms(x, mask, P: tl.constexpr):
-    """|x|^p of float64 elements, zero where they are masked."""
+    """|x|^p of float64 elements, zero where masked."""
     terms = tl.exp2(tl.log2(tl.abs(x)) * P)
     return terms if mask is None else tl.where(mask, terms, 0.0)
 
 
 @triton.jit
-def tile_terms(x, mask, KIND: tl.constexpr, P: tl.constexpr):
-    """A (rows, cols) tile's terms, combined along its rows. Masked elements are zeros."""
+def row_terms(x, mask, KIND: tl.constexpr, P: tl.constexpr):
+    """Each row's Σ|x|^p, or its extremum, encoded: (rows,) from (rows, cols). Masked elements of x are zeros."""
     if KIND == "squares":
         return tl.sum(x * x, axis=1).to(tl.float64)
     elif KIND == "magnitudes":
@@ -114,8 +116,9 @@ def tile_terms(x, mask, KIND: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def sums_fit(terms, x, KIND: tl.constexpr):
-    """1 in the rows whose float32 sums are wrong: infinite, or so small that underflow took from them."""
+def needs_float64(terms, x, KIND: tl.constexpr):
+    """1 for the rows whose sums float32 can't hold, else 0, (rows,): they overflowed, or they are so small that squares
+    underflowed."""
     wrong = terms > 3.4028234663852886e38
     if KIND == "squares":
         wrong |= (terms < 7.888609052210118e-31) & (tl.max(tl.abs(x), axis=1) > 0.0)  # 2^-100
@@ -124,7 +127,7 @@ def sums_fit(terms, x, KIND: tl.constexpr):
 
 @triton.jit
 def root(total, KIND: tl.constexpr, P: tl.constexpr):
-    """total^(1/p), of float64."""
+    """total^(1/p) in float64; an extremum or a number of nonzeros as it is."""
     if KIND == "squares":
         return tl.sqrt(total)
     elif KIND == "powers":
