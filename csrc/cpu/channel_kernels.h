@@ -28,7 +28,7 @@ INLINE uint32_t passing(V z) {
   }
 #else
   const IndexOf<V> blocked = z <= 0 ? lane_bits<V>() : IndexOf<V>{};
-  uint32_t bits = (1u << lanes<V>) - 1;
+  uint32_t bits = ~(~0u << lanes<V>);
   for (int i = 0; i < lanes<V>; ++i) {
     bits -= static_cast<uint32_t>(blocked[i]);
   }
@@ -302,8 +302,7 @@ INLINE void backward_rows(const BackwardBlock<ComputeType<T>> b) {
     const int64_t at = row * b.step;
     const Parameter<T, LAYOUT> gains(b.gain, at), slopes(b.slope, at), levels(b.level, at);
     const RowPointers<T, R> dx(b.dx, row), dresidual(b.dresidual, row);
-    each_gradient<T, LAYOUT, ACTIVATION, PLAIN, R>(b, row, 0, b.n, [&](int64_t i, int, Part part, const V(&dz)[R],
-                                                                       const V(&distance)[R]) ALWAYS_INLINE {
+    const auto step = [&](int64_t i, int, Part part, const V(&dz)[R], const V(&distance)[R]) ALWAYS_INLINE {
       const V gain = gains.at(i, part);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
@@ -316,7 +315,8 @@ INLINE void backward_rows(const BackwardBlock<ComputeType<T>> b) {
           store_to<true>(b.dresidual, dresidual[r] + i, dz[r], part);
         }
       }
-    });
+    };
+    each_gradient<T, LAYOUT, ACTIVATION, PLAIN, R>(b, row, 0, b.n, step);
   });
 }
 

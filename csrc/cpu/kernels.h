@@ -4,10 +4,11 @@ template <typename T>
 INLINE double square_sum(const T* x, int64_t n) {
   using V = VecOf<T>;
   Sum<V> sum;
-  each_summed<V>(n, [&](int64_t i, int slot, Part part) ALWAYS_INLINE {
+  const auto step = [&](int64_t i, int slot, Part part) ALWAYS_INLINE {
     const V value = keep(load(x + i, part), part);
     sum.chain[slot] += value * value;
-  }, sum);
+  };
+  each_summed<V>(n, step, sum);
   return sum.total();
 }
 
@@ -25,19 +26,21 @@ struct ValuesInMemory {
 
   INLINE double sum_from(S centre) const {
     Sum<V> sum;
-    each_summed<V>(n, [&](int64_t i, int slot, Part part) ALWAYS_INLINE {
+    const auto step = [&](int64_t i, int slot, Part part) ALWAYS_INLINE {
       sum.chain[slot] += keep(load(x + i, part) - centre, part);
-    }, sum);
+    };
+    each_summed<V>(n, step, sum);
     return sum.total();
   }
 
   INLINE double square_sum_from(S centre) const {
     Sum<V> squares;
-    each_summed<V>(n, [&](int64_t i, int slot, Part part) ALWAYS_INLINE {
+    const auto step = [&](int64_t i, int slot, Part part) ALWAYS_INLINE {
       prefetch(x + i, ahead);
       const V value = keep(load(x + i, part) - centre, part);
       squares.chain[slot] += value * value;
-    }, squares);
+    };
+    each_summed<V>(n, step, squares);
     return squares.total();
   }
 };
@@ -246,9 +249,10 @@ void rms_norm_backward(const BackwardRow<ComputeType<T>>& row) {
   T* dx = static_cast<T*>(r.dx);
   const S rstd = r.moments.rstd;
   Sum<V> sum;
-  each_summed<V>(r.n, [&](int64_t i, int slot, Part part) ALWAYS_INLINE {
+  const auto step = [&](int64_t i, int slot, Part part) ALWAYS_INLINE {
     sum.chain[slot] += keep((load(x + i, part) * rstd) * (load(dy + i, part) * load(r.weight + i, part)), part);
-  }, sum);
+  };
+  each_summed<V>(r.n, step, sum);
   const S along = static_cast<S>(sum.total() / r.n) * rstd;
   each_vector<V, 2>(0, r.n, [=](int64_t i, int, Part part) ALWAYS_INLINE {
     const V x_hat = load(x + i, part) * rstd;
@@ -349,11 +353,12 @@ void layer_norm_backward(const BackwardRow<ComputeType<T>>& row) {
   // Of one element, dx is 0: what a fused product is not rounded by must not get through.
   const S scale = r.n == 1 ? 0 : rstd;
   Sum<V> sum, sum_along;
-  each_summed<V>(r.n, [&, mean = mean, rstd = rstd](int64_t i, int slot, Part part) ALWAYS_INLINE {
+  const auto step = [&, mean = mean, rstd = rstd](int64_t i, int slot, Part part) ALWAYS_INLINE {
     const V grad = keep(load(dy + i, part) * load(r.weight + i, part), part);
     sum.chain[slot] += grad;
     sum_along.chain[slot] += keep((load(x + i, part) - mean) * rstd * grad, part);
-  }, sum, sum_along);
+  };
+  each_summed<V>(r.n, step, sum, sum_along);
   const S level = static_cast<S>(sum.total() / r.n) * scale;
   const S along = static_cast<S>(sum_along.total() / r.n) * scale;
   each_vector<V, 2>(0, r.n, [=, mean = mean, rstd = rstd](int64_t i, int, Part part) ALWAYS_INLINE {

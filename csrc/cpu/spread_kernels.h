@@ -79,12 +79,13 @@ INLINE void each_flushed(int64_t begin, int64_t end, int64_t n, Add add, Sums&..
 // Calls step(x, i, slot, part) for all vectors of a block, and flushes the sums every so often.
 template <typename T, typename Step, typename... Sums>
 INLINE void each_of_plane(const SpreadBlock<ComputeType<T>>& b, Step step, Sums&... sums) {
-  each_flushed<VecOf<T>, 1024>(0, b.rows, b.n, [&](int64_t row, int64_t first, int64_t last) ALWAYS_INLINE {
+  const auto add = [&](int64_t row, int64_t first, int64_t last) ALWAYS_INLINE {
     const T* x = reinterpret_cast<const T*>(b.x.data + row * b.x.stride);
     each_vector<VecOf<T>, Sum<VecOf<T>>::chains>(first, last, [&](int64_t i, int slot, Part part) ALWAYS_INLINE {
       step(x + i, slot, part);
     });
-  }, sums...);
+  };
+  each_flushed<VecOf<T>, 1024>(0, b.rows, b.n, add, sums...);
 }
 
 // Σ (x − centre) and Σ (x − centre)² of a block.
@@ -93,12 +94,13 @@ struct PlaneSums {
   INLINE PlaneSums(const SpreadBlock<ComputeType<T>>& b, ComputeType<T> centre) {
     using V = VecOf<T>;
     Sum<V> sums, products;
-    each_of_plane<T>(b, [&](const T* x, int slot, Part part) ALWAYS_INLINE {
+    const auto step = [&](const T* x, int slot, Part part) ALWAYS_INLINE {
       prefetch(x, b.x.ahead);
       const V distance = keep(load(x, part) - centre, part);
       sums.chain[slot] += distance;
       products.chain[slot] += distance * distance;
-    }, sums, products);
+    };
+    each_of_plane<T>(b, step, sums, products);
     sum = sums.total();
     squares = products.total();
   }
@@ -245,9 +247,10 @@ void sums_of_block(const BackwardBlock<ComputeType<T>>& block) {
         sum.chain[slot] += dz[0];
         product.chain[slot] += dz[0] * distance[0];
       };
-      each_flushed<V, size>(begin, end, b.n, [&](int64_t row, int64_t first, int64_t last) ALWAYS_INLINE {
+      const auto add_row = [&](int64_t row, int64_t first, int64_t last) ALWAYS_INLINE {
         each_gradient<T, LAYOUT, ACTIVATION, true, 1>(b, row, first, last, add);
-      }, sum, product);
+      };
+      each_flushed<V, size>(begin, end, b.n, add_row, sum, product);
     };
     if (b.step == 0) {
       Sum<V> sum, product;
@@ -280,8 +283,7 @@ void sums_of_block(const BackwardBlock<ComputeType<T>>& block) {
       const int64_t last = std::min(first + some_rows, b.rows);
       each_rows<rows_at_once<LAYOUT, ACTIVATION>>(first, last, [&](int64_t row, auto count) ALWAYS_INLINE {
         constexpr int R = decltype(count)::value;
-        each_gradient<T, LAYOUT, ACTIVATION, true, R>(b, row, 0, b.n, [&](int64_t i, int, Part part, const V(&dz)[R],
-                                                                          const V(&distance)[R]) ALWAYS_INLINE {
+        const auto step = [&](int64_t i, int, Part part, const V(&dz)[R], const V(&distance)[R]) ALWAYS_INLINE {
           V dz_sum = dz[0], product_sum = dz[0] * distance[0];
           for (int r = 1; r < R; ++r) {
             dz_sum += dz[r];
@@ -289,7 +291,8 @@ void sums_of_block(const BackwardBlock<ComputeType<T>>& block) {
           }
           store(sum + i, load(sum + i, part) + dz_sum, part);
           store(product + i, load(product + i, part) + product_sum, part);
-        });
+        };
+        each_gradient<T, LAYOUT, ACTIVATION, true, R>(b, row, 0, b.n, step);
       });
       add_to_total(sum, b.sum, b.n);
       add_to_total(product, b.product, b.n);
