@@ -38,10 +38,10 @@ std::optional<bool> on_triton(int64_t served, const Tensor& x) {
 }
 
 bool is_plain(const Tensor& tensor) {
-  static constexpr c10::DispatchKeySet on_cpu({DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU,
-                                               DispatchKey::ADInplaceOrView});
-  static constexpr c10::DispatchKeySet on_gpu({DispatchKey::CUDA, DispatchKey::AutogradCUDA,
-                                               DispatchKey::AutocastCUDA, DispatchKey::ADInplaceOrView});
+  static constexpr c10::DispatchKeySet on_cpu(
+      {DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU, DispatchKey::ADInplaceOrView});
+  static constexpr c10::DispatchKeySet on_gpu(
+      {DispatchKey::CUDA, DispatchKey::AutogradCUDA, DispatchKey::AutocastCUDA, DispatchKey::ADInplaceOrView});
   const auto plain = tensor.is_cpu() ? on_cpu : on_gpu;
   return (tensor.key_set().raw_repr() & ~plain.raw_repr()) == 0;
 }
@@ -56,9 +56,8 @@ bool kernels_take(std::initializer_list<Tensor> tensors) {
 }
 
 bool any_requires_grad(std::initializer_list<Tensor> tensors) {
-  return at::GradMode::is_enabled() && std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) {
-           return t.defined() && t.requires_grad();
-         });
+  return at::GradMode::is_enabled() &&
+         std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.defined() && t.requires_grad(); });
 }
 
 bool autocasts(const char* aten_operator, const Tensor& x) {

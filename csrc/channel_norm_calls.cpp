@@ -129,9 +129,8 @@ PyObject* group_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   {
     const pybind11::gil_scoped_release no_gil;
     RECORD_FUNCTION("fastnorm::group_norm", std::vector<c10::IValue>({call.x}));
-    y = any_requires_grad({call.x, call.weight, call.bias})
-            ? GroupNormFunction::forward(call)
-            : std::get<0>(group_forward(call));
+    y = any_requires_grad({call.x, call.weight, call.bias}) ? GroupNormFunction::forward(call)
+                                                            : std::get<0>(group_forward(call));
   }
   return THPVariable_Wrap(std::move(y));
   END_HANDLE_TH_ERRORS
@@ -174,13 +173,13 @@ BatchForward batch_forward(const BatchCall& call, bool needs_gradients) {
   }
   if (o.on_triton) {
     auto found = plans::call("batch_norm_evaluation",
-                             {call.x, call.residual, call.weight, call.bias, call.running_mean, call.running_var,
-                              o.eps, o.format, o.relu, needs_gradients, optional(call.out_dtype)});
+                             {call.x, call.residual, call.weight, call.bias, call.running_mean, call.running_var, o.eps,
+                              o.format, o.relu, needs_gradients, optional(call.out_dtype)});
     return {found.at(0), found.at(1), call.running_mean, call.running_var};
   }
-  auto [y, mask] = cpu::batch_norm_evaluation(call.x, given(call.residual), given(call.weight), given(call.bias),
-                                              call.running_mean, call.running_var, o.eps, o.format, o.relu,
-                                              needs_gradients, call.out_dtype);
+  auto [y, mask] =
+      cpu::batch_norm_evaluation(call.x, given(call.residual), given(call.weight), given(call.bias), call.running_mean,
+                                 call.running_var, o.eps, o.format, o.relu, needs_gradients, call.out_dtype);
   return {y, mask, call.running_mean, call.running_var};
 }
 
@@ -192,9 +191,8 @@ struct BatchNormFunction : torch::autograd::Function<BatchNormFunction> {
     const auto save = [&](AutogradContext& ctx) {
       const BatchOptions& o = call.options;
       ctx.save_for_backward({call.x, call.weight, call.bias, result.mean, result.scale, result.mask});
-      ctx.saved_data["options"] =
-          std::vector<int64_t>{o.on_triton, o.training, static_cast<int64_t>(o.format),
-                               o.residual_dtype ? static_cast<int64_t>(*o.residual_dtype) : -1};
+      ctx.saved_data["options"] = std::vector<int64_t>{o.on_triton, o.training, static_cast<int64_t>(o.format),
+                                                       o.residual_dtype ? static_cast<int64_t>(*o.residual_dtype) : -1};
       ctx.saved_data["eps"] = o.eps;
     };
     attach<BatchNormFunction>({call.x, call.residual, call.weight, call.bias}, {result.y}, save);
@@ -327,8 +325,8 @@ PyObject* batch_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
     const pybind11::gil_scoped_release no_gil;
     RECORD_FUNCTION("fastnorm::batch_norm", std::vector<c10::IValue>({call.x}));
     if (is_stock) {
-      y = at::batch_norm(call.x, given(call.weight), given(call.bias), call.running_mean, call.running_var, false,
-                         0.0, o.eps, false);
+      y = at::batch_norm(call.x, given(call.weight), given(call.bias), call.running_mean, call.running_var, false, 0.0,
+                         o.eps, false);
     } else if (any_requires_grad({call.x, call.residual, call.weight, call.bias})) {
       y = BatchNormFunction::forward(call);
     } else {

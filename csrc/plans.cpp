@@ -232,8 +232,8 @@ PyObject* call_operator(PyObject*, PyObject* const* arguments, Py_ssize_t count)
       wanted.add(*argument);
     }
   }
-  const auto results = is_known && !wanted.tensors.empty() ? call(wanted, [&] { return objects; })
-                                                           : call_python(wanted.name, objects);
+  const auto results =
+      is_known && !wanted.tensors.empty() ? call(wanted, [&] { return objects; }) : call_python(wanted.name, objects);
   if (results.size() == 1) {
     return THPVariable_Wrap(results[0]);
   }

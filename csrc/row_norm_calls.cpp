@@ -54,7 +54,7 @@ struct Options {
 
   static Options unpacked(const std::vector<int64_t>& values) {
     const auto type = [](int64_t t) { return t < 0 ? std::nullopt : optional(static_cast<ScalarType>(t)); };
-    return {values[0] != 0,  values[1] != 0,   values[2] != 0,  values[3], std::bit_cast<double>(values[4]),
+    return {values[0] != 0,  values[1] != 0,   values[2] != 0, values[3], std::bit_cast<double>(values[4]),
             type(values[5]), *type(values[6]), type(values[7])};
   }
 };

@@ -199,8 +199,8 @@ Tensor batch_norm_statistics(const Tensor& x, at::MemoryFormat memory_format) {
 
 std::tuple<Tensor, Tensor> batch_norm_normalize(const Tensor& x, const optional<Tensor>& residual,
                                                 const optional<Tensor>& weight, const optional<Tensor>& bias,
-                                                const Tensor& mean, const Tensor& rstd,
-                                                at::MemoryFormat memory_format, bool relu, ScalarType out_dtype) {
+                                                const Tensor& mean, const Tensor& rstd, at::MemoryFormat memory_format,
+                                                bool relu, ScalarType out_dtype) {
   const ForwardCall call(x, residual, weight, bias, memory_format, relu, true, out_dtype);
   const int64_t channels = call.channels();
   return in_compute_type(x, [&](auto zero) -> std::tuple<Tensor, Tensor> {
@@ -297,13 +297,10 @@ void add_up_sums(const SumsPass<S>& sums, const Plan& plan, int64_t pool, const 
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& dy, const optional<Tensor>& mask,
-                                                               const Tensor& x, const optional<Tensor>& weight,
-                                                               const Tensor& mean, const Tensor& rstd, bool training,
-                                                               at::MemoryFormat memory_format,
-                                                               optional<ScalarType> dresidual_dtype,
-                                                               optional<ScalarType> dweight_dtype,
-                                                               optional<ScalarType> dbias_dtype) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
+    const Tensor& dy, const optional<Tensor>& mask, const Tensor& x, const optional<Tensor>& weight, const Tensor& mean,
+    const Tensor& rstd, bool training, at::MemoryFormat memory_format, optional<ScalarType> dresidual_dtype,
+    optional<ScalarType> dweight_dtype, optional<ScalarType> dbias_dtype) {
   const BackwardCall call(dy, mask, x, weight, mean, rstd, memory_format);
   const Tensor dx = call.make_dx(), dresidual = call.make_dresidual(dresidual_dtype);
   return in_compute_type(x, [&](auto zero) -> std::tuple<Tensor, Tensor, Tensor, Tensor> {

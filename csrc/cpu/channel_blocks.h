@@ -45,9 +45,7 @@ class Blocks3d {
   }
 
   // Where to write a block; finish(block, that) must follow.
-  Strip write(const Block& block, S* scratch) const {
-    return converts_ ? scratch_strip(block, scratch) : strip(block);
-  }
+  Strip write(const Block& block, S* scratch) const { return converts_ ? scratch_strip(block, scratch) : strip(block); }
 
   void finish(const Block& block, const Strip& written) const {
     if (!converts_) {

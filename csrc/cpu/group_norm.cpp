@@ -65,8 +65,7 @@ void check_parameters(int64_t channels, int64_t groups, const optional<Tensor>& 
 }
 
 // The statistics of a group whose channels have `depth` elements each; the mean of equal means is exact.
-std::pair<double, double> merge_channels(const double* mean, const double* square_sum, int64_t channels,
-                                         double depth) {
+std::pair<double, double> merge_channels(const double* mean, const double* square_sum, int64_t channels, double depth) {
   double group_mean = mean[0], group_square_sum = 0;
   for (int64_t c = 1; c < channels; ++c) {
     group_mean += (mean[c] - mean[0]) / static_cast<double>(channels);
@@ -82,8 +81,7 @@ std::pair<double, double> merge_channels(const double* mean, const double* squar
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_forward(const Tensor& x, int64_t groups, const optional<Tensor>& weight,
                                                       const optional<Tensor>& bias, double eps,
-                                                      at::MemoryFormat memory_format, bool silu,
-                                                      ScalarType out_dtype) {
+                                                      at::MemoryFormat memory_format, bool silu, ScalarType out_dtype) {
   const ChannelView view(x, memory_format, false);
   check_parameters(view.channels(), groups, weight, bias);
   const Tensor blocks = view.blocks(x), y = view.make_result(out_dtype);
@@ -117,9 +115,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_forward(const Tensor& x, int64_t g
         call.set(group, means[group], rstds[group], (means[group] - exact) * inverse);
       }
     };
-    plan.run([&](int64_t pool, int64_t i) { spread.measure(pool, i); }, finish, [&](const Region& piece) {
-      forward.apply(piece, call.forward[0], call.forward[1], call.forward[2]);
-    });
+    plan.run([&](int64_t pool, int64_t i) { spread.measure(pool, i); }, finish,
+             [&](const Region& piece) { forward.apply(piece, call.forward[0], call.forward[1], call.forward[2]); });
     return {y, mean, rstd};
   });
 }
@@ -158,9 +155,9 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_backward(const Tensor& dy, const T
     }
     const Plan plan = call.plan(true);
     const ChannelArrays<S, 3> parameters(call.samples * call.channels);  // gain, slope, level
-    const BackwardPass<S> backward(plan, silu ? Activation::silu : Activation::none, tensors,
-                                   {call.forward[0], call.forward[1], call.forward[2], parameters[0], parameters[1],
-                                    parameters[2]});
+    const BackwardPass<S> backward(
+        plan, silu ? Activation::silu : Activation::none, tensors,
+        {call.forward[0], call.forward[1], call.forward[2], parameters[0], parameters[1], parameters[2]});
     const SumsPass<S> sums(plan, backward);
     const ChannelArrays<double, 2> found(call.samples * call.channels);  // Σ dz and Σ dz · x̂ in each sample
     const double n = static_cast<double>(call.in_group) * static_cast<double>(call.size);

@@ -26,9 +26,8 @@ struct ValuesInMemory {
 
   INLINE double sum_from(S centre) const {
     Sum<V> sum;
-    const auto step = [&](int64_t i, int slot, Part part) ALWAYS_INLINE {
-      sum.chain[slot] += keep(load(x + i, part) - centre, part);
-    };
+    const auto step = [&](int64_t i, int slot, Part part)
+                          ALWAYS_INLINE { sum.chain[slot] += keep(load(x + i, part) - centre, part); };
     each_summed<V>(n, step, sum);
     return sum.total();
   }
@@ -125,9 +124,8 @@ template <typename T, typename S>
 void load_row(const void* row, S* out, int64_t n) {
   const T* in = static_cast<const T*>(row);
   if constexpr (sizeof(ComputeType<T>) == sizeof(S)) {
-    each_vector<VecOf<T>, 1>(0, n, [&](int64_t i, int, Part part) ALWAYS_INLINE {
-      store(out + i, load(in + i, part), part);
-    });
+    each_vector<VecOf<T>, 1>(
+        0, n, [&](int64_t i, int, Part part) ALWAYS_INLINE { store(out + i, load(in + i, part), part); });
   } else if constexpr (sizeof(T) == sizeof(double)) {
     for (int64_t i = 0; i < n; ++i) {
       out[i] = static_cast<float>(in[i]);
@@ -146,9 +144,8 @@ template <typename T, typename S>
 void store_row(const S* values, void* row, int64_t n) {
   T* out = static_cast<T*>(row);
   if constexpr (sizeof(ComputeType<T>) == sizeof(S)) {
-    each_vector<VecOf<T>, 1>(0, n, [&](int64_t i, int, Part part) ALWAYS_INLINE {
-      store(out + i, load(values + i, part), part);
-    });
+    each_vector<VecOf<T>, 1>(
+        0, n, [&](int64_t i, int, Part part) ALWAYS_INLINE { store(out + i, load(values + i, part), part); });
   } else if constexpr (sizeof(T) == sizeof(S) * 2 || sizeof(T) == sizeof(float)) {
     for (int64_t i = 0; i < n; ++i) {
       out[i] = static_cast<T>(values[i]);
@@ -382,6 +379,5 @@ void layer_norm_backward(const BackwardRow<ComputeType<T>>& row) {
 }
 
 template <typename T>
-constexpr RowKernels<ComputeType<T>> kernels_of = {{rms_norm_forward<T>, rms_norm_backward<T>},
-                                                   {layer_norm_forward<T>, layer_norm_backward<T>},
-                                                   add_rows<T>};
+constexpr RowKernels<ComputeType<T>> kernels_of = {
+    {rms_norm_forward<T>, rms_norm_backward<T>}, {layer_norm_forward<T>, layer_norm_backward<T>}, add_rows<T>};

@@ -174,9 +174,7 @@ std::vector<double> norms_of(const std::vector<Span>& spans, const PNorm& norm) 
   return norms;
 }
 
-double norm_of(const Span& span, const PNorm& norm) {
-  return finish(span, norm, reduce(span, norm.reduction, norm.p));
-}
+double norm_of(const Span& span, const PNorm& norm) { return finish(span, norm, reduce(span, norm.reduction, norm.p)); }
 
 double norm_of_norms(const std::vector<double>& norms, const PNorm& norm) {
   double unit = 1;

@@ -53,8 +53,9 @@ double time_of(int advice) {
 
 enum class Pages { whatever_the_system_makes, small, huge };
 
-// Tried out where the system leaves the choice to programs: huge pages are made several times as fast of memory that the
-// machine has, but several times as slowly where a hypervisor takes free memory back, or memory has to be compacted.
+// Tried out where the system leaves the choice to programs: huge pages are made several times as fast of memory that
+// the machine has, but several times as slowly where a hypervisor takes free memory back, or memory has to be
+// compacted.
 Pages choose() {
   std::ifstream file("/sys/kernel/mm/transparent_hugepage/enabled");
   std::string choice;

@@ -312,9 +312,8 @@ using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 Four row_norm_forward(const Tensor& x, const optional<Tensor>& residual, int64_t dims, const optional<Tensor>& weight,
                       const optional<Tensor>& bias, double eps, bool subtract_mean, bool zero_centered,
                       optional<ScalarType> cast_dtype, ScalarType out_dtype, optional<ScalarType> residual_dtype) {
-  auto [y, h, mean, rstd] =
-      norm_forward({subtract_mean ? Norm::layer : Norm::rms, x, dims, residual.value_or(Tensor()), weight, bias, eps,
-                    zero_centered, cast_dtype, out_dtype, residual_dtype});
+  auto [y, h, mean, rstd] = norm_forward({subtract_mean ? Norm::layer : Norm::rms, x, dims, residual.value_or(Tensor()),
+                                          weight, bias, eps, zero_centered, cast_dtype, out_dtype, residual_dtype});
   return {y, h, mean, rstd};
 }
 
@@ -323,10 +322,9 @@ Four row_norm_backward(const Tensor& dy, const optional<Tensor>& dh, const Tenso
                        bool zero_centered, optional<ScalarType> cast_dtype, ScalarType x_dtype,
                        optional<ScalarType> residual_dtype, optional<ScalarType> dweight_dtype,
                        optional<ScalarType> dbias_dtype) {
-  auto [dx, dresidual, dweight, dbias] =
-      norm_backward({mean ? Norm::layer : Norm::rms, dy, dh.value_or(Tensor()), h, dims, weight,
-                     mean.value_or(Tensor()), rstd, zero_centered, cast_dtype, x_dtype, residual_dtype, dweight_dtype,
-                     dbias_dtype});
+  auto [dx, dresidual, dweight, dbias] = norm_backward(
+      {mean ? Norm::layer : Norm::rms, dy, dh.value_or(Tensor()), h, dims, weight, mean.value_or(Tensor()), rstd,
+       zero_centered, cast_dtype, x_dtype, residual_dtype, dweight_dtype, dbias_dtype});
   return {dx, dresidual, dweight, dbias};
 }
 

@@ -77,7 +77,8 @@ double reduce_squares(const void* x, int64_t n, double, double) {
 template <typename T>
 double reduce_nonzeros(const void* x, int64_t n, double, double) {
   I64 count[chains] = {};
-  each_magnitude(static_cast<const T*>(x), n, 0, [&](F64 v, int chain) ALWAYS_INLINE { count[chain] -= reinterpret_cast<I64>(v != 0); });
+  each_magnitude(static_cast<const T*>(x), n, 0,
+                 [&](F64 v, int chain) ALWAYS_INLINE { count[chain] -= reinterpret_cast<I64>(v != 0); });
   int64_t sum = 0;
   for (const I64& each : count) {
     for (int lane = 0; lane < lanes<F64>; ++lane) {
@@ -120,8 +121,8 @@ INLINE F64 log2_of(F64 x) {
   // Counted so that the mantissa lies between √½ and √2; 1024 keeps the exponent from being negative.
   const U64 exponent = (bits - 0x3fe6a09e667f3bcdull + (1024ull << 52)) >> 52;
   const F64 mantissa = reinterpret_cast<F64>(bits - ((exponent - 1024) << 52));
-  const F64 whole = reinterpret_cast<F64>(exponent | 0x4330000000000000ull) - (0x1p52 + 1024) -
-                    (is_subnormal ? F64{} + 54 : F64{});
+  const F64 whole =
+      reinterpret_cast<F64>(exponent | 0x4330000000000000ull) - (0x1p52 + 1024) - (is_subnormal ? F64{} + 54 : F64{});
   // 2 · artanh(s), a series in s² < 0.0295
   const F64 s = (mantissa - 1) / (mantissa + 1);
   const F64 square = s * s;
@@ -169,13 +170,11 @@ double reduce_powers(const void* x, int64_t n, double p, double divisor) {
   F64 sum[chains] = {};
   const double neutral = p < 0 ? std::numeric_limits<double>::infinity() : 0.0;
   if (divisor == 1) {
-    each_magnitude(static_cast<const T*>(x), n, neutral, [&](F64 v, int chain) ALWAYS_INLINE {
-      sum[chain] += power(v, p);
-    });
+    each_magnitude(static_cast<const T*>(x), n, neutral,
+                   [&](F64 v, int chain) ALWAYS_INLINE { sum[chain] += power(v, p); });
   } else {
-    each_magnitude(static_cast<const T*>(x), n, neutral, [&](F64 v, int chain) ALWAYS_INLINE {
-      sum[chain] += power(v / divisor, p);
-    });
+    each_magnitude(static_cast<const T*>(x), n, neutral,
+                   [&](F64 v, int chain) ALWAYS_INLINE { sum[chain] += power(v / divisor, p); });
   }
   return sum_of_chains(sum);
 }

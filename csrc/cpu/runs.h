@@ -59,10 +59,7 @@ struct PNorm {
     if (std::isinf(p)) {
       return p > 0 ? Reduction::largest : Reduction::smallest;
     }
-    return p == 2   ? Reduction::squares
-           : p == 1 ? Reduction::sum
-           : p == 0 ? Reduction::nonzeros
-                    : Reduction::powers;
+    return p == 2 ? Reduction::squares : p == 1 ? Reduction::sum : p == 0 ? Reduction::nonzeros : Reduction::powers;
   }
 };
 

@@ -81,9 +81,8 @@ template <typename T, typename Step, typename... Sums>
 INLINE void each_of_plane(const SpreadBlock<ComputeType<T>>& b, Step step, Sums&... sums) {
   const auto add = [&](int64_t row, int64_t first, int64_t last) ALWAYS_INLINE {
     const T* x = reinterpret_cast<const T*>(b.x.data + row * b.x.stride);
-    each_vector<VecOf<T>, Sum<VecOf<T>>::chains>(first, last, [&](int64_t i, int slot, Part part) ALWAYS_INLINE {
-      step(x + i, slot, part);
-    });
+    each_vector<VecOf<T>, Sum<VecOf<T>>::chains>(
+        first, last, [&](int64_t i, int slot, Part part) ALWAYS_INLINE { step(x + i, slot, part); });
   };
   each_flushed<VecOf<T>, 1024>(0, b.rows, b.n, add, sums...);
 }

@@ -1,4 +1,5 @@
-// Adaptive gradient clipping: g · max_norm / ‖g‖ for the units whose norm reaches max_norm = max(‖w‖, eps) · clip_factor.
+// Adaptive gradient clipping: g · max_norm / ‖g‖ for the units whose norm reaches max_norm = max(‖w‖, eps) ·
+// clip_factor.
 #include "agc.h"
 
 #include "clip_rule.cuh"
@@ -55,8 +56,7 @@ __device__ __forceinline__ void clip_span(const Span<T>& span, int thread, const
 }
 
 template <int THREADS, int KIND>
-__device__ __forceinline__ void clip(const AgcArguments& a, int tensor, uint32_t unit, int thread,
-                                     uint4* place) {
+__device__ __forceinline__ void clip(const AgcArguments& a, int tensor, uint32_t unit, int thread, uint4* place) {
   const Norm<KIND> norm{a.p, a.kind};
   constexpr int mask = (1 << DTYPE_BITS) - 1;
   const int64_t extent = a.extent[tensor];

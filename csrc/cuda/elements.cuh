@@ -52,13 +52,21 @@ using Wide = decltype(widen(T()));
 template <class T>
 __device__ __forceinline__ T narrow(float x);
 template <>
-__device__ __forceinline__ float narrow<float>(float x) { return x; }
+__device__ __forceinline__ float narrow<float>(float x) {
+  return x;
+}
 template <>
-__device__ __forceinline__ __half narrow<__half>(float x) { return __float2half_rn(x); }
+__device__ __forceinline__ __half narrow<__half>(float x) {
+  return __float2half_rn(x);
+}
 template <>
-__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
 template <class T>
-__device__ __forceinline__ T narrow(double x) { return x; }
+__device__ __forceinline__ T narrow(double x) {
+  return x;
+}
 
 // `count` elements from any address on: `head` of them, then whole packs, then `tail`.
 template <class T>

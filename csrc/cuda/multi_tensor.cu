@@ -160,9 +160,7 @@ __global__ void __launch_bounds__(BLOCK, RESIDENT) change_kernel(const __grid_co
   if (!operation.prepare(a, piece.tensor)) {
     return;
   }
-  with_dtype(piece.dtype, [&](auto zero) {
-    change_span(Span<decltype(zero)>(piece.from, piece.to), operation);
-  });
+  with_dtype(piece.dtype, [&](auto zero) { change_span(Span<decltype(zero)>(piece.from, piece.to), operation); });
 }
 
 template <class Operation, int N>

@@ -53,9 +53,7 @@ struct Norm {
     }
   }
 
-  __device__ __forceinline__ double identity() const {
-    return of() == MINIMUM ? static_cast<double>(INFINITY) : 0.0;
-  }
+  __device__ __forceinline__ double identity() const { return of() == MINIMUM ? static_cast<double>(INFINITY) : 0.0; }
 
   // Whether a float32 sum of a few terms is right: squares of 1e30 overflow, and those of 1e-30 vanish. Above 2^-100,
   // what underflow took from a few terms, 2^-149 each, is below half a unit in the last place.

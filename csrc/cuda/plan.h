@@ -39,8 +39,8 @@ constexpr int64_t PIECES = 4096;          // that a list is cut into at most, be
 
 // Arguments travel with the launch, so that nothing has to be copied before it and a CUDA graph can hold it. Kernels
 // take 4 KB of them everywhere, and 32,764 bytes from CUDA 12.1 on, older than any toolkit of the torch versions that
-// fastnorm supports. Long lists use that: 2,000 tensors go in 2 launches instead of 11. Short ones, where the whole clip
-// may take no longer than such a launch, don't pay for it.
+// fastnorm supports. Long lists use that: 2,000 tensors go in 2 launches instead of 11. Short ones, where the whole
+// clip may take no longer than such a launch, don't pay for it.
 constexpr int FEW = 192;
 constexpr int MANY = 1600;
 
