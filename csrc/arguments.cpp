@@ -46,11 +46,11 @@ bool is_plain(const Tensor& tensor) {
   return (tensor.key_set().raw_repr() & ~plain.raw_repr()) == 0;
 }
 
-bool nobody_looks_on() {
+bool is_not_intercepted() {
   return is_dispatched_plainly() && !at::impl::torch_function_mode_enabled() && !is_differentiated_forward();
 }
 
-bool kernels_take(std::initializer_list<Tensor> tensors) {
+bool kernels_can_take(std::initializer_list<Tensor> tensors) {
   return !at::GradMode::is_enabled() && !is_differentiated_forward() && is_dispatched_plainly() &&
          std::all_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return !t.defined() || is_plain(t); });
 }
@@ -65,7 +65,7 @@ bool autocasts(const char* aten_operator, const Tensor& x) {
          has_rule(aten_operator, x.is_cpu() ? DispatchKey::AutocastCPU : DispatchKey::AutocastCUDA);
 }
 
-bool takes(at::ScalarType type) {
+bool is_supported(at::ScalarType type) {
   return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble;
 }
 
@@ -74,7 +74,7 @@ bool unpack(PyObject* object, Tensor& out) {
     return false;
   }
   out = THPVariable_Unpack(object);
-  return (out.is_cpu() || out.is_cuda()) && is_plain(out) && takes(out.scalar_type());
+  return (out.is_cpu() || out.is_cuda()) && is_plain(out) && is_supported(out.scalar_type());
 }
 
 bool unpack_optional(PyObject* object, at::IntArrayRef sizes, at::Device device, Tensor& out) {
@@ -94,7 +94,7 @@ bool unpack_dtype(PyObject* object, std::optional<at::ScalarType>& out) {
     return false;
   }
   out = reinterpret_cast<THPDtype*>(object)->scalar_type;
-  return takes(*out);
+  return is_supported(*out);
 }
 
 bool unpack_float(PyObject* object, double& out) {
@@ -105,10 +105,13 @@ bool unpack_float(PyObject* object, double& out) {
   return true;
 }
 
-std::optional<at::ScalarType> wanted(const torch::autograd::AutogradContext* ctx, size_t index, const Tensor& input) {
+std::optional<at::ScalarType> gradient_dtype(const torch::autograd::AutogradContext* ctx, size_t index,
+                                             const Tensor& input) {
   return input.defined() && ctx->needs_input_grad(index) ? std::optional(input.scalar_type()) : std::nullopt;
 }
 
-std::optional<Tensor> given(const Tensor& tensor) { return tensor.defined() ? std::optional(tensor) : std::nullopt; }
+std::optional<Tensor> as_optional(const Tensor& tensor) {
+  return tensor.defined() ? std::optional(tensor) : std::nullopt;
+}
 
 }  // namespace fastnorm

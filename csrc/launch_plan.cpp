@@ -29,7 +29,7 @@ Layout layout_from(const py::handle& described) {
 }
 
 void launch_by_driver(DriverLaunch launcher, const Launch& launch, void* stream, const std::vector<int64_t>& values) {
-  // beyond its own parameters a kernel may have two of Triton's, for scratch memory that a plan's kernels don't use
+  // Triton may append two parameters to a kernel's own, for scratch memory that a plan's kernels don't use
   std::vector<void*> pointers;
   pointers.reserve(values.size() + 2);
   for (const int64_t& value : values) {
@@ -118,7 +118,7 @@ std::vector<Tensor> run(const Plan& plan, const std::vector<Tensor>& inputs, con
       values.push_back(base + parameter.value);
     }
     if (driver != nullptr) {
-      const py::gil_scoped_release no_gil;  // the driver waits where its queue is full
+      const py::gil_scoped_release no_gil;  // the driver waits while its queue is full
       launch_by_driver(driver, launch, stream, values);
     } else {
       launch_by_python(launcher, launch, values, slots);

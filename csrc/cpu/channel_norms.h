@@ -1,4 +1,4 @@
-// batch_norm and group_norm on the CPU, with the arguments of the operators.
+// batch_norm and group_norm on the CPU, for calls from C++: the arguments and results of the operators.
 #pragma once
 
 #include <ATen/core/Tensor.h>
