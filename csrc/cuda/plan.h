@@ -73,7 +73,7 @@ struct NormArguments {
   double max_norm;
   double* partials;   // one for each chunk of this launch
   double* sums;       // one for each tensor of the list: Σ|x|^p, or the extremum
-  uint32_t* tickets;  // counters of finished blocks, for each tensor and for the list; zero before and after
+  uint32_t* tickets;  // finished chunks of each tensor, then the finished tensors; zero before and after
   void* norms;
   void* total;
   void* coefficient;
