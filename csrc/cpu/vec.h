@@ -165,7 +165,7 @@ INLINE VecOf<T> load(const T* p, ActiveLanes active) {
   return active.end == lanes<VecOf<T>> ? load_vec(p) : load_first(p, active.end);
 }
 
-// Stores the lanes below active.end; so those below active.begin must hold what the row has there already.
+// Stores the lanes below active.end. Those below active.begin are stored a second time: they must not change by that.
 template <typename T>
 INLINE void store(T* p, VecOf<T> v, ActiveLanes active) {
   active.end == lanes<VecOf<T>> ? store_vec(p, v) : store_first(p, v, active.end);
