@@ -56,9 +56,10 @@ test-triton: $(NATIVE)  ## the Triton kernels with another Triton (TRITON=3.5.1)
 	PYTHONPATH=$(OTHER_TRITON) $(PY) -m bench codegen --providers fastnorm --no-instructions --targets sm_90,gfx942 \
 	  --dtypes bf16 --widths 128,1793,4096,7168,16384,32768 --output $(OTHER_TRITON)
 
-lint: $(NATIVE)  ## ruff, mypy
+lint: $(NATIVE)  ## ruff, mypy, clang-format
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc -type f)
 
 # Not into bench/results, of which the documents' tables are made, as `make test` checks: python -m bench does that.
 bench: $(NATIVE)  ## check, then time (BENCH_ARGS= for the full run), into build/bench

@@ -1,7 +1,7 @@
 """Packages, and the optional C++/CUDA extension; everything else is in pyproject.toml.
 
 FASTNORM_BUILD_NATIVE=0 leaves the extension out, =1 makes it an error that it can't be built; unset, it is built where
-it can be. fastnorm/extension.py says how, and what else the environment can ask for.
+it can be. fastnorm/extension.py has the build itself and its other environment variables.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ NATIVE = os.environ.get("FASTNORM_BUILD_NATIVE")
 
 
 def load(path: str):
-    """A module of the package, without the package, whose import needs torch."""
+    """Imports a module without its package, whose import needs torch."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -47,14 +47,14 @@ def build_python(reason: str) -> type:
         def run(self):
             super().run()
             folder = Path("fastnorm") if self.editable_mode else Path(self.build_lib, "fastnorm")
-            if not list(folder.glob("_C*.so")):  # an editable install leaves what was built in place before
+            if not list(folder.glob("_C*.so")):  # an editable install keeps an extension built in place
                 extension.record(folder, {"reason": reason})
 
     return BuildPython
 
 
 def native() -> dict:
-    """setup()'s arguments for the extension, or for a record of why there is none."""
+    """The arguments of setup() that build the extension, or that record why there is none."""
     if {"egg_info", "dist_info", "sdist"} & set(sys.argv):
         return {}
     if NATIVE == "0":
@@ -77,8 +77,8 @@ def native() -> dict:
             try:
                 super().build_extensions()
             except (CCompilerError, RuntimeError, OSError, subprocess.SubprocessError) as error:
-                self.extensions[0].optional = True  # or an editable install fails for want of the file
-                give_up(f"The C++ extension did not compile ({error}); the compiler's own words are above.")
+                self.extensions[0].optional = True  # or an editable install fails: the file is missing
+                give_up(f"The C++ extension did not compile ({error}); see the compiler's output above.")
                 self.failure = f"The compiler failed: {error}."
 
     return arguments | {"cmdclass": {"build_ext": BuildNative}}

@@ -38,27 +38,26 @@ std::optional<bool> on_triton(int64_t served, const Tensor& x) {
 }
 
 bool is_plain(const Tensor& tensor) {
-  static constexpr c10::DispatchKeySet on_cpu({DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU,
-                                               DispatchKey::ADInplaceOrView});
-  static constexpr c10::DispatchKeySet on_gpu({DispatchKey::CUDA, DispatchKey::AutogradCUDA,
-                                               DispatchKey::AutocastCUDA, DispatchKey::ADInplaceOrView});
+  static constexpr c10::DispatchKeySet on_cpu(
+      {DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU, DispatchKey::ADInplaceOrView});
+  static constexpr c10::DispatchKeySet on_gpu(
+      {DispatchKey::CUDA, DispatchKey::AutogradCUDA, DispatchKey::AutocastCUDA, DispatchKey::ADInplaceOrView});
   const auto plain = tensor.is_cpu() ? on_cpu : on_gpu;
   return (tensor.key_set().raw_repr() & ~plain.raw_repr()) == 0;
 }
 
-bool nobody_looks_on() {
+bool is_not_intercepted() {
   return is_dispatched_plainly() && !at::impl::torch_function_mode_enabled() && !is_differentiated_forward();
 }
 
-bool kernels_take(std::initializer_list<Tensor> tensors) {
+bool kernels_can_take(std::initializer_list<Tensor> tensors) {
   return !at::GradMode::is_enabled() && !is_differentiated_forward() && is_dispatched_plainly() &&
          std::all_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return !t.defined() || is_plain(t); });
 }
 
 bool any_requires_grad(std::initializer_list<Tensor> tensors) {
-  return at::GradMode::is_enabled() && std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) {
-           return t.defined() && t.requires_grad();
-         });
+  return at::GradMode::is_enabled() &&
+         std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.defined() && t.requires_grad(); });
 }
 
 bool autocasts(const char* aten_operator, const Tensor& x) {
@@ -66,7 +65,7 @@ bool autocasts(const char* aten_operator, const Tensor& x) {
          has_rule(aten_operator, x.is_cpu() ? DispatchKey::AutocastCPU : DispatchKey::AutocastCUDA);
 }
 
-bool takes(at::ScalarType type) {
+bool is_supported(at::ScalarType type) {
   return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble;
 }
 
@@ -75,7 +74,7 @@ bool unpack(PyObject* object, Tensor& out) {
     return false;
   }
   out = THPVariable_Unpack(object);
-  return (out.is_cpu() || out.is_cuda()) && is_plain(out) && takes(out.scalar_type());
+  return (out.is_cpu() || out.is_cuda()) && is_plain(out) && is_supported(out.scalar_type());
 }
 
 bool unpack_optional(PyObject* object, at::IntArrayRef sizes, at::Device device, Tensor& out) {
@@ -95,7 +94,7 @@ bool unpack_dtype(PyObject* object, std::optional<at::ScalarType>& out) {
     return false;
   }
   out = reinterpret_cast<THPDtype*>(object)->scalar_type;
-  return takes(*out);
+  return is_supported(*out);
 }
 
 bool unpack_float(PyObject* object, double& out) {
@@ -106,10 +105,13 @@ bool unpack_float(PyObject* object, double& out) {
   return true;
 }
 
-std::optional<at::ScalarType> wanted(const torch::autograd::AutogradContext* ctx, size_t index, const Tensor& input) {
+std::optional<at::ScalarType> gradient_dtype(const torch::autograd::AutogradContext* ctx, size_t index,
+                                             const Tensor& input) {
   return input.defined() && ctx->needs_input_grad(index) ? std::optional(input.scalar_type()) : std::nullopt;
 }
 
-std::optional<Tensor> given(const Tensor& tensor) { return tensor.defined() ? std::optional(tensor) : std::nullopt; }
+std::optional<Tensor> as_optional(const Tensor& tensor) {
+  return tensor.defined() ? std::optional(tensor) : std::nullopt;
+}
 
 }  // namespace fastnorm

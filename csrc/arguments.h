@@ -1,4 +1,5 @@
-// What the calls from Python share: arguments unpacked, and who may look on.
+// What the whole calls from Python (calls.h) share: unpacking of arguments, and the checks whether kernels may serve a
+// call directly, without PyTorch's dispatcher.
 #pragma once
 
 #include <Python.h>
@@ -12,53 +13,54 @@
 
 namespace fastnorm {
 
-// Who serves which device, as fastnorm.backend says at each call; and whether native kernels are what the user named.
+// Which backend serves which device, as fastnorm.backend says at each call; `native_named`: the user asked for native.
 enum Served : int64_t { native_on_cpu = 1, triton_on_cpu = 2, triton_on_gpu = 4, native_named = 8 };
 
-// Whether Triton serves the tensor, or else a native kernel; none where Python must look.
+// Whether Triton serves the tensor (true) or a native kernel (false); none where neither does and Python must decide.
 std::optional<bool> on_triton(int64_t served, const at::Tensor& x);
 
-// Whether a tensor's memory holds its elements, on the CPU or on a GPU: it is no wrapper, and nothing is still to be
-// done to it.
+// Whether a tensor is an ordinary one on the CPU or a GPU, whose memory holds its elements: no wrapper subclass, no
+// wrapper of a transform, no lazy conjugate or negative.
 bool is_plain(const at::Tensor& tensor);
 
-// Whether only kernels and autograd have a say in a call: no mode, transform, trace or wrapper looks on.
-bool nobody_looks_on();
+// Whether a call concerns kernels and autograd alone: no mode, functional transform or trace intercepts it.
+bool is_not_intercepted();
 
-// In a backward: whether kernels can take these gradients and saved tensors, which hooks may have changed, and nobody
-// looks on or wants to differentiate what becomes of them.
-bool kernels_take(std::initializer_list<at::Tensor> tensors);
+// In a backward: whether kernels can take these gradients and saved tensors, which hooks may have replaced, nothing
+// intercepts the call, and its results need no gradients themselves.
+bool kernels_can_take(std::initializer_list<at::Tensor> tensors);
 
 bool any_requires_grad(std::initializer_list<at::Tensor> tensors);
 
-// Whether stock autocast has a float32 result for the operator's input, as fastnorm.ops.arguments says it.
+// Whether autocast makes the result of this aten operator float32. fastnorm.ops.arguments has the same rule in Python.
 bool autocasts(const char* aten_operator, const at::Tensor& x);
 
-// Whether kernels know the dtype.
-bool takes(at::ScalarType type);
+// Whether kernels support the dtype: one of the four.
+bool is_supported(at::ScalarType type);
 
-// Each reads an argument into `out`; false for one that is wrong, or that Python must look at.
+// Each reads an argument into `out` and returns true, or false for an argument that is wrong or left to Python.
 bool unpack(PyObject* object, at::Tensor& out);  // a plain tensor of a known dtype
 bool unpack_optional(PyObject* object, at::IntArrayRef sizes, at::Device device, at::Tensor& out);  // or None
 bool unpack_bool(PyObject* object, bool& out);
 bool unpack_dtype(PyObject* object, std::optional<at::ScalarType>& out);  // a known one, or None
 bool unpack_float(PyObject* object, double& out);
 
-// The dtype of a gradient, if it is wanted: that of the node's input number `index`, which may be undefined.
-std::optional<at::ScalarType> wanted(const torch::autograd::AutogradContext* ctx, size_t index,
-                                     const at::Tensor& input);
+// The dtype of the gradient of the node's input number `index`; none if the input is undefined or needs no gradient.
+std::optional<at::ScalarType> gradient_dtype(const torch::autograd::AutogradContext* ctx, size_t index,
+                                             const at::Tensor& input);
 
-std::optional<at::Tensor> given(const at::Tensor& tensor);
+// None for an undefined tensor.
+std::optional<at::Tensor> as_optional(const at::Tensor& tensor);
 
 inline PyCFunction as_method(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
 
-// The gradients that a function of fastnorm.reference finds, function(inputs, dy, *options), as differentiable
-// functions of the inputs; undefined where it returns None. Under the GIL.
+// The gradients that a function of fastnorm.reference returns, function(inputs, dy, *options): made of PyTorch's
+// operations, so that they can be differentiated again. Undefined where it returns None. Needs the GIL.
 template <typename... Options>
-torch::autograd::variable_list by_formula(const char* function, std::initializer_list<at::Tensor> inputs,
-                                          const at::Tensor& dy, Options&&... options) {
+torch::autograd::variable_list reference_gradients(const char* function, std::initializer_list<at::Tensor> inputs,
+                                                   const at::Tensor& dy, Options&&... options) {
   namespace py = pybind11;
   py::list objects;
   for (const at::Tensor& input : inputs) {

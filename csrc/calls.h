@@ -1,13 +1,13 @@
-// The whole of a call in C++, autograd included, for calls so plain that nothing needs to be asked in Python.
+// Whole calls of the norms in C++, autograd included: for plain calls, whose time Python would dominate.
 #pragma once
 
 #include <Python.h>
 
 namespace fastnorm {
 
-// Each adds functions to the module that return NotImplemented, without a side effect, for a call that is wrong or not
-// plain. Returns -1 with a Python error set where that fails.
-int add_row_norm_calls(PyObject* module);      // row_norm: the four of them, with all options
+// Each adds functions to the module; they return NotImplemented, without side effects, for a call that is wrong or not
+// plain, which Python then makes. Returns -1 with a Python error set on failure.
+int add_row_norm_calls(PyObject* module);      // row_norm: all four operations with all options
 int add_channel_norm_calls(PyObject* module);  // batch_norm, group_norm
 
 }  // namespace fastnorm

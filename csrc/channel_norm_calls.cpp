@@ -1,4 +1,5 @@
-// Whole calls of batch_norm and group_norm from Python, as row_norm_calls.cpp has them of the row norms.
+// Whole calls of batch_norm and group_norm from Python: arguments, outputs, autograd and the kernel's start, without
+// the trips through Python that autograd.Function and torch.ops take. The backend that serves the device computes.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/batch_norm.h>
 #include <ATen/ops/rsqrt.h>
@@ -48,8 +49,8 @@ using GroupForward = std::tuple<Tensor, Tensor, Tensor>;  // y, mean, rstd
 GroupForward group_forward(const GroupCall& call) {
   const GroupOptions& o = call.options;
   if (!o.on_triton) {
-    return cpu::group_norm_forward(call.x, o.groups, given(call.weight), given(call.bias), o.eps, o.format, o.silu,
-                                   call.out_dtype);
+    return cpu::group_norm_forward(call.x, o.groups, as_optional(call.weight), as_optional(call.bias), o.eps, o.format,
+                                   o.silu, call.out_dtype);
   }
   const auto results = plans::call("group_norm_forward", {call.x, o.groups, call.weight, call.bias, o.eps, o.format,
                                                           o.silu, optional(call.out_dtype)});
@@ -81,17 +82,18 @@ struct GroupNormFunction : torch::autograd::Function<GroupNormFunction> {
     const auto o = ctx->saved_data["options"].toIntVector();
     const bool on_triton = o[0], silu = o[1];
     const auto format = static_cast<MemoryFormat>(o[3]);
-    if (!kernels_take({dy, x, weight, bias, mean, rstd})) {
+    if (!kernels_can_take({dy, x, weight, bias, mean, rstd})) {
       const pybind11::gil_scoped_acquire gil;
-      return by_formula("group_norm_gradients", {x, weight, bias}, dy, o[2], ctx->saved_data["eps"].toDouble(), silu);
+      return reference_gradients("group_norm_gradients", {x, weight, bias}, dy, o[2], ctx->saved_data["eps"].toDouble(),
+                                 silu);
     }
-    const auto dweight_dtype = wanted(ctx, 1, weight), dbias_dtype = wanted(ctx, 2, bias);
+    const auto dweight_dtype = gradient_dtype(ctx, 1, weight), dbias_dtype = gradient_dtype(ctx, 2, bias);
     if (on_triton) {
       return plans::call("group_norm_backward",
                          {dy, x, o[2], weight, bias, mean, rstd, format, silu, dweight_dtype, dbias_dtype});
     }
-    auto [dx, dweight, dbias] = cpu::group_norm_backward(dy, x, o[2], given(weight), given(bias), mean, rstd, format,
-                                                         silu, dweight_dtype, dbias_dtype);
+    auto [dx, dweight, dbias] = cpu::group_norm_backward(dy, x, o[2], as_optional(weight), as_optional(bias), mean,
+                                                         rstd, format, silu, dweight_dtype, dbias_dtype);
     return {dx, dweight, dbias};
   }
 };
@@ -115,7 +117,7 @@ bool read(PyObject* const* args, GroupCall& call) {
   o.on_triton = *triton;
   o.format = x.suggest_memory_format();
   call.out_dtype = autocasts("aten::group_norm", x) ? at::kFloat : x.scalar_type();
-  return nobody_looks_on();
+  return is_not_intercepted();
 }
 
 PyObject* group_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -129,9 +131,8 @@ PyObject* group_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   {
     const pybind11::gil_scoped_release no_gil;
     RECORD_FUNCTION("fastnorm::group_norm", std::vector<c10::IValue>({call.x}));
-    y = any_requires_grad({call.x, call.weight, call.bias})
-            ? GroupNormFunction::forward(call)
-            : std::get<0>(group_forward(call));
+    y = any_requires_grad({call.x, call.weight, call.bias}) ? GroupNormFunction::forward(call)
+                                                            : std::get<0>(group_forward(call));
   }
   return THPVariable_Wrap(std::move(y));
   END_HANDLE_TH_ERRORS
@@ -153,7 +154,7 @@ struct BatchCall {
   ScalarType out_dtype;
 };
 
-// In training `scale` is rstd, in evaluation the running variance: rstd takes a launch, and only a backward needs it.
+// `scale` is rstd in training. In evaluation it is the running variance: only a backward needs rstd, at a launch.
 struct BatchForward {
   Tensor y, mask, mean, scale;
 };
@@ -161,26 +162,27 @@ struct BatchForward {
 BatchForward batch_forward(const BatchCall& call, bool needs_gradients) {
   const BatchOptions& o = call.options;
   if (o.training && o.on_triton) {
-    auto found = plans::call("batch_norm_forward",
-                             {call.x, call.residual, call.weight, call.bias, call.running_mean, call.running_var,
-                              call.factor, call.momentum, o.eps, o.format, o.relu, optional(call.out_dtype)});
-    return {found.at(0), found.at(1), found.at(2), found.at(3)};
+    auto results = plans::call("batch_norm_forward",
+                               {call.x, call.residual, call.weight, call.bias, call.running_mean, call.running_var,
+                                call.factor, call.momentum, o.eps, o.format, o.relu, optional(call.out_dtype)});
+    return {results.at(0), results.at(1), results.at(2), results.at(3)};
   }
   if (o.training) {
-    auto [y, mask, mean, rstd] = cpu::batch_norm_forward(
-        call.x, given(call.residual), given(call.weight), given(call.bias), given(call.running_mean),
-        given(call.running_var), given(call.factor), call.momentum, o.eps, o.format, o.relu, call.out_dtype);
+    auto [y, mask, mean, rstd] =
+        cpu::batch_norm_forward(call.x, as_optional(call.residual), as_optional(call.weight), as_optional(call.bias),
+                                as_optional(call.running_mean), as_optional(call.running_var), as_optional(call.factor),
+                                call.momentum, o.eps, o.format, o.relu, call.out_dtype);
     return {y, mask, mean, rstd};
   }
   if (o.on_triton) {
-    auto found = plans::call("batch_norm_evaluation",
-                             {call.x, call.residual, call.weight, call.bias, call.running_mean, call.running_var,
-                              o.eps, o.format, o.relu, needs_gradients, optional(call.out_dtype)});
-    return {found.at(0), found.at(1), call.running_mean, call.running_var};
+    auto results = plans::call("batch_norm_evaluation",
+                               {call.x, call.residual, call.weight, call.bias, call.running_mean, call.running_var,
+                                o.eps, o.format, o.relu, needs_gradients, optional(call.out_dtype)});
+    return {results.at(0), results.at(1), call.running_mean, call.running_var};
   }
-  auto [y, mask] = cpu::batch_norm_evaluation(call.x, given(call.residual), given(call.weight), given(call.bias),
-                                              call.running_mean, call.running_var, o.eps, o.format, o.relu,
-                                              needs_gradients, call.out_dtype);
+  auto [y, mask] = cpu::batch_norm_evaluation(call.x, as_optional(call.residual), as_optional(call.weight),
+                                              as_optional(call.bias), call.running_mean, call.running_var, o.eps,
+                                              o.format, o.relu, needs_gradients, call.out_dtype);
   return {y, mask, call.running_mean, call.running_var};
 }
 
@@ -192,9 +194,8 @@ struct BatchNormFunction : torch::autograd::Function<BatchNormFunction> {
     const auto save = [&](AutogradContext& ctx) {
       const BatchOptions& o = call.options;
       ctx.save_for_backward({call.x, call.weight, call.bias, result.mean, result.scale, result.mask});
-      ctx.saved_data["options"] =
-          std::vector<int64_t>{o.on_triton, o.training, static_cast<int64_t>(o.format),
-                               o.residual_dtype ? static_cast<int64_t>(*o.residual_dtype) : -1};
+      ctx.saved_data["options"] = std::vector<int64_t>{o.on_triton, o.training, static_cast<int64_t>(o.format),
+                                                       o.residual_dtype ? static_cast<int64_t>(*o.residual_dtype) : -1};
       ctx.saved_data["eps"] = o.eps;
     };
     attach<BatchNormFunction>({call.x, call.residual, call.weight, call.bias}, {result.y}, save);
@@ -216,37 +217,40 @@ struct BatchNormFunction : torch::autograd::Function<BatchNormFunction> {
     if (o[3] >= 0 && ctx->needs_input_grad(1)) {
       residual_dtype = static_cast<ScalarType>(o[3]);
     }
-    const auto dweight_dtype = wanted(ctx, 2, weight), dbias_dtype = wanted(ctx, 3, bias);
-    if (!kernels_take({dy, x, weight, bias, mean, scale, mask})) {
+    const auto dweight_dtype = gradient_dtype(ctx, 2, weight), dbias_dtype = gradient_dtype(ctx, 3, bias);
+    if (!kernels_can_take({dy, x, weight, bias, mean, scale, mask})) {
       const pybind11::gil_scoped_acquire gil;
       const auto dtype = residual_dtype ? pybind11::cast(*residual_dtype) : pybind11::none();
       const auto object = [](const Tensor& t) { return t.defined() ? pybind11::cast(t) : pybind11::none(); };
       const auto running = training ? pybind11::object(pybind11::none()) : pybind11::make_tuple(mean, scale);
-      return by_formula("batch_norm_gradients", {x, weight, bias}, dy, object(mask), running, format, eps, dtype);
+      return reference_gradients("batch_norm_gradients", {x, weight, bias}, dy, object(mask), running, format, eps,
+                                 dtype);
     }
     if (!training) {
       const auto stat = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
       mean = mean.to(stat);
       scale = at::rsqrt(scale.to(stat) + eps);
     }
-    const auto written_dtype = mask.defined() ? residual_dtype : std::nullopt;  // without a ReLU dresidual is dy
-    variable_list found(4);  // x, residual, weight, bias
+    // without a ReLU dresidual is dy
+    const auto written_dtype = mask.defined() ? residual_dtype : std::nullopt;
+    variable_list gradients(4);  // x, residual, weight, bias
     if (on_triton) {
       auto results = plans::call("batch_norm_backward", {dy, mask, x, weight, mean, scale, training, format,
                                                          written_dtype, dweight_dtype, dbias_dtype});
-      std::move(results.begin(), results.end(), found.begin());
+      std::move(results.begin(), results.end(), gradients.begin());
     } else {
-      std::tie(found[0], found[1], found[2], found[3]) = cpu::batch_norm_backward(
-          dy, given(mask), x, given(weight), mean, scale, training, format, written_dtype, dweight_dtype, dbias_dtype);
+      std::tie(gradients[0], gradients[1], gradients[2], gradients[3]) =
+          cpu::batch_norm_backward(dy, as_optional(mask), x, as_optional(weight), mean, scale, training, format,
+                                   written_dtype, dweight_dtype, dbias_dtype);
     }
     if (residual_dtype && !written_dtype) {
-      found[1] = dy.to(*residual_dtype);
+      gradients[1] = dy.to(*residual_dtype);
     }
-    return found;
+    return gradients;
   }
 };
 
-// torch.nn.functional.batch_norm's choice of y's memory format, as fastnorm.views.batch_norm_format.
+// The memory format that torch.nn.functional.batch_norm gives y; fastnorm.views has the same rule in Python.
 MemoryFormat batch_norm_format(const Tensor& x) {
   if ((x.dim() != 4 && x.dim() != 5) || x.is_contiguous()) {
     return MemoryFormat::Contiguous;
@@ -255,7 +259,7 @@ MemoryFormat batch_norm_format(const Tensor& x) {
   return x.is_contiguous(last) ? last : x.suggest_memory_format();
 }
 
-// A number, or a tensor that a kernel reads beside x.
+// momentum: a number, or a tensor `factor` on x's device that the kernel reads.
 bool unpack_momentum(PyObject* object, const Tensor& x, BatchCall& call) {
   if (unpack_float(object, call.momentum)) {
     return true;
@@ -297,10 +301,10 @@ bool read(PyObject* const* args, int64_t served, BatchCall& call) {
     o.residual_dtype = call.residual.scalar_type();
     call.out_dtype = c10::promoteTypes(call.out_dtype, *o.residual_dtype);
     if (call.out_dtype == at::kDouble && x.scalar_type() != at::kDouble) {
-      return false;  // statistics are wanted in float64 too
+      return false;  // statistics would have to be float64 too
     }
   }
-  return nobody_looks_on();
+  return is_not_intercepted();
 }
 
 bool all_alike(const BatchCall& call) {
@@ -317,7 +321,7 @@ PyObject* batch_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Py_RETURN_NOTIMPLEMENTED;
   }
   const BatchOptions& o = call.options;
-  // evaluation without activation and residual is a copy's work in PyTorch's own CPU kernel
+  // evaluation without activation and residual: PyTorch's own CPU kernel is as fast as a copy
   const bool is_stock = !o.on_triton && !o.training && !o.relu && !o.residual_dtype && !(served & native_named);
   if (is_stock && !all_alike(call)) {
     Py_RETURN_NOTIMPLEMENTED;
@@ -327,8 +331,8 @@ PyObject* batch_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
     const pybind11::gil_scoped_release no_gil;
     RECORD_FUNCTION("fastnorm::batch_norm", std::vector<c10::IValue>({call.x}));
     if (is_stock) {
-      y = at::batch_norm(call.x, given(call.weight), given(call.bias), call.running_mean, call.running_var, false,
-                         0.0, o.eps, false);
+      y = at::batch_norm(call.x, as_optional(call.weight), as_optional(call.bias), call.running_mean, call.running_var,
+                         false, 0.0, o.eps, false);
     } else if (any_requires_grad({call.x, call.residual, call.weight, call.bias})) {
       y = BatchNormFunction::forward(call);
     } else {

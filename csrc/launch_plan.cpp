@@ -29,7 +29,7 @@ Layout layout_from(const py::handle& described) {
 }
 
 void launch_by_driver(DriverLaunch launcher, const Launch& launch, void* stream, const std::vector<int64_t>& values) {
-  // beyond its own parameters a kernel may have two of Triton's, for scratch memory that a plan's kernels don't use
+  // Triton may append two parameters to a kernel's own, for scratch memory that a plan's kernels don't use
   std::vector<void*> pointers;
   pointers.reserve(values.size() + 2);
   for (const int64_t& value : values) {
@@ -69,12 +69,14 @@ std::shared_ptr<const Plan> plan_from(const py::handle& described) {
     const auto parts = py::cast<py::tuple>(step);
     if (py::cast<std::string>(parts[0]) == "copy") {
       plan->steps.emplace_back(Copy{py::cast<int64_t>(parts[1]), py::cast<int64_t>(parts[2]),
-                                    py::cast<int64_t>(parts[3]), py::cast<Sizes>(parts[4]),
-                                    py::cast<Sizes>(parts[5])});
+                                    py::cast<int64_t>(parts[3]), py::cast<Sizes>(parts[4]), py::cast<Sizes>(parts[5])});
       continue;
     }
-    Launch launch{py::cast<int64_t>(parts[1]), py::cast<std::array<unsigned, 3>>(parts[2]),
-                  py::cast<unsigned>(parts[3]), py::cast<unsigned>(parts[4]), {}};
+    Launch launch{py::cast<int64_t>(parts[1]),
+                  py::cast<std::array<unsigned, 3>>(parts[2]),
+                  py::cast<unsigned>(parts[3]),
+                  py::cast<unsigned>(parts[4]),
+                  {}};
     for (const auto& parameter : parts[5]) {
       const auto [slot, value] = py::cast<std::pair<int64_t, int64_t>>(parameter);
       launch.parameters.push_back({slot, value});
@@ -85,8 +87,7 @@ std::shared_ptr<const Plan> plan_from(const py::handle& described) {
   return plan;
 }
 
-std::vector<Tensor> run(const Plan& plan, const std::vector<Tensor>& inputs, const py::handle& launcher,
-                        void* stream) {
+std::vector<Tensor> run(const Plan& plan, const std::vector<Tensor>& inputs, const py::handle& launcher, void* stream) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const auto options = inputs[0].options();
   std::vector<Tensor> slots(inputs), results;
@@ -100,15 +101,13 @@ std::vector<Tensor> run(const Plan& plan, const std::vector<Tensor>& inputs, con
   for (const Layout& temporary : plan.temporaries) {
     allocate(temporary);
   }
-  const auto driver = PyLong_Check(launcher.ptr())
-                          ? reinterpret_cast<DriverLaunch>(PyLong_AsSize_t(launcher.ptr()))
-                          : nullptr;
+  const auto driver =
+      PyLong_Check(launcher.ptr()) ? reinterpret_cast<DriverLaunch>(PyLong_AsSize_t(launcher.ptr())) : nullptr;
   std::vector<int64_t> values;
   for (const auto& step : plan.steps) {
     if (const auto* copy = std::get_if<Copy>(&step)) {
       const Tensor& from = slots[copy->from];
-      slots[copy->to].copy_(
-          from.as_strided(copy->sizes, copy->strides, from.storage_offset() + copy->offset));
+      slots[copy->to].copy_(from.as_strided(copy->sizes, copy->strides, from.storage_offset() + copy->offset));
       continue;
     }
     const auto& launch = std::get<Launch>(step);
@@ -119,7 +118,7 @@ std::vector<Tensor> run(const Plan& plan, const std::vector<Tensor>& inputs, con
       values.push_back(base + parameter.value);
     }
     if (driver != nullptr) {
-      const py::gil_scoped_release no_gil;  // the driver waits where its queue is full
+      const py::gil_scoped_release no_gil;  // the driver waits while its queue is full
       launch_by_driver(driver, launch, stream, values);
     } else {
       launch_by_python(launcher, launch, values, slots);

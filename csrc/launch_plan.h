@@ -1,4 +1,5 @@
-// What an operator of the Triton backend does on the device, to be done again: triton_kernels/plans.py writes it down.
+// A launch plan: the allocations, copies and kernel launches of an operator of the Triton backend for one combination
+// of arguments. triton_kernels/plans.py records it, `run` repeats it without Triton's launcher.
 #pragma once
 
 #include <Python.h>
@@ -17,10 +18,10 @@ namespace fastnorm::plans {
 using Sizes = std::vector<int64_t>;
 
 // A parameter of a kernel: a number, or an address in the tensor of a slot. Slots are the call's tensors, then the
-// results that are there, then the temporaries.
+// defined results, then the temporaries.
 struct Parameter {
-  int64_t slot;  // −1 for a number
-  int64_t value;
+  int64_t slot;   // −1 for a number
+  int64_t value;  // the number, or the offset in bytes
 };
 
 struct Launch {
@@ -30,7 +31,7 @@ struct Launch {
   std::vector<Parameter> parameters;
 };
 
-// Fills a temporary with a view of a tensor of the call.
+// Copies a strided view of a tensor of the call to a temporary.
 struct Copy {
   int64_t to, from, offset;
   Sizes sizes, strides;
@@ -51,11 +52,11 @@ struct Plan {
 // Reads what plans.record returns.
 std::shared_ptr<const Plan> plan_from(const pybind11::handle& described);
 
-// Thrown by the first launch of a thread that the GPU's driver has no context for; Triton's own launcher makes it one.
+// Thrown by the first launch of a thread that has no GPU context yet. Triton's own launcher creates one.
 struct NoContext {};
 
 // Allocates, copies and launches; returns the results. The launcher is the address of a function with the parameters of
-// cuLaunchKernel, or a function of Python. Under the GIL, which is released while the driver launches.
+// cuLaunchKernel, or a Python function. Needs the GIL, and releases it while the driver launches.
 std::vector<at::Tensor> run(const Plan& plan, const std::vector<at::Tensor>& inputs, const pybind11::handle& launcher,
                             void* stream);
 

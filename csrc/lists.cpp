@@ -1,4 +1,4 @@
-// What Python asks of lists of tensors: a loop in Python takes longer than the kernels that the answer is for.
+// Loops over lists of tensors: in Python they would take longer than the clipping kernels.
 #include "lists.h"
 
 #include <ATen/core/Tensor.h>
@@ -17,10 +17,11 @@ using at::Tensor;
 
 bool is_readable(const Tensor& tensor, const Tensor& first) {
   return tensor.layout() == at::kStrided && !tensor.is_nested() && !tensor.is_neg() && !tensor._is_zerotensor() &&
-         tensor.device() == first.device() && takes(tensor.scalar_type()) && tensor.is_non_overlapping_and_dense();
+         tensor.device() == first.device() && is_supported(tensor.scalar_type()) &&
+         tensor.is_non_overlapping_and_dense();
 }
 
-// Calls visit(i, tensor) for each until it returns false; raises TypeError for what is no sequence of tensors.
+// Calls visit(i, tensor) for each tensor until it returns false. Raises TypeError unless it is a sequence of tensors.
 template <typename Visit>
 void each(PyObject* sequence, const Visit& visit) {
   const THPObjectPtr fast(PySequence_Fast(sequence, "expected a sequence of tensors"));

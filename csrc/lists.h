@@ -1,11 +1,11 @@
-// What Python asks of lists of tensors.
+// Checks and keys of lists of tensors, for the clipping functions in Python.
 #pragma once
 
 #include <Python.h>
 
 namespace fastnorm {
 
-// Adds all_readable and list_key to the module. Returns -1 with a Python error set where that fails.
+// Adds all_readable and list_key to the module. Returns -1 with a Python error set on failure.
 int add_list_functions(PyObject* module);
 
 }  // namespace fastnorm

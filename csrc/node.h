@@ -1,4 +1,4 @@
-// Autograd for whole calls: a torch::autograd::Function less what such calls don't need.
+// The autograd node of a whole call: torch::autograd::Function without the parts that such calls don't need.
 #pragma once
 
 #include <torch/csrc/autograd/custom_function.h>
@@ -11,11 +11,11 @@
 
 namespace fastnorm {
 
-// A std::shared_ptr, or in newer torch a c10::intrusive_ptr.
+// std::shared_ptr in older torch, c10::intrusive_ptr in newer.
 using NodePtr = decltype(torch::autograd::Edge::function);
 
-// F, a torch::autograd::Function, has a name and a backward that returns a gradient for each of the node's inputs. To
-// compiled autograd the node is the CppNode that it is derived from.
+// F, a torch::autograd::Function, has a name and a backward that returns a gradient for each of the node's inputs.
+// Compiled autograd treats the node as the CppNode that it is derived from.
 template <typename F>
 struct CallNode final : torch::autograd::CppNode<F> {
   torch::autograd::variable_list apply(torch::autograd::variable_list&& gradients) override {
@@ -26,7 +26,7 @@ struct CallNode final : torch::autograd::CppNode<F> {
   std::string name() const override { return F::name; }
 };
 
-// Templates, as not every torch has the names.
+// Templates, because some versions of torch lack the functions that they call.
 template <typename Pointer, typename Node>
 Pointer owned(Node* node) {
   if constexpr (requires { Pointer::unsafe_steal_from_new(node); }) {
@@ -37,14 +37,14 @@ Pointer owned(Node* node) {
 }
 
 template <typename Pointer>
-void announce(const Pointer& node) {
+void fire_creation_hooks(const Pointer& node) {
   if constexpr (requires { fire_node_creation_hooks(node); }) {
     fire_node_creation_hooks(node);
   }
 }
 
-// Makes the outputs results of a node. Inputs that were not given are undefined, and so are their gradients.
-// save(ctx) says what the backward needs; it comes last, as a saved output must be known for one.
+// Makes the outputs results of a new node with these inputs. An input that was not given is undefined, and so is its
+// gradient. save(ctx) saves what the backward needs; it is called last, when a saved output is known as an output.
 template <typename F, typename Save>
 void attach(const torch::autograd::variable_list& inputs, std::initializer_list<at::Tensor> outputs, const Save& save) {
   auto* const made = new CallNode<F>();
@@ -58,7 +58,7 @@ void attach(const torch::autograd::variable_list& inputs, std::initializer_list<
   }
   save(made->ctx_);
   made->save_variables_to_ctx();
-  announce(node);
+  fire_creation_hooks(node);
 }
 
 }  // namespace fastnorm

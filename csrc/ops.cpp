@@ -1,5 +1,5 @@
-// The Python module. Loading it registers the kernels of the other files; fastnorm/operators.py has their schemas, with
-// which the dispatcher compares the functions' signatures, and Python calls them through torch.ops.fastnorm.
+// The Python module fastnorm._C. Loading it registers the operators of the other files, which Python calls through
+// torch.ops.fastnorm. Their schemas are in fastnorm/operators.py; the dispatcher compares them with the C++ signatures.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/version.h>

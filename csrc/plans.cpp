@@ -23,8 +23,8 @@ namespace {
 namespace py = pybind11;
 using at::Tensor;
 
-// All that the launches of a call depend on, in numbers: of tensors everything but where they lie, and of that whether
-// it is a multiple of 16. A superset of what Triton specialises kernels on, and of what the launchers look at.
+// Everything that the launches of a call depend on, as bytes: of a tensor its dtype, device, sizes, strides and whether
+// its address is a multiple of 16. A superset of what Triton specialises kernels on and of what launchers look at.
 class Key {
  public:
   explicit Key(std::string_view name) {
@@ -49,7 +49,7 @@ class Key {
     }
     TORCH_CHECK(tensor.unsafeGetTensorImpl()->storage_initialized(),
                 "fastnorm: the memory of a tensor is gone: its storage was resized to 0");
-    // AMD's kernels are specialised on storages below 2 GiB
+    // on AMD, Triton specialises kernels on storages below 2 GiB
     add(static_cast<int64_t>(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16) |
         (tensor.storage().nbytes() < (size_t{1} << 31) ? 16 : 0));
   }
@@ -88,16 +88,16 @@ struct Call {
   void add_value(at::MemoryFormat value) { key.add('M', static_cast<int64_t>(value)); }
 };
 
-// What is known of a key: how often it has come, and its plan, once there is one. Calls that only Python can make get
-// none.
+// What is known of a key: how often it was seen, and its plan, once it is recorded. A null plan that is recorded means
+// that only Python can make these calls.
 struct Known {
-  py::object driver;  // alive, as its address is in the key
+  py::object driver;  // kept alive: its address is in the key
   int64_t calls = 0;
   bool is_recorded = false;
   std::shared_ptr<const Plan> plan;
 };
 
-// Under the GIL, and never destroyed: Python may be gone before.
+// Guarded by the GIL. Never destroyed, as Python may be gone by then.
 constexpr size_t max_keys = 4096;
 auto& known_keys() {
   static auto* const all = new std::unordered_map<std::string, Known>;
@@ -114,7 +114,7 @@ py::object& python(const char* name) {
   return function;
 }
 
-// The launcher in Python, whose results are a tensor or a tuple of tensors and None.
+// Calls the launcher in Python, which returns a tensor or a tuple of tensors and None.
 std::vector<Tensor> call_python(const char* name, const py::tuple& arguments) {
   const py::object found = python("launcher_of")(name)(*arguments);
   std::vector<Tensor> results;
@@ -128,7 +128,7 @@ std::vector<Tensor> call_python(const char* name, const py::tuple& arguments) {
   return results;
 }
 
-// `arguments` makes the Python objects.
+// Runs the plan of a call, or the launcher in Python. `arguments` makes the Python objects, where they are needed.
 template <typename Arguments>
 std::vector<Tensor> call(Call& call, const Arguments& arguments) {
   const at::Device device = call.tensors.at(0).device();
@@ -164,7 +164,7 @@ std::vector<Tensor> call(Call& call, const Arguments& arguments) {
     try {
       return run(*plan, call.tensors, PyTuple_GET_ITEM(parts, 3), PyLong_AsVoidPtr(PyTuple_GET_ITEM(parts, 2)));
     } catch (const NoContext&) {
-      // as below
+      // the launcher in Python creates a context
     }
   }
   return call_python(call.name, arguments());
@@ -185,7 +185,7 @@ py::object object_of(const Argument& argument) {
       argument);
 }
 
-// Nothing for an object that keys don't know.
+// None for an object that a key can't hold.
 std::optional<Argument> argument_from(PyObject* object) {
   if (object == Py_None) {
     return Tensor();
@@ -232,8 +232,8 @@ PyObject* call_operator(PyObject*, PyObject* const* arguments, Py_ssize_t count)
       wanted.add(*argument);
     }
   }
-  const auto results = is_known && !wanted.tensors.empty() ? call(wanted, [&] { return objects; })
-                                                           : call_python(wanted.name, objects);
+  const auto results =
+      is_known && !wanted.tensors.empty() ? call(wanted, [&] { return objects; }) : call_python(wanted.name, objects);
   if (results.size() == 1) {
     return THPVariable_Wrap(results[0]);
   }

@@ -1,6 +1,6 @@
-// Operators of the Triton backend, called from C++. The first call of a combination runs the launcher in Python, where
-// Triton compiles and launches. The second makes a launch plan, by which it and later calls allocate and launch without
-// Python's launcher.
+// The table of launch plans, through which C++ calls operators of the Triton backend. For each combination of arguments
+// the first call runs the launcher in Python, where Triton compiles. The second records a launch plan, which it and
+// later calls run.
 #pragma once
 
 #include <Python.h>
@@ -14,15 +14,15 @@
 
 namespace fastnorm::plans {
 
-// What an operator takes. An undefined tensor is None, as is a dtype that is not there.
+// An argument of an operator. An undefined tensor and an absent dtype stand for None.
 using Argument = std::variant<at::Tensor, bool, int64_t, double, std::optional<at::ScalarType>, at::MemoryFormat>;
 
-// Calls an operator of fastnorm.triton_kernels by its name; a result that is None is undefined. Holds the GIL while it
-// runs, but for the launches themselves.
+// Calls an operator of fastnorm.triton_kernels by its name. A result that is None is undefined. Takes the GIL, and
+// releases it during launches.
 std::vector<at::Tensor> call(const char* name, c10::ArrayRef<Argument> arguments);
 
 // Adds call_operator(name, *arguments), clear_plans(), plan_count() and the address LAUNCH_NOTHING to the module.
-// Returns -1 with a Python error set where that fails.
+// Returns -1 with a Python error set on failure.
 int add_functions(PyObject* module);
 
 }  // namespace fastnorm::plans

@@ -1,6 +1,6 @@
 // Whole calls of the row norms from Python: arguments, outputs, autograd and the kernel's start, without the trips
-// through Python that autograd.Function and torch.ops take. The device chooses the kernel: the native one on a CPU, a
-// launch plan where Triton serves.
+// through Python that autograd.Function and torch.ops take. The backend that serves the device computes: a native
+// kernel, or a launch plan of Triton's.
 #include <ATen/TensorOperators.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/Exceptions.h>
@@ -16,7 +16,7 @@
 
 #include "arguments.h"
 #include "calls.h"
-#include "cpu/norm.h"
+#include "cpu/row_norm.h"
 #include "node.h"
 #include "plans.h"
 
@@ -29,12 +29,12 @@ using std::optional;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// The functions by their numbers: whether they are RMSNorm, and whether they add a residual.
+// The bits of an operation's number: whether it is an RMSNorm, and whether it adds a residual.
 enum Operation : int64_t { rms = 1, add = 2 };
 constexpr std::array names{"fastnorm::layer_norm", "fastnorm::rms_norm", "fastnorm::add_layer_norm",
                            "fastnorm::add_rms_norm"};
 
-// What stays the same from the forward to the backward.
+// The options that the forward leaves to the backward.
 struct Options {
   bool on_triton, subtract_mean, zero_centered;
   int64_t dims;  // how many trailing dimensions are normalised
@@ -45,7 +45,7 @@ struct Options {
 
   cpu::Norm norm() const { return subtract_mean ? cpu::Norm::layer : cpu::Norm::rms; }
 
-  // For saved_data, which holds no structs.
+  // As integers, because ctx.saved_data holds no structs.
   std::vector<int64_t> packed() const {
     const auto type = [](const optional<ScalarType>& t) { return t ? static_cast<int64_t>(*t) : -1; };
     return {on_triton,        subtract_mean, zero_centered,       dims, std::bit_cast<int64_t>(eps),
@@ -54,40 +54,40 @@ struct Options {
 
   static Options unpacked(const std::vector<int64_t>& values) {
     const auto type = [](int64_t t) { return t < 0 ? std::nullopt : optional(static_cast<ScalarType>(t)); };
-    return {values[0] != 0,  values[1] != 0,   values[2] != 0,  values[3], std::bit_cast<double>(values[4]),
+    return {values[0] != 0,  values[1] != 0,   values[2] != 0, values[3], std::bit_cast<double>(values[4]),
             type(values[5]), *type(values[6]), type(values[7])};
   }
 };
 
-// An undefined residual, weight or bias is one that was not given.
+// residual, weight and bias are undefined where they were not given.
 struct Call {
   Options options;
   Tensor x, residual, weight, bias;
   ScalarType out_dtype;
-  optional<ScalarType> stream_dtype;  // of h; none without a residual
+  optional<ScalarType> h_dtype;  // of h; none without a residual
 
   at::IntArrayRef shape() const { return x.sizes().slice(x.dim() - options.dims); }
 };
 
-cpu::ForwardResult forward(const Call& call, bool saves_moments) {
+cpu::ForwardResult forward(const Call& call, bool saves_statistics) {
   const Options& o = call.options;
   if (!o.on_triton) {
-    return cpu::norm_forward({o.norm(), call.x, o.dims, call.residual, given(call.weight), given(call.bias), o.eps,
-                              o.zero_centered, o.cast_dtype, call.out_dtype, call.stream_dtype, saves_moments});
+    return cpu::norm_forward({o.norm(), call.x, o.dims, call.residual, as_optional(call.weight), as_optional(call.bias),
+                              o.eps, o.zero_centered, o.cast_dtype, call.out_dtype, call.h_dtype, saves_statistics});
   }
   const auto results =
       plans::call("row_norm_forward", {call.x, call.residual, o.dims, call.weight, call.bias, o.eps, o.subtract_mean,
-                                       o.zero_centered, o.cast_dtype, optional(call.out_dtype), call.stream_dtype});
+                                       o.zero_centered, o.cast_dtype, optional(call.out_dtype), call.h_dtype});
   return {results.at(0), results.at(1), results.at(2), results.at(3)};
 }
 
-// The gradients of x or h, weight and bias as differentiable functions: by the formula, which is in Python.
+// The gradients of x or h, weight and bias by the formula in fastnorm.reference, which can be differentiated again.
 variable_list gradients_by_formula(const Options& o, const Tensor& x, const Tensor& weight, const Tensor& bias,
                                    const Tensor& dy) {
   const pybind11::gil_scoped_acquire gil;
   const auto cast_dtype = o.cast_dtype ? pybind11::cast(*o.cast_dtype) : pybind11::none();
-  return by_formula("row_norm_gradients", {x, weight, bias}, dy, x.sizes().slice(x.dim() - o.dims).vec(), o.eps,
-                    o.subtract_mean, o.zero_centered, cast_dtype);
+  return reference_gradients("row_norm_gradients", {x, weight, bias}, dy, x.sizes().slice(x.dim() - o.dims).vec(),
+                             o.eps, o.subtract_mean, o.zero_centered, cast_dtype);
 }
 
 struct RowNormFunction : torch::autograd::Function<RowNormFunction> {
@@ -109,38 +109,38 @@ struct RowNormFunction : torch::autograd::Function<RowNormFunction> {
     const auto options = Options::unpacked(ctx->saved_data["options"].toIntVector());
     const bool adds = options.residual_dtype.has_value();
     const Tensor dy = grads[0], dh = adds ? grads[1] : Tensor();
-    variable_list found(4);  // x, residual, weight, bias
-    if (dy.defined() && kernels_take({dy, dh, x, weight, bias, saved[3], saved[4]})) {
-      const auto dweight_dtype = wanted(ctx, 2, weight), dbias_dtype = wanted(ctx, 3, bias);
+    variable_list gradients(4);  // x, residual, weight, bias
+    if (dy.defined() && kernels_can_take({dy, dh, x, weight, bias, saved[3], saved[4]})) {
+      const auto dweight_dtype = gradient_dtype(ctx, 2, weight), dbias_dtype = gradient_dtype(ctx, 3, bias);
       const auto [dx, dresidual, dweight, dbias] =
-          fused(options, dy, dh, x, weight, saved[3], saved[4], dweight_dtype, dbias_dtype);
-      found[0] = dx;
-      found[1] = !adds ? Tensor() : dresidual.defined() ? dresidual : dx;
-      found[2] = dweight;
-      found[3] = dbias;
-      return found;
+          by_kernels(options, dy, dh, x, weight, saved[3], saved[4], dweight_dtype, dbias_dtype);
+      gradients[0] = dx;
+      gradients[1] = !adds ? Tensor() : dresidual.defined() ? dresidual : dx;
+      gradients[2] = dweight;
+      gradients[3] = dbias;
+      return gradients;
     }
-    Tensor total = dh;
+    Tensor dx = dh;
     if (dy.defined()) {
-      auto gradients = gradients_by_formula(options, x, weight, bias, dy);
-      total = dh.defined() ? gradients[0] + dh : gradients[0];
-      found[2] = gradients[1];
-      found[3] = gradients[2];
+      auto by_formula = gradients_by_formula(options, x, weight, bias, dy);
+      dx = dh.defined() ? by_formula[0] + dh : by_formula[0];
+      gradients[2] = by_formula[1];
+      gradients[3] = by_formula[2];
     }
-    if (total.defined()) {
-      found[0] = total.to(options.x_dtype);
-      found[1] = adds ? total.to(*options.residual_dtype) : Tensor();
+    if (dx.defined()) {
+      gradients[0] = dx.to(options.x_dtype);
+      gradients[1] = adds ? dx.to(*options.residual_dtype) : Tensor();
     }
-    return found;
+    return gradients;
   }
 
  private:
-  static cpu::BackwardResult fused(const Options& o, const Tensor& dy, const Tensor& dh, const Tensor& x,
-                                   const Tensor& weight, const Tensor& mean, const Tensor& rstd,
-                                   optional<ScalarType> dweight_dtype, optional<ScalarType> dbias_dtype) {
+  static cpu::BackwardResult by_kernels(const Options& o, const Tensor& dy, const Tensor& dh, const Tensor& x,
+                                        const Tensor& weight, const Tensor& mean, const Tensor& rstd,
+                                        optional<ScalarType> dweight_dtype, optional<ScalarType> dbias_dtype) {
     if (!o.on_triton) {
-      return cpu::norm_backward({o.norm(), dy, dh, x, o.dims, given(weight), mean, rstd, o.zero_centered, o.cast_dtype,
-                                 o.x_dtype, o.residual_dtype, dweight_dtype, dbias_dtype});
+      return cpu::norm_backward({o.norm(), dy, dh, x, o.dims, as_optional(weight), mean, rstd, o.zero_centered,
+                                 o.cast_dtype, o.x_dtype, o.residual_dtype, dweight_dtype, dbias_dtype});
     }
     const auto results =
         plans::call("row_norm_backward", {dy, dh, x, o.dims, weight, mean, rstd, o.zero_centered, o.cast_dtype,
@@ -149,7 +149,7 @@ struct RowNormFunction : torch::autograd::Function<RowNormFunction> {
   }
 };
 
-// Whether a sequence of plain integers is the tensor's last dimensions; counts them.
+// Reads normalized_shape: a sequence of integers that are x's last sizes. `dims` is their number.
 bool unpack_shape(PyObject* object, const Tensor& x, int64_t& dims) {
   if (!PyTuple_Check(object) && !PyList_Check(object)) {
     return false;
@@ -168,7 +168,7 @@ bool unpack_shape(PyObject* object, const Tensor& x, int64_t& dims) {
   return true;
 }
 
-// None is the machine epsilon of the type computed in, for RMSNorm only.
+// For RMSNorm None stands for the machine epsilon of the type that is computed in.
 bool unpack_eps(PyObject* object, bool has_default, ScalarType type, double& eps) {
   if (object == Py_None) {
     eps = type == at::kDouble ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
@@ -191,8 +191,7 @@ bool read(PyObject* const* args, int64_t operation, Call& call) {
   if (!triton || !unpack_optional(args[3], call.x.sizes(), device, call.residual) ||
       !unpack_optional(args[5], call.shape(), device, call.weight) ||
       !unpack_optional(args[6], call.shape(), device, call.bias) || !unpack_bool(args[8], o.zero_centered) ||
-      !unpack_dtype(args[9], out_dtype) || !unpack_dtype(args[10], call.stream_dtype) ||
-      !PyUnicode_CheckExact(args[11])) {
+      !unpack_dtype(args[9], out_dtype) || !unpack_dtype(args[10], call.h_dtype) || !PyUnicode_CheckExact(args[11])) {
     return false;
   }
   o.on_triton = *triton;
@@ -200,11 +199,11 @@ bool read(PyObject* const* args, int64_t operation, Call& call) {
   o.x_dtype = call.x.scalar_type();
   if (call.residual.defined()) {
     o.residual_dtype = call.residual.scalar_type();
-    call.stream_dtype = call.stream_dtype.value_or(c10::promoteTypes(o.x_dtype, *o.residual_dtype));
-  } else if (call.stream_dtype.value_or(o.x_dtype) != o.x_dtype) {
-    return false;  // h is x in another dtype
+    call.h_dtype = call.h_dtype.value_or(c10::promoteTypes(o.x_dtype, *o.residual_dtype));
+  } else if (call.h_dtype.value_or(o.x_dtype) != o.x_dtype) {
+    return false;  // h would be x in another dtype
   } else {
-    call.stream_dtype.reset();
+    call.h_dtype.reset();
   }
   if (PyUnicode_CompareWithASCIIString(args[11], "llama") == 0 && is_rms) {
     o.cast_dtype = o.x_dtype;
@@ -216,7 +215,7 @@ bool read(PyObject* const* args, int64_t operation, Call& call) {
   } else {
     return false;
   }
-  return unpack_eps(args[7], is_rms, call.stream_dtype.value_or(o.x_dtype), o.eps) && nobody_looks_on();
+  return unpack_eps(args[7], is_rms, call.h_dtype.value_or(o.x_dtype), o.eps) && is_not_intercepted();
 }
 
 PyObject* row_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -240,9 +239,9 @@ PyObject* row_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!(operation & add)) {
     return THPVariable_Wrap(std::move(y));
   }
-  // without a residual h is x
-  PyObject* const stream = h.defined() ? THPVariable_Wrap(std::move(h)) : Py_NewRef(args[2]);
-  return Py_BuildValue("NN", THPVariable_Wrap(std::move(y)), stream);
+  // without a residual h is x itself
+  PyObject* const h_object = h.defined() ? THPVariable_Wrap(std::move(h)) : Py_NewRef(args[2]);
+  return Py_BuildValue("NN", THPVariable_Wrap(std::move(y)), h_object);
   END_HANDLE_TH_ERRORS
 }
 

@@ -1,4 +1,4 @@
-// batch_norm on the CPU: whole calls, and the pieces between which a distributed one communicates.
+// batch_norm on the CPU: whole calls, and the steps between which SyncBatchNorm communicates.
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
@@ -15,16 +15,16 @@ using at::ScalarType;
 using at::Tensor;
 using std::optional;
 
-Plan plan_of(const ChannelView& view) { return Plan(view.sizes(), view.layout(), 0, false); }
+ChannelPlan plan_of(const ChannelView& view) { return ChannelPlan(view.sizes(), view.layout(), 0, false); }
 
-// Weight and bias, and how they and the statistics make up the parameters of a forward pass.
+// The parameters of a forward pass, from weight, bias and statistics.
 template <typename S>
 class Affine {
  public:
   Affine(const optional<Tensor>& weight, const optional<Tensor>& bias, int64_t channels)
-      : held_{contiguous(weight), contiguous(bias)},
-        weight_(held_[0], channels, 1, 0),
-        bias_(held_[1], channels, 0, 0),
+      : contiguous_{contiguous(weight), contiguous(bias)},
+        weight_(contiguous_[0], channels, 1, 0),
+        bias_(contiguous_[1], channels, 0, 0),
         arrays_(channels) {}
 
   S* mean() const { return arrays_[0]; }
@@ -33,15 +33,15 @@ class Affine {
   S weight(int64_t c) const { return weight_.get()[c]; }
   S bias(int64_t c) const { return bias_.get()[c]; }
 
-  // `lost` is what rounding the mean took from it, in units of the standard deviation.
-  void set(int64_t c, S mean, S rstd, double lost = 0) const {
+  // `correction` is the rounding error of the mean, in units of the standard deviation.
+  void set(int64_t c, S mean, S rstd, double correction = 0) const {
     this->mean()[c] = mean;
     scale()[c] = rstd * weight(c);
-    shift()[c] = static_cast<S>(bias(c) + lost * weight(c));
+    shift()[c] = static_cast<S>(bias(c) + correction * weight(c));
   }
 
  private:
-  optional<Tensor> held_[2];  // where the values may lie
+  optional<Tensor> contiguous_[2];  // owns what weight_ and bias_ may point to
   ColumnValues<S> weight_, bias_;
   ChannelArrays<S, 3> arrays_;
 };
@@ -55,14 +55,14 @@ void update_running(const optional<Tensor>& running, const double* values, doubl
   const int dtype = static_cast<int>(dtype_from(running->scalar_type()));
   void* data = running->mutable_data_ptr();
   const ChannelArrays<double, 1> updated(channels);
-  rows<double>().load[dtype](data, updated[0], channels);
+  kernel_table<double>().load[dtype](data, updated[0], channels);
   for (int64_t c = 0; c < channels; ++c) {
     updated[0][c] = (1 - factor) * updated[0][c] + factor * values[c];
   }
-  rows<double>().store[dtype](updated[0], data, channels);
+  kernel_table<double>().store[dtype](updated[0], data, channels);
 }
 
-// What the three forward functions share: their tensors as blocks, and the results in the input's shape.
+// What the three forward functions share: their tensors as 3-D views, and the results in the input's shape.
 struct ForwardCall {
   ForwardCall(const Tensor& x, const optional<Tensor>& residual, const optional<Tensor>& weight,
               const optional<Tensor>& bias, at::MemoryFormat format, bool relu, bool wants_mask, ScalarType out_dtype)
@@ -79,7 +79,7 @@ struct ForwardCall {
   int64_t channels() const { return view.channels(); }
 
   template <typename S>
-  ForwardPass<S> pass(const Plan& plan) const {
+  ForwardPass<S> pass(const ChannelPlan& plan) const {
     return ForwardPass<S>(plan, activation, x, residual, view.blocks(y), mask);
   }
 
@@ -119,29 +119,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(
     const Tensor mean = empty({channels}, scalar_type_of<S>), rstd = empty({channels}, scalar_type_of<S>);
     S* means = mean.mutable_data_ptr<S>();
     S* rstds = rstd.mutable_data_ptr<S>();
-    const Plan plan = plan_of(call.view);
-    const SpreadPass<S> spread(plan, call.x);
+    const ChannelPlan plan = plan_of(call.view);
+    const MomentsPass<S> moments_pass(plan, call.x);
     const ForwardPass<S> forward = call.pass<S>(plan);
     const Affine<S> affine(weight, bias, channels);
-    const ChannelArrays<double, 2> found(channels);
-    const double n = plan.pool_size();
-    plan.run([&](int64_t pool, int64_t i) { spread.measure(pool, i); },
-             [&](int64_t pool) {
-               each_channels(plan.width(), plan.pieces(), [&](int64_t begin, int64_t end) {
-                 const int64_t first = pool + begin;
-                 spread.merge(pool, begin, end, found[0] + first, found[1] + first);
-                 for (int64_t c = first; c < pool + end; ++c) {
-                   const double inverse = 1 / std::sqrt(found[1][c] / n + eps);
-                   means[c] = static_cast<S>(found[0][c]);
-                   rstds[c] = static_cast<S>(inverse);
-                   affine.set(c, means[c], rstds[c], (means[c] - found[0][c]) * inverse);
-                   found[1][c] /= n - 1;
+    const ChannelArrays<double, 2> moments(channels);  // mean and m2, then the unbiased variance
+    const double n = plan.channel_size();
+    plan.run([&](int64_t bundle, int64_t i) { moments_pass.measure(bundle, i); },
+             [&](int64_t bundle) {
+               each_channels(plan.width(), plan.chunks(), [&](int64_t begin, int64_t end) {
+                 const int64_t first = bundle + begin;
+                 moments_pass.merge(bundle, begin, end, moments[0] + first, moments[1] + first);
+                 for (int64_t c = first; c < bundle + end; ++c) {
+                   const double exact_rstd = 1 / std::sqrt(moments[1][c] / n + eps);
+                   means[c] = static_cast<S>(moments[0][c]);
+                   rstds[c] = static_cast<S>(exact_rstd);
+                   affine.set(c, means[c], rstds[c], (means[c] - moments[0][c]) * exact_rstd);
+                   moments[1][c] /= n - 1;
                  }
                });
              },
-             [&](const Region& piece) { forward.apply(piece, affine.mean(), affine.scale(), affine.shift()); });
-    update_running(running_mean, found[0], update);
-    update_running(running_var, found[1], update);
+             [&](const Region& chunk) { forward.apply(chunk, affine.mean(), affine.scale(), affine.shift()); });
+    update_running(running_mean, moments[0], update);
+    update_running(running_var, moments[1], update);
     return {call.y, call.mask, mean, rstd};
   });
 }
@@ -157,7 +157,7 @@ std::tuple<Tensor, Tensor> batch_norm_evaluation(const Tensor& x, const optional
   check_columns(running_var, "running_var", channels);
   return in_compute_type(x, [&](auto zero) -> std::tuple<Tensor, Tensor> {
     using S = decltype(zero);
-    const Plan plan = plan_of(call.view);
+    const ChannelPlan plan = plan_of(call.view);
     const ForwardPass<S> forward = call.pass<S>(plan);
     const Affine<S> affine(weight, bias, channels);
     const ColumnValues<double> mean(running_mean, channels, 0, 0), var(running_var, channels, 1, 0);
@@ -167,7 +167,7 @@ std::tuple<Tensor, Tensor> batch_norm_evaluation(const Tensor& x, const optional
       affine.scale()[c] = static_cast<S>(scale);
       affine.shift()[c] = static_cast<S>(affine.bias(c) - mean.get()[c] * scale);
     }
-    plan.each_piece([&](const Region& piece) { forward.apply(piece, affine.mean(), affine.scale(), affine.shift()); });
+    plan.each_chunk([&](const Region& chunk) { forward.apply(chunk, affine.mean(), affine.scale(), affine.shift()); });
     return {call.y, call.mask};
   });
 }
@@ -182,15 +182,15 @@ Tensor batch_norm_statistics(const Tensor& x, at::MemoryFormat memory_format) {
     const int64_t channels = view.channels();
     const Tensor result = empty({2, channels}, scalar_type_of<S>);
     S* results = result.mutable_data_ptr<S>();
-    const Plan plan = plan_of(view);
-    const SpreadPass<S> spread(plan, blocks);
-    plan.run([&](int64_t pool, int64_t i) { spread.measure(pool, i); },
-             [&](int64_t pool) {
-               each_channels(plan.width(), plan.pieces(), [&](int64_t begin, int64_t end) {
-                 double mean[channels_at_once], square_sum[channels_at_once];
-                 spread.merge(pool, begin, end, mean, square_sum);
-                 std::copy_n(mean, end - begin, results + pool + begin);
-                 std::copy_n(square_sum, end - begin, results + channels + pool + begin);
+    const ChannelPlan plan = plan_of(view);
+    const MomentsPass<S> moments_pass(plan, blocks);
+    plan.run([&](int64_t bundle, int64_t i) { moments_pass.measure(bundle, i); },
+             [&](int64_t bundle) {
+               each_channels(plan.width(), plan.chunks(), [&](int64_t begin, int64_t end) {
+                 double mean[channels_at_once], m2[channels_at_once];
+                 moments_pass.merge(bundle, begin, end, mean, m2);
+                 std::copy_n(mean, end - begin, results + bundle + begin);
+                 std::copy_n(m2, end - begin, results + channels + bundle + begin);
                });
              });
     return result;
@@ -199,26 +199,26 @@ Tensor batch_norm_statistics(const Tensor& x, at::MemoryFormat memory_format) {
 
 std::tuple<Tensor, Tensor> batch_norm_normalize(const Tensor& x, const optional<Tensor>& residual,
                                                 const optional<Tensor>& weight, const optional<Tensor>& bias,
-                                                const Tensor& mean, const Tensor& rstd,
-                                                at::MemoryFormat memory_format, bool relu, ScalarType out_dtype) {
+                                                const Tensor& mean, const Tensor& rstd, at::MemoryFormat memory_format,
+                                                bool relu, ScalarType out_dtype) {
   const ForwardCall call(x, residual, weight, bias, memory_format, relu, true, out_dtype);
   const int64_t channels = call.channels();
   return in_compute_type(x, [&](auto zero) -> std::tuple<Tensor, Tensor> {
     using S = decltype(zero);
-    check_moments(mean, "mean", {channels}, scalar_type_of<S>);
-    check_moments(rstd, "rstd", {channels}, scalar_type_of<S>);
-    const Plan plan = plan_of(call.view);
+    check_statistics(mean, "mean", {channels}, scalar_type_of<S>);
+    check_statistics(rstd, "rstd", {channels}, scalar_type_of<S>);
+    const ChannelPlan plan = plan_of(call.view);
     const ForwardPass<S> forward = call.pass<S>(plan);
     const Affine<S> affine(weight, bias, channels);
     for (int64_t c = 0; c < channels; ++c) {
       affine.set(c, mean.const_data_ptr<S>()[c], rstd.const_data_ptr<S>()[c]);
     }
-    plan.each_piece([&](const Region& piece) { forward.apply(piece, affine.mean(), affine.scale(), affine.shift()); });
+    plan.each_chunk([&](const Region& chunk) { forward.apply(chunk, affine.mean(), affine.scale(), affine.shift()); });
     return {call.y, call.mask};
   });
 }
 
-// What the three backward functions share: their tensors as blocks. Shapes: mean, rstd: (C,).
+// What the three backward functions share: their tensors as 3-D views. mean and rstd: (C,).
 struct BackwardCall {
   BackwardCall(const Tensor& dy, const optional<Tensor>& mask, const Tensor& x, const optional<Tensor>& weight,
                const Tensor& mean, const Tensor& rstd, at::MemoryFormat format)
@@ -233,12 +233,12 @@ struct BackwardCall {
     }
     check_parameter(weight, "weight", {channels()});
     const ScalarType type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    check_moments(mean, "mean", {channels()}, type);
-    check_moments(rstd, "rstd", {channels()}, type);
+    check_statistics(mean, "mean", {channels()}, type);
+    check_statistics(rstd, "rstd", {channels()}, type);
   }
 
   int64_t channels() const { return view.channels(); }
-  Plan plan() const { return plan_of(view); }
+  ChannelPlan plan() const { return plan_of(view); }
   Activation activation() const { return mask.defined() ? Activation::relu : Activation::none; }
 
   Tensor make_dx() const { return view.make_result(x.scalar_type()); }
@@ -253,43 +253,43 @@ struct BackwardCall {
   const Tensor &mean, &rstd;
 };
 
-// The parameters of dx = (dz − sum − x̂ · product) · rstd · w, with means of dz and dz · x̂.
+// dx = (dz − c2 − x̂ · c1) · rstd · w with c1 = mean(dz · x̂) and c2 = mean(dz), as gain, slope and level.
 template <typename S>
 class Gradients {
  public:
   Gradients(const BackwardCall& call, const optional<Tensor>& weight)
-      : held_(contiguous(weight)),
-        weight_(held_, call.channels(), 1, 0),
+      : contiguous_(contiguous(weight)),
+        weight_(contiguous_, call.channels(), 1, 0),
         mean_(call.mean.const_data_ptr<S>()),
         rstd_(call.rstd.const_data_ptr<S>()),
         arrays_(call.channels()) {}
 
-  void set(int64_t c, double sum, double product) const {
+  void set(int64_t c, double c1, double c2) const {
     const double gain = static_cast<double>(rstd_[c]) * weight_.get()[c];
     arrays_[0][c] = static_cast<S>(gain);
-    arrays_[1][c] = static_cast<S>(-gain * rstd_[c] * product);
-    arrays_[2][c] = static_cast<S>(-gain * sum);
+    arrays_[1][c] = static_cast<S>(-gain * rstd_[c] * c1);
+    arrays_[2][c] = static_cast<S>(-gain * c2);
   }
 
   BackwardParameters<S> parameters() const { return {mean_, nullptr, nullptr, arrays_[0], arrays_[1], arrays_[2]}; }
 
  private:
-  optional<Tensor> held_;  // as above
+  optional<Tensor> contiguous_;  // owns what weight_ may point to
   ColumnValues<S> weight_;
   const S* mean_;
   const S* rstd_;
   ChannelArrays<S, 3> arrays_;
 };
 
-// Writes Σ dz and Σ dz · x̂ of a pool's channels, and calls body(c) for each.
+// Writes Σ dz and Σ dz · x̂ of a bundle's channels, and calls body(c) for each channel.
 template <typename S, typename Body>
-void add_up_sums(const SumsPass<S>& sums, const Plan& plan, int64_t pool, const S* rstd, double* sum, double* product,
-                 const Body& body) {
-  each_channels(plan.width(), plan.pieces(), [&](int64_t begin, int64_t end) {
-    const int64_t first = pool + begin;
-    sums.add_up(pool, begin, end, sum + first, product + first);
-    for (int64_t c = first; c < pool + end; ++c) {
-      product[c] *= rstd[c];
+void add_up_sums(const SumsPass<S>& sums_pass, const ChannelPlan& plan, int64_t bundle, const S* rstd, double* dz_sum,
+                 double* x_hat_sum, const Body& body) {
+  each_channels(plan.width(), plan.chunks(), [&](int64_t begin, int64_t end) {
+    const int64_t first = bundle + begin;
+    sums_pass.add_up(bundle, begin, end, dz_sum + first, x_hat_sum + first);
+    for (int64_t c = first; c < bundle + end; ++c) {
+      x_hat_sum[c] *= rstd[c];
       body(c);
     }
   });
@@ -297,35 +297,32 @@ void add_up_sums(const SumsPass<S>& sums, const Plan& plan, int64_t pool, const 
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& dy, const optional<Tensor>& mask,
-                                                               const Tensor& x, const optional<Tensor>& weight,
-                                                               const Tensor& mean, const Tensor& rstd, bool training,
-                                                               at::MemoryFormat memory_format,
-                                                               optional<ScalarType> dresidual_dtype,
-                                                               optional<ScalarType> dweight_dtype,
-                                                               optional<ScalarType> dbias_dtype) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
+    const Tensor& dy, const optional<Tensor>& mask, const Tensor& x, const optional<Tensor>& weight, const Tensor& mean,
+    const Tensor& rstd, bool training, at::MemoryFormat memory_format, optional<ScalarType> dresidual_dtype,
+    optional<ScalarType> dweight_dtype, optional<ScalarType> dbias_dtype) {
   const BackwardCall call(dy, mask, x, weight, mean, rstd, memory_format);
   const Tensor dx = call.make_dx(), dresidual = call.make_dresidual(dresidual_dtype);
   return in_compute_type(x, [&](auto zero) -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
     using S = decltype(zero);
     const int64_t channels = call.channels();
-    const Plan plan = call.plan();
+    const ChannelPlan plan = call.plan();
     const Gradients<S> gradients(call, weight);
     BackwardTensors tensors = call.tensors(dx, dresidual);
     if (!training) {
       tensors.x = Tensor();  // dx = dz · rstd · w, which takes no sums either
     }
     const BackwardPass<S> backward(plan, call.activation(), tensors, gradients.parameters());
-    const auto apply = [&](const Region& piece) { backward.apply(piece); };
-    const ChannelArrays<double, 2> found(channels);
-    const double n = plan.pool_size();
+    const auto apply = [&](const Region& chunk) { backward.apply(chunk); };
+    const ChannelArrays<double, 2> sums(channels);  // Σ dz and Σ dz · x̂
+    const double n = plan.channel_size();
     if (training || dweight_dtype || dbias_dtype) {
       const BackwardPass<S> inputs(plan, call.activation(), call.tensors({}, {}), gradients.parameters());
-      const SumsPass<S> sums(plan, training ? backward : inputs);
-      plan.run([&](int64_t pool, int64_t i) { sums.measure(pool, i); },
-               [&](int64_t pool) {
-                 add_up_sums(sums, plan, pool, rstd.const_data_ptr<S>(), found[0], found[1], [&](int64_t c) {
-                   gradients.set(c, training ? found[0][c] / n : 0, training ? found[1][c] / n : 0);
+      const SumsPass<S> sums_pass(plan, training ? backward : inputs);
+      plan.run([&](int64_t bundle, int64_t i) { sums_pass.measure(bundle, i); },
+               [&](int64_t bundle) {
+                 add_up_sums(sums_pass, plan, bundle, rstd.const_data_ptr<S>(), sums[0], sums[1], [&](int64_t c) {
+                   gradients.set(c, training ? sums[1][c] / n : 0, training ? sums[0][c] / n : 0);
                  });
                },
                apply);
@@ -333,10 +330,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& dy,
       for (int64_t c = 0; c < channels; ++c) {
         gradients.set(c, 0, 0);
       }
-      plan.each_piece(apply);
+      plan.each_chunk(apply);
     }
-    return {dx, dresidual, channel_tensor(found[1], channels, dweight_dtype),
-            channel_tensor(found[0], channels, dbias_dtype)};
+    return {dx, dresidual, channel_tensor(sums[1], channels, dweight_dtype),
+            channel_tensor(sums[0], channels, dbias_dtype)};
   });
 }
 
@@ -348,17 +345,17 @@ Tensor batch_norm_backward_sums(const Tensor& dy, const optional<Tensor>& mask, 
   return in_compute_type(x, [&](auto zero) {
     using S = decltype(zero);
     const int64_t channels = call.channels();
-    const Plan plan = call.plan();
+    const ChannelPlan plan = call.plan();
     const BackwardPass<S> backward(plan, call.activation(), call.tensors({}, {}),
                                    {mean.const_data_ptr<S>(), nullptr, nullptr, nullptr, nullptr, nullptr});
-    const SumsPass<S> sums(plan, backward);
-    const ChannelArrays<double, 2> found(channels);
-    plan.run([&](int64_t pool, int64_t i) { sums.measure(pool, i); },
-             [&](int64_t pool) {
-               add_up_sums(sums, plan, pool, rstd.const_data_ptr<S>(), found[0], found[1], [](int64_t) {});
+    const SumsPass<S> sums_pass(plan, backward);
+    const ChannelArrays<double, 2> sums(channels);  // Σ dz and Σ dz · x̂
+    plan.run([&](int64_t bundle, int64_t i) { sums_pass.measure(bundle, i); },
+             [&](int64_t bundle) {
+               add_up_sums(sums_pass, plan, bundle, rstd.const_data_ptr<S>(), sums[0], sums[1], [](int64_t) {});
              });
     const Tensor result = empty({2, channels}, scalar_type_of<S>);
-    std::copy_n(found[0], 2 * channels, result.mutable_data_ptr<S>());
+    std::copy_n(sums[0], 2 * channels, result.mutable_data_ptr<S>());
     return result;
   });
 }
@@ -369,18 +366,18 @@ std::tuple<Tensor, Tensor> batch_norm_backward_apply(const Tensor& dy, const opt
                                                      at::MemoryFormat memory_format,
                                                      optional<ScalarType> dresidual_dtype) {
   const BackwardCall call(dy, mask, x, weight, mean, rstd, memory_format);
-  check_moments(means, "means", {2, call.channels()}, mean.scalar_type());
+  check_statistics(means, "means", {2, call.channels()}, mean.scalar_type());
   const Tensor dx = call.make_dx(), dresidual = call.make_dresidual(dresidual_dtype);
   in_compute_type(x, [&](auto zero) {
     using S = decltype(zero);
-    const Plan plan = call.plan();
+    const ChannelPlan plan = call.plan();
     const Gradients<S> gradients(call, weight);
     const S* values = means.const_data_ptr<S>();
     for (int64_t c = 0; c < call.channels(); ++c) {
-      gradients.set(c, values[c], values[means.stride(0) + c]);
+      gradients.set(c, values[means.stride(0) + c], values[c]);
     }
     const BackwardPass<S> backward(plan, call.activation(), call.tensors(dx, dresidual), gradients.parameters());
-    plan.each_piece([&](const Region& piece) { backward.apply(piece); });
+    plan.each_chunk([&](const Region& chunk) { backward.apply(chunk); });
   });
   return {dx, dresidual};
 }

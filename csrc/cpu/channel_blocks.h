@@ -1,4 +1,5 @@
-// Views of 3-D tensors that convert blocks on the way, and the memory that a call of batch_norm or group_norm needs.
+// The blocks of 3-D tensors, converted to the kernels' dtype where needed, and the scratch memory of a call of
+// batch_norm or group_norm.
 #pragma once
 
 #include <atomic>
@@ -8,9 +9,10 @@
 
 namespace fastnorm::cpu {
 
-// A 3-D tensor's blocks in the working dtype. An undefined tensor's blocks are null. An output of 16 MiB and more is
-// written past the caches: a sixth of the time is saved by not reading what is overwritten, and whoever reads it next
-// takes as long as before, its beginning having left the caches by then. Fresh pages are in a cache, though.
+// A 3-D tensor's blocks in the working dtype; those of an undefined tensor are null. An output of 16 MiB and more is
+// written with non-temporal stores: they don't read what they overwrite, which saves a sixth of the time, and the next
+// reader loses nothing, as the beginning of so large an output leaves the caches anyway. Fresh pages are written with
+// normal stores: the system has just cleared them, so they are in a cache.
 template <typename S>
 class Blocks3d {
  public:
@@ -26,59 +28,59 @@ class Blocks3d {
     converts_ = dtype_ != working;
     is_fresh_ = is_fresh(tensor);
     const bool is_aligned = (reinterpret_cast<uintptr_t>(data_) | strides_[0] | strides_[1]) % 64 == 0;
-    streams_ = tensor.nbytes() >= size_t{16} << 20 && is_aligned && !is_fresh_ && !converts_;
+    non_temporal_ = tensor.nbytes() >= size_t{16} << 20 && is_aligned && !is_fresh_ && !converts_;
   }
 
   bool defined() const { return data_ != nullptr; }
   bool converts() const { return converts_; }
 
-  // The block itself, or a copy of it in scratch where its dtype is another one.
-  Strip read(const Block& block, S* scratch) const {
-    const Strip here = strip(block);
+  // The block itself, or a converted copy in scratch where its dtype is not the working dtype.
+  StridedRows read(const Block& block, S* scratch) const {
+    const StridedRows here = view(block);
     if (!converts_) {
       return here;
     }
     for (int64_t row = 0; row < block.rows; ++row) {
-      rows<S>().load[static_cast<int>(dtype_)](here.data + row * here.stride, scratch + row * block.n, block.n);
+      kernel_table<S>().load[static_cast<int>(dtype_)](here.data + row * here.stride, scratch + row * block.n, block.n);
     }
-    return scratch_strip(block, scratch);
+    return scratch_view(block, scratch);
   }
 
-  // Where to write a block; finish(block, that) must follow.
-  Strip write(const Block& block, S* scratch) const {
-    return converts_ ? scratch_strip(block, scratch) : strip(block);
+  // Where to write a block; finish(block, result) must follow.
+  StridedRows write(const Block& block, S* scratch) const {
+    return converts_ ? scratch_view(block, scratch) : view(block);
   }
 
-  void finish(const Block& block, const Strip& written) const {
+  void finish(const Block& block, const StridedRows& written) const {
     if (!converts_) {
       return;
     }
-    const Strip here = strip(block);
+    const StridedRows here = view(block);
     for (int64_t row = 0; row < block.rows; ++row) {
       const S* values = reinterpret_cast<const S*>(written.data + row * written.stride);
-      rows<S>().store[static_cast<int>(dtype_)](values, here.data + row * here.stride, block.n);
+      kernel_table<S>().store[static_cast<int>(dtype_)](values, here.data + row * here.stride, block.n);
     }
   }
 
-  // To be called when a piece of an output is written: other threads then see what went past the caches.
+  // To be called when a chunk of an output has been written: makes its non-temporal stores visible to other threads.
   void publish() const {
-    if (streams_) {
+    if (non_temporal_) {
       std::atomic_thread_fence(std::memory_order_seq_cst);
     }
   }
 
-  // To be called before a piece of an output is written.
-  void prepare(const Region& piece) const {
+  // To be called before a chunk of an output is written: makes its pages if the memory is fresh.
+  void prepare(const Region& chunk) const {
     if (!is_fresh_) {
       return;
     }
-    char* here = start(piece);
-    const int64_t bytes = piece.n * size_, stride = strides_[piece.axis];
+    char* here = start(chunk);
+    const int64_t bytes = chunk.n * size_, stride = strides_[chunk.axis];
     if (stride == bytes) {
-      fault_in(here, piece.rows * bytes);
+      fault_in(here, chunk.rows * bytes);
       return;
     }
-    for (int64_t row = 0; row < piece.rows; ++row) {
+    for (int64_t row = 0; row < chunk.rows; ++row) {
       fault_in(here + row * stride, bytes);
     }
   }
@@ -88,15 +90,15 @@ class Blocks3d {
     return data_ + region.first * strides_[0] + region.second * strides_[1] + region.col * size_;
   }
 
-  Strip strip(const Block& block) const {
+  StridedRows view(const Block& block) const {
     if (data_ == nullptr) {
       return {};
     }
     char* here = start(block);
-    return {here, strides_[block.axis], start(block.next) - here, streams_};
+    return {here, strides_[block.axis], start(block.next) - here, non_temporal_};
   }
 
-  Strip scratch_strip(const Block& block, S* scratch) const {
+  StridedRows scratch_view(const Block& block, S* scratch) const {
     return {reinterpret_cast<char*>(scratch), block.n * static_cast<int64_t>(sizeof(S))};
   }
 
@@ -106,21 +108,21 @@ class Blocks3d {
   Dtype dtype_ = dtype_of<S>;
   bool converts_ = false;
   bool is_fresh_ = false;
-  bool streams_ = false;
+  bool non_temporal_ = false;
 };
 
-// The bits of a relu, of shape (.., ceil(n / 8)).
+// A ReLU's mask of shape (.., ceil(n / 8)), one bit an element, by block.
 class MaskBlocks {
  public:
   explicit MaskBlocks(const at::Tensor& mask) {
     if (mask.defined()) {
-      data_ = static_cast<char*>(const_cast<void*>(mask.const_data_ptr()));  // as above
+      data_ = static_cast<char*>(const_cast<void*>(mask.const_data_ptr()));  // only fresh masks are written to
       strides_[0] = mask.stride(0);
       strides_[1] = mask.stride(1);
     }
   }
 
-  Strip strip(const Block& block) const {
+  StridedRows view(const Block& block) const {
     if (data_ == nullptr) {
       return {};
     }
@@ -132,11 +134,11 @@ class MaskBlocks {
   int64_t strides_[2] = {};
 };
 
-// A thread's blocks in S, for tensors of other dtypes, and the sums of a block of pixels.
+// A thread's scratch memory: blocks converted to S, and the sums of a block of pixels.
 template <typename S>
 class BlockScratch {
  public:
-  BlockScratch(const Plan& plan, int tensors, int sums)
+  BlockScratch(const ChannelPlan& plan, int tensors, int sums)
       : block_(tensors > 0 ? plan.block_elements() : 0),
         sums_(plan.layout() == Layout::pixels ? sums * plan.channels() : 0) {
     if (const int64_t size = tensors * block_ + sums_; size > 0) {
@@ -151,7 +153,7 @@ class BlockScratch {
   std::unique_ptr<S[]> values_;
 };
 
-// Numbers of channels in S, one array after the other.
+// COUNT arrays with a number for each channel.
 template <typename S, int COUNT>
 class ChannelArrays {
  public:

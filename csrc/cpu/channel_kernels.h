@@ -1,4 +1,5 @@
-// The kernels of blocks. Included by instruction_set.h after run_kernels.h.
+// The elementwise kernels of batch_norm and group_norm, which work on one block at a time: y in the forward, dx in the
+// backward, each with its activation. Included by instruction_set.h after run_kernels.h.
 template <typename V>
 using IndexOf = std::conditional_t<sizeof(V{}[0]) == sizeof(double), I64, I32>;
 
@@ -11,7 +12,7 @@ INLINE IndexOf<V> lane_bits() {
   return bits;
 }
 
-// Bit i says that lane i is not <= 0: relu's gradient passes, also where it is NaN.
+// Bit i is set where lane i is not <= 0, NaN included: there ReLU's gradient passes.
 template <typename V>
 INLINE uint32_t passing(V z) {
 #if VECTOR_BYTES == 64
@@ -28,7 +29,7 @@ INLINE uint32_t passing(V z) {
   }
 #else
   const IndexOf<V> blocked = z <= 0 ? lane_bits<V>() : IndexOf<V>{};
-  uint32_t bits = (1u << lanes<V>) - 1;
+  uint32_t bits = ~(~0u << lanes<V>);
   for (int i = 0; i < lanes<V>; ++i) {
     bits -= static_cast<uint32_t>(blocked[i]);
   }
@@ -84,12 +85,12 @@ INLINE V sigmoid(V z) {
   return 1 / (1 + exp_of(-z));
 }
 
-// Elements are worked on 64 at a time, which is a word of a mask.
+// Rows are worked on in words: 64 elements, whose mask is one 64-bit word.
 constexpr int word_size = 64;
 using FullWord = std::integral_constant<int, word_size>;
 
-// Calls body(first, count) for the words of a row's elements [first, end). In hot loops count is FullWord for full
-// words; elsewhere code of its own for them does not pay.
+// Calls body(first, count) for the words of a row's elements [first, end). In hot loops full words have a body of their
+// own, with count = FullWord, a constant; elsewhere the extra code does not pay.
 template <bool hot, typename Body>
 INLINE void each_word(int64_t first, int64_t end, Body body) {
   if constexpr (hot) {
@@ -102,7 +103,7 @@ INLINE void each_word(int64_t first, int64_t end, Body body) {
   }
 }
 
-// Calls step(offset, slot, part) for the vectors of a word; slots are as in each_vector.
+// Calls step(offset, slot, active) for the vectors of a word, with `slot` as in each_vector.
 template <typename V, typename Count, typename Step>
 INLINE void each_of_word(Count count, Step step) {
   constexpr int width = lanes<V>;
@@ -110,12 +111,12 @@ INLINE void each_of_word(Count count, Step step) {
     for (int offset = 0; offset < word_size; offset += 4 * width) {
 #pragma GCC unroll 4
       for (int slot = 0; slot < 4; ++slot) {
-        step(offset + slot * width, slot, Part{width, 0});
+        step(offset + slot * width, slot, ActiveLanes{0, width});
       }
     }
   } else {
     for (int offset = 0; offset < count; offset += width) {
-      step(offset, 0, Part{count - offset < width ? count - offset : width, 0});
+      step(offset, 0, ActiveLanes{0, count - offset < width ? count - offset : width});
     }
   }
 }
@@ -147,7 +148,8 @@ INLINE void write_word(char* row, int64_t first, Count count, uint64_t word) {
   }
 }
 
-// A channel's number in every lane, or the numbers of the lanes' channels; `offset` leads to those of a row of planes.
+// A parameter of the channels, such as the mean, for the elements of a row. In planes every lane has the same number,
+// that at `offset`; in pixels each lane has its channel's.
 template <typename T, Layout LAYOUT>
 struct Parameter {
   using S = ComputeType<T>;
@@ -157,19 +159,19 @@ struct Parameter {
       value += p[offset];
     }
   }
-  INLINE V at(int64_t i, Part part) const {
+  INLINE V at(int64_t i, ActiveLanes active) const {
     if constexpr (LAYOUT == Layout::planes) {
       return value;
     } else {
-      return load(values + i, part);
+      return load(values + i, active);
     }
   }
   const S* values;
   V value;
 };
 
-// Pixels are worked on several at a time: their parameters are then loaded once, and memory is read in several streams.
-// Where there is more to compute that gains nothing, and there are fewer registers for it in a smaller set.
+// How many rows are worked on side by side. For pixels several: they share the loads of the parameters, and memory is
+// read from several places at once. SiLU computes too much to gain from it, and SSE2 and NEON have registers for two.
 template <Layout LAYOUT, Activation ACTIVATION>
 constexpr int rows_at_once = LAYOUT == Layout::planes || ACTIVATION == Activation::silu ? 1
                              : VECTOR_BYTES == 16                                       ? 2
@@ -188,20 +190,20 @@ INLINE void each_rows(int64_t row, int64_t end, Body body) {
   }
 }
 
-// Some rows of a strip.
+// COUNT rows of a block, from `row` on.
 template <typename T, int COUNT>
 struct RowPointers {
-  INLINE RowPointers(const Strip& strip, int64_t row) {
+  INLINE RowPointers(const StridedRows& rows, int64_t row) {
     for (int r = 0; r < COUNT; ++r) {
-      at[r] = reinterpret_cast<T*>(strip.data + (row + r) * strip.stride);
+      at[r] = reinterpret_cast<T*>(rows.data + (row + r) * rows.stride);
     }
   }
   INLINE T* operator[](int r) const { return at[r]; }
   T* at[COUNT];
 };
 
-// PLAIN blocks have no residual, and their results go through the caches. So what most calls don't need takes none of
-// the registers that hold addresses.
+// PLAIN blocks have no residual and no non-temporal stores. Most calls are plain, and a variant for them alone leaves
+// them more registers for addresses.
 template <typename T, Layout LAYOUT, Activation ACTIVATION, bool PLAIN>
 INLINE void forward_rows(const ForwardBlock<ComputeType<T>> b) {
   using V = VecOf<T>;
@@ -213,16 +215,16 @@ INLINE void forward_rows(const ForwardBlock<ComputeType<T>> b) {
     const RowPointers<char, R> mask(b.mask, row);
     each_word<R == rows_at_once<LAYOUT, ACTIVATION>>(0, b.n, [&](int64_t first, auto size) ALWAYS_INLINE {
       uint64_t words[R] = {};
-      each_of_word<V>(size, [&](int offset, int, Part part) ALWAYS_INLINE {
+      each_of_word<V>(size, [&](int offset, int, ActiveLanes active) ALWAYS_INLINE {
         const int64_t i = first + offset;
-        const V mean = means.at(i, part), scale = scales.at(i, part), shift = shifts.at(i, part);
+        const V mean = means.at(i, active), scale = scales.at(i, active), shift = shifts.at(i, active);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
           prefetch(x[r] + i, b.x.ahead);
-          V z = (load(x[r] + i, part) - mean) * scale + shift;
+          V z = (load(x[r] + i, active) - mean) * scale + shift;
           if (!PLAIN && b.residual.data != nullptr) {
             prefetch(residual[r] + i, b.residual.ahead);
-            z += load(residual[r] + i, part);
+            z += load(residual[r] + i, active);
           }
           if constexpr (ACTIVATION == Activation::relu) {
             const uint32_t bits = passing(z);
@@ -231,7 +233,7 @@ INLINE void forward_rows(const ForwardBlock<ComputeType<T>> b) {
           } else if constexpr (ACTIVATION == Activation::silu) {
             z *= sigmoid(z);
           }
-          store_to<!PLAIN>(b.y, y[r] + i, z, part);
+          store_to<!PLAIN>(b.y, y[r] + i, z, active);
         }
       });
       if (ACTIVATION == Activation::relu && b.mask.data != nullptr) {
@@ -245,16 +247,16 @@ INLINE void forward_rows(const ForwardBlock<ComputeType<T>> b) {
 
 template <typename T, Layout LAYOUT, Activation ACTIVATION>
 void forward_block(const ForwardBlock<ComputeType<T>>& block) {
-  // by value, as stores could be thought to change what a reference refers to
-  if (block.residual.data == nullptr && !block.y.streams) {
+  // by value: the compiler must assume that stores change what a reference refers to
+  if (block.residual.data == nullptr && !block.y.non_temporal) {
     forward_rows<T, LAYOUT, ACTIVATION, true>(block);
   } else {
     forward_rows<T, LAYOUT, ACTIVATION, false>(block);
   }
 }
 
-// Calls step(i, slot, part, dz, x − mean) for all vectors of R rows' elements [begin, end); without x, which HAS_X
-// rules out, the last is zero.
+// Calls step(i, slot, active, dz, x − mean) for all vectors of R rows' elements [begin, end). If HAS_X is false, x may
+// be null, and x − mean is then zero.
 template <typename T, Layout LAYOUT, Activation ACTIVATION, bool HAS_X, int R, typename Step>
 INLINE void each_gradient(const BackwardBlock<ComputeType<T>>& b, int64_t row, int64_t begin, int64_t end, Step step) {
   using V = VecOf<T>;
@@ -269,31 +271,31 @@ INLINE void each_gradient(const BackwardBlock<ComputeType<T>>& b, int64_t row, i
         words[r] = read_word(mask[r], first, size);
       }
     }
-    each_of_word<V>(size, [&](int offset, int slot, Part part) ALWAYS_INLINE {
+    each_of_word<V>(size, [&](int offset, int slot, ActiveLanes active) ALWAYS_INLINE {
       const int64_t i = first + offset;
       V dz[R], distance[R] = {};
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         prefetch(dy[r] + i, b.dy.ahead);
-        dz[r] = load(dy[r] + i, part);
+        dz[r] = load(dy[r] + i, active);
         if (HAS_X || b.x.data != nullptr) {
           prefetch(x[r] + i, b.x.ahead);
-          distance[r] = load(x[r] + i, part) - means.at(i, part);
+          distance[r] = load(x[r] + i, active) - means.at(i, active);
         }
         if constexpr (ACTIVATION == Activation::relu) {
           dz[r] = where(static_cast<uint32_t>(words[r] >> offset), dz[r]);
         } else if constexpr (ACTIVATION == Activation::silu) {
-          const V z = distance[r] * scales.at(i, part) + shifts.at(i, part);
-          const V share = sigmoid(z);
-          dz[r] *= share * (1 + z * (1 - share));
+          const V z = distance[r] * scales.at(i, active) + shifts.at(i, active);
+          const V gate = sigmoid(z);
+          dz[r] *= gate * (1 + z * (1 - gate));
         }
       }
-      step(i, slot, part, dz, distance);
+      step(i, slot, active, dz, distance);
     });
   });
 }
 
-// PLAIN blocks have an x and no dresidual, and dx goes through the caches.
+// PLAIN blocks have an x, no dresidual and no non-temporal stores.
 template <typename T, Layout LAYOUT, Activation ACTIVATION, bool PLAIN>
 INLINE void backward_rows(const BackwardBlock<ComputeType<T>> b) {
   using V = VecOf<T>;
@@ -302,27 +304,27 @@ INLINE void backward_rows(const BackwardBlock<ComputeType<T>> b) {
     const int64_t at = row * b.step;
     const Parameter<T, LAYOUT> gains(b.gain, at), slopes(b.slope, at), levels(b.level, at);
     const RowPointers<T, R> dx(b.dx, row), dresidual(b.dresidual, row);
-    each_gradient<T, LAYOUT, ACTIVATION, PLAIN, R>(b, row, 0, b.n, [&](int64_t i, int, Part part, const V(&dz)[R],
-                                                                       const V(&distance)[R]) ALWAYS_INLINE {
-      const V gain = gains.at(i, part);
+    const auto step = [&](int64_t i, int, ActiveLanes active, const V(&dz)[R], const V(&distance)[R]) ALWAYS_INLINE {
+      const V gain = gains.at(i, active);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         V gradient = dz[r] * gain;
         if (PLAIN || b.x.data != nullptr) {
-          gradient += distance[r] * slopes.at(i, part) + levels.at(i, part);
+          gradient += distance[r] * slopes.at(i, active) + levels.at(i, active);
         }
-        store_to<!PLAIN>(b.dx, dx[r] + i, gradient, part);
+        store_to<!PLAIN>(b.dx, dx[r] + i, gradient, active);
         if (!PLAIN && b.dresidual.data != nullptr) {
-          store_to<true>(b.dresidual, dresidual[r] + i, dz[r], part);
+          store_to<true>(b.dresidual, dresidual[r] + i, dz[r], active);
         }
       }
-    });
+    };
+    each_gradient<T, LAYOUT, ACTIVATION, PLAIN, R>(b, row, 0, b.n, step);
   });
 }
 
 template <typename T, Layout LAYOUT, Activation ACTIVATION>
 void backward_block(const BackwardBlock<ComputeType<T>>& block) {
-  if (block.x.data != nullptr && block.dresidual.data == nullptr && !block.dx.streams) {
+  if (block.x.data != nullptr && block.dresidual.data == nullptr && !block.dx.non_temporal) {
     backward_rows<T, LAYOUT, ACTIVATION, true>(block);
   } else {
     backward_rows<T, LAYOUT, ACTIVATION, false>(block);

@@ -1,4 +1,4 @@
-// batch_norm and group_norm on the CPU, with the arguments of the operators.
+// batch_norm and group_norm on the CPU, for calls from C++: the arguments and results of the operators.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -20,10 +20,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_forward(
 // y, mask
 std::tuple<at::Tensor, at::Tensor> batch_norm_evaluation(const at::Tensor& x, const OptionalTensor& residual,
                                                          const OptionalTensor& weight, const OptionalTensor& bias,
-                                                         const at::Tensor& running_mean,
-                                                         const at::Tensor& running_var, double eps,
-                                                         at::MemoryFormat memory_format, bool relu, bool wants_mask,
-                                                         at::ScalarType out_dtype);
+                                                         const at::Tensor& running_mean, const at::Tensor& running_var,
+                                                         double eps, at::MemoryFormat memory_format, bool relu,
+                                                         bool wants_mask, at::ScalarType out_dtype);
 
 // dx, dresidual, dweight, dbias
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
@@ -40,8 +39,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_forward(const at::Tens
 
 // dx, dweight, dbias
 std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_backward(
-    const at::Tensor& dy, const at::Tensor& x, int64_t groups, const OptionalTensor& weight,
-    const OptionalTensor& bias, const at::Tensor& mean, const at::Tensor& rstd, at::MemoryFormat memory_format,
-    bool silu, OptionalDtype dweight_dtype, OptionalDtype dbias_dtype);
+    const at::Tensor& dy, const at::Tensor& x, int64_t groups, const OptionalTensor& weight, const OptionalTensor& bias,
+    const at::Tensor& mean, const at::Tensor& rstd, at::MemoryFormat memory_format, bool silu,
+    OptionalDtype dweight_dtype, OptionalDtype dbias_dtype);
 
 }  // namespace fastnorm::cpu

@@ -7,11 +7,11 @@ constexpr int64_t word = 64;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The most elements that a block of planes has, and the most rows that one of pixels has.
+// The most elements of a block of planes, and the most rows of a block of pixels.
 constexpr int64_t plane_block = 1 << 13;
 int64_t pixel_rows(int64_t channels) { return std::clamp<int64_t>((1 << 14) / channels, 32, 64); }
 
-// How many groups of a sample make up a pool: as many as fit into a block, or one.
+// How many groups of a sample make a bundle: as many as fit into a block, but at least one.
 int64_t groups_at_once(int64_t groups, int64_t group_elements) {
   int64_t count = std::clamp<int64_t>(plane_block / group_elements, 1, groups);
   while (groups % count != 0) {
@@ -50,76 +50,75 @@ Region Grid::cell(const Region& region, int64_t i) const {
   return cell;
 }
 
-Plan::Plan(at::IntArrayRef sizes, Layout layout, int64_t groups, bool by_channel)
+ChannelPlan::ChannelPlan(at::IntArrayRef sizes, Layout layout, int64_t groups, bool by_channel)
     : layout_(layout),
       channels_(layout == Layout::pixels ? sizes[2] : sizes[1]),
       groups_(groups),
-      pools_in_sample_(1),
+      bundles_in_sample_(1),
       bands_(1),
       grid_(1, 1, 1, 1),
       blocks_(grid_) {
   const int64_t samples = sizes[0];
   if (layout == Layout::pixels) {
     const int64_t pixels = sizes[1];
-    pools_ = groups > 0 ? samples : 1;
+    bundles_ = groups > 0 ? samples : 1;
     bands_ = groups > 0 ? 1 : samples;
-    // Half a MiB of float. Below 64 rows writing and reading the pieces' sums takes too long; two pieces there are.
+    // At least two chunks, of half a MiB of float. Below 64 rows, writing and reading their sums takes too long.
     const int64_t rows = std::max<int64_t>(64, (1 << 17) / channels_);
     const int64_t cells = std::max(std::min<int64_t>(2, pixels), divide_up(pixels, rows));
     grid_ = {pixels, channels_, divide_up(pixels, cells), channels_};
     width_ = channels_;
-    pool_size_ = static_cast<double>(samples * pixels);
+    channel_size_ = static_cast<double>(samples * pixels);
   } else {
     int64_t rows = samples;
-    pools_ = channels_;
+    bundles_ = channels_;
     if (groups > 0) {
       const int64_t in_group = channels_ / groups;
-      pools_in_sample_ = by_channel ? groups / groups_at_once(groups, in_group * sizes[2]) : groups;
-      rows = channels_ / pools_in_sample_;
-      pools_ = samples * pools_in_sample_;
+      bundles_in_sample_ = by_channel ? groups / groups_at_once(groups, in_group * sizes[2]) : groups;
+      rows = channels_ / bundles_in_sample_;
+      bundles_ = samples * bundles_in_sample_;
     }
     grid_ = Grid::of_cells(rows, sizes[2], 1 << 16);
     width_ = groups > 0 && by_channel ? rows : 1;
-    pool_size_ = static_cast<double>(rows * sizes[2]);
+    channel_size_ = static_cast<double>(rows * sizes[2]);
   }
   blocks_ = blocks(std::min(grid_.row_step, grid_.rows), std::min(grid_.col_step, grid_.n));
 }
 
-Region Plan::piece(int64_t pool, int64_t i) const {
+Region ChannelPlan::chunk(int64_t bundle, int64_t i) const {
   Region region{0, 0, 1, grid_.rows, 0, grid_.n};
   if (layout_ == Layout::pixels) {
-    region.first = groups_ > 0 ? pool : i / grid_.cells;
+    region.first = groups_ > 0 ? bundle : i / grid_.cells;
   } else if (groups_ > 0) {
-    region.first = pool / pools_in_sample_;
-    region.second = pool % pools_in_sample_ * grid_.rows;
+    region.first = bundle / bundles_in_sample_;
+    region.second = bundle % bundles_in_sample_ * grid_.rows;
   } else {
-    region.second = pool;
+    region.second = bundle;
     region.axis = 0;
   }
-  return pieces() == 1 ? region : grid_.cell(region, bands_ == 1 ? i : i % grid_.cells);
+  return chunks() == 1 ? region : grid_.cell(region, bands_ == 1 ? i : i % grid_.cells);
 }
 
-int64_t Plan::parameters(const Region& region) const {
+int64_t ChannelPlan::parameters(const Region& region) const {
   return (groups_ > 0 ? region.first * channels_ : 0) + (layout_ == Layout::planes ? region.second : 0);
 }
 
-// Blocks of planes stay in the first-level cache, those of pixels in the second; longer ones spread the cost of a block
-// over more rows.
-Grid Plan::blocks(int64_t rows, int64_t n) const {
+// Blocks of planes stay in the L1 cache, those of pixels in the L2: it takes more rows to pay for the cost of a block.
+Grid ChannelPlan::blocks(int64_t rows, int64_t n) const {
   if (layout_ == Layout::pixels) {
     return {rows, n, divide_up(rows, divide_up(rows, pixel_rows(channels_))), n};
   }
   return Grid::of_cells(rows, n, plane_block);
 }
 
-int64_t Plan::block_elements() const {
+int64_t ChannelPlan::block_elements() const {
   const int64_t most = layout_ == Layout::pixels ? pixel_rows(channels_) * channels_ : plane_block;
-  return std::min(most, piece_elements());
+  return std::min(most, chunk_elements());
 }
 
-bool Plan::by_pool() const {
+bool ChannelPlan::by_bundle() const {
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  return pools_ >= 8 * threads || pools_ % threads == 0;
+  return bundles_ >= 8 * threads || bundles_ % threads == 0;
 }
 
 }  // namespace fastnorm::cpu

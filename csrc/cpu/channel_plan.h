@@ -1,5 +1,10 @@
-// How the work of batch_norm and group_norm is split: pools of elements that share their statistics, pieces of pools
-// that threads take, and blocks of pieces that stay in a cache. All of it follows from the shape alone.
+// How the work of batch_norm and group_norm is split among threads and caches. It follows from the shape alone, not
+// from the number of threads; so does the order of all sums.
+// - A bundle: the elements whose statistics are computed together. In planes that is one unit, the elements that share
+//   statistics: a channel of all samples, or a group of a sample. In pixels a row spans all channels, so a bundle is
+//   the whole tensor for batch_norm, or a sample for group_norm, with the statistics of its channels side by side.
+// - A chunk: the part of a bundle that one thread takes at a time.
+// - A block: the part of a chunk that stays in a cache while a kernel works on it.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -10,7 +15,8 @@
 
 namespace fastnorm::cpu {
 
-// Rows [0, rows) of a 3-D tensor, from (first, second) on along `axis` (0 or 1), and their elements [col, col + n).
+// Elements [col, col + n) of `rows` rows of a 3-D tensor: the first is row (first, second), the others follow along
+// `axis` (0 or 1).
 struct Region {
   int64_t first, second;
   int axis;
@@ -18,121 +24,123 @@ struct Region {
   int64_t col, n;
 };
 
-// A part of a piece that is worked on in one go, and the one after it, or the same where it is the last.
+// A block, and the one after it, which is prefetched; of the last block, the block itself.
 struct Block : Region {
   Region next;
 };
 
-// A division of a rectangle into cells of at most row_step × col_step.
+// Divides a rectangle of rows × n elements into cells of at most row_step × col_step.
 struct Grid {
   Grid(int64_t rows, int64_t n, int64_t row_step, int64_t col_step);
-  // Cells of at most `elements`: several whole rows, or a part of one that starts at a word of a mask.
+  // Cells of at most `elements`: some whole rows, or a part of one row that starts at a word of a mask.
   static Grid of_cells(int64_t rows, int64_t n, int64_t elements);
 
   int64_t rows, n;
   int64_t row_step, col_step;
   int64_t across, cells;
 
-  // `region` has this grid's rows and n.
+  // Cell i of a region that has this grid's rows and n.
   Region cell(const Region& region, int64_t i) const;
 };
 
-class Plan {
+class ChannelPlan {
  public:
-  // sizes: (N, C, S) for planes, (N, S, C) for pixels. groups = 0 pools over the samples. `by_channel`: a group's
-  // channels have statistics of their own, as those of pixels do anyway; a pool may then be several groups.
-  Plan(at::IntArrayRef sizes, Layout layout, int64_t groups, bool by_channel);
+  // sizes: (N, C, S) for planes, (N, S, C) for pixels. groups = 0 is batch_norm. `by_channel`: sums are kept for each
+  // channel of a group of planes, as they always are for pixels; a bundle may then be several groups.
+  ChannelPlan(at::IntArrayRef sizes, Layout layout, int64_t groups, bool by_channel);
 
-  int64_t pools() const { return pools_; }
-  // With groups.
-  int64_t pools_in_sample() const { return pools_in_sample_; }
-  int64_t pieces() const { return bands_ * grid_.cells; }
+  int64_t bundles() const { return bundles_; }
+  // For group_norm only.
+  int64_t bundles_in_sample() const { return bundles_in_sample_; }
+  int64_t chunks() const { return bands_ * grid_.cells; }
   int64_t channels() const { return channels_; }
   Layout layout() const { return layout_; }
-  // Elements of a pool, without groups.
-  double pool_size() const { return pool_size_; }
-  // Channels of a pool whose statistics lie side by side, and where among them those of a region's first channel do.
+  // Elements of a channel in all samples; for batch_norm only.
+  double channel_size() const { return channel_size_; }
+  // How many statistics of a bundle lie side by side, and the place of a region's first channel among them.
   int64_t width() const { return width_; }
   int64_t place(const Region& region) const { return layout_ == Layout::planes ? region.second % width_ : 0; }
-  // Elements of each of these channels in a piece.
-  double depth(const Region& piece) const { return layout_ == Layout::pixels ? piece.rows : piece.rows * piece.n; }
-  Region piece(int64_t pool, int64_t i) const;
-  // Where the parameters of a piece's or block's first channel lie, in arrays of (N, C) with groups, of (C) without.
+  // Elements of a chunk that each of these statistics covers.
+  double depth(const Region& chunk) const { return layout_ == Layout::pixels ? chunk.rows : chunk.rows * chunk.n; }
+  Region chunk(int64_t bundle, int64_t i) const;
+  // The index of a region's first channel in arrays of parameters: (N, C) for group_norm, (C,) for batch_norm.
   int64_t parameters(const Region& region) const;
-  // How far the next row's lie behind them.
+  // The distance to the index of the next row's parameters.
   int64_t step() const { return layout_ == Layout::planes && groups_ > 0 ? 1 : 0; }
 
-  // Calls body(block) for the blocks of a piece.
+  // Calls body(block) for the blocks of a chunk.
   template <typename Body>
-  void each_block(const Region& piece, const Body& body) const {
-    const bool is_whole = piece.rows == blocks_.rows && piece.n == blocks_.n;
-    const Grid grid = is_whole ? blocks_ : blocks(piece.rows, piece.n);
+  void each_block(const Region& chunk, const Body& body) const {
+    const bool is_whole = chunk.rows == blocks_.rows && chunk.n == blocks_.n;
+    const Grid grid = is_whole ? blocks_ : blocks(chunk.rows, chunk.n);
     const int64_t last = grid.cells - 1;
     for (int64_t i = 0; i <= last; ++i) {
-      body(Block{grid.cell(piece, i), grid.cell(piece, std::min(i + 1, last))});
+      body(Block{grid.cell(chunk, i), grid.cell(chunk, std::min(i + 1, last))});
     }
   }
-  // No block has more elements.
+  // The most elements that a block has.
   int64_t block_elements() const;
 
-  // measure(pool, i) for all pieces of a pool, finish(pool), then apply(piece), which starts with the pieces that were
-  // measured last: a part of them is still in the cache.
+  // Calls measure(bundle, i) for all chunks of a bundle, finish(bundle), then apply(chunk) for all chunks, those
+  // measured last first, as some of them are still in the cache.
   template <typename Measure, typename Finish, typename Apply>
   void run(const Measure& measure, const Finish& finish, const Apply& apply) const;
   template <typename Measure, typename Finish>
   void run(const Measure& measure, const Finish& finish) const;
   template <typename Apply>
-  void each_piece(const Apply& apply) const;
+  void each_chunk(const Apply& apply) const;
 
  private:
   Grid blocks(int64_t rows, int64_t n) const;
-  int64_t piece_elements() const { return grid_.row_step * grid_.col_step; }
-  // Whether threads take whole pools, each of which then comes from memory once if it fits into a core's cache.
-  bool by_pool() const;
+  int64_t chunk_elements() const { return grid_.row_step * grid_.col_step; }
+  // Whether threads take whole bundles. A bundle that fits into a core's cache is then read from memory once.
+  bool by_bundle() const;
 
   Layout layout_;
   int64_t channels_, groups_;
-  int64_t pools_, pools_in_sample_, bands_, width_;
-  double pool_size_;
-  Grid grid_, blocks_;  // the pieces of a pool, and the blocks of all pieces but the last
+  int64_t bundles_, bundles_in_sample_;
+  int64_t bands_;  // samples that a bundle of pixels spans
+  int64_t width_;
+  double channel_size_;
+  Grid grid_, blocks_;  // the chunks of a bundle, and the blocks of all chunks but the last
 };
 
 template <typename Measure, typename Finish>
-void Plan::run(const Measure& measure, const Finish& finish) const {
-  parallel(pools_ * pieces(), piece_elements(), [&](int64_t begin, int64_t end) {
+void ChannelPlan::run(const Measure& measure, const Finish& finish) const {
+  parallel(bundles_ * chunks(), chunk_elements(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      measure(i / pieces(), i % pieces());
+      measure(i / chunks(), i % chunks());
     }
   });
-  for (int64_t pool = 0; pool < pools_; ++pool) {
-    finish(pool);
+  for (int64_t bundle = 0; bundle < bundles_; ++bundle) {
+    finish(bundle);
   }
 }
 
 template <typename Apply>
-void Plan::each_piece(const Apply& apply) const {
-  parallel(pools_ * pieces(), piece_elements(), [&](int64_t begin, int64_t end) {
+void ChannelPlan::each_chunk(const Apply& apply) const {
+  parallel(bundles_ * chunks(), chunk_elements(), [&](int64_t begin, int64_t end) {
     for (int64_t i = end - 1; i >= begin; --i) {
-      apply(piece(i / pieces(), i % pieces()));
+      apply(chunk(i / chunks(), i % chunks()));
     }
   });
 }
 
 template <typename Measure, typename Finish, typename Apply>
-void Plan::run(const Measure& measure, const Finish& finish, const Apply& apply) const {
-  if (!by_pool()) {
+void ChannelPlan::run(const Measure& measure, const Finish& finish, const Apply& apply) const {
+  if (!by_bundle()) {
     run(measure, finish);
-    each_piece(apply);
+    each_chunk(apply);
     return;
   }
-  parallel(pools_, pieces() * piece_elements(), [&](int64_t begin, int64_t end) {
-    for (int64_t pool = begin; pool < end; ++pool) {
-      for (int64_t i = 0; i < pieces(); ++i) {
-        measure(pool, i);
+  parallel(bundles_, chunks() * chunk_elements(), [&](int64_t begin, int64_t end) {
+    for (int64_t bundle = begin; bundle < end; ++bundle) {
+      for (int64_t i = 0; i < chunks(); ++i) {
+        measure(bundle, i);
       }
-      finish(pool);
-      for (int64_t i = pieces() - 1; i >= 0; --i) {
-        apply(piece(pool, i));
+      finish(bundle);
+      for (int64_t i = chunks() - 1; i >= 0; --i) {
+        apply(chunk(bundle, i));
       }
     }
   });

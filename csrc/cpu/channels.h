@@ -1,6 +1,7 @@
-// The work on blocks of rows for norms with statistics of channels, free of PyTorch; compiled like the rows.
-// In the layout `planes` all elements of a row belong to one channel, in `pixels` each row's element i belongs to
-// channel i.
+// What the kernels of batch_norm and group_norm (channel_kernels.h, channel_reduction_kernels.h) take, and their
+// tables. They work on blocks: some rows of a 3-D view. Free of PyTorch. A contiguous image of S positions is seen as
+// (N, C, S): in this layout, `planes`, a row belongs to one channel. A channels_last image is seen as (N, S, C): in
+// this layout, `pixels`, element i of each row belongs to channel i.
 #pragma once
 
 #include <cstdint>
@@ -11,68 +12,69 @@ enum class Layout { planes, pixels };
 enum class Activation { none, relu, silu };
 constexpr int layout_count = 2, activation_count = 3;
 
-// Rows in the kernel's dtype, `stride` bytes apart. Null where the call has no such tensor. Rows of a relu's mask have
-// one bit an element, lowest bits first, set where the gradient passes. What will be worked on next lies `ahead` bytes
-// on; the processor does not foresee that by itself where rows are short, or end, and not what it will overwrite.
-struct Strip {
+// A block's rows in the kernel's dtype, `stride` bytes apart; null where the call has no such tensor. Rows of a ReLU's
+// mask have one bit an element, lowest bits first, set where the gradient passes. `ahead` is the prefetch distance in
+// bytes, to the next block: the processor's own prefetching stops at the end of rows, and does not cover stores.
+struct StridedRows {
   char* data = nullptr;
   int64_t stride = 0;
   int64_t ahead = 0;
-  bool streams = false;  // whether it is written past the caches; its rows then start at whole cache lines
+  bool non_temporal = false;  // written past the caches; its rows then start at whole cache lines
 };
 
-// Adds a block to the running mean and the sum of squared differences from it of `count` elements of each channel.
+// Merges a block into the moments (mean and m2) of `count` elements of each channel.
 template <typename S>
-struct SpreadBlock {
-  Strip x;
+struct MomentsBlock {
+  StridedRows x;
   int64_t rows, n;
   double count;
   double* mean;
-  double* square_sum;
-  S* scratch;  // 3 n elements, for pixels
+  double* m2;
+  S* scratch;  // 3 · n elements, for pixels only
 };
 
-// y = activation((x − mean) · scale + shift + residual). A relu without a mask writes none. Of planes, each row's
+// y = activation((x − mean) · scale + shift + residual). A ReLU writes its mask if there is one. In planes a row's
 // parameters lie `step` behind those of the row before: 0 where all rows belong to one channel.
 template <typename S>
 struct ForwardBlock {
-  Strip x, residual, y, mask;
+  StridedRows x, residual, y, mask;
   int64_t rows, n, step;
   const S *mean, *scale, *shift;
 };
 
-// dz = dy through the activation, whose z = (x − mean) · scale + shift silu needs.
-// Sums: sum += Σ dz, product += Σ dz · (x − mean). Gradient: dx = dz · gain + (x − mean) · slope + level, or dz · gain
-// where x is null; dresidual = dz. Sums lie as parameters do.
+// dz = dy · activation'(z); SiLU recomputes z = (x − mean) · scale + shift, ReLU reads its mask.
+// The kernel `sums`: dz_sum += Σ dz, product_sum += Σ dz · (x − mean), laid out as the parameters are.
+// The kernel `backward`: dx = gain · dz + slope · (x − mean) + level, or gain · dz where x is null; dresidual = dz.
 template <typename S>
 struct BackwardBlock {
-  Strip dy, mask, x, dx, dresidual;
+  StridedRows dy, mask, x, dx, dresidual;
   int64_t rows, n, step;
   const S *mean, *scale, *shift;
   const S *gain, *slope, *level;
-  double *sum, *product;
-  S* scratch;  // 2 n elements, for pixels' sums
+  double *dz_sum, *product_sum;
+  S* scratch;  // 2 · n elements, for the sums of pixels only
 };
 
 template <typename S>
 struct ChannelKernels {
-  void (*spread)(const SpreadBlock<S>&);
+  void (*moments)(const MomentsBlock<S>&);
   void (*forward[activation_count])(const ForwardBlock<S>&);
   void (*sums[activation_count])(const BackwardBlock<S>&);
   void (*backward[activation_count])(const BackwardBlock<S>&);
 };
 
+// The kernels of one dtype, by layout.
 template <typename S>
 struct LayoutKernels {
   ChannelKernels<S> of[layout_count];
 };
 
-// A number of elements, their mean and the sum of squared differences from it, for each of some channels.
-struct Spreads {
+// The moments of some channels, each of `count` elements: arrays of the means and of m2 = Σ (x − mean)².
+struct ChannelMoments {
   double count;
-  double *mean, *square_sum;
+  double *mean, *m2;
 };
 
-using MergeSpreads = void (*)(const Spreads& into, const Spreads& from, int64_t channels);
+using MergeMoments = void (*)(const ChannelMoments& into, const ChannelMoments& from, int64_t channels);
 
 }  // namespace fastnorm::cpu

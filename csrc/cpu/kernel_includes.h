@@ -1,5 +1,5 @@
-// What the kernels of every instruction set need; included before the compiler may use one, which it could otherwise do
-// in functions of the standard library that the linker then takes for all.
+// The headers that the kernels need. kernels_*.cpp include them before they enable an instruction set: otherwise inline
+// functions of the standard library would be compiled for it, and the linker might pick those for the whole library.
 #pragma once
 
 #include <algorithm>

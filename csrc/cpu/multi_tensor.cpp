@@ -1,4 +1,4 @@
-// Norms of lists of tensors, and scaling and clamping them in place, on the CPU: one call for a whole list.
+// Norms of lists of tensors, and scaling and clamping of them in place, on the CPU: one call for a whole list.
 #include "multi_tensor.h"
 
 #include <c10/util/Exception.h>
@@ -19,36 +19,36 @@ double reduce(const Span& run, Reduction reduction, double p = 0, double divisor
   return kernels(run.dtype).reduce[static_cast<int>(reduction)](run.data, run.n, p, divisor);
 }
 
-// The norm of a span whose powers left double's range: with |x| in units of the one that counts most.
-double norm_in_units(const Span& span, const PNorm& norm) {
-  const Pieces pieces({span});
-  std::vector<double> partial(pieces.size());
+// The norm of a span whose powers overflow or underflow in double: divides each |x| by that with the largest power.
+double scaled_norm(const Span& span, const PNorm& norm) {
+  const Chunks chunks({span});
+  std::vector<double> partial(chunks.size());
   const auto folded = [&](const PNorm& fold, Reduction reduction, double unit) {
-    pieces.each([&](int64_t i) { partial[i] = reduce(pieces[i].run, reduction, norm.p, unit); });
+    chunks.each([&](int64_t i) { partial[i] = reduce(chunks[i].run, reduction, norm.p, unit); });
     return std::accumulate(partial.begin(), partial.end(), fold.start(),
                            [&](double a, double b) { return fold.fold(a, b); });
   };
   const PNorm extreme = norm.extreme();
   const double unit = folded(extreme, extreme.reduction, 1);
   if (!(unit > 0) || std::isinf(unit)) {
-    return unit;  // zero, infinite or NaN, and so is the norm
+    return unit;  // zero, infinite or NaN: so is the norm
   }
   return unit * std::pow(folded(norm, Reduction::powers, unit), 1 / norm.p);
 }
 
 double finish(const Span& span, const PNorm& norm, double folded) {
-  // the squares of floats stay inside double, whatever their number
-  const bool stays_inside = norm.reduction == Reduction::squares && span.dtype != Dtype::f64;
-  const bool in_units = !stays_inside && span.n > 0 && norm.is_doubtful(folded);
-  return in_units ? norm_in_units(span, norm) : norm.root(folded);
+  // no number of squares of floats leaves the range of double
+  const bool is_in_range = norm.reduction == Reduction::squares && span.dtype != Dtype::f64;
+  const bool needs_scaling = !is_in_range && span.n > 0 && norm.is_doubtful(folded);
+  return needs_scaling ? scaled_norm(span, norm) : norm.root(folded);
 }
 
-// Applies a kernel to all elements. Spans that share memory take their turns, as a list of operations would.
+// Applies a kernel to all elements. Spans that share memory are changed one after the other, as by a loop in Python.
 template <typename Kernel>
 void change(const std::vector<Span>& spans, const Kernel& kernel) {
   const auto run = [&](const std::vector<Span>& disjoint) {
-    const Pieces pieces(disjoint);
-    pieces.each_backwards([&](int64_t i) { kernel(pieces[i].run); });
+    const Chunks chunks(disjoint);
+    chunks.each_backwards([&](int64_t i) { kernel(chunks[i].run); });
   };
   if (!any_overlap(spans)) {
     run(spans);
@@ -115,7 +115,7 @@ std::vector<Span> spans_of(at::TensorList tensors, const char* name, Access acce
     TORCH_CHECK(tensor.is_non_overlapping_and_dense(), "fastnorm: expected ", name,
                 " without gaps and overlaps, got strides ", tensor.strides(), " for the shape ", tensor.sizes());
     const Dtype dtype = dtype_from(tensor.scalar_type());
-    // asking for write access copies a tensor that shares memory until it is written to
+    // mutable_data_ptr also makes the copy that a lazily cloned (copy-on-write) tensor needs before a write
     void* data = access == Access::write ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
     spans.push_back({static_cast<char*>(data), tensor.numel(), dtype});
   }
@@ -139,16 +139,16 @@ bool any_overlap(const std::vector<Span>& spans) {
   return false;
 }
 
-Pieces::Pieces(const std::vector<Span>& spans) {
-  pieces_.reserve(spans.size());
+Chunks::Chunks(const std::vector<Span>& spans) {
+  chunks_.reserve(spans.size());
   int64_t in_task = 0;
   for (size_t s = 0; s < spans.size(); ++s) {
     const Span& span = spans[s];
-    for (int64_t first = 0; first < span.n; first += piece_elements) {
-      const int64_t n = std::min(piece_elements, span.n - first);
-      pieces_.push_back({{span.data + first * bytes_of(span.dtype), n, span.dtype}, static_cast<int64_t>(s)});
+    for (int64_t first = 0; first < span.n; first += chunk_elements) {
+      const int64_t n = std::min(chunk_elements, span.n - first);
+      chunks_.push_back({{span.data + first * bytes_of(span.dtype), n, span.dtype}, static_cast<int64_t>(s)});
       in_task += n;
-      if (in_task >= piece_elements / 2) {
+      if (in_task >= chunk_elements / 2) {
         task_ends_.push_back(size());
         in_task = 0;
       }
@@ -161,12 +161,12 @@ Pieces::Pieces(const std::vector<Span>& spans) {
 }
 
 std::vector<double> norms_of(const std::vector<Span>& spans, const PNorm& norm) {
-  const Pieces pieces(spans);
-  std::vector<double> partial(pieces.size());
-  pieces.each([&](int64_t i) { partial[i] = reduce(pieces[i].run, norm.reduction, norm.p); });
+  const Chunks chunks(spans);
+  std::vector<double> partial(chunks.size());
+  chunks.each([&](int64_t i) { partial[i] = reduce(chunks[i].run, norm.reduction, norm.p); });
   std::vector<double> norms(spans.size(), norm.start());
-  for (int64_t i = 0; i < pieces.size(); ++i) {
-    norms[pieces[i].span] = norm.fold(norms[pieces[i].span], partial[i]);
+  for (int64_t i = 0; i < chunks.size(); ++i) {
+    norms[chunks[i].span] = norm.fold(norms[chunks[i].span], partial[i]);
   }
   for (size_t s = 0; s < spans.size(); ++s) {
     norms[s] = finish(spans[s], norm, norms[s]);
@@ -174,9 +174,7 @@ std::vector<double> norms_of(const std::vector<Span>& spans, const PNorm& norm) 
   return norms;
 }
 
-double norm_of(const Span& span, const PNorm& norm) {
-  return finish(span, norm, reduce(span, norm.reduction, norm.p));
-}
+double norm_of(const Span& span, const PNorm& norm) { return finish(span, norm, reduce(span, norm.reduction, norm.p)); }
 
 double norm_of_norms(const std::vector<double>& norms, const PNorm& norm) {
   double unit = 1;

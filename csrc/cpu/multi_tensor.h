@@ -1,4 +1,5 @@
-// Lists of tensors as runs of elements, and the split of their elements among threads.
+// Lists of tensors, for norms and clipping on the CPU: their spans of memory, the split of these into chunks and tasks
+// for threads, and p-norms.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -12,6 +13,7 @@
 
 namespace fastnorm::cpu {
 
+// The elements of a tensor, or some of them, that lie one after the other in memory.
 struct Span {
   char* data;
   int64_t n;
@@ -22,16 +24,16 @@ inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype ==
 
 enum class Access { read, write };
 
-// The tensors' elements in storage order. Raises unless all are on the CPU, dense, and of a known dtype.
+// Each tensor's span, in storage order. Raises unless all are on the CPU, dense, and of one of the four dtypes.
 std::vector<Span> spans_of(at::TensorList tensors, const char* name, Access access);
 
-// Whether two spans share memory, a tensor listed twice included.
+// Whether two spans share memory, as those of a tensor that is listed twice.
 bool any_overlap(const std::vector<Span>& spans);
 
-// Runs body(i) for every i of [0, count) on all threads; each takes the next one that is left.
+// Runs body(i) for every i of [0, count) on all threads, each of which takes the next i when it is free.
 template <typename Body>
 void share_out(int64_t count, int64_t elements, const Body& body) {
-  constexpr int64_t worthwhile = 32768;  // fewer elements are done before another thread wakes up
+  constexpr int64_t worthwhile = 32768;  // one thread finishes fewer elements before another has woken up
   const int64_t threads = std::min<int64_t>({at::get_num_threads(), count, 1 + elements / worthwhile});
   std::atomic<int64_t> next{0};
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
@@ -41,18 +43,19 @@ void share_out(int64_t count, int64_t elements, const Body& body) {
   });
 }
 
-// Spans cut into pieces, and pieces gathered into tasks, in a way that depends on the spans' sizes alone.
-class Pieces {
+// Spans cut into chunks, and chunks gathered into tasks. How follows from the spans' sizes alone, not from the number
+// of threads.
+class Chunks {
  public:
-  explicit Pieces(const std::vector<Span>& spans);
+  explicit Chunks(const std::vector<Span>& spans);
 
-  struct Piece {
+  struct Chunk {
     Span run;
     int64_t span;
   };
 
-  int64_t size() const { return static_cast<int64_t>(pieces_.size()); }
-  const Piece& operator[](int64_t i) const { return pieces_[i]; }
+  int64_t size() const { return static_cast<int64_t>(chunks_.size()); }
+  const Chunk& operator[](int64_t i) const { return chunks_[i]; }
 
   template <typename Body>
   void each(const Body& body) const {
@@ -64,7 +67,7 @@ class Pieces {
     });
   }
 
-  // As each, but from the last task to the first: what was read last may still be in the cache.
+  // As `each`, but from the last task to the first: what a pass before read last may still be in the cache.
   template <typename Body>
   void each_backwards(const Body& body) const {
     const int64_t tasks = static_cast<int64_t>(task_ends_.size());
@@ -77,20 +80,20 @@ class Pieces {
   }
 
  private:
-  std::vector<Piece> pieces_;
+  std::vector<Chunk> chunks_;
   std::vector<int64_t> task_ends_;
   int64_t elements_ = 0;
 };
 
-// Every span's norm, in double. No result depends on the number of threads.
+// Every span's norm, in double, bitwise the same for any number of threads.
 std::vector<double> norms_of(const std::vector<Span>& spans, const PNorm& norm);
 
-constexpr int64_t piece_elements = 65536;
+constexpr int64_t chunk_elements = 65536;
 
-// The norm of a span of at most piece_elements, on this thread alone; the same number.
+// The norm of a span of at most chunk_elements, on this thread alone; bitwise as norms_of has it.
 double norm_of(const Span& span, const PNorm& norm);
 
-// The norm of norms; for p = 0 the number of those that aren't zero.
+// The norm of norms; for p = 0, as in torch, the number of norms that are not zero.
 double norm_of_norms(const std::vector<double>& norms, const PNorm& norm);
 
 }  // namespace fastnorm::cpu

@@ -31,7 +31,7 @@ int advise(uintptr_t begin, uintptr_t end, int advice) {
   return begin < end ? madvise(reinterpret_cast<void*>(begin), end - begin, advice) : 0;
 }
 
-// Seconds until some new memory can be written to.
+// Measures the seconds that making the pages of 8 MiB of new memory takes.
 double time_of(int advice) {
   constexpr uintptr_t size = 4 * huge_size;
   void* const memory = mmap(nullptr, size + huge_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -41,7 +41,7 @@ double time_of(int advice) {
   const uintptr_t begin = round_up(reinterpret_cast<uintptr_t>(memory), huge_size);
   advise(begin, begin + size, advice);
   const auto start = std::chrono::steady_clock::now();
-  if (advise(begin, begin + size, populate_write) != 0) {  // before Linux 5.14
+  if (advise(begin, begin + size, populate_write) != 0) {  // Linux before 5.14 has no MADV_POPULATE_WRITE
     for (uintptr_t page = begin; page < begin + size; page += page_size()) {
       *reinterpret_cast<volatile char*>(page) = 0;
     }
@@ -53,8 +53,9 @@ double time_of(int advice) {
 
 enum class Pages { whatever_the_system_makes, small, huge };
 
-// Tried out where the system leaves the choice to programs: huge pages are made several times as fast of memory that the
-// machine has, but several times as slowly where a hypervisor takes free memory back, or memory has to be compacted.
+// Measures which pages are faster where the system leaves the choice to programs. Huge pages are made several times
+// faster from memory that is free, but several times slower where a hypervisor has taken free memory back, or where
+// memory has to be compacted.
 Pages choose() {
   std::ifstream file("/sys/kernel/mm/transparent_hugepage/enabled");
   std::string choice;
@@ -83,7 +84,7 @@ bool is_fresh(const at::Tensor& tensor) {
     return false;
   }
   const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()), end = begin + tensor.nbytes();
-  // malloc gives memory back to the system, and extends it, at the end.
+  // Looks at the last page: malloc extends its memory, and gives it back to the system, at the end.
   unsigned char is_present = 1;
   mincore(reinterpret_cast<void*>(round_down(end - 1, page_size())), page_size(), &is_present);
   if ((is_present & 1) != 0) {
@@ -97,7 +98,7 @@ bool is_fresh(const at::Tensor& tensor) {
 
 void fault_in(void* data, size_t bytes) {
   const auto start = reinterpret_cast<uintptr_t>(data);
-  advise(round_down(start, page_size()), start + bytes, populate_write);  // without it all works, more slowly
+  advise(round_down(start, page_size()), start + bytes, populate_write);  // a failure only costs time
 }
 
 const char* how_pages_are_made() {

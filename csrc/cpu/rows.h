@@ -1,4 +1,5 @@
-// The work on one row, free of PyTorch: it is compiled once for each instruction set and chosen when the library loads.
+// What the kernels of the row norms (row_kernels.h) take, and the tables of all CPU kernels. The kernels are free of
+// PyTorch and compiled once for each instruction set; dispatch.cpp chooses one.
 #pragma once
 
 #include <cstdint>
@@ -18,16 +19,16 @@ struct Half {
 enum class Dtype { f32, bf16, f16, f64 };
 constexpr int dtype_count = 4;
 
-// S is what a row computes in: double where an input is double, float otherwise.
+// S is the type that kernels compute in: double where an input is double, float otherwise.
 template <typename S>
 constexpr Dtype dtype_of = sizeof(S) == 8 ? Dtype::f64 : Dtype::f32;
 
 template <typename S>
-struct Moments {
+struct Statistics {
   S mean, rstd;
 };
 
-// Row pointers hold n elements of the kernel's dtype; weight and bias are never null.
+// x and y point to n elements of the kernel's dtype. weight and bias are never null.
 template <typename S>
 struct ForwardRow {
   const void* x;
@@ -35,19 +36,19 @@ struct ForwardRow {
   const S* bias;
   void* y;
   int64_t n;
-  int64_t x_ahead, y_ahead;  // bytes from this row to the next
+  int64_t x_ahead, y_ahead;  // prefetch distance: bytes from this row to the next, or 0
   double eps;
-  Dtype cast;  // x_hat is rounded to it before the weight multiplies; dtype_of<S> means not at all
+  Dtype cast;  // x̂ is rounded to it before the weight multiplies; dtype_of<S> means no rounding
 };
 
-// dh, dweight and dbias may be null; dweight and dbias are added to, or written by the first row.
+// dh, dweight and dbias may be null. dweight and dbias are sums over rows: the first row writes them, the others add.
 template <typename S>
 struct BackwardRow {
   const void* dy;
   const void* x;
   const void* dh;
   const S* weight;
-  Moments<S> moments;
+  Statistics<S> statistics;
   void* dx;
   S* dweight;
   S* dbias;
@@ -59,43 +60,44 @@ struct BackwardRow {
 
 template <typename S>
 struct NormKernels {
-  Moments<S> (*forward)(const ForwardRow<S>&);
+  Statistics<S> (*forward)(const ForwardRow<S>&);
   void (*backward)(const BackwardRow<S>&);
 };
 
-// All rows of one call in one dtype. The two dtypes that do not compute in S have null pointers.
+// The row kernels of one dtype; null where the dtype is not computed in S.
 template <typename S>
 struct RowKernels {
   NormKernels<S> rms_norm, layer_norm;
   void (*add)(const void* x, const void* residual, void* h, int64_t n);
 };
 
+// The kernels that compute in S, by dtype. `load` and `store` convert a row between a dtype and S.
 template <typename S>
-struct Rows {
-  RowKernels<S> of[dtype_count];
+struct KernelTable {
+  RowKernels<S> row_norms[dtype_count];
   void (*load[dtype_count])(const void* row, S* out, int64_t n);
   void (*store[dtype_count])(const S* values, void* row, int64_t n);
   void (*add_to_total)(const S* partial, double* total, int64_t n);
-  LayoutKernels<S> channels[dtype_count];  // null for the dtypes that do not compute in S
+  LayoutKernels<S> channel_norms[dtype_count];  // null where the dtype is not computed in S
 };
 
 struct InstructionSet {
   const char* name;
-  Rows<float> float_rows;
-  Rows<double> double_rows;
+  KernelTable<float> float_kernels;
+  KernelTable<double> double_kernels;
   RunKernels runs[dtype_count];
-  MergeSpreads merge_spreads;
+  MergeMoments merge_moments;
 };
 
-// The best set that this processor has, no better than ATEN_CPU_CAPABILITY allows.
+// The best instruction set that this processor has and ATEN_CPU_CAPABILITY, PyTorch's own variable, allows.
 const InstructionSet& instruction_set();
 
 template <typename S>
-inline const Rows<S>& rows() {
+inline const KernelTable<S>& kernel_table() {
   if constexpr (sizeof(S) == 8) {
-    return instruction_set().double_rows;
+    return instruction_set().double_kernels;
   } else {
-    return instruction_set().float_rows;
+    return instruction_set().float_kernels;
   }
 }
 

@@ -1,9 +1,11 @@
-// The kernels of runs. Included by instruction_set.h after vec.h.
+// The kernels of norms and clipping: reductions of |x|^p, scaling and clamping of a run, which is a number of elements
+// that lie one after the other in memory. Included by instruction_set.h after vec.h.
 typedef uint64_t U64 __attribute__((vector_size(VECTOR_BYTES)));
 
 INLINE F32 magnitude(F32 v) { return reinterpret_cast<F32>(reinterpret_cast<U32>(v) & 0x7fffffffu); }
 INLINE F64 magnitude(F64 v) { return reinterpret_cast<F64>(reinterpret_cast<U64>(v) & 0x7fffffffffffffffull); }
 
+// Calls step(doubles, chain) for a vector of doubles, or for the two halves of a vector of floats.
 template <typename Step>
 INLINE void in_double(F64 v, int slot, Step step) {
   step(v, 2 * slot);
@@ -16,37 +18,37 @@ INLINE void in_double(F32 v, int slot, Step step) {
   step(to_double(halves[1]), 2 * slot + 1);
 }
 
-// A run is worked on at four places at once: a core fetches memory much faster in several streams than in one.
-constexpr int streams = 4;
+// A run is cut into four sections that are read side by side: a core fetches memory much faster from several places.
+constexpr int sections = 4;
 
 template <typename T>
-INLINE int64_t stream_length(int64_t n) {
+INLINE int64_t section_length(int64_t n) {
   constexpr int width = lanes<VecOf<T>>;
-  return n / (streams * width) * width;
+  return n / (sections * width) * width;
 }
 
-constexpr int chains = 2 * streams;  // of sums that don't wait for each other
+constexpr int chains = 2 * sections;  // of additions that don't wait for each other
 
-// Calls step(|x|, chain) for the vectors of a run, in double; the last one is filled up with `neutral`.
+// Calls step(|x|, chain) for the vectors of a run, in double. The last vector is filled up with `neutral`.
 template <typename T, typename Step>
 INLINE void each_magnitude(const T* x, int64_t n, double neutral, Step step) {
   constexpr int width = lanes<VecOf<T>>;
-  const int64_t length = stream_length<T>(n);
+  const int64_t length = section_length<T>(n);
   for (int64_t i = 0; i < length; i += width) {
 #pragma GCC unroll 4
-    for (int stream = 0; stream < streams; ++stream) {
-      const T* p = x + stream * length + i;
+    for (int section = 0; section < sections; ++section) {
+      const T* p = x + section * length + i;
       prefetch(p, 1024);
-      in_double(magnitude(load_vec(p)), stream, step);
+      in_double(magnitude(load_vec(p)), section, step);
     }
   }
-  int64_t i = streams * length;
+  int64_t i = sections * length;
   for (; i + width <= n; i += width) {
     in_double(magnitude(load_vec(x + i)), 0, step);
   }
   if (i < n) {
     const int count = static_cast<int>(n - i);
-    VecOf<T> last = magnitude(load(x + i, Part{count, 0}));
+    VecOf<T> last = magnitude(load(x + i, ActiveLanes{0, count}));
     for (int lane = count; lane < width; ++lane) {
       last[lane] = static_cast<ComputeType<T>>(neutral);
     }
@@ -56,7 +58,7 @@ INLINE void each_magnitude(const T* x, int64_t n, double neutral, Step step) {
 
 INLINE double sum_of_chains(const F64 (&chain)[chains]) {
   const F64 sum = ((chain[0] + chain[1]) + (chain[2] + chain[3])) + ((chain[4] + chain[5]) + (chain[6] + chain[7]));
-  return Doubles<lanes<F64>>::sum(sum);
+  return HorizontalSum<lanes<F64>>::sum(sum);
 }
 
 template <typename T>
@@ -77,7 +79,8 @@ double reduce_squares(const void* x, int64_t n, double, double) {
 template <typename T>
 double reduce_nonzeros(const void* x, int64_t n, double, double) {
   I64 count[chains] = {};
-  each_magnitude(static_cast<const T*>(x), n, 0, [&](F64 v, int chain) ALWAYS_INLINE { count[chain] -= reinterpret_cast<I64>(v != 0); });
+  each_magnitude(static_cast<const T*>(x), n, 0,
+                 [&](F64 v, int chain) ALWAYS_INLINE { count[chain] -= reinterpret_cast<I64>(v != 0); });
   int64_t sum = 0;
   for (const I64& each : count) {
     for (int lane = 0; lane < lanes<F64>; ++lane) {
@@ -87,7 +90,7 @@ double reduce_nonzeros(const void* x, int64_t n, double, double) {
   return static_cast<double>(sum);
 }
 
-// The largest or the smallest |x|; comparisons lose NaN, so that is watched for beside them.
+// The largest or the smallest |x|. Comparisons drop NaN, so NaNs are recorded separately.
 template <typename T, bool LARGEST>
 double reduce_extreme(const void* x, int64_t n, double, double) {
   constexpr double neutral = LARGEST ? 0.0 : std::numeric_limits<double>::infinity();
@@ -112,16 +115,16 @@ double reduce_extreme(const void* x, int64_t n, double, double) {
   return has_nan ? std::numeric_limits<double>::quiet_NaN() : result;
 }
 
-// log2(x) for finite x > 0, to about 1e-15 of its value or of one.
+// log2(x) for finite x > 0, with a relative or absolute error of about 1e-15.
 INLINE F64 log2_of(F64 x) {
   const auto is_subnormal = x < 0x1p-1022;
   x = is_subnormal ? x * 0x1p54 : x;
   const U64 bits = reinterpret_cast<U64>(x);
-  // Counted so that the mantissa lies between √½ and √2; 1024 keeps the exponent from being negative.
+  // Chosen so that the mantissa lies between √½ and √2. Adding 1024 keeps the exponent from being negative.
   const U64 exponent = (bits - 0x3fe6a09e667f3bcdull + (1024ull << 52)) >> 52;
   const F64 mantissa = reinterpret_cast<F64>(bits - ((exponent - 1024) << 52));
-  const F64 whole = reinterpret_cast<F64>(exponent | 0x4330000000000000ull) - (0x1p52 + 1024) -
-                    (is_subnormal ? F64{} + 54 : F64{});
+  const F64 whole =
+      reinterpret_cast<F64>(exponent | 0x4330000000000000ull) - (0x1p52 + 1024) - (is_subnormal ? F64{} + 54 : F64{});
   // 2 · artanh(s), a series in s² < 0.0295
   const F64 s = (mantissa - 1) / (mantissa + 1);
   const F64 square = s * s;
@@ -169,32 +172,30 @@ double reduce_powers(const void* x, int64_t n, double p, double divisor) {
   F64 sum[chains] = {};
   const double neutral = p < 0 ? std::numeric_limits<double>::infinity() : 0.0;
   if (divisor == 1) {
-    each_magnitude(static_cast<const T*>(x), n, neutral, [&](F64 v, int chain) ALWAYS_INLINE {
-      sum[chain] += power(v, p);
-    });
+    each_magnitude(static_cast<const T*>(x), n, neutral,
+                   [&](F64 v, int chain) ALWAYS_INLINE { sum[chain] += power(v, p); });
   } else {
-    each_magnitude(static_cast<const T*>(x), n, neutral, [&](F64 v, int chain) ALWAYS_INLINE {
-      sum[chain] += power(v / divisor, p);
-    });
+    each_magnitude(static_cast<const T*>(x), n, neutral,
+                   [&](F64 v, int chain) ALWAYS_INLINE { sum[chain] += power(v / divisor, p); });
   }
   return sum_of_chains(sum);
 }
 
-// Replaces each vector by f of it.
+// Replaces each vector v of a run by f(v).
 template <typename T, typename Function>
 INLINE void each_in_place(T* x, int64_t n, Function f) {
   constexpr int width = lanes<VecOf<T>>;
-  const int64_t length = stream_length<T>(n);
+  const int64_t length = section_length<T>(n);
   for (int64_t i = 0; i < length; i += width) {
 #pragma GCC unroll 4
-    for (int stream = 0; stream < streams; ++stream) {
-      T* p = x + stream * length + i;
+    for (int section = 0; section < sections; ++section) {
+      T* p = x + section * length + i;
       store_vec(p, f(load_vec(p)));
     }
   }
-  for (int64_t i = streams * length; i < n; i += width) {
-    const Part part{n - i < width ? static_cast<int>(n - i) : width, 0};
-    store(x + i, f(load(x + i, part)), part);
+  for (int64_t i = sections * length; i < n; i += width) {
+    const ActiveLanes active{0, n - i < width ? static_cast<int>(n - i) : width};
+    store(x + i, f(load(x + i, active)), active);
   }
 }
 
@@ -204,7 +205,7 @@ void scale(void* x, int64_t n, double coefficient) {
   each_in_place(static_cast<T*>(x), n, [=](VecOf<T> v) ALWAYS_INLINE { return v * factor; });
 }
 
-// Blocks without anything to clamp are not written.
+// A block in which nothing is clamped is not written.
 template <typename T>
 void clamp(void* x, int64_t n, double bound) {
   using V = VecOf<T>;
@@ -214,8 +215,8 @@ void clamp(void* x, int64_t n, double bound) {
     T* run = static_cast<T*>(x) + first;
     const int64_t size = n - first < block ? n - first : block;
     V largest = {};
-    each_vector<V, 4>(0, size, [&](int64_t i, int, Part part) ALWAYS_INLINE {
-      const V v = magnitude(load(run + i, part));
+    each_vector<V, 4>(0, size, [&](int64_t i, int, ActiveLanes active) ALWAYS_INLINE {
+      const V v = magnitude(load(run + i, active));
       largest = v > largest ? v : largest;
     });
     bool writes = false;

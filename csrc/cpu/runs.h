@@ -1,4 +1,5 @@
-// The work on a run of elements that lie one after the other, free of PyTorch; compiled like the rows.
+// What the kernels of norms and clipping (run_kernels.h) compute, and their table. A run is a number of elements that
+// lie one after the other in memory. Free of PyTorch.
 #pragma once
 
 #include <cmath>
@@ -7,28 +8,28 @@
 
 namespace fastnorm::cpu {
 
-// What a p-norm takes of |x|: p = 1, 2, any other, inf, -inf, 0.
+// What a p-norm reduces |x| by, for p = 1, 2, any other, inf, -inf, 0.
 enum class Reduction { sum, squares, powers, largest, smallest, nonzeros };
 constexpr int reduction_count = 6;
 
 struct RunKernels {
-  // In double. `divisor` divides every |x| first; p and divisor are for `powers` alone. NaN gives NaN, but counts as 1.
+  // In double. NaN gives NaN, but `nonzeros` counts it as 1. Only `powers` uses p, and the divisor of every |x|.
   double (*reduce[reduction_count])(const void* x, int64_t n, double p, double divisor);
   void (*scale)(void* x, int64_t n, double coefficient);
   void (*clamp)(void* x, int64_t n, double bound);
 };
 
-// A p-norm as a reduction of runs, folded, and a root.
+// A p-norm: reduce each run, fold the results of several runs, take the root.
 struct PNorm {
   explicit PNorm(double p) : p(p), reduction(reduction_of(p)) {}
 
   double p;
   Reduction reduction;
 
-  // The norm whose element counts most: inf, or -inf for negative p.
+  // The norm that gives the element with the largest power |x|^p: inf, or -inf for negative p.
   PNorm extreme() const { return PNorm(std::copysign(std::numeric_limits<double>::infinity(), p)); }
 
-  // The folded value of no elements at all.
+  // The folded value without elements.
   double start() const { return reduction == Reduction::smallest ? std::numeric_limits<double>::infinity() : 0.0; }
 
   double fold(double a, double b) const {
@@ -48,7 +49,7 @@ struct PNorm {
     return reduction == Reduction::powers ? std::pow(folded, 1 / p) : folded;
   }
 
-  // Whether powers may have left double's range though the norm itself need not.
+  // Whether powers may have overflowed or underflowed in double although the norm itself is in range.
   bool is_doubtful(double folded) const {
     const bool has_powers = reduction == Reduction::powers || reduction == Reduction::squares;
     return has_powers && !(folded > 1e-280 && folded < 1e300);
@@ -59,10 +60,7 @@ struct PNorm {
     if (std::isinf(p)) {
       return p > 0 ? Reduction::largest : Reduction::smallest;
     }
-    return p == 2   ? Reduction::squares
-           : p == 1 ? Reduction::sum
-           : p == 0 ? Reduction::nonzeros
-                    : Reduction::powers;
+    return p == 2 ? Reduction::squares : p == 1 ? Reduction::sum : p == 0 ? Reduction::nonzeros : Reduction::powers;
   }
 };
 

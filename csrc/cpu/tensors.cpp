@@ -34,7 +34,7 @@ Dtype dtype_from(at::ScalarType type) {
 
 at::Tensor empty(at::IntArrayRef sizes, at::ScalarType type, at::MemoryFormat format) {
   at::Tensor tensor = at::detail::empty_cpu(sizes, type, false, format);
-  // What torch.empty does, too, for those who look for reads of memory that was never written.
+  // torch.empty does the same, so that users find reads of memory that was never written.
   const at::Context& context = at::globalContext();
   if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {
     at::isFloatingType(type) ? tensor.fill_(std::numeric_limits<double>::quiet_NaN()) : tensor.fill_(255);
@@ -61,7 +61,7 @@ void check_columns(const at::Tensor& tensor, const char* name, int64_t cols) {
   check_gaps(tensor, name);
 }
 
-void check_moments(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes, at::ScalarType type) {
+void check_statistics(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes, at::ScalarType type) {
   check_tensor(tensor, name, sizes);
   check_gaps(tensor, name);
   TORCH_CHECK(tensor.scalar_type() == type, "fastnorm: expected ", name, " in ", type, ", got ", tensor.scalar_type());

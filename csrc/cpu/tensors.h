@@ -1,4 +1,5 @@
-// Between tensors and rows: views that convert rows on the way, outputs, and the split of rows among threads.
+// Between tensors and kernels: checks, outputs, views that convert rows to the kernels' dtype, and the split of work
+// among threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -26,16 +27,17 @@ void check_tensor(const at::Tensor& tensor, const char* name, at::IntArrayRef si
 // As check_tensor, if there is a tensor.
 void check_parameter(const std::optional<at::Tensor>& tensor, const char* name, at::IntArrayRef sizes);
 
-// As check_tensor, for (cols,) without gaps.
+// As check_tensor, for a shape (cols,), and raises unless its elements are adjacent.
 void check_columns(const at::Tensor& tensor, const char* name, int64_t cols);
 
-// As check_tensor, in exactly this dtype, without gaps in rows.
-void check_moments(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes, at::ScalarType type);
+// As check_tensor, for mean and rstd, and raises unless they have this dtype and adjacent elements in rows.
+void check_statistics(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes, at::ScalarType type);
 
 template <typename S>
 constexpr at::ScalarType scalar_type_of = sizeof(S) == 8 ? at::kDouble : at::kFloat;
 
-// The dtype that a call's kernels work in: that of its rows if they are all alike, otherwise S through scratch rows.
+// The dtype that a call's kernels read and write: that of its tensors if all have the same, otherwise S, to which rows
+// are converted in scratch memory.
 template <typename S>
 Dtype working_dtype(std::initializer_list<const at::Tensor*> tensors) {
   std::optional<Dtype> shared;
@@ -67,10 +69,10 @@ class Rows2d {
     is_fresh_ = is_fresh(tensor);
   }
 
-  // The row itself, or a copy of it in scratch where its dtype is another one.
+  // The row itself, or a converted copy in scratch where its dtype is not the working dtype.
   const void* read(int64_t i, S* scratch) const {
     if (converts_) {
-      rows<S>().load[static_cast<int>(dtype_)](data_ + i * stride_, scratch, cols_);
+      kernel_table<S>().load[static_cast<int>(dtype_)](data_ + i * stride_, scratch, cols_);
       return scratch;
     }
     return data_ == nullptr ? nullptr : data_ + i * stride_;
@@ -78,7 +80,7 @@ class Rows2d {
 
   bool converts() const { return converts_; }
 
-  // Bytes from one row to the next, where rows are read in place.
+  // The prefetch distance in bytes: from one row to the next where rows are read in place, otherwise 0.
   int64_t ahead() const { return converts_ ? 0 : stride_; }
 
   // To be called before rows [begin, end) of an output are written.
@@ -88,13 +90,13 @@ class Rows2d {
     }
   }
 
-  // Where to write row i; finish(i, that) must follow.
+  // Where to write row i; finish(i, result) must follow.
   void* write(int64_t i, S* scratch) const { return converts_ ? static_cast<void*>(scratch) : data_ + i * stride_; }
 
-  // Stores a row of the working dtype, or of S, that was not written in place.
+  // Converts and stores a row that was written to scratch.
   void finish(int64_t i, const void* written) const {
     if (data_ != nullptr && written != data_ + i * stride_) {
-      rows<S>().store[static_cast<int>(dtype_)](static_cast<const S*>(written), data_ + i * stride_, cols_);
+      kernel_table<S>().store[static_cast<int>(dtype_)](static_cast<const S*>(written), data_ + i * stride_, cols_);
     }
   }
 
@@ -107,8 +109,8 @@ class Rows2d {
   bool is_fresh_ = false;
 };
 
-// Weight or bias in S plus an offset, or `absent` in every column; an S tensor without offset is used where it lies.
-// Each thread makes its own: fetching another core's takes longer than converting.
+// Weight or bias in S plus an offset, or `absent` in every column if there is none. An S tensor without an offset is
+// used in place. Each thread makes its own copy: reading another core's takes longer than converting.
 template <typename S>
 class ColumnValues {
  public:
@@ -124,7 +126,8 @@ class ColumnValues {
       std::fill_n(own_.get(), cols, absent);
       return;
     }
-    rows<S>().load[static_cast<int>(dtype_from(tensor->scalar_type()))](tensor->const_data_ptr(), own_.get(), cols);
+    kernel_table<S>().load[static_cast<int>(dtype_from(tensor->scalar_type()))](tensor->const_data_ptr(), own_.get(),
+                                                                                cols);
     for (int64_t i = 0; i < cols; ++i) {
       own_[i] += offset;
     }
@@ -137,7 +140,7 @@ class ColumnValues {
   const S* values_;
 };
 
-// Splits [0, count) among threads, none of which gets less than is worth waking it for. Each item covers `elements`.
+// Splits [0, count) among threads. Each item covers `elements`; no thread is woken for too few of them.
 template <typename Body>
 void parallel(int64_t count, int64_t elements, const Body& body) {
   constexpr int64_t worthwhile = 16384;

@@ -1,5 +1,7 @@
-// One vector register of float or double: loads, stores, roundings. Included once for each instruction set, inside that
-// set's namespace, so it has no include guard and includes nothing.
+// Vectors of float or double, one register each: loads, stores, conversions, loops over a row, sums. The kernels
+// compute in float, or in double for double inputs, and convert 16-bit types as they load and store. instruction_set.h
+// includes this file once for each instruction set, inside that set's namespace; so it has no include guard and
+// includes nothing.
 #define INLINE inline __attribute__((always_inline))
 #define ALWAYS_INLINE __attribute__((always_inline))
 
@@ -29,7 +31,7 @@ using VecOf = typename Compute<T>::Vec;
 template <typename V>
 constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
 
-// Fetches what lies some bytes on, the next row, while the processor is busy with this one. Any address will do.
+// Prefetches the cache line that lies `bytes` behind p, usually in the next row. The address may be invalid.
 INLINE void prefetch(const void* p, int64_t bytes) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + bytes), 0, 2);
 }
@@ -42,7 +44,7 @@ INLINE V read(const void* p) {
 }
 
 INLINE U32 widen(U16 v) {
-#if VECTOR_BYTES == 64  // gcc 12 takes five instructions for this conversion
+#if VECTOR_BYTES == 64  // gcc 12 emits five instructions for __builtin_convertvector here
   return reinterpret_cast<U32>(_mm512_maskz_cvtepu16_epi32(0xffff, reinterpret_cast<__m256i>(v)));
 #else
   return __builtin_convertvector(v, U32);
@@ -52,7 +54,7 @@ INLINE U32 widen(U16 v) {
 INLINE F32 from_bf16(U16 v) { return reinterpret_cast<F32>(widen(v) << 16); }
 
 INLINE U16 narrow(U32 v) {
-#if VECTOR_BYTES == 64  // as above, and a 16-bit permutation is slower
+#if VECTOR_BYTES == 64  // gcc 12 emits a slower 16-bit permutation for __builtin_convertvector
   return reinterpret_cast<U16>(_mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(v)));
 #else
   return __builtin_convertvector(v, U16);
@@ -87,7 +89,7 @@ INLINE U16 to_half(F32 v) {
   const U32 bits = reinterpret_cast<U32>(v);
   const U32 size = bits & 0x7fffffff;
   const U32 normal = (size + 0xfff + ((size >> 13) & 1) - (112u << 23)) >> 13;
-  // One unit in the last place of 0.5f is one of the subnormal halves, so the addition rounds to them.
+  // One unit in the last place of 0.5f is the smallest subnormal half, so this addition rounds to a subnormal half.
   const U32 subnormal = reinterpret_cast<U32>(reinterpret_cast<F32>(size) + 0.5f) - 0x3f000000;
   const U32 is_small = reinterpret_cast<U32>(size < 0x38800000);
   const U32 is_large = reinterpret_cast<U32>(size >= 0x477ff000);
@@ -111,13 +113,13 @@ INLINE void store_vec(double* p, F64 v) { write(p, v); }
 INLINE void store_vec(Bf16* p, F32 v) { write(p, to_bf16(v)); }
 INLINE void store_vec(Half* p, F32 v) { write(p, to_half(v)); }
 
-// The lanes [skip, count) of a vector are the ones that a step works for; all of them but at a row's end.
-struct Part {
-  int count, skip;
+// The lanes [begin, end) of a vector that a step works on: all of them, but for the last vector of a row.
+struct ActiveLanes {
+  int begin, end;
 };
 
 #if VECTOR_BYTES == 64
-// The first `count` elements of a vector; the processor does not touch what lies behind them.
+// Loads or stores the first `count` elements of a vector. The processor does not touch the memory behind them.
 INLINE F32 load_first(const float* p, int count) {
   return reinterpret_cast<F32>(_mm512_maskz_loadu_ps((1u << count) - 1, p));
 }
@@ -157,61 +159,73 @@ INLINE void store_first(T* p, VecOf<T> v, int count) {
 }
 #endif
 
-// Reads no byte past the row; lanes from count on are zero, those below skip are what lies there.
+// Reads no byte past the row: the lanes from active.end on are zero. The lanes below active.begin are read, too.
 template <typename T>
-INLINE VecOf<T> load(const T* p, Part part) {
-  return part.count == lanes<VecOf<T>> ? load_vec(p) : load_first(p, part.count);
+INLINE VecOf<T> load(const T* p, ActiveLanes active) {
+  return active.end == lanes<VecOf<T>> ? load_vec(p) : load_first(p, active.end);
 }
 
-// Writes the lanes below skip again.
+// Stores the lanes below active.end. Those below active.begin are stored a second time: they must not change by that.
 template <typename T>
-INLINE void store(T* p, VecOf<T> v, Part part) {
-  part.count == lanes<VecOf<T>> ? store_vec(p, v) : store_first(p, v, part.count);
+INLINE void store(T* p, VecOf<T> v, ActiveLanes active) {
+  active.end == lanes<VecOf<T>> ? store_vec(p, v) : store_first(p, v, active.end);
 }
 
 #if VECTOR_BYTES == 64
-INLINE void stream(void* p, F32 v) { _mm512_stream_ps(static_cast<float*>(p), reinterpret_cast<__m512>(v)); }
-INLINE void stream(void* p, F64 v) { _mm512_stream_pd(static_cast<double*>(p), reinterpret_cast<__m512d>(v)); }
-INLINE void stream(void* p, U16 v) { _mm256_stream_si256(static_cast<__m256i*>(p), reinterpret_cast<__m256i>(v)); }
+INLINE void write_non_temporal(void* p, F32 v) {
+  _mm512_stream_ps(static_cast<float*>(p), reinterpret_cast<__m512>(v));
+}
+INLINE void write_non_temporal(void* p, F64 v) {
+  _mm512_stream_pd(static_cast<double*>(p), reinterpret_cast<__m512d>(v));
+}
+INLINE void write_non_temporal(void* p, U16 v) {
+  _mm256_stream_si256(static_cast<__m256i*>(p), reinterpret_cast<__m256i>(v));
+}
 #elif VECTOR_BYTES == 32
-INLINE void stream(void* p, F32 v) { _mm256_stream_ps(static_cast<float*>(p), reinterpret_cast<__m256>(v)); }
-INLINE void stream(void* p, F64 v) { _mm256_stream_pd(static_cast<double*>(p), reinterpret_cast<__m256d>(v)); }
-INLINE void stream(void* p, U16 v) { _mm_stream_si128(static_cast<__m128i*>(p), reinterpret_cast<__m128i>(v)); }
+INLINE void write_non_temporal(void* p, F32 v) {
+  _mm256_stream_ps(static_cast<float*>(p), reinterpret_cast<__m256>(v));
+}
+INLINE void write_non_temporal(void* p, F64 v) {
+  _mm256_stream_pd(static_cast<double*>(p), reinterpret_cast<__m256d>(v));
+}
+INLINE void write_non_temporal(void* p, U16 v) {
+  _mm_stream_si128(static_cast<__m128i*>(p), reinterpret_cast<__m128i>(v));
+}
 #else
 template <typename V>
-INLINE void stream(void* p, V v) {
+INLINE void write_non_temporal(void* p, V v) {
   write(p, v);
 }
 #endif
-INLINE void stream_vec(float* p, F32 v) { stream(p, v); }
-INLINE void stream_vec(double* p, F64 v) { stream(p, v); }
-INLINE void stream_vec(Bf16* p, F32 v) { stream(p, to_bf16(v)); }
-INLINE void stream_vec(Half* p, F32 v) { stream(p, to_half(v)); }
+INLINE void store_non_temporal(float* p, F32 v) { write_non_temporal(p, v); }
+INLINE void store_non_temporal(double* p, F64 v) { write_non_temporal(p, v); }
+INLINE void store_non_temporal(Bf16* p, F32 v) { write_non_temporal(p, to_bf16(v)); }
+INLINE void store_non_temporal(Half* p, F32 v) { write_non_temporal(p, to_half(v)); }
 
-// As store, for an element of a strip. Fetches what will be overwritten next, unless that goes past the caches, as it
-// only may where MAY_STREAM.
-template <bool MAY_STREAM, typename T>
-INLINE void store_to(const Strip& strip, T* p, VecOf<T> v, Part part) {
-  if (MAY_STREAM && strip.streams && part.count == lanes<VecOf<T>>) {
-    stream_vec(p, v);
+// Stores to p, which lies in the rows `out`: with a non-temporal store where `out` asks for it, otherwise with a normal
+// one, which prefetches what will be overwritten next. If MAY_BE_NON_TEMPORAL is false, all stores are normal ones.
+template <bool MAY_BE_NON_TEMPORAL, typename T>
+INLINE void store_to(const StridedRows& out, T* p, VecOf<T> v, ActiveLanes active) {
+  if (MAY_BE_NON_TEMPORAL && out.non_temporal && active.end == lanes<VecOf<T>>) {
+    store_non_temporal(p, v);
   } else {
-    prefetch(p, strip.ahead);
-    store(p, v, part);
+    prefetch(p, out.ahead);
+    store(p, v, active);
   }
 }
 
-// Zeroes the lanes that are not the step's.
+// Zeroes the lanes that are not active.
 template <typename V>
-INLINE V keep(V v, Part part) {
+INLINE V zero_inactive(V v, ActiveLanes active) {
   using Index = std::conditional_t<sizeof(v[0]) == sizeof(double), I64, I32>;
-  if (part.count == lanes<V> && part.skip == 0) {
+  if (active.begin == 0 && active.end == lanes<V>) {
     return v;
   }
   Index lane;
   for (int i = 0; i < lanes<V>; ++i) {
     lane[i] = i;
   }
-  return reinterpret_cast<V>(reinterpret_cast<Index>(v) & (lane < part.count) & (lane >= part.skip));
+  return reinterpret_cast<V>(reinterpret_cast<Index>(v) & (lane < active.end) & (lane >= active.begin));
 }
 
 INLINE F32 round_to(F32 v, Dtype dtype) {
@@ -221,7 +235,7 @@ INLINE F32 round_to(F32 v, Dtype dtype) {
   return dtype == Dtype::f16 ? from_half(to_half(v)) : v;
 }
 
-// By way of float, as PyTorch converts.
+// Rounds to float first, as PyTorch's conversions do.
 INLINE F64 round_to(F64 v, Dtype dtype) {
   if (dtype == Dtype::f64) {
     return v;
@@ -237,8 +251,9 @@ INLINE F64 round_to(F64 v, Dtype dtype) {
   return v;
 }
 
-// Calls step(i, slot, part) for the vectors of a row's elements [begin, end); slots are independent chains of sums.
-// The last vector reaches back where the row is long enough: that is faster than a partial one.
+// Calls step(i, slot, active) for the vectors of a row's elements [begin, end), UNROLL at a time. `slot` counts those:
+// a sum for each slot makes chains of additions that don't wait for each other. Where the row is long enough, the last
+// vector starts before the last full one ends, and its first lanes are inactive: faster than a partial load.
 template <typename V, int UNROLL, typename Step>
 INLINE void each_vector(int64_t begin, int64_t end, Step step) {
   constexpr int width = lanes<V>;
@@ -246,39 +261,39 @@ INLINE void each_vector(int64_t begin, int64_t end, Step step) {
   for (; i + UNROLL * width <= end; i += UNROLL * width) {
 #pragma GCC unroll 8
     for (int slot = 0; slot < UNROLL; ++slot) {
-      step(i + slot * width, slot, Part{width, 0});
+      step(i + slot * width, slot, ActiveLanes{0, width});
     }
   }
   for (; i + width <= end; i += width) {
-    step(i, 0, Part{width, 0});
+    step(i, 0, ActiveLanes{0, width});
   }
   if (i < end && end >= width) {
-    step(end - width, 0, Part{width, static_cast<int>(i - (end - width))});
+    step(end - width, 0, ActiveLanes{static_cast<int>(i - (end - width)), width});
   } else if (i < end) {
-    step(i, 0, Part{static_cast<int>(end - i), 0});
+    step(i, 0, ActiveLanes{0, static_cast<int>(end - i)});
   }
 }
 
-// Adds the halves of a vector until one number is left.
+// The sum of a vector of N doubles: adds its halves until one number is left.
 template <int N>
-struct Doubles {
+struct HorizontalSum {
   typedef double Vec __attribute__((vector_size(N * sizeof(double))));
   static INLINE double sum(Vec v) {
-    typename Doubles<N / 2>::Vec halves[2];
+    typename HorizontalSum<N / 2>::Vec halves[2];
     __builtin_memcpy(halves, &v, sizeof v);
-    return Doubles<N / 2>::sum(halves[0] + halves[1]);
+    return HorizontalSum<N / 2>::sum(halves[0] + halves[1]);
   }
 };
 template <>
-struct Doubles<1> {
+struct HorizontalSum<1> {
   typedef double Vec;
   static INLINE double sum(double v) { return v; }
 };
 
-// The sums of as many vectors as they have lanes, each as Doubles has it.
-INLINE F64 totals(const F64 (&vectors)[lanes<F64>]) {
+// Sums as many vectors as each has lanes; lane i is the sum of vector i, added in the order of HorizontalSum.
+INLINE F64 horizontal_sums(const F64 (&vectors)[lanes<F64>]) {
 #if VECTOR_BYTES == 64
-  // Of a and b, whose sums take 2 · width adjacent lanes each: their halves added, a's sums before b's.
+  // In a and b each partial sum takes 2 · width adjacent lanes. Adds the halves of each; a's results come before b's.
   const auto folded = [](F64 a, F64 b, int width) ALWAYS_INLINE {
     const I64 lane = {0, 1, 2, 3, 4, 5, 6, 7};
     const I64 first = lane / width * 2 * width + lane % width;
@@ -295,7 +310,7 @@ INLINE F64 totals(const F64 (&vectors)[lanes<F64>]) {
 #else
   F64 sums;
   for (int i = 0; i < lanes<F64>; ++i) {
-    sums[i] = Doubles<lanes<F64>>::sum(vectors[i]);
+    sums[i] = HorizontalSum<lanes<F64>>::sum(vectors[i]);
   }
   return sums;
 #endif
@@ -304,7 +319,7 @@ INLINE F64 totals(const F64 (&vectors)[lanes<F64>]) {
 typedef float HalfOfF32 __attribute__((vector_size(VECTOR_BYTES / 2)));
 
 INLINE F64 to_double(HalfOfF32 v) {
-#if VECTOR_BYTES == 64  // gcc 12 converts in quarters and puts them together again
+#if VECTOR_BYTES == 64  // gcc 12 would convert quarters and join them
   return reinterpret_cast<F64>(_mm512_maskz_cvtps_pd(0xff, reinterpret_cast<__m256>(v)));
 #elif VECTOR_BYTES == 32
   return reinterpret_cast<F64>(_mm256_cvtps_pd(reinterpret_cast<__m128>(v)));
@@ -313,7 +328,7 @@ INLINE F64 to_double(HalfOfF32 v) {
 #endif
 }
 
-// The sum of a vector's halves where its lanes are float.
+// A vector as doubles; of a vector of floats, the sum of its two halves.
 template <typename V>
 INLINE F64 in_double(V v) {
   if constexpr (sizeof(v[0]) == sizeof(double)) {
@@ -325,7 +340,7 @@ INLINE F64 in_double(V v) {
   }
 }
 
-// A sum of many vectors: short chains of additions in S, which flush() adds up in double.
+// A sum of many vectors: short chains of additions in the vectors' own type, which flush() adds to a sum in double.
 template <typename V>
 struct Sum {
   static constexpr int chains = 4;
@@ -339,10 +354,10 @@ struct Sum {
     }
   }
 
-  INLINE double total() const { return Doubles<lanes<F64>>::sum(flushed); }
+  INLINE double total() const { return HorizontalSum<lanes<F64>>::sum(flushed); }
 };
 
-// each_vector over a row for sums: flushes them every so often, which keeps their error from growing with n.
+// each_vector over a row for sums. Flushes them every 1024 elements, so that their error doesn't grow with n.
 template <typename V, typename Step, typename... Sums>
 INLINE void each_summed(int64_t n, Step step, Sums&... sums) {
   constexpr int64_t size = 1024;

@@ -27,17 +27,17 @@ std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& parameter)
   return parameter->contiguous();
 }
 
-ChannelView::ChannelView(const at::Tensor& x, at::MemoryFormat format, bool pooled)
+ChannelView::ChannelView(const at::Tensor& x, at::MemoryFormat format, bool across_samples)
     : shape_(x.sizes()), format_(format) {
   TORCH_CHECK(x.dim() >= 2 && x.numel() > 0, "fastnorm: expected x of shape (N, C, *), not empty, got ", x.sizes());
   check_tensor(x, "x", x.sizes());
   const int64_t samples = x.size(0), size = c10::multiply_integers(x.sizes().slice(2));
-  // With one position both views are one; adjacent channels make longer rows.
+  // With one position both layouts are possible; pixels have longer rows then: the channels.
   layout_ = size == 1 || (format != at::MemoryFormat::Contiguous && channels() > 1) ? Layout::pixels : Layout::planes;
   if (layout_ == Layout::planes) {
     sizes_ = {samples, channels(), size};
   } else {
-    sizes_ = {pooled ? 1 : samples, pooled ? samples * size : size, channels()};
+    sizes_ = {across_samples ? 1 : samples, across_samples ? samples * size : size, channels()};
   }
   mask_sizes_ = {sizes_[0], sizes_[1], (sizes_[2] + 7) / 8};
 }

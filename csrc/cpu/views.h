@@ -1,5 +1,5 @@
-// How kernels see the tensors of a call: row norms as (rows, cols), batch_norm and group_norm as 3-D blocks. The views
-// are made here, below autograd, so that what an operator returns is a view of nothing.
+// The views in which kernels see the tensors of a call: row norms as (rows, cols), batch_norm and group_norm as 3-D
+// tensors. They are made here, below autograd, so that no result of an operator is a view of another tensor.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,27 +11,30 @@
 
 namespace fastnorm::cpu {
 
-// The last `dims` dimensions as columns, which are adjacent, the others as rows, which may be at any distance; a copy
-// only where strides demand one. Undefined stays undefined.
+// x as (rows, cols): the last `dims` dimensions are the columns, which are adjacent in the result; rows may have any
+// stride. Copies only where the strides of x allow no such view. Undefined stays undefined.
 at::Tensor as_rows(const at::Tensor& x, int64_t dims);
 
-// A weight or bias without gaps.
+// A contiguous weight or bias.
 std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& parameter);
 
-// An input (N, C, *) and all tensors of its shape, with results in a memory format.
+// The 3-D view of an input (N, C, *) and of all tensors of its shape. A contiguous input of S positions is seen as
+// (N, C, S), the layout `planes`; a channels_last one as (N, S, C), the layout `pixels`. Results get a memory format,
+// from which the layout follows.
 class ChannelView {
  public:
-  // Raises unless x is such an input on the CPU, not empty. batch_norm's samples are pooled: their pixels are one row.
-  ChannelView(const at::Tensor& x, at::MemoryFormat format, bool pooled);
+  // Raises unless x is such an input on the CPU, not empty. `across_samples`: statistics span the samples, as in
+  // batch_norm, so the pixels of all samples are seen as those of one.
+  ChannelView(const at::Tensor& x, at::MemoryFormat format, bool across_samples);
 
   Layout layout() const { return layout_; }
   int64_t channels() const { return shape_[1]; }
-  // Of blocks: (N, C, S) for planes, (N, S, C) for pixels, (1, N·S, C) for pooled ones.
+  // The view's sizes: (N, C, S) for planes, (N, S, C) for pixels, (1, N·S, C) for pixels across samples.
   at::IntArrayRef sizes() const { return sizes_; }
-  // Of a relu's mask.
+  // The sizes of a ReLU's mask: one bit for each element.
   at::IntArrayRef mask_sizes() const { return mask_sizes_; }
 
-  // A tensor's blocks, with adjacent last elements; a copy only where strides demand one. Undefined stays undefined.
+  // A tensor in this view, its last dimension adjacent. Copies only where strides demand it. Undefined stays undefined.
   at::Tensor blocks(const at::Tensor& tensor) const;
 
   // As above, and raises unless the tensor has the input's shape, one of the four dtypes, and lies on the CPU.

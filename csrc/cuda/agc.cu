@@ -1,16 +1,17 @@
-// Adaptive gradient clipping: g · max_norm / ‖g‖ for the units whose norm reaches max_norm = max(‖w‖, eps) · clip_factor.
+// Adaptive gradient clipping: g · max_norm / ‖g‖ for the units of a gradient whose norm reaches
+// max_norm = max(‖w‖, eps) · clip_factor.
 #include "agc.h"
 
 #include "clip_rule.cuh"
-#include "norm.cuh"
+#include "p_norm.cuh"
 #include "reduce.cuh"
 
 namespace fastnorm::cuda {
 namespace {
 
-// Over the THREADS that share a unit.
+// Reduces a value over the THREADS that share a unit: a warp or a block.
 template <int THREADS, int KIND>
-__device__ __forceinline__ double reduce_unit(double value, const Norm<KIND>& norm) {
+__device__ __forceinline__ double reduce_unit(double value, const PNorm<KIND>& norm) {
   if constexpr (THREADS == WARP) {
     return reduce_warp(value, norm);
   } else {
@@ -27,16 +28,16 @@ __device__ __forceinline__ void multiply(Pack<T>* target, Pack<T> pack, Wide<T> 
   store(target, pack);
 }
 
-// One unit, whose first packs stay in shared memory between the sum and the product, each in its thread's own place;
-// of a longer unit that is clipped, the others are read once more.
+// Clips one unit of a gradient. Its first packs are kept in shared memory between the sum and the scaling, each where
+// only its own thread reads it; the other packs of a longer unit are read again if it is clipped.
 template <int THREADS, class T, int KIND>
-__device__ __forceinline__ void clip_span(const Span<T>& span, int thread, const Norm<KIND>& norm,
+__device__ __forceinline__ void clip_span(const Span<T>& span, int thread, const PNorm<KIND>& norm,
                                           double parameter_norm, const AgcArguments& a, uint4* place) {
-  constexpr int HELD = THREADS == WARP ? WARP_PACKS : HELD_PACKS;
-  auto* const held = reinterpret_cast<Pack<T>*>(place);
+  constexpr int KEPT = THREADS == WARP ? WARP_PACKS : BLOCK_PACKS;
+  auto* const kept = reinterpret_cast<Pack<T>*>(place);
   double sum = sum_span<THREADS>(span, thread, norm, [&](int i, const Pack<T>& pack) {
-    if (i < HELD) {
-      store(held + i, pack);
+    if (i < KEPT) {
+      store(kept + i, pack);
     }
   });
   double coefficient;
@@ -50,14 +51,13 @@ __device__ __forceinline__ void clip_span(const Span<T>& span, int thread, const
   }
 #pragma unroll 4
   for (int i = thread; i < span.count; i += THREADS) {
-    multiply(span.packs + i, load(i < HELD ? held + i : span.packs + i), factor);
+    multiply(span.packs + i, load(i < KEPT ? kept + i : span.packs + i), factor);
   }
 }
 
 template <int THREADS, int KIND>
-__device__ __forceinline__ void clip(const AgcArguments& a, int tensor, uint32_t unit, int thread,
-                                     uint4* place) {
-  const Norm<KIND> norm{a.p, a.kind};
+__device__ __forceinline__ void clip(const AgcArguments& a, int tensor, uint32_t unit, int thread, uint4* place) {
+  const PNorm<KIND> norm{a.p, a.kind};
   constexpr int mask = (1 << DTYPE_BITS) - 1;
   const int64_t extent = a.extent[tensor];
   const int64_t first = static_cast<int64_t>(unit) * (extent >> 2 * DTYPE_BITS);
@@ -75,21 +75,21 @@ __device__ __forceinline__ void clip(const AgcArguments& a, int tensor, uint32_t
   });
 }
 
-// A unit each warp where it can hold the gradient's, else a unit each block.
+// A warp takes a unit whose gradient fits into the warp's shared memory; a block takes a longer one.
 template <int KIND>
 __global__ void __launch_bounds__(BLOCK, 4) agc_kernel(const __grid_constant__ AgcArguments a) {
-  __shared__ uint4 held[HELD_PACKS];
+  __shared__ uint4 kept[BLOCK_PACKS];
   const int tensor = find_tensor(a.end, a.count);
   const uint32_t block = blockIdx.x - (tensor == 0 ? 0 : a.end[tensor - 1]);
   const int64_t extent = a.extent[tensor];
   const int dtype = static_cast<int>(extent & ((1 << DTYPE_BITS) - 1));
   if ((extent >> 2 * DTYPE_BITS) * item_bytes(dtype) > WARP_PACKS * PACK_BYTES) {
-    clip<BLOCK, KIND>(a, tensor, block, threadIdx.x, held);
+    clip<BLOCK, KIND>(a, tensor, block, threadIdx.x, kept);
     return;
   }
   const uint32_t unit = block * WARPS + threadIdx.x / WARP;
   if (unit < a.units[tensor]) {
-    clip<WARP, KIND>(a, tensor, unit, threadIdx.x % WARP, held + threadIdx.x / WARP * WARP_PACKS);
+    clip<WARP, KIND>(a, tensor, unit, threadIdx.x % WARP, kept + threadIdx.x / WARP * WARP_PACKS);
   }
 }
 

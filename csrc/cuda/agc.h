@@ -1,4 +1,4 @@
-// Launches of adaptive clipping's kernel; free of torch.
+// The launch of adaptive clipping's kernel. Free of torch.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -7,7 +7,7 @@
 
 namespace fastnorm::cuda {
 
-// Clips the units of gradients that share no memory and have no long units.
+// Clips the units of gradients. These must not share memory, and none of their units is long (agc_plan.h).
 void launch_agc(const std::vector<Gradient>& gradients, const AgcRequest& request, cudaStream_t stream);
 
 }  // namespace fastnorm::cuda

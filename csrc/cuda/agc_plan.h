@@ -1,15 +1,16 @@
-// As plan.h, for adaptive clipping of units: rows of a tensor, or a whole tensor.
+// What adaptive clipping's kernel takes, and how a list of gradients is cut into launches. A unit is a row of a tensor,
+// or a whole tensor. Free of torch and CUDA: a test compiles it alone and runs the launches that it plans.
 #pragma once
 
 #include "plan.h"
 
 namespace fastnorm::cuda {
 
-constexpr int HELD_PACKS = 1 << 11;               // that a block holds
+constexpr int BLOCK_PACKS = 1 << 11;             // that a block keeps in shared memory
 constexpr int WARPS = BLOCK / 32;                // of a block
-constexpr int WARP_PACKS = HELD_PACKS / WARPS;  // that a warp holds
-constexpr int64_t LONG_BYTES = 1 << 18;         // longer units are shared by many blocks
-constexpr int GRADIENTS = 1000;                 // of one launch
+constexpr int WARP_PACKS = BLOCK_PACKS / WARPS;  // that a warp keeps in shared memory
+constexpr int64_t LONG_BYTES = 1 << 18;          // a unit that is longer is shared by many blocks
+constexpr int GRADIENTS = 1000;                  // of one launch
 
 // A gradient, its parameter, and the number of units that both have.
 struct Gradient : Item {
@@ -46,7 +47,7 @@ struct AgcRequest {
   int kind;
 };
 
-// Calls launch(arguments, blocks) for as few launches as the gradients fit in; none of them has long units.
+// Calls launch(arguments, blocks) for as few launches as possible. No gradient has long units.
 template <class Launch>
 void cut_agc(const std::vector<Gradient>& gradients, const AgcRequest& request, Launch launch) {
   for (size_t first = 0; first < gradients.size(); first += GRADIENTS) {
@@ -69,7 +70,7 @@ void cut_agc(const std::vector<Gradient>& gradients, const AgcRequest& request, 
   }
 }
 
-// All units of the gradients, and behind them all units of their parameters, each an item.
+// All units of the gradients, then all units of their parameters, each as an item.
 inline std::vector<Item> unit_items(const std::vector<Gradient>& gradients) {
   std::vector<Item> items;
   for (const bool parameter : {false, true}) {

@@ -22,7 +22,7 @@ bool cuda_covers(int device) {
   cudaSetDevice(device);
   cudaFuncAttributes attributes;
   const bool covered = cudaFuncGetAttributes(&attributes, probe) == cudaSuccess;
-  cudaGetLastError();  // or the next check of an error would find this one
+  cudaGetLastError();  // clears the error, or the next check would report it
   cudaSetDevice(current);
   return covered;
 }

@@ -1,3 +1,4 @@
+// Which CUDA toolkit and architectures the extension was built for.
 #pragma once
 #include <string>
 #include <vector>
@@ -9,7 +10,7 @@ struct CudaToolkit {
   std::vector<std::string> archs;
 };
 
-// Asked in a file that nvcc compiles, because only nvcc knows its version and the architectures it was given.
+// Defined in a file that nvcc compiles: only nvcc knows its version and its list of architectures.
 CudaToolkit cuda_toolkit();
 
 // Whether this build has machine code, or PTX that the driver can compile, for the device of this index.

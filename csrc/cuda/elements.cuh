@@ -1,4 +1,5 @@
-// A tensor's elements: 16 bytes at a time between the boundaries, one by one before the first and behind the last.
+// Access to a tensor's elements: packs of 16 bytes between 16-byte boundaries, single elements before and behind those;
+// and the lookup of the chunk that a block works on.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,6 +9,7 @@
 
 namespace fastnorm::cuda {
 
+// 16 bytes of elements, loaded and stored by one instruction.
 template <class T>
 struct alignas(PACK_BYTES) Pack {
   static constexpr int SIZE = PACK_BYTES / sizeof(T);
@@ -48,19 +50,27 @@ __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162floa
 template <class T>
 using Wide = decltype(widen(T()));
 
-// One rounding, to the type of the memory.
+// Rounds once, to the type in memory.
 template <class T>
 __device__ __forceinline__ T narrow(float x);
 template <>
-__device__ __forceinline__ float narrow<float>(float x) { return x; }
+__device__ __forceinline__ float narrow<float>(float x) {
+  return x;
+}
 template <>
-__device__ __forceinline__ __half narrow<__half>(float x) { return __float2half_rn(x); }
+__device__ __forceinline__ __half narrow<__half>(float x) {
+  return __float2half_rn(x);
+}
 template <>
-__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
 template <class T>
-__device__ __forceinline__ T narrow(double x) { return x; }
+__device__ __forceinline__ T narrow(double x) {
+  return x;
+}
 
-// `count` elements from any address on: `head` of them, then whole packs, then `tail`.
+// The elements from any address to another: `head` single ones, `count` whole packs, `tail` single ones.
 template <class T>
 struct Span {
   T* begin;
@@ -68,7 +78,7 @@ struct Span {
   T* end;
   int head;
   int tail;
-  int count;  // of packs; a span has less than 2^31 of them
+  int count;  // of packs, below 2^31
 
   __device__ __forceinline__ Span(uint64_t from, uint64_t to) {
     constexpr uint64_t below = PACK_BYTES - 1;
@@ -82,13 +92,13 @@ struct Span {
     count = static_cast<int>((last - first) / PACK_BYTES);
   }
 
-  // The element that this thread has beside the packs, if any: a span has less than a warp of them.
+  // The single element of this thread, if it has one. A span has fewer single elements than a warp has threads.
   __device__ __forceinline__ T* single(int thread) const {
     return thread < head ? begin + thread : thread < head + tail ? end - (head + tail) + thread : nullptr;
   }
 };
 
-// Calls call(T()) for the type that a dtype stands for.
+// Calls call(T()) with the type of a dtype.
 template <class Call>
 __device__ __forceinline__ auto with_dtype(int dtype, Call call) {
   switch (dtype) {
@@ -103,7 +113,7 @@ __device__ __forceinline__ auto with_dtype(int dtype, Call call) {
   }
 }
 
-// The tensor that this block works on; `end` has the blocks of the tensors up to each.
+// The tensor that this block works on, by binary search; end[i] is the number of blocks of the tensors up to i.
 __device__ __forceinline__ int find_tensor(const uint32_t* end, int count) {
   int low = 0;
   int high = count - 1;
@@ -118,32 +128,32 @@ __device__ __forceinline__ int find_tensor(const uint32_t* end, int count) {
   return low;
 }
 
-// The piece of a tensor that this block works on.
-struct Piece {
+// The part of a tensor that this block works on.
+struct Chunk {
   int tensor;  // of the launch
-  int pieces;  // of the tensor
-  int index;   // of the piece in the tensor
+  int chunks;  // of the tensor
+  int index;   // of the chunk in the tensor
   int dtype;
   uint64_t from;
   uint64_t to;
 };
 
 template <int N>
-__device__ __forceinline__ Piece find_piece(const Table<N>& table) {
+__device__ __forceinline__ Chunk find_chunk(const Table<N>& table) {
   const int tensor = find_tensor(table.end, table.count);
   const uint32_t before = tensor == 0 ? 0 : table.end[tensor - 1];
   const uint64_t address = table.address[tensor];
   const int64_t extent = table.extent[tensor];
-  Piece piece;
-  piece.tensor = tensor;
-  piece.pieces = static_cast<int>(table.end[tensor] - before);
-  piece.index = static_cast<int>(blockIdx.x - before);
-  piece.dtype = static_cast<int>(extent & ((1 << DTYPE_BITS) - 1));
-  const uint64_t bytes = static_cast<uint64_t>(extent >> DTYPE_BITS) * item_bytes(piece.dtype);
-  const uint64_t from = (address & ~uint64_t(PACK_BYTES - 1)) + uint64_t(piece.index) * table.piece_bytes;
-  piece.from = max(from, address);
-  piece.to = min(from + table.piece_bytes, address + bytes);
-  return piece;
+  Chunk chunk;
+  chunk.tensor = tensor;
+  chunk.chunks = static_cast<int>(table.end[tensor] - before);
+  chunk.index = static_cast<int>(blockIdx.x - before);
+  chunk.dtype = static_cast<int>(extent & ((1 << DTYPE_BITS) - 1));
+  const uint64_t bytes = static_cast<uint64_t>(extent >> DTYPE_BITS) * item_bytes(chunk.dtype);
+  const uint64_t from = (address & ~uint64_t(PACK_BYTES - 1)) + uint64_t(chunk.index) * table.chunk_bytes;
+  chunk.from = max(from, address);
+  chunk.to = min(from + table.chunk_bytes, address + bytes);
+  return chunk;
 }
 
 }  // namespace fastnorm::cuda

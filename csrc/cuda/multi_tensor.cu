@@ -1,8 +1,8 @@
-// Norms of a list of tensors and changes of all its elements, each in as few launches as the list's addresses fit in.
+// Norms of a list of tensors, and changes of its elements in place: scaling, clamping, adaptive clipping of long units.
 #include "multi_tensor.h"
 
 #include "clip_rule.cuh"
-#include "norm.cuh"
+#include "p_norm.cuh"
 #include "reduce.cuh"
 
 namespace fastnorm::cuda {
@@ -16,7 +16,7 @@ __device__ __forceinline__ void write(void* target, uint32_t i, double value, bo
   }
 }
 
-// c = min(max_norm / (total + 1e-6), 1), a NaN kept, from the total norm as it is returned.
+// The clip coefficient min(max_norm / (total + 1e-6), 1) or NaN, from the total norm as rounded for the caller.
 template <int N>
 __device__ __forceinline__ void write_total(const NormArguments<N>& a, double total) {
   if (!a.wide) {
@@ -28,27 +28,27 @@ __device__ __forceinline__ void write_total(const NormArguments<N>& a, double to
   *a.nonfinite = isfinite(total) ? 0.0f : 1.0f;
 }
 
-constexpr int RESIDENT = 4;  // blocks on a multiprocessor: as many warps as keep its loads coming
+constexpr int RESIDENT = 4;  // blocks on a multiprocessor: enough warps to keep loads in flight
 
-// A piece each block. The last block of a tensor adds up the tensor's pieces, the last of all tensors the tensors.
+// Each block sums a chunk. The last block of a tensor to finish sums the tensor's chunks, the last of all the tensors.
 template <int KIND, int N>
 __global__ void __launch_bounds__(BLOCK, RESIDENT) norm_kernel(const __grid_constant__ NormArguments<N> a) {
-  const Norm<KIND> norm{a.p, a.kind};
-  const Piece piece = find_piece(a.table);
-  double sum = with_dtype(piece.dtype, [&](auto zero) {
-    const Span<decltype(zero)> span(piece.from, piece.to);
+  const PNorm<KIND> norm{a.p, a.kind};
+  const Chunk chunk = find_chunk(a.table);
+  double sum = with_dtype(chunk.dtype, [&](auto zero) {
+    const Span<decltype(zero)> span(chunk.from, chunk.to);
     return sum_span<BLOCK>(span, threadIdx.x, norm, [](int, const auto&) {});
   });
   sum = reduce_block(sum, norm, norm.identity());
-  const uint32_t tensor = a.first + piece.tensor;
-  if (piece.pieces > 1) {
+  const uint32_t tensor = a.first + chunk.tensor;
+  if (chunk.chunks > 1) {
     if (threadIdx.x == 0) {
       a.partials[blockIdx.x] = sum;
     }
-    if (!arrives_last(a.tickets + tensor, piece.pieces)) {
+    if (!arrives_last(a.tickets + tensor, chunk.chunks)) {
       return;
     }
-    sum = reduce_stored(a.partials + (blockIdx.x - piece.index), piece.pieces, norm, norm.identity());
+    sum = reduce_stored(a.partials + (blockIdx.x - chunk.index), chunk.chunks, norm, norm.identity());
   }
   if (threadIdx.x == 0) {
     write(a.norms, tensor, norm.root(sum), a.wide);
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(BLOCK, RESIDENT) norm_kernel(const __grid_cons
   }
 }
 
-// x · c, rounded once; nothing where c ≥ 1.
+// x · c, rounded once; writes nothing if c ≥ 1.
 struct Scale {
   double coefficient;
 
@@ -79,7 +79,7 @@ struct Scale {
   }
 };
 
-// Between −bound and bound; a NaN stays, and a NaN for a bound is the result.
+// Clamps to [−bound, bound]. A NaN stays; a bound of NaN gives NaN.
 struct Clamp {
   double bound;
 
@@ -98,7 +98,7 @@ struct Clamp {
   }
 };
 
-// g · max_norm / ‖g‖ where a unit's gradient is too long for its parameter.
+// g · max_norm / ‖g‖ for the units whose norm reaches max_norm.
 struct ClipUnits {
   double coefficient;
 
@@ -152,17 +152,15 @@ __device__ __forceinline__ void change_span(const Span<T>& span, const Operation
   }
 }
 
-// A piece each block; whatever the operation leaves as it is, is not written.
+// Each block changes a chunk. Packs that the operation leaves as they are, are not written.
 template <class Operation, int N>
 __global__ void __launch_bounds__(BLOCK, RESIDENT) change_kernel(const __grid_constant__ ChangeArguments<N> a) {
   Operation operation;
-  const Piece piece = find_piece(a.table);
-  if (!operation.prepare(a, piece.tensor)) {
+  const Chunk chunk = find_chunk(a.table);
+  if (!operation.prepare(a, chunk.tensor)) {
     return;
   }
-  with_dtype(piece.dtype, [&](auto zero) {
-    change_span(Span<decltype(zero)>(piece.from, piece.to), operation);
-  });
+  with_dtype(chunk.dtype, [&](auto zero) { change_span(Span<decltype(zero)>(chunk.from, chunk.to), operation); });
 }
 
 template <class Operation, int N>

@@ -1,4 +1,4 @@
-// The clip's operators on CUDA tensors.
+// The operators of norms and clipping on CUDA tensors: checks, outputs, launches.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -55,8 +55,8 @@ std::vector<Item> items_of(at::TensorList tensors, bool written) {
   return items;
 }
 
-// Zeros, which the kernels leave as zeros. A stream's calls follow each other, so that they can share them. A graph's
-// replays may run beside anything: what is captured gets its own, set to zero by the graph itself.
+// Zeros for the kernels' tickets, which they leave as zeros. Calls on one stream run one after the other and share
+// them. Replays of a CUDA graph may run beside other calls: a captured call gets its own, which the graph sets to zero.
 at::Tensor tickets(int64_t count, const at::Device& device, const c10::cuda::CUDAStream& stream) {
   const auto options = at::device(device).dtype(at::kInt);
   if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
@@ -144,7 +144,7 @@ void multi_tensor_clamp_(at::TensorList tensors, double bound) {
   change(CLAMP, tensors, request);
 }
 
-// Each unit becomes an entry of the lists that the clip's own kernels take.
+// Clips long units as tensors of their own, by the kernels of norms and changes.
 void clip_long_units(const std::vector<Gradient>& gradients, const AgcRequest& agc, const at::Device& device) {
   std::vector<Item> items = unit_items(gradients);
   const Norms norms = norms_of(items, agc.p, 1.0, at::kDouble, device);

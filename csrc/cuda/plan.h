@@ -1,4 +1,4 @@
-// What the kernels over lists of tensors get, and how a list is cut into pieces and launches. Free of torch and CUDA:
+// What the kernels over lists of tensors take, and how a list is cut into chunks and launches. Free of torch and CUDA:
 // a test compiles it alone and runs the launches that it plans.
 #pragma once
 
@@ -22,8 +22,9 @@ constexpr int DTYPE_BITS = 2;
 
 FASTNORM_BOTH constexpr int item_bytes(int dtype) { return dtype == FLOAT32 ? 4 : dtype == FLOAT64 ? 8 : 2; }
 
+// The p-norms by what they sum or compare.
 enum Kind : int { SQUARES, MAGNITUDES, NONZEROS, POWERS, MAXIMUM, MINIMUM };
-constexpr int ANY_KIND = -1;  // a kernel that asks at run time
+constexpr int ANY_KIND = -1;  // of a kernel that reads the kind at run time
 
 inline int kind_of(double p) {
   if (std::isinf(p)) {
@@ -34,13 +35,13 @@ inline int kind_of(double p) {
 
 constexpr int BLOCK = 256;  // threads
 constexpr int PACK_BYTES = 16;
-constexpr int MIN_PIECE_BYTES = 1 << 14;  // four packs of every thread
-constexpr int64_t PIECES = 4096;          // that a list is cut into at most, besides one for each tensor
+constexpr int MIN_CHUNK_BYTES = 1 << 14;  // four packs of every thread
+constexpr int64_t MAX_CHUNKS = 4096;      // of a list at most, besides one for each tensor
 
-// Arguments travel with the launch, so that nothing has to be copied before it and a CUDA graph can hold it. Kernels
-// take 4 KB of them everywhere, and 32,764 bytes from CUDA 12.1 on, older than any toolkit of the torch versions that
-// fastnorm supports. Long lists use that: 2,000 tensors go in 2 launches instead of 11. Short ones, where the whole clip
-// may take no longer than such a launch, don't pay for it.
+// The most tensors of a launch. Tables of tensors are kernel arguments, so that no copy precedes the launch and a CUDA
+// graph can capture it. Arguments may take 4 KB, and 32,764 bytes from CUDA 12.1 on, which all torch versions that
+// fastnorm supports have. Long lists use that: 2,000 tensors take 2 launches instead of 11. Short lists don't, as a
+// launch with so many arguments may take as long as their whole clip.
 constexpr int FEW = 192;
 constexpr int MANY = 1600;
 
@@ -54,15 +55,15 @@ struct Item {
   uint64_t end() const { return address + static_cast<uint64_t>(size) * item_bytes(dtype); }
 };
 
-// N tensors, each cut into pieces of `piece_bytes` from the 16-byte boundary at or before its start on: so only its
-// first and last piece begin or end between two boundaries.
+// N tensors, each cut into chunks of `chunk_bytes`, counted from the 16-byte boundary at or before its start: so all
+// inner limits of chunks are 16-byte boundaries.
 template <int N>
 struct Table {
   uint64_t address[N];
   int64_t extent[N];  // size << DTYPE_BITS | dtype
-  uint32_t end[N];    // pieces of the tensors up to this one
+  uint32_t end[N];    // chunks of the tensors up to this one
   int count;
-  int piece_bytes;
+  int chunk_bytes;
 };
 
 template <int N>
@@ -70,9 +71,9 @@ struct NormArguments {
   Table<N> table;
   double p;
   double max_norm;
-  double* partials;   // one for each piece of this launch
+  double* partials;   // one for each chunk of this launch
   double* sums;       // one for each tensor of the list: Σ|x|^p, or the extremum
-  uint32_t* tickets;  // one for each tensor of the list and one for the list; zero before and after
+  uint32_t* tickets;  // finished chunks of each tensor, then the finished tensors; zero before and after
   void* norms;
   void* total;
   void* coefficient;
@@ -83,7 +84,7 @@ struct NormArguments {
   int wide;  // results are float64
 };
 
-// CLIP_UNITS: adaptive clipping of units that are too long for one block; each is an item of its own.
+// What the kernel of changes does. CLIP_UNITS: adaptive clipping of units too long for one block, each an item.
 enum Change : int { SCALE, CLAMP, CLIP_UNITS };
 
 template <int N>
@@ -102,53 +103,53 @@ struct ChangeArguments {
 static_assert(sizeof(NormArguments<FEW>) <= 4096 && sizeof(ChangeArguments<FEW>) <= 4096);
 static_assert(sizeof(NormArguments<MANY>) <= 32764 && sizeof(ChangeArguments<MANY>) <= 32764);
 
-// The same for a list whatever the card, so that results don't depend on it.
-inline int piece_bytes(const std::vector<Item>& items) {
+// The size of a list's chunks. It doesn't depend on the card, so that results don't either.
+inline int chunk_bytes(const std::vector<Item>& items) {
   int64_t total = 0;
   for (const Item& item : items) {
     total += item.size * item_bytes(item.dtype);
   }
-  int64_t bytes = MIN_PIECE_BYTES;
-  while (bytes < total / PIECES && bytes < 1 << 30) {
+  int64_t bytes = MIN_CHUNK_BYTES;
+  while (bytes < total / MAX_CHUNKS && bytes < 1 << 30) {
     bytes *= 2;
   }
   return static_cast<int>(bytes);
 }
 
-// At least one, so that every tensor gets its norm.
-inline uint32_t pieces(const Item& item, int bytes) {
+// The number of a tensor's chunks: at least one, so that every tensor gets its norm.
+inline uint32_t chunk_count(const Item& item, int bytes) {
   const uint64_t span = item.end() - item.start();
   return item.size == 0 ? 1 : static_cast<uint32_t>((span + bytes - 1) / bytes);
 }
 
-inline int64_t pieces(const std::vector<Item>& items, int bytes) {
+inline int64_t chunk_count(const std::vector<Item>& items, int bytes) {
   int64_t total = 0;
   for (const Item& item : items) {
-    total += pieces(item, bytes);
+    total += chunk_count(item, bytes);
   }
   return total;
 }
 
-// Calls launch(arguments, blocks) for as few launches as the list fits in. `make` gives the arguments without their
-// table, for the list's first tensor and the number of pieces before it.
+// Calls launch(arguments, blocks) for as few launches as possible. make(first, chunks_before) returns the arguments of
+// the launch whose first tensor is number `first`, without their table.
 template <int N, class Make, class Launch>
 void cut(const std::vector<Item>& items, int bytes, Make make, Launch launch) {
-  int64_t pieces_before = 0;
+  int64_t chunks_before = 0;
   for (size_t first = 0; first < items.size(); first += N) {
-    const auto arguments = make(static_cast<uint32_t>(first), pieces_before);  // on the heap: up to 32 KB
+    const auto arguments = make(static_cast<uint32_t>(first), chunks_before);  // on the heap: up to 32 KB
     arguments->first = static_cast<uint32_t>(first);
     Table<N>& table = arguments->table;
     table.count = static_cast<int>(std::min<size_t>(N, items.size() - first));
-    table.piece_bytes = bytes;
+    table.chunk_bytes = bytes;
     uint32_t blocks = 0;
     for (int i = 0; i < table.count; ++i) {
       const Item& item = items[first + i];
       table.address[i] = item.address;
       table.extent[i] = item.size << DTYPE_BITS | item.dtype;
-      table.end[i] = blocks += pieces(item, bytes);
+      table.end[i] = blocks += chunk_count(item, bytes);
     }
     launch(*arguments, blocks);
-    pieces_before += blocks;
+    chunks_before += blocks;
   }
 }
 
@@ -167,17 +168,17 @@ struct NormRequest {
 };
 
 inline int64_t norm_workspace(const std::vector<Item>& items) {
-  return static_cast<int64_t>(items.size()) + pieces(items, piece_bytes(items));
+  return static_cast<int64_t>(items.size()) + chunk_count(items, chunk_bytes(items));
 }
 
 template <int N, class Launch>
 void cut_norm(const std::vector<Item>& items, const NormRequest& request, Launch launch) {
-  const auto make = [&](uint32_t, int64_t pieces_before) {
+  const auto make = [&](uint32_t, int64_t chunks_before) {
     auto arguments = std::make_unique<NormArguments<N>>();
     arguments->p = request.p;
     arguments->max_norm = request.max_norm;
     arguments->sums = request.workspace;
-    arguments->partials = request.workspace + items.size() + pieces_before;
+    arguments->partials = request.workspace + items.size() + chunks_before;
     arguments->tickets = request.tickets;
     arguments->norms = request.norms;
     arguments->total = request.total;
@@ -188,7 +189,7 @@ void cut_norm(const std::vector<Item>& items, const NormRequest& request, Launch
     arguments->wide = request.wide;
     return arguments;
   };
-  cut<N>(items, piece_bytes(items), make, launch);
+  cut<N>(items, chunk_bytes(items), make, launch);
 }
 
 // Everything of ChangeArguments but the table.
@@ -214,11 +215,11 @@ void cut_change(const std::vector<Item>& items, const ChangeRequest& request, La
     arguments->tensors = static_cast<uint32_t>(items.size());
     return arguments;
   };
-  cut<N>(items, piece_bytes(items), make, launch);
+  cut<N>(items, chunk_bytes(items), make, launch);
 }
 
-// The list in parts none of which touches a byte twice: a tensor that is there twice is changed twice, by launches
-// that follow each other.
+// Splits the list so that no two tensors of a part share memory. A tensor that is listed twice is changed twice, by
+// launches that follow each other.
 template <class T>
 std::vector<std::vector<T>> disjoint(std::vector<T> items) {
   items.erase(std::remove_if(items.begin(), items.end(), [](const T& item) { return item.size == 0; }), items.end());

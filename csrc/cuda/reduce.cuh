@@ -1,4 +1,4 @@
-// Reductions in a fixed order: across a warp, across a block, and across blocks by the one that arrives last.
+// Reductions in a fixed order: over a warp, over a block, and over blocks by the block that finishes last.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@ namespace fastnorm::cuda {
 
 constexpr int WARP = 32;
 
-// Every lane gets the same result: the two sides of each exchange combine the same pair.
+// Every lane gets the same result: both lanes of each exchange combine the same two values.
 template <class Combine>
 __device__ __forceinline__ double reduce_warp(double value, Combine combine) {
 #pragma unroll
@@ -33,18 +33,19 @@ __device__ __forceinline__ double reduce_block(double value, Combine combine, do
   return reduce_warp(lane < BLOCK / WARP ? of_warps[lane] : identity, combine);
 }
 
-// Values that other blocks have stored, thread by thread in their order and then as above.
+// Reduces values that other blocks have stored: each thread its own in their order, then over the block.
 template <class Combine>
 __device__ __forceinline__ double reduce_stored(const double* values, uint32_t count, Combine combine,
                                                 double identity) {
   double value = identity;
   for (uint32_t i = threadIdx.x; i < count; i += BLOCK) {
-    value = combine(value, __ldcg(values + i));  // from the second-level cache: the first is not coherent
+    value = combine(value, __ldcg(values + i));  // from the L2 cache: L1 is not coherent
   }
   return reduce_block(value, combine, identity);
 }
 
-// Whether this block is the last of `arrivals`. It then sees what thread 0 of the others stored before they arrived.
+// Whether this block is the last of `arrivals` blocks to call this. It then sees what thread 0 of the others stored
+// before their calls.
 __device__ __forceinline__ bool arrives_last(uint32_t* ticket, uint32_t arrivals) {
   __shared__ bool last;
   if (threadIdx.x == 0) {

@@ -3,7 +3,7 @@
 
 #ifdef X86_SETS
 
-// Intrinsics apart, the compiler takes from the vectors' width what to use.
+// The kernels use vector types, from whose width the compiler chooses the instructions, and few intrinsics.
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,bmi2"))), apply_to = function)
 #else

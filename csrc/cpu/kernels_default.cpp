@@ -1,4 +1,4 @@
-// The kernels for every processor: sixteen bytes are what all have, as SSE2 or NEON.
+// The kernels for every processor: all have vectors of 16 bytes, as SSE2 or NEON.
 #include "kernel_includes.h"
 
 namespace fastnorm::cpu::plain {

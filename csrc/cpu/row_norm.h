@@ -1,4 +1,4 @@
-// The row norms, layer_norm and rms_norm, plain and with a residual added first: all but the kernels of single rows.
+// The row norms on the CPU, for calls from C++: layer_norm and rms_norm, alone or behind a residual addition.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,8 +11,8 @@ namespace fastnorm::cpu {
 
 enum class Norm { rms, layer };
 
-// x and residual are of one shape, whose last `dims` dimensions are normalised; weight and bias have their sizes. All
-// strides will do. An undefined residual means that there is none.
+// x and residual have one shape, whose last `dims` dimensions are normalised; weight and bias have the sizes of those.
+// Any strides. Without a residual it is undefined.
 struct ForwardCall {
   Norm norm;
   at::Tensor x;
@@ -24,18 +24,18 @@ struct ForwardCall {
   std::optional<at::ScalarType> cast_dtype;
   at::ScalarType out_dtype;
   std::optional<at::ScalarType> residual_dtype;
-  bool saves_moments = true;
+  bool saves_statistics = true;
 };
 
-// y and h: x's shape, contiguous; mean, rstd: (rows,). h only with a residual; mean only for layer_norm; moments only
-// where they are saved.
+// y and h: x's shape, contiguous; mean and rstd: (rows,). h is undefined without a residual, mean for rms_norm, mean
+// and rstd where they are not saved.
 struct ForwardResult {
   at::Tensor y, h, mean, rstd;
 };
 
 ForwardResult norm_forward(ForwardCall call);
 
-// x is what was normalised; dh, mean, the dtypes of absent outputs may be missing.
+// x is what was normalised: x or h of the forward. dh and mean may be undefined; an output without a dtype is left out.
 struct BackwardCall {
   Norm norm;
   at::Tensor dy, dh, x;
@@ -50,13 +50,13 @@ struct BackwardCall {
   std::optional<at::ScalarType> dbias_dtype;
 };
 
-// dx, dresidual: x's shape; dweight, dbias: that of what is normalised; all contiguous. Undefined where not wanted,
-// dresidual also where it equals dx.
+// dx, dresidual: x's shape; dweight, dbias: the normalised shape; all contiguous. Outputs that are not wanted are
+// undefined, and so is a dresidual that equals dx.
 struct BackwardResult {
   at::Tensor dx, dresidual, dweight, dbias;
 };
 
-// dweight and dbias are summed in an order that depends on the shape alone, not on the number of threads.
+// The order in which dweight and dbias are summed follows from the shape alone, not from the number of threads.
 BackwardResult norm_backward(BackwardCall call);
 
 }  // namespace fastnorm::cpu

@@ -1,4 +1,4 @@
-// Chooses an instruction set when the library loads.
+// Chooses among the kernels of AVX-512, AVX2 and every processor, once, at the first call.
 #include <cstdlib>
 #include <cstring>
 

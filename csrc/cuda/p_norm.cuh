@@ -1,4 +1,4 @@
-// ‖x‖_p as terms that are added up, or compared, and a root that is taken of their total.
+// ‖x‖_p: a term of each element, their sum or extremum, and the root of that.
 #pragma once
 
 #include <cfloat>
@@ -8,15 +8,15 @@
 
 namespace fastnorm::cuda {
 
-// KIND is a norm's kind, or ANY_KIND where only `kind` tells it.
+// KIND is the norm's kind at compile time, or ANY_KIND, and then `kind` is read at run time.
 template <int KIND>
-struct Norm {
+struct PNorm {
   double p;
   int kind;
 
   __device__ __forceinline__ int of() const { return KIND == ANY_KIND ? kind : KIND; }
 
-  // |x|^p: in float32 for the kinds that `fits` can judge, in float64 for all.
+  // |x|^p, in float32 for the kinds whose sums `fits` can check, in float64 for all.
   __device__ __forceinline__ float term(float x) const {
     switch (of()) {
       case SQUARES:
@@ -40,7 +40,7 @@ struct Norm {
     }
   }
 
-  // A NaN on either side is the result.
+  // Adds two sums, or compares two extrema. A NaN in either gives NaN.
   template <class F>
   __device__ __forceinline__ F operator()(F a, F b) const {
     switch (of()) {
@@ -53,12 +53,10 @@ struct Norm {
     }
   }
 
-  __device__ __forceinline__ double identity() const {
-    return of() == MINIMUM ? static_cast<double>(INFINITY) : 0.0;
-  }
+  __device__ __forceinline__ double identity() const { return of() == MINIMUM ? static_cast<double>(INFINITY) : 0.0; }
 
-  // Whether a float32 sum of a few terms is right: squares of 1e30 overflow, and those of 1e-30 vanish. Above 2^-100,
-  // what underflow took from a few terms, 2^-149 each, is below half a unit in the last place.
+  // Whether a float32 sum of a few terms is right: squares of 1e30 overflow, and those of 1e-30 underflow. In a sum
+  // above 2^-100, a few underflows, which lose at most 2^-149 each, are below half a unit in the last place.
   __device__ __forceinline__ bool fits(float sum) const {
     switch (of()) {
       case SQUARES:
@@ -83,15 +81,15 @@ struct Norm {
     }
   }
 
-  // The norm of norms whose totals these are: for p = 0, how many of them are not zero.
+  // The term of a tensor in the total norm, from its sum. For p = 0, as in torch, this counts tensors with a norm ≠ 0.
   __device__ __forceinline__ double term_of_total(double total) const {
     return of() == NONZEROS ? static_cast<double>(total != 0.0) : total;
   }
 };
 
-// The terms of one pack in float64, in a loop: unrolled, they would be most of a kernel's code.
+// Sums the terms of one pack in float64, in a loop: unrolled, this rare case would be most of a kernel's code.
 template <class T, int KIND>
-__device__ __forceinline__ double sum_wide(Pack<T> pack, const Norm<KIND>& norm) {
+__device__ __forceinline__ double sum_wide(Pack<T> pack, const PNorm<KIND>& norm) {
   constexpr int UNROLL = sizeof(T) == 8 && KIND != ANY_KIND ? Pack<T>::SIZE : 1;
   double sum = norm.identity();
 #pragma unroll UNROLL
@@ -102,10 +100,10 @@ __device__ __forceinline__ double sum_wide(Pack<T> pack, const Norm<KIND>& norm)
   return sum;
 }
 
-// The terms of a few packs. Short float32 sums, so that the error stays that of a handful of additions; where they
-// don't fit, the same elements, which the registers still hold, are added in float64.
+// Sums the terms of a few packs. The float32 sums are short, so that their error is that of a few additions. Where they
+// don't fit float32, the same elements, which are still in registers, are summed in float64.
 template <class T, int COUNT, int KIND>
-__device__ __forceinline__ double sum_packs(const Pack<T> (&packs)[COUNT], const Norm<KIND>& norm) {
+__device__ __forceinline__ double sum_packs(const Pack<T> (&packs)[COUNT], const PNorm<KIND>& norm) {
   constexpr int LANES = 4;
   if (sizeof(T) < 8 && norm.of() != POWERS) {
     float lanes[LANES];
@@ -132,13 +130,13 @@ __device__ __forceinline__ double sum_packs(const Pack<T> (&packs)[COUNT], const
 }
 
 template <class T, int KIND>
-__device__ __forceinline__ double single_term(const T* single, const Norm<KIND>& norm) {
+__device__ __forceinline__ double single_term(const T* single, const PNorm<KIND>& norm) {
   return single == nullptr ? norm.identity() : norm.term(static_cast<double>(widen(*single)));
 }
 
-// This thread's part of a span's terms. Calls keep(i, pack) for every pack.
+// The sum of this thread's terms of a span. Calls keep(i, pack) for every pack that the thread reads.
 template <int THREADS, class T, int KIND, class Keep>
-__device__ __forceinline__ double sum_span(const Span<T>& span, int thread, const Norm<KIND>& norm, Keep keep) {
+__device__ __forceinline__ double sum_span(const Span<T>& span, int thread, const PNorm<KIND>& norm, Keep keep) {
   constexpr int COUNT = KIND == ANY_KIND ? 1 : 4;  // loads in flight
   double sum = single_term(span.single(thread), norm);
   int i = thread;

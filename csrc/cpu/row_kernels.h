@@ -1,0 +1,389 @@
+// The kernels of layer_norm and rms_norm, which work on one row at a time, forward and backward; loads and stores of
+// whole rows in another dtype; the residual addition. Included by instruction_set.h after vec.h.
+
+template <typename T>
+INLINE double square_sum(const T* x, int64_t n) {
+  using V = VecOf<T>;
+  Sum<V> sum;
+  const auto step = [&](int64_t i, int slot, ActiveLanes active) ALWAYS_INLINE {
+    const V value = zero_inactive(load(x + i, active), active);
+    sum.chain[slot] += value * value;
+  };
+  each_summed<V>(n, step, sum);
+  return sum.total();
+}
+
+struct Moments {
+  double mean, m2;  // m2 = Σ (x − mean)²
+};
+
+// Values that every pass reads from memory. The second pass prefetches what lies `ahead` bytes further on.
+template <typename T>
+struct ValuesInMemory {
+  using S = ComputeType<T>;
+  using V = VecOf<T>;
+  const T* x;
+  int64_t n, ahead;
+
+  INLINE double sum_from(S centre) const {
+    Sum<V> sum;
+    const auto step = [&](int64_t i, int slot, ActiveLanes active)
+                          ALWAYS_INLINE { sum.chain[slot] += zero_inactive(load(x + i, active) - centre, active); };
+    each_summed<V>(n, step, sum);
+    return sum.total();
+  }
+
+  INLINE double square_sum_from(S centre) const {
+    Sum<V> squares;
+    const auto step = [&](int64_t i, int slot, ActiveLanes active) ALWAYS_INLINE {
+      prefetch(x + i, ahead);
+      const V value = zero_inactive(load(x + i, active) - centre, active);
+      squares.chain[slot] += value * value;
+    };
+    each_summed<V>(n, step, squares);
+    return squares.total();
+  }
+};
+
+// COUNT whole vectors, a power of two, kept in registers. Sums are pairwise, and in double within the last vector.
+template <typename V, int COUNT>
+struct ValuesInRegisters {
+  using S = std::remove_cvref_t<decltype(V{}[0])>;
+  static constexpr int64_t n = COUNT * lanes<V>;
+  V of[COUNT];
+
+  template <int SIZE>
+  static INLINE double sum(const V* terms) {
+    if constexpr (SIZE == 1) {
+      return HorizontalSum<lanes<F64>>::sum(in_double(*terms));
+    } else {
+      V pairs[SIZE / 2];
+#pragma GCC unroll 8
+      for (int i = 0; i < SIZE / 2; ++i) {
+        pairs[i] = terms[2 * i] + terms[2 * i + 1];
+      }
+      return sum<SIZE / 2>(pairs);
+    }
+  }
+
+  INLINE double sum_from(S centre) const {
+    V terms[COUNT];
+#pragma GCC unroll 16
+    for (int i = 0; i < COUNT; ++i) {
+      terms[i] = of[i] - centre;
+    }
+    return sum<COUNT>(terms);
+  }
+
+  INLINE double square_sum_from(S centre) const {
+    V terms[COUNT];
+#pragma GCC unroll 16
+    for (int i = 0; i < COUNT; ++i) {
+      terms[i] = (of[i] - centre) * (of[i] - centre);
+    }
+    return sum<COUNT>(terms);
+  }
+};
+
+// Two passes: the mean, then Σ (x − mean)².
+template <typename Values>
+INLINE Moments moments_of(const Values& values) {
+  using S = typename Values::S;
+  const double share = 1.0 / values.n;
+  double mean = values.sum_from(S(0)) * share;
+  const S centre = static_cast<S>(mean);
+  double m2 = values.square_sum_from(centre);
+  if (mean * mean > 64 * m2 * share) {
+    // Far from zero the differences x − centre are exact, and their mean corrects the mean. Near zero they are not
+    // exact, and their rounding errors have the same sign.
+    const double offset = values.sum_from(centre) * share;
+    m2 -= offset * offset * values.n;
+    mean = centre + offset;
+  }
+  return {mean, m2};
+}
+
+// Merges the moments of blocks by Chan's formula. A block stays in the L1 cache from its first pass to its second.
+template <typename T>
+INLINE Moments moments(const T* x, int64_t n, int64_t ahead) {
+  constexpr int64_t block = 4096;
+  if (n <= block) {
+    return moments_of(ValuesInMemory<T>{x, n, ahead});
+  }
+  Moments all = {0, 0};
+  for (int64_t first = 0; first < n; first += block) {
+    const int64_t size = n - first < block ? n - first : block;
+    const Moments added = moments_of(ValuesInMemory<T>{x + first, size, block * static_cast<int64_t>(sizeof(T))});
+    const double distance = added.mean - all.mean;
+    all.mean += distance * size / (first + size);
+    all.m2 += added.m2 + distance * distance * first * size / (first + size);
+  }
+  return all;
+}
+
+// load_row and store_row convert whole rows between a dtype and S.
+template <typename T, typename S>
+void load_row(const void* row, S* out, int64_t n) {
+  const T* in = static_cast<const T*>(row);
+  if constexpr (sizeof(ComputeType<T>) == sizeof(S)) {
+    each_vector<VecOf<T>, 1>(
+        0, n, [&](int64_t i, int, ActiveLanes active) ALWAYS_INLINE { store(out + i, load(in + i, active), active); });
+  } else if constexpr (sizeof(T) == sizeof(double)) {
+    for (int64_t i = 0; i < n; ++i) {
+      out[i] = static_cast<float>(in[i]);
+    }
+  } else {
+    each_vector<F32, 1>(0, n, [&](int64_t i, int, ActiveLanes active) ALWAYS_INLINE {
+      const F32 values = load(in + i, active);
+      for (int lane = 0; lane < active.end; ++lane) {
+        out[i + lane] = values[lane];
+      }
+    });
+  }
+}
+
+template <typename T, typename S>
+void store_row(const S* values, void* row, int64_t n) {
+  T* out = static_cast<T*>(row);
+  if constexpr (sizeof(ComputeType<T>) == sizeof(S)) {
+    each_vector<VecOf<T>, 1>(0, n, [&](int64_t i, int, ActiveLanes active) ALWAYS_INLINE {
+      store(out + i, load(values + i, active), active);
+    });
+  } else if constexpr (sizeof(T) == sizeof(S) * 2 || sizeof(T) == sizeof(float)) {
+    for (int64_t i = 0; i < n; ++i) {
+      out[i] = static_cast<T>(values[i]);
+    }
+  } else {
+    each_vector<F32, 1>(0, n, [&](int64_t i, int, ActiveLanes active) ALWAYS_INLINE {
+      F32 narrow = {};
+      for (int lane = 0; lane < active.end; ++lane) {
+        narrow[lane] = static_cast<float>(values[i + lane]);
+      }
+      store(out + i, narrow, active);
+    });
+  }
+}
+
+template <typename S>
+void add_to_total(const S* partial, double* total, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    total[i] += partial[i];
+  }
+}
+
+template <typename T>
+void add_rows(const void* x, const void* residual, void* h, int64_t n) {
+  const T* a = static_cast<const T*>(x);
+  const T* b = static_cast<const T*>(residual);
+  each_vector<VecOf<T>, 2>(0, n, [&](int64_t i, int, ActiveLanes active) ALWAYS_INLINE {
+    store(static_cast<T*>(h) + i, load(a + i, active) + load(b + i, active), active);
+  });
+}
+
+// For rows whose sums overflow float though their squares may not; rows with inf or NaN come here too. The mean is that
+// of the differences from the first element, so it is exact where all elements are equal.
+template <typename T>
+__attribute__((noinline)) Moments moments_in_double(const T* x, int64_t n, bool centred) {
+  ComputeType<T> tile[64];
+  Moments result = {0, 0};
+  load_row<T>(x, tile, 1);
+  const double origin = tile[0];
+  for (int pass = centred ? 0 : 1; pass < 2; ++pass) {
+    double sum = 0;
+    for (int64_t first = 0; first < n; first += 64) {
+      const int64_t size = n - first < 64 ? n - first : 64;
+      load_row<T>(x + first, tile, size);
+      for (int64_t i = 0; i < size; ++i) {
+        const double value = tile[i] - result.mean;
+        sum += pass == 0 ? value / n - origin / n : value * value;
+      }
+    }
+    (pass == 0 ? result.mean : result.m2) = pass == 0 ? origin + sum : sum;
+  }
+  return result;
+}
+
+template <typename S>
+INLINE S reciprocal_root(double mean_square, double eps) {
+  return static_cast<S>(1 / std::sqrt(mean_square + eps));
+}
+
+// y = x · rstd · w with rstd = 1/√(mean(x²) + eps).
+template <typename T>
+Statistics<ComputeType<T>> rms_norm_forward(const ForwardRow<ComputeType<T>>& row) {
+  using S = ComputeType<T>;
+  const auto r = row;  // a copy: the compiler must assume that the stores below may change `row`
+  const T* x = static_cast<const T*>(r.x);
+  T* y = static_cast<T*>(r.y);
+  double sum = square_sum(x, r.n);
+  if (!std::isfinite(sum)) {
+    sum = moments_in_double(x, r.n, false).m2;
+  }
+  const S rstd = reciprocal_root<S>(sum / r.n, r.eps);
+  const auto finish = [&](auto rounds) ALWAYS_INLINE {
+    each_vector<VecOf<T>, 2>(0, r.n, [=](int64_t i, int, ActiveLanes active) ALWAYS_INLINE {
+      prefetch(x + i, r.x_ahead);
+      prefetch(y + i, r.y_ahead);
+      const auto x_hat = load(x + i, active) * rstd;
+      store(y + i, (rounds ? round_to(x_hat, r.cast) : x_hat) * load(r.weight + i, active), active);
+    });
+  };
+  r.cast == dtype_of<S> ? finish(std::false_type()) : finish(std::true_type());
+  return {0, rstd};
+}
+
+// Adds to a row of column sums, or writes its first values.
+template <typename V, typename S>
+INLINE void add_to_column(S* column, V value, bool first, ActiveLanes active) {
+  store(column, first ? value : load(column, active) + zero_inactive(value, active), active);
+}
+
+// dx = (w·dy − x̂ · c1) · rstd + dh with c1 = mean(x̂ · w·dy);  dweight += dy · x̂.
+template <typename T>
+void rms_norm_backward(const BackwardRow<ComputeType<T>>& row) {
+  using S = ComputeType<T>;
+  using V = VecOf<T>;
+  const auto r = row;  // a copy, as in rms_norm_forward
+  const T* x = static_cast<const T*>(r.x);
+  const T* dy = static_cast<const T*>(r.dy);
+  const T* dh = static_cast<const T*>(r.dh);
+  T* dx = static_cast<T*>(r.dx);
+  const S rstd = r.statistics.rstd;
+  Sum<V> sum;
+  const auto step = [&](int64_t i, int slot, ActiveLanes active) ALWAYS_INLINE {
+    sum.chain[slot] +=
+        zero_inactive((load(x + i, active) * rstd) * (load(dy + i, active) * load(r.weight + i, active)), active);
+  };
+  each_summed<V>(r.n, step, sum);
+  const S c1_rstd = static_cast<S>(sum.total() / r.n) * rstd;
+  each_vector<V, 2>(0, r.n, [=](int64_t i, int, ActiveLanes active) ALWAYS_INLINE {
+    const V x_hat = load(x + i, active) * rstd;
+    const V grad = load(dy + i, active);
+    prefetch(x + i, r.x_ahead);
+    prefetch(dy + i, r.dy_ahead);
+    prefetch(dx + i, r.dx_ahead);  // a store reads its cache line first
+    V result = grad * load(r.weight + i, active) * rstd - x_hat * c1_rstd;
+    if (dh) {
+      result += load(dh + i, active);
+    }
+    store(dx + i, result, active);
+    if (r.dweight) {
+      add_to_column(r.dweight + i, grad * round_to(x_hat, r.cast), r.first, active);
+    }
+  });
+}
+
+// x̂ = (x − mean) · rstd.
+template <typename S>
+struct Scaling {
+  S mean, rstd;
+  S correction;  // what rounding the mean to S took from x̂: with a mean far from zero it exceeds all other errors
+
+  template <typename T>
+  static INLINE Scaling of(Moments all, const ForwardRow<S>& row) {
+    if (!std::isfinite(all.m2)) {
+      all = moments_in_double(static_cast<const T*>(row.x), row.n, true);
+    }
+    const S mean = static_cast<S>(all.mean), rstd = reciprocal_root<S>(all.m2 / row.n, row.eps);
+    return {mean, rstd, static_cast<S>((mean - all.mean) * rstd)};
+  }
+
+  template <typename V>
+  INLINE V x_hat(V x) const {
+    return (x - mean) * rstd + correction;
+  }
+};
+
+// A row of COUNT whole vectors, loaded once and kept in registers.
+template <typename T, int COUNT>
+INLINE Statistics<ComputeType<T>> narrow_layer_norm_forward(const ForwardRow<ComputeType<T>>& r) {
+  constexpr int width = lanes<VecOf<T>>;
+  const T* x = static_cast<const T*>(r.x);
+  T* y = static_cast<T*>(r.y);
+  ValuesInRegisters<VecOf<T>, COUNT> values;
+#pragma GCC unroll 16
+  for (int i = 0; i < COUNT; ++i) {
+    values.of[i] = load_vec(x + i * width);
+  }
+  const auto scaling = Scaling<ComputeType<T>>::template of<T>(moments_of(values), r);
+#pragma GCC unroll 16
+  for (int i = 0; i < COUNT; ++i) {
+    const int at = i * width;
+    store_vec(y + at, scaling.x_hat(values.of[i]) * load_vec(r.weight + at) + load_vec(r.bias + at));
+  }
+  return {scaling.mean, scaling.rstd};
+}
+
+// y = (x − mean) · rstd · w + b with rstd = 1/√(mean((x − mean)²) + eps).
+template <typename T>
+Statistics<ComputeType<T>> layer_norm_forward(const ForwardRow<ComputeType<T>>& row) {
+  const auto r = row;  // a copy, as in rms_norm_forward
+  constexpr int64_t width = lanes<VecOf<T>>;
+  switch (r.n) {
+    case 2 * width:
+      return narrow_layer_norm_forward<T, 2>(r);
+    case 4 * width:
+      return narrow_layer_norm_forward<T, 4>(r);
+    case 8 * width:
+      return narrow_layer_norm_forward<T, 8>(r);
+#if VECTOR_BYTES == 64  // AVX-512 has 32 registers
+    case 16 * width:
+      return narrow_layer_norm_forward<T, 16>(r);
+#endif
+  }
+  const T* x = static_cast<const T*>(r.x);
+  T* y = static_cast<T*>(r.y);
+  const auto scaling = Scaling<ComputeType<T>>::template of<T>(moments(x, r.n, r.x_ahead), r);
+  each_vector<VecOf<T>, 2>(0, r.n, [=](int64_t i, int, ActiveLanes active) ALWAYS_INLINE {
+    prefetch(y + i, r.y_ahead);
+    store(y + i, scaling.x_hat(load(x + i, active)) * load(r.weight + i, active) + load(r.bias + i, active), active);
+  });
+  return {scaling.mean, scaling.rstd};
+}
+
+// dx = (w·dy − c2 − x̂ · c1) · rstd + dh with c1 = mean(x̂ · w·dy) and c2 = mean(w·dy);  dweight += dy · x̂;
+// dbias += dy.
+template <typename T>
+void layer_norm_backward(const BackwardRow<ComputeType<T>>& row) {
+  using S = ComputeType<T>;
+  using V = VecOf<T>;
+  const auto r = row;  // a copy, as in rms_norm_forward
+  const T* x = static_cast<const T*>(r.x);
+  const T* dy = static_cast<const T*>(r.dy);
+  const T* dh = static_cast<const T*>(r.dh);
+  T* dx = static_cast<T*>(r.dx);
+  const auto [mean, rstd] = r.statistics;
+  // A row of one element has dx = 0, but with fused multiply-adds w·dy − c2 − x̂ · c1 may leave a rounding error.
+  const S scale = r.n == 1 ? 0 : rstd;
+  Sum<V> sum, x_hat_sum;
+  const auto step = [&, mean = mean, rstd = rstd](int64_t i, int slot, ActiveLanes active) ALWAYS_INLINE {
+    const V grad = zero_inactive(load(dy + i, active) * load(r.weight + i, active), active);
+    sum.chain[slot] += grad;
+    x_hat_sum.chain[slot] += zero_inactive((load(x + i, active) - mean) * rstd * grad, active);
+  };
+  each_summed<V>(r.n, step, sum, x_hat_sum);
+  const S c2_rstd = static_cast<S>(sum.total() / r.n) * scale;
+  const S c1_rstd = static_cast<S>(x_hat_sum.total() / r.n) * scale;
+  each_vector<V, 2>(0, r.n, [=, mean = mean, rstd = rstd](int64_t i, int, ActiveLanes active) ALWAYS_INLINE {
+    const V x_hat = (load(x + i, active) - mean) * rstd;
+    const V grad = load(dy + i, active);
+    prefetch(x + i, r.x_ahead);
+    prefetch(dy + i, r.dy_ahead);
+    prefetch(dx + i, r.dx_ahead);  // a store reads its cache line first
+    V result = grad * load(r.weight + i, active) * scale - (x_hat * c1_rstd + c2_rstd);
+    if (dh) {
+      result += load(dh + i, active);
+    }
+    store(dx + i, result, active);
+    if (r.dweight) {
+      add_to_column(r.dweight + i, grad * x_hat, r.first, active);
+    }
+    if (r.dbias) {
+      add_to_column(r.dbias + i, grad, r.first, active);
+    }
+  });
+}
+
+template <typename T>
+constexpr RowKernels<ComputeType<T>> kernels_of = {
+    {rms_norm_forward<T>, rms_norm_backward<T>}, {layer_norm_forward<T>, layer_norm_backward<T>}, add_rows<T>};
