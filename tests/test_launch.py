@@ -119,8 +119,8 @@ def test_a_card_is_filled_by_a_training_batch():
 
 
 @itemsizes
-def test_rows_of_64_kib_are_held_and_longer_ones_are_not(itemsize):
-    cols = 65536 // itemsize
+def test_rows_of_64_registers_a_thread_are_kept_and_longer_ones_are_not(itemsize):
+    cols = 64 * 512 // max(1, itemsize // 4)  # of 16 warps' threads; float64 takes two registers, 16 bits take one
     assert not launch.is_long(cols, itemsize)
     assert launch.is_long(cols + 1, itemsize)
     for sums in (1, 2):
@@ -132,9 +132,9 @@ def test_rows_of_64_kib_are_held_and_longer_ones_are_not(itemsize):
 @given(cols=st.integers(1, 10**5), sums=st.sampled_from([1, 2]), weight=st.sampled_from([2, 4, 8]))
 def test_what_a_thread_holds_fits_its_registers(itemsize, adds, cols, sums, weight):
     """Of a multiprocessor's registers, the resident programs' threads get equal parts, and at most 255 each."""
-    tiles, is_held = launch.backward_tiles(cols, itemsize, sums, adds, max(itemsize, weight))
-    held = (2 + sums) * tiles.registers if is_held else sums * tiles.registers
-    assert held < min(255, 65536 // (32 * tiles.warps * tiles.resident))
+    tiles, is_kept = launch.backward_tiles(cols, itemsize, sums, adds, max(itemsize, weight))
+    kept = (2 + sums) * tiles.registers if is_kept else sums * tiles.registers
+    assert kept < min(255, 65536 // (32 * tiles.warps * tiles.resident))
 
 
 # by the number of sums, whether a gradient of the stream is added, and the size of the elements
@@ -148,8 +148,8 @@ READ_AGAIN |= {(2, False, 4): [12288, 16384], (2, True, 4): [12288, 16384]}
 @pytest.mark.parametrize("sums", [1, 2], ids=["rms_norm", "layer_norm"])
 def test_rows_of_models_are_read_once(sums, adds, itemsize):
     """But for those that registers have no room for."""
-    held = {cols: launch.backward_tiles(cols, itemsize, sums, adds, itemsize)[1] for cols in MODEL_WIDTHS}
-    assert [cols for cols in held if not held[cols]] == READ_AGAIN.get((sums, adds, itemsize), [])
+    kept = {cols: launch.backward_tiles(cols, itemsize, sums, adds, itemsize)[1] for cols in MODEL_WIDTHS}
+    assert [cols for cols in kept if not kept[cols]] == READ_AGAIN.get((sums, adds, itemsize), [])
 
 
 def test_access_bytes_is_the_largest_element():

@@ -192,7 +192,7 @@ def test_wider_rows_are_read_again_from_the_cache_only(op, cols):
 
 @operations
 def test_long_rows(op):
-    """Over 64 KiB: the forward reads x twice."""
+    """Over 32,768 columns: the forward reads x twice."""
     seen = run(op, 3, 40000)
     size, weight = seen.x.nbytes, seen.weight.nbytes
     (reads, writes), _ = seen.passes

@@ -24,7 +24,7 @@ INTERPRETED = triton.knobs.runtime.interpret  # read once, as the kernels' decor
 WARP = 32
 ACCESS_BYTES = 16  # the widest load of a thread
 MAX_PADDING = 1 / 8  # of a row: idle lanes that a tiling may cost
-MAX_KEPT_BYTES = 65536  # of a row that the forward keeps in registers: 128 bytes for each of 512 threads
+MAX_KEPT_REGISTERS = 64  # of a thread with 16 warps, for a row that the forward keeps
 # Registers of a thread, for rows that the backward keeps in registers beside their parameter sums. A program of 16
 # warps has 128 of them for each thread; the others hold addresses, masks and what is loaded next.
 KEPT_REGISTERS = 96
@@ -135,7 +135,7 @@ def backward_tiles(cols: int, itemsize: int, sums: int, adds: bool, widest: int)
     kept = tiles.registers * (2 * sums + 1) + 8 * (widest > 2)
     if adds:
         kept += tiles.registers * min(itemsize, 4) // 4 + 8
-    if kept <= KEPT_REGISTERS and not is_long(cols, itemsize):
+    if kept <= KEPT_REGISTERS:
         return tiles, True
     return chunk_tiles(cols, itemsize, sums, adds), False
 
@@ -163,12 +163,13 @@ def prefetches(tiles: RowTiles, itemsize: int) -> bool:
 
 def is_long(cols: int, itemsize: int) -> bool:
     """Whether a row is too long for the forward to keep it in registers."""
-    return cols * itemsize > MAX_KEPT_BYTES
+    return cols * max(1, itemsize // 4) > 16 * WARP * MAX_KEPT_REGISTERS
 
 
 def long_tile(itemsize: int) -> tuple[int, int]:
-    """Columns of one step along a long row, and the number of warps: each thread has two 16-byte accesses in flight."""
-    warps = 8
+    """Columns of one step along a long row, and the number of warps. Each thread has two 16-byte accesses in flight.
+    As many warps as a program can have: with one program on a multiprocessor the cache keeps more of its row."""
+    warps = 32
     return 2 * WARP * warps * ACCESS_BYTES // itemsize, warps
 
 

@@ -2,7 +2,8 @@
 
 The forward loops along the row twice: for the statistics, and for y. The backward cuts the columns into chunks of
 N_TILES tiles. A program takes one chunk of every num_programs-th row, and keeps the chunk's sums of dweight and dbias
-in registers. It reads the whole row for c1 and c2, and then the chunk once more, from the cache, for dx.
+in registers. It reads the whole row for c1 and c2, and then the chunk once more for dx. The second reading goes from
+the end of the row to its beginning: the cache still has what was read last, where all of it doesn't fit.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def _row_norm_long_forward_kernel(
         if mean_ptr is not None:
             lane_count += 1.0
             delta = h - lane_mean
-            new_mean = lane_mean + delta / lane_count
+            new_mean = lane_mean + delta * (1.0 / lane_count)  # one division a step, not one an element
             lane_m2 = tl.where(col_mask, lane_m2 + delta * (h - new_mean), lane_m2)
             lane_mean = tl.where(col_mask, new_mean, lane_mean)
         else:
@@ -82,8 +83,9 @@ def _row_norm_long_forward_kernel(
     else:
         rstd = reciprocal_sqrt(tl.sum(lane_m2, axis=0, keep_dims=True) + EPS)
     store_tile(rstd_ptr + row + tl.arange(0, 1), rstd, None)
-    for start in range(0, n_cols, TILE):
-        cols = start + tl.arange(0, TILE)
+    last = (tl.cdiv(n_cols, TILE) - 1) * TILE
+    for back in range(0, n_cols, TILE):
+        cols = last - back + tl.arange(0, TILE)
         col_mask = cols < n_cols
         if residual_ptr is not None:
             # needs no barrier: each thread reads what it wrote itself, the same lanes of the same tile
@@ -145,35 +147,32 @@ def _row_norm_long_backward_kernel(
         c1_sums, c2_sums = _coefficient_sums(
             h_row, dy_row, weight_ptr, statistics, lanes, n_cols, ZERO_CENTERED, TILE
         )  # fmt: skip
-        dh_tiles = ()
         if dh_ptr is not None:
-            # loaded before stores, which might alias them; one tile ahead where two sums leave no registers for all
-            dh_row = dh_ptr + row * dh_stride
-            for t in tl.static_range(N_TILES if dbias_ptr is None else 1):
-                first = chunk_start + t * TILE
-                dh_tiles = dh_tiles + (tl.load(dh_row + first + lanes, mask=lanes < n_cols - first, other=0.0),)
+            # a tile ahead: before the store of dx, which might alias it
+            last = chunk_start + (N_TILES - 1) * TILE
+            dh_row = dh_ptr + row * dh_stride + lanes
+            dh = tl.load(dh_row + last, mask=lanes < n_cols - last, other=0.0)
         coefficients = gradient_coefficients(c1_sums, c2_sums, statistics, n_cols)
         old_dweight_sums, old_dbias_sums = dweight_sums, dbias_sums
         dweight_sums, dbias_sums = (), ()
-        for t in tl.static_range(N_TILES):
+        for t in tl.static_range(N_TILES - 1, -1, -1):
             first = chunk_start + t * TILE
             col_mask = lanes < n_cols - first
             dy = tl.load(dy_row + first, mask=col_mask, other=0.0)
             x_factor, dy_factor = factors(tl.load(h_row + first, mask=col_mask, other=0.0), dy, statistics)
             if dweight_ptr is not None:
-                dweight_sums = dweight_sums + (old_dweight_sums[t] + dy_factor * rounded_to(x_factor, CAST),)
+                dweight_sums = (old_dweight_sums[t] + dy_factor * rounded_to(x_factor, CAST),) + dweight_sums
             if dbias_ptr is not None:
-                dbias_sums = dbias_sums + (old_dbias_sums[t] + dy.to(stat),)
+                dbias_sums = (old_dbias_sums[t] + dy.to(stat),) + dbias_sums
             dweight_sums, dbias_sums, statistics = materialize(dweight_sums, dbias_sums, statistics, r - t, n_rows)
             wdy_factor = dy_factor
             if weight_ptr is not None:
                 wdy_factor *= load_weight(weight_ptr + lanes + first, col_mask, stat, ZERO_CENTERED)
             dx = gradient(x_factor, wdy_factor, coefficients, statistics[0])
             if dh_ptr is not None:
-                dx += dh_tiles[t].to(stat)
-                if dbias_ptr is not None and t + 1 < N_TILES:
-                    next_dh = tl.load(dh_row + (first + TILE) + lanes, mask=lanes < n_cols - first - TILE, other=0.0)
-                    dh_tiles = dh_tiles + (next_dh,)
+                dx += dh.to(stat)
+                if t > 0:
+                    dh = tl.load(dh_row + first - TILE, mask=lanes < n_cols - first + TILE, other=0.0)
             store_gradient(dx_ptr, dresidual_ptr, row * n_cols + first + lanes, dx, col_mask)
     for t in tl.static_range(N_TILES):
         first = chunk_start + t * TILE
