@@ -108,7 +108,7 @@ def card(tmp_path):
     failed = {"test": "tests/test_gpu.py::test_x", "outcome": "failed", "seconds": 1, "why": ["E   boom"]}
     question = {"kind": "question", "operation": "rms_norm", "cols": 4096}
     questions = [question | {"variant": "as it is", "median_s": 1e-4},
-                 question | {"variant": "row held", "median_s": 2e-4},
+                 question | {"variant": "row kept", "median_s": 2e-4},
                  question | {"variant": "8-byte accesses", "failed": "no"}]  # fmt: skip
     found = {"times": times, "smoke": smoke, "tests": [failed], "questions": questions}
     lines = [json.dumps({"stage": stage} | line) for stage, lines in found.items() for line in lines]

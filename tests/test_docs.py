@@ -14,8 +14,7 @@ from fastnorm import backend
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "docs" / "_tools"
-EXCERPTS = {"internals.md", "adding_an_operation.md"}  # which show code of the project, not calls of it
-PAGES = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").rglob("*.md")) if p.name not in EXCERPTS)]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # What a reader sees, and what makes it run, in a comment that begins with "run".
 BLOCK = re.compile(r"^(?:```python\n(.*?)^```|<!-- run\n(.*?)^-->)", re.MULTILINE | re.DOTALL)
 WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf-8"))]
@@ -82,3 +81,32 @@ def test_notebooks_show_what_they_compute():
         assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)], path.name
         outputs = [output for cell in cells for output in cell["outputs"]]
         assert outputs and all(output["output_type"] != "error" for output in outputs), path.name
+
+
+MAPS = [ROOT / "CONTRIBUTING.md", ROOT / "docs" / "internals.md"]
+FOLDERS = ("csrc", "csrc/cpu", "csrc/cuda", "triton_kernels", "fastnorm")
+
+
+def test_internals_name_every_file():
+    """A header and its source may stand as `views.h, .cpp`."""
+    text = (ROOT / "docs" / "internals.md").read_text(encoding="utf-8")
+    whole = set(re.findall(r"[\w]+\.(?:cpp|h|cu|cuh|py)\b", text))
+    pairs = {stem + ending for stem, ending in re.findall(r"`(\w+)\.h(?:`|, )[,`]* *`?(\.\w+)`?", text)}
+    files = {path.name for folder in FOLDERS for path in (ROOT / folder).iterdir() if path.is_file()}
+    sources = {name for name in files if name.endswith((".cpp", ".h", ".cu", ".cuh", ".py")) and name[0] != "_"}
+    untold = {"functional.py", "text.py"}  # which only list names, and join words
+    assert sources - whole - pairs == untold
+
+
+@pytest.mark.parametrize("page", MAPS, ids=lambda page: page.name)
+def test_what_a_map_names_is_there(page):
+    """Paths, and the functions that stand before a path in brackets."""
+    text = page.read_text(encoding="utf-8")
+    paths = {path.split("#")[0] for path in re.findall(r"`((?:[\w.]+/)+[\w.]*)`", text)}
+    here = [p for p in paths if p.split("/")[0] in ("fastnorm", "triton_kernels", "csrc", "tests", "bench", "docs")]
+    assert len(here) > 10
+    assert [p for p in here if not (ROOT / p).exists()] == []
+    named = re.findall(r"`([\w:.]+)` \(`([\w/]+\.\w+)`\)", text)
+    for name, path in named:
+        if (ROOT / path).exists():
+            assert name.split(".")[-1].split("::")[-1] in (ROOT / path).read_text(encoding="utf-8"), (name, path)

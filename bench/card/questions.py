@@ -29,7 +29,7 @@ NORMS = ("rms_norm", "layer_norm")
 TOLERANCE = 0.02  # of the largest value: variants round elsewhere, in bfloat16
 
 
-def _held(cols, itemsize, sums, adds, widest):
+def _kept(cols, itemsize, sums, adds, widest):
     return launch.row_tiles(cols, itemsize, sums), True
 
 
@@ -68,7 +68,7 @@ def variants() -> dict[str, Callable[[], AbstractContextManager]]:
     return {
         "as it is": ExitStack,
         "without prefetch": lambda: change("prefetches", lambda tiles, itemsize: False),
-        "row held": lambda: change("backward_tiles", _held),
+        "row kept": lambda: change("backward_tiles", _kept),
         "row read again": lambda: change("backward_tiles", _read_again),
         "without maxnreg": lambda: change("options", _warps_alone),
         "8-byte accesses": eight_byte_accesses,
