@@ -39,7 +39,7 @@ def check_compiler() -> None:
     """Raises CannotBuild unless torch, setuptools and a suitable compiler are there."""
     cxx = compiler()
     if find_spec("torch") is None:
-        raise CannotBuild("there was no torch: pip builds in an environment of its own, without --no-build-isolation.")
+        raise CannotBuild("this installation was built without torch, as every wheel from PyPI is.")
     if find_spec("setuptools") is None:
         raise CannotBuild("setuptools is missing: pip install setuptools ninja.")
     if shutil.which(cxx[0]) is None:

@@ -251,7 +251,7 @@ def test_an_isolated_installation_records_why_it_has_no_extension(tmp_path):
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     reason = extension.recorded(site / "fastnorm")["reason"]
-    assert "there was no torch: pip builds in an environment of its own" in reason
+    assert "built without torch" in reason
     assert build.COMMAND in " ".join(done.stderr.split()), "what pip shows with -v"
     environment = os.environ | {"PYTHONPATH": str(site), "FASTNORM_CACHE_DIR": str(tmp_path / "cache")}
     command = [sys.executable, "-m", "fastnorm"]
