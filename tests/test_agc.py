@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from clipping import give_gradient
-from conftest import backend_parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import fastnorm
+from helpers.backends import backend_parameters
+from helpers.clipping import give_gradient
 
 SHAPES = ((), (1,), (7,), (5, 3), (1, 6), (6, 1), (4, 3, 2), (4, 3, 3, 3), (5, 1, 1, 1), (3, 2, 2, 2, 2), (2, 259))
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-import card_selection
 import pytest
-from card_selection import LEFT_OUT, SHAPES, cover, selected
 
 from fastnorm import backend
 from fastnorm.backend import ROW_NORMS
+from helpers import card_selection
+from helpers.card_selection import LEFT_OUT, SHAPES, cover, selected
 
 TESTS = Path(__file__).parent
 DTYPES = ("float32", "bfloat16", "float16", "float64")

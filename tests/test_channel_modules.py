@@ -8,11 +8,11 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SIMULATED, TORCH
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnorm
+from helpers.environment import SIMULATED, TORCH
 
 BATCH_NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")
 SHAPES = {"BatchNorm1d": (4, 6), "BatchNorm2d": (4, 6, 3, 2), "BatchNorm3d": (2, 6, 2, 3, 2),

@@ -4,12 +4,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from channel_norms import as_image, format_of
-from instruction_sets import AVAILABLE, run_with
-from norms import DTYPES
-from test_native import threads  # noqa: F401
 
 from fastnorm.views import ChannelView
+from helpers.channel_norms import as_image, format_of
+from helpers.instruction_sets import AVAILABLE, run_with
+from helpers.norms import DTYPES
 
 native = pytest.importorskip("fastnorm.native", exc_type=ImportError)
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -70,7 +69,7 @@ def everything(shape, channels_last, dtype=f32):
     ],
     ids=str,
 )
-def test_the_number_of_threads_changes_nothing(shape, channels_last, threads):  # noqa: F811
+def test_the_number_of_threads_changes_nothing(shape, channels_last, threads):
     threads(1)
     expected = everything(shape, channels_last)
     for count in (2, 3, 7):
@@ -260,7 +259,7 @@ class Normalised(torch.utils.data.Dataset):
         return native.batch_norm_forward(x, *[None] * 6, 0.1, 0.0, torch.contiguous_format, False, f32)[0].std()
 
 
-def test_forked_workers(threads):  # noqa: F811
+def test_forked_workers(threads):
     threads(2)
     everything((16, 64, 400), False)  # threads that a fork would not take along
     loader = torch.utils.data.DataLoader(Normalised(), num_workers=2, multiprocessing_context="fork", timeout=60)

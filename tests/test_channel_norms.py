@@ -3,15 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from channel_norms import MOMENTUM, Case, call, case_of, check, fused, in_format, inputs
-from conftest import SIMULATED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from norms import DTYPES
-from test_row_norms import relaid
 
 import fastnorm
 from fastnorm import backend
+from helpers.channel_norms import MOMENTUM, Case, call, case_of, check, fused, in_format, inputs
+from helpers.environment import SIMULATED
+from helpers.layouts import relaid
+from helpers.norms import DTYPES
 
 OPERATIONS = ("batch_norm", "group_norm")
 operations = pytest.mark.parametrize("op", OPERATIONS)

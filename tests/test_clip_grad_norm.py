@@ -9,13 +9,13 @@ import warnings
 
 import pytest
 import torch
-from clipping import HALVES, assert_like_stock, copied, inf, nan, odd_lists, outcome, parameters_with
-from conftest import on_a_card_too
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastnorm
+from helpers.backends import on_a_card_too
+from helpers.clipping import HALVES, assert_like_stock, copied, inf, nan, odd_lists, outcome, parameters_with
 
 pytestmark = pytest.mark.usefixtures("served_by")
 NORM_TYPES = (2.0, 1.0, inf, 0.0, -inf, -1.0, 0.5, 3.0, "2", 2)

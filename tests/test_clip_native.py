@@ -5,23 +5,15 @@ import mmap
 
 import pytest
 import torch
-from clipping import parameters_with
-from instruction_sets import AVAILABLE, run_with
-from norms import DTYPES
 
 import fastnorm
+from helpers.clipping import parameters_with
+from helpers.instruction_sets import AVAILABLE, run_with
+from helpers.norms import DTYPES
 
 native = pytest.importorskip("fastnorm.native", exc_type=ImportError)
 inf, nan = math.inf, math.nan
 NORM_TYPES = (2.0, 1.0, inf, -inf, 0.0, -1.0, 0.5, 3.0, 1.7, -2.5)
-
-
-@pytest.fixture
-def threads():
-    """Gives a setter of the number of threads, and takes back what it set."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def norm_of(tensors, norm_type=2.0):

@@ -11,8 +11,9 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from conftest import release
 from filelock import FileLock
+
+from helpers.environment import release
 
 pytest.importorskip("triton")
 

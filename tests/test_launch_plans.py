@@ -1,7 +1,8 @@
 """Repeated launches skip Triton's JIT, and are the launches that it would make."""
 
 import pytest
-from uninterpreted import told
+
+from helpers.uninterpreted import told
 
 pytest.importorskip("triton")
 

@@ -3,23 +3,15 @@
 
 import pytest
 import torch
-from instruction_sets import AVAILABLE, run_with
-from norms import DTYPES, backward, forward
 
 import fastnorm
 from fastnorm.backend import ROW_NORMS
+from helpers.instruction_sets import AVAILABLE, run_with
+from helpers.norms import DTYPES, backward, forward
 
 native = pytest.importorskip("fastnorm.native", exc_type=ImportError)
 ALL_BITS = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
 operations = pytest.mark.parametrize("op", ROW_NORMS)
-
-
-@pytest.fixture
-def threads():
-    """Gives a setter of the number of threads, and takes back what it set."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def random_rows(rows, cols, dtype=torch.float32):

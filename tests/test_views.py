@@ -3,14 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from channel_norms import format_of
-from conftest import SIMULATED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastnorm import backend, operators, reference, use
 from fastnorm.functional import batch_norm, group_norm, layer_norm, rms_norm
 from fastnorm.views import ChannelView, as_rows, batch_norm_format, suggested_format
+from helpers.channel_norms import format_of
+from helpers.environment import SIMULATED
 
 native = pytest.mark.skipif(backend._native is None, reason="looks into the compiled operators")
 f32 = torch.float32

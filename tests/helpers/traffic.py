@@ -1,0 +1,27 @@
+"""A virtual GPU on which a test counts bytes and instructions; where there is none, the tests that import this skip."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from fastnorm import backend
+
+ptxsim = pytest.importorskip("ptxsim", reason="counts on a virtual GPU, which is not installed")
+kernels = backend._triton
+if kernels is None or kernels.INTERPRETED:
+    pytest.skip("counts compiled code, and this run interprets the kernels or has no Triton", allow_module_level=True)
+
+from triton.runtime import driver  # noqa: E402
+
+
+@contextlib.contextmanager
+def virtual_gpu() -> Iterator[Any]:
+    """One with a single multiprocessor. Its launches also count for the whole run's own, where there is one."""
+    whole_run = driver._active
+    with ptxsim.simulated_gpu(target=90, num_sms=1, races="error", uninit_shared="error") as gpu:
+        yield gpu
+    if isinstance(whole_run, ptxsim.SimulatedGPU):
+        for counters in gpu.launches:
+            whole_run.launches.append(counters)
