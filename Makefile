@@ -19,7 +19,7 @@ STABILITY := $(filter-out %/common.py,$(wildcard examples/stability/*.py))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test test-codegen test-models test-torch test-triton lint bench real-model examples card gpu sanitize wheel clean distclean
+.PHONY: help install test test-fast test-codegen fuzz coverage test-models test-torch test-triton lint bench real-model examples card gpu sanitize wheel clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,17 @@ install: $(NATIVE)  ## make the virtual environment, install in editable mode, b
 test: lint  ## lint, then all tests
 # One OpenMP thread each, or the workers fight for the cores; tests of threading set their own number.
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not models" $(PYTEST_ARGS)
+
+test-fast: $(NATIVE)  ## while editing: each operation, backend and dtype once in every test, 90 seconds on two cores
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "fast and not models" --hypothesis-profile few $(PYTEST_ARGS)
+
+fuzz: $(NATIVE)  ## the tests of random inputs, with 20 times as many, other ones each time
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "hypothesis and not models" --hypothesis-profile fuzz --timeout 7200 $(PYTEST_ARGS)
+
+coverage: $(NATIVE)  ## which lines of fastnorm/ `make test` runs: the share, and those that are missing
+	mkdir -p build
+	COVERAGE_FILE=build/coverage OMP_NUM_THREADS=1 $(PY) -m pytest -m "not models" $(PYTEST_ARGS) \
+	  --cov fastnorm --cov-report term-missing:skip-covered
 
 test-codegen: $(NATIVE)  ## what Triton's kernels are compiled to, on six architectures (`make test` looks at two)
 	FASTNORM_TEST_CODEGEN=all OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS) tests/test_codegen.py

@@ -12,13 +12,19 @@ import pytest
 import torch
 from filelock import FileLock
 
-from helpers import card_selection
+from helpers import card_selection, fast_selection
 from helpers.environment import SIMULATED, release  # it tells Triton to interpret, before fastnorm imports Triton
 
 # isort: split
 import fastnorm
 from fastnorm import backend, build
 from helpers.backends import backend_parameters, clip_device_of, device_of
+
+# A test that hangs ends, and is named. Not among pytest's options: they would ask for pytest-timeout, which a rented
+# card does without.
+os.environ.setdefault("PYTEST_TIMEOUT", "600")
+if importlib.util.find_spec("hypothesis") is not None:
+    import helpers.drawing  # noqa: F401  its profiles
 
 
 def pytest_configure() -> None:
@@ -50,7 +56,9 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items: list[pytest.Item]) -> None:
-    """Marks what a card must show; `-m card` takes it in the order in which it matters."""
+    """Marks the tests of `make test-fast`, and those for a card, which `-m card` runs most valuable first."""
+    for item in fast_selection.selected(items):
+        item.add_marker("fast")
     chosen = card_selection.selected(items)
     for item in chosen:
         item.add_marker("card")

@@ -5,6 +5,8 @@ import pytest
 from fastnorm import backend
 from helpers.uninterpreted import told
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton")
 if backend._native is None:
     pytest.skip("launch plans are kept by the extension", allow_module_level=True)

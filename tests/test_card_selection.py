@@ -17,6 +17,8 @@ from fastnorm.backend import ROW_NORMS
 from helpers import card_selection
 from helpers.card_selection import LEFT_OUT, SHAPES, cover, selected
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parent
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # which of the selected tests, by their names, run the kernels in a file

@@ -12,7 +12,7 @@ from helpers.channel_norms import Case, call, case_of, fused, inputs
 from helpers.environment import SIMULATED
 from helpers.graphs import NAMESPACES, Graphs, called, ours
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_dynamo")]
 f32, bf16 = torch.float32, torch.bfloat16
 SHAPE = (4, 6, 5, 3)
 CASES = [

@@ -382,6 +382,7 @@ def losses_of(model: nn.Module, channels_last: bool, dtype: torch.dtype, steps: 
     return torch.tensor(losses, dtype=torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(SIMULATED, reason="a network's steps take too long on a virtual GPU")
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -245,6 +245,7 @@ def test_silu_over_the_whole_range():
 NUMERIC = "tail or overflow or means or differ or range or groups"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", AVAILABLE)
 def test_other_instruction_sets(name):
     run_with(name, __file__, NUMERIC)
@@ -259,6 +260,7 @@ class Normalised(torch.utils.data.Dataset):
         return native.batch_norm_forward(x, *[None] * 6, 0.1, 0.0, torch.contiguous_format, False, f32)[0].std()
 
 
+@pytest.mark.slow
 def test_forked_workers(threads):
     threads(2)
     everything((16, 64, 400), False)  # threads that a fork would not take along

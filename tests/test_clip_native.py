@@ -175,6 +175,7 @@ def test_a_unit_that_is_nan_spoils_only_itself():
 NUMERIC = "every_size or powers_leave or special or by_the_rule"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", AVAILABLE[:-1])
 def test_other_instruction_sets(name):
     run_with(name, __file__, NUMERIC)

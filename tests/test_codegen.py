@@ -19,6 +19,8 @@ pytest.importorskip("triton")
 
 from bench import codegen, control_flow, summary
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 ALL = os.environ.get("FASTNORM_TEST_CODEGEN") == "all"
 TARGETS = {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"} if ALL else {"sm_90", "gfx1100"}

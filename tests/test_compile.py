@@ -20,7 +20,7 @@ from helpers.norms import Case, call, inputs, plain_case
 
 MODULES = {"layer_norm": fastnorm.LayerNorm, "rms_norm": fastnorm.RMSNorm,
            "add_layer_norm": fastnorm.AddLayerNorm, "add_rms_norm": fastnorm.AddRMSNorm}  # fmt: skip
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_dynamo")]
 operations = pytest.mark.parametrize("op", ROW_NORMS)
 f32, bf16 = torch.float32, torch.bfloat16
 

@@ -13,7 +13,10 @@ from torch import nn
 import fastnorm
 from helpers import foreign_norms as foreign
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo"),
+]
 STEPS = 5
 
 

@@ -88,6 +88,7 @@ def block() -> nn.Module:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["convert, compile", "compile, convert", "compile, run, convert"])
 def test_compiled(order):
     x = torch.randn(3, 8)

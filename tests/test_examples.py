@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 from matplotlib.figure import Figure
 
-pytestmark = pytest.mark.usefixtures("compiled_kernels")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_kernels")]
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "stability"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
 PNG = b"\x89PNG\r\n\x1a\n"

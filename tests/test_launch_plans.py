@@ -4,6 +4,8 @@ import pytest
 
 from helpers.uninterpreted import told
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton")
 
 targets = pytest.mark.parametrize("target", ["sm_90", "gfx942"])

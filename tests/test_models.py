@@ -27,7 +27,7 @@ some_are_slow = pytest.mark.parametrize(
     "name", [*TIMM, *(pytest.param(name, marks=pytest.mark.models) for name in TRANSFORMERS)]
 )
 slow = pytest.mark.models
-pytestmark = pytest.mark.usefixtures("compiled_kernels")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_kernels")]
 INDUCTOR = ("resnet18", "vit_tiny", "Llama", "Gemma")
 TOLERANCE = {"rtol": 2e-3, "atol": 1e-4}  # of losses: 20 steps let the rounding of the first one grow
 # of losses and outputs in bfloat16: two roundings of the same network part by a few per cent

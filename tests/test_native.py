@@ -117,6 +117,7 @@ def test_a_mean_far_from_zero_costs_no_digits(cols):
 NUMERIC = "tail or 16_bit or overflow or far_from_zero or lies"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", AVAILABLE)
 def test_other_instruction_sets(name):
     run_with(name, __file__, NUMERIC)
@@ -131,6 +132,7 @@ class Normalised(torch.utils.data.Dataset):
         return forward(native, "rms_norm", x, eps=0.0)[0].mean()
 
 
+@pytest.mark.slow
 def test_forked_workers(threads):
     threads(2)
     everything("layer_norm", 256, 1024, torch.float32)  # threads that a fork would not take along

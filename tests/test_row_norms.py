@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import fastnorm
 from fastnorm import backend
 from fastnorm.backend import ROW_NORMS
+from helpers.drawing import examples
 from helpers.environment import SIMULATED
 from helpers.layouts import LAYOUTS, relaid
 from helpers.norms import DTYPES, Case, call, check, forward, inputs, plain_case
@@ -338,7 +339,7 @@ if not SIMULATED:  # hypothesis draws shapes at will, and each would be compiled
         return case, draw(st.sampled_from(["contiguous", *LAYOUTS]) if lead else st.just("contiguous"))
 
     @given(drawn=cases())
-    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @examples(40)
     def test_any_shape_layout_dtype_and_option(drawn, device):
         case, layout = drawn
         tensors = inputs(case, device)

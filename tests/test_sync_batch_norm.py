@@ -195,6 +195,7 @@ def process(rank, folder, names):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_equal_to_one_batch(tmp_path):
     names = [name for name in ("reference", "native") if backend.statuses()[name].available]
     mp.spawn(process, (tmp_path, names), nprocs=4)
