@@ -12,12 +12,12 @@ import pytest
 import torch
 from filelock import FileLock
 
-from helpers import card_selection, fast_selection
 from helpers.environment import SIMULATED, release  # it tells Triton to interpret, before fastnorm imports Triton
 
 # isort: split
 import fastnorm
 from fastnorm import backend, build
+from helpers import card_selection, fast_selection
 from helpers.backends import backend_parameters, clip_device_of, device_of
 
 # A test that hangs ends, and is named. Not among pytest's options: they would ask for pytest-timeout, which a rented

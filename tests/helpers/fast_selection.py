@@ -11,6 +11,7 @@ from dataclasses import is_dataclass
 
 import pytest
 
+import fastnorm
 from helpers.card_selection import BACKEND, parameters
 
 Cell = tuple[str, str, str]  # of operation, backend and dtype; "" for what the test does not name
@@ -33,10 +34,11 @@ def selected(items: Sequence[pytest.Item]) -> list[pytest.Item]:
 
 
 def cell_of(item: pytest.Item) -> Cell:
-    """Operations go by their parameter `op` or `name`, or by that of a case."""
+    """Operations go by the parameter `op`, by that of a case, or by a module's `name`."""
     given = parameters(item)
     case = next((value for value in given.values() if is_dataclass(value)), None)
-    operation = given.get("op", getattr(case, "op", given.get("name", "")))
+    module = given["name"] if hasattr(fastnorm, str(given.get("name"))) else ""
+    operation = given.get("op", getattr(case, "op", module))
     backend = next((given[name] for name in BACKEND if name in given), "")
     return str(operation), str(backend), str(given.get("dtype", getattr(case, "dtype", ""))).removeprefix("torch.")
 
