@@ -42,7 +42,7 @@ coverage: $(NATIVE)  ## which lines of fastnorm/ `make test` runs: the share, an
 	COVERAGE_FILE=build/coverage OMP_NUM_THREADS=1 $(PY) -m pytest -m "not models" $(PYTEST_ARGS) \
 	  --cov fastnorm --cov-report term-missing:skip-covered
 
-test-codegen: $(NATIVE)  ## what Triton's kernels are compiled to, on six architectures (`make test` looks at two)
+test-codegen: $(NATIVE)  ## what Triton's kernels are compiled to, on six architectures (`make test` looks at fewer)
 	FASTNORM_TEST_CODEGEN=all OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS) tests/test_codegen.py
 
 test-models: $(MODELS)  ## convert and clipping on real models and trainers: transformers, timm, Lightning, Accelerate
@@ -102,9 +102,10 @@ sanitize: $(NATIVE)  ## the native kernels' tests under AddressSanitizer and Und
 	  CFLAGS="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" \
 	  LDFLAGS="-fsanitize=address,undefined" $(abspath $(PY)) setup.py build_ext --inplace
 	cd build/sanitize && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
+	  PYTEST_TIMEOUT=3600 \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 	  $(abspath $(PY)) -m pytest -q -p no:cacheprovider tests/test_native.py tests/test_direct.py tests/test_row_norms.py \
-	  tests/test_channel_native.py tests/test_channel_norms.py -k "native or direct"
+	  tests/test_channel_native.py tests/test_channel_norms.py tests/test_instruction_sets.py -k "native or direct"
 
 wheel: $(NATIVE)  ## build a wheel for this machine's torch into dist/
 	rm -rf build/lib* build/bdist*
