@@ -28,7 +28,7 @@ TARGETS = {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"} if ALL els
 WIDTHS = "128,1024,4096,7168,16384,32768,65536"
 GREEDY = ["--targets", "sm_80", "--dtypes", "fp32", "--widths", "1793,7168,16384"]
 # operations and widths; rows of 24576 fit in gfx942's registers, and in no NVIDIA card's
-AMD = {"gfx1100": ("rms_norm,add_layer_norm", "7168,32768"), "gfx942": ("add_rms_norm", "24576")}
+ON_AMD = {"gfx1100": ("rms_norm,add_layer_norm", "7168,32768"), "gfx942": ("add_rms_norm", "24576")}
 if ALL:
     WIDTHS = "96,128,1024,1280,1536,2560,4096,5120,6144,7168,8192,12288,16384,32768,65536"
     GREEDY = ["--targets", "sm_80,sm_120,gfx1100", "--dtypes", "fp32,mixed"]
@@ -69,7 +69,7 @@ def kernels(tmp_path_factory) -> list[dict]:
     plain = ["--operations", "rms_norm,add_layer_norm", "--targets", targets(), "--dtypes", "bf16", "--widths", WIDTHS]
     greedy = ["--operations", "layer_norm,add_layer_norm", *GREEDY]
     kinds = {"plain": plain, "greedy": greedy}
-    for target, (operations, widths) in AMD.items():
+    for target, (operations, widths) in ON_AMD.items():
         kinds[target] = ["--operations", operations, "--targets", target, "--dtypes", "bf16", "--widths", widths]
     return [kernel for kind, options in kinds.items() for kernel in compiled(tmp_path_factory, kind, *options)]
 
@@ -79,7 +79,7 @@ def name(kernel: dict) -> str:
 
 
 def test_every_architecture_and_kernel_is_there(kernels):
-    assert {k["target"] for k in kernels} == TARGETS | {"sm_80", *AMD}
+    assert {k["target"] for k in kernels} == TARGETS | {"sm_80", *ON_AMD}
     kinds = "forward", "long_forward", "backward", "long_backward"
     for operations in (("rms_norm", "add_rms_norm"), ("layer_norm", "add_layer_norm")):
         assert {f"row_norm_{kind}" for kind in kinds} <= {k["kernel"] for k in kernels if k["operation"] in operations}
