@@ -20,7 +20,7 @@ STABILITY := $(filter-out %/common.py,$(wildcard examples/stability/*.py))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test test-codegen test-models test-torch test-triton lint bench real-model examples docs card gpu sanitize wheel clean distclean
+.PHONY: help install test test-fast test-codegen fuzz coverage test-models test-torch test-triton lint bench real-model examples docs card gpu sanitize wheel clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,7 +32,18 @@ test: lint  ## lint, then all tests
 # One OpenMP thread each, or the workers fight for the cores; tests of threading set their own number.
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not models" $(PYTEST_ARGS)
 
-test-codegen: $(NATIVE)  ## what Triton's kernels are compiled to, on six architectures (`make test` looks at two)
+test-fast: $(NATIVE)  ## while editing: each operation, backend and dtype once in every test, 90 seconds on two cores
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "fast and not models" --hypothesis-profile few $(PYTEST_ARGS)
+
+fuzz: $(NATIVE)  ## the tests of random inputs, with 20 times as many, other ones each time
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "hypothesis and not models" --hypothesis-profile fuzz --timeout 7200 $(PYTEST_ARGS)
+
+coverage: $(NATIVE)  ## which lines of fastnorm/ `make test` runs: the share, and those that are missing
+	mkdir -p build
+	COVERAGE_FILE=build/coverage OMP_NUM_THREADS=1 $(PY) -m pytest -m "not models" $(PYTEST_ARGS) \
+	  --cov fastnorm --cov-report term-missing:skip-covered
+
+test-codegen: $(NATIVE)  ## what Triton's kernels are compiled to, on six architectures (`make test` looks at fewer)
 	FASTNORM_TEST_CODEGEN=all OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS) tests/test_codegen.py
 
 test-models: $(MODELS)  ## convert and clipping on real models and trainers: transformers, timm, Lightning, Accelerate
@@ -99,9 +110,10 @@ sanitize: $(NATIVE)  ## the native kernels' tests under AddressSanitizer and Und
 	  CFLAGS="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" \
 	  LDFLAGS="-fsanitize=address,undefined" $(abspath $(PY)) setup.py build_ext --inplace
 	cd build/sanitize && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
+	  PYTEST_TIMEOUT=3600 \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 	  $(abspath $(PY)) -m pytest -q -p no:cacheprovider tests/test_native.py tests/test_direct.py tests/test_row_norms.py \
-	  tests/test_channel_native.py tests/test_channel_norms.py -k "native or direct"
+	  tests/test_channel_native.py tests/test_channel_norms.py tests/test_instruction_sets.py -k "native or direct"
 
 wheel: $(NATIVE)  ## build a wheel for this machine's torch into dist/
 	rm -rf build/lib* build/bdist*

@@ -5,27 +5,26 @@ import gc
 import importlib.util
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata
 
-import card_selection
 import pytest
 import torch
 from filelock import FileLock
 
+from helpers.environment import SIMULATED, release  # it tells Triton to interpret, before fastnorm imports Triton
 
-def release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])
+# isort: split
+import fastnorm
+from fastnorm import backend, build
+from helpers import card_selection, fast_selection
+from helpers.backends import backend_parameters, clip_device_of, device_of
 
-
-TORCH = release(torch.__version__)
-SIMULATED = "ptxsim.pytest_plugin" in sys.modules  # launches run on a virtual GPU, which compiles every kernel
-if not SIMULATED and not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's decorators read it when they are first imported
-
-import fastnorm  # noqa: E402
-from fastnorm import backend, build  # noqa: E402
+# A test that hangs ends, and is named. Not among pytest's options: they would ask for pytest-timeout, which a rented
+# card does without.
+os.environ.setdefault("PYTEST_TIMEOUT", "600")
+if importlib.util.find_spec("hypothesis") is not None:
+    import helpers.drawing  # noqa: F401  its profiles
 
 
 def pytest_configure() -> None:
@@ -50,14 +49,16 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
     plans.CALLS_BEFORE = 0  # a test's one call is made by a plan
     if SIMULATED:
-        import virtual_launches
+        from helpers import virtual_launches
 
         virtual_launches.install(session.config._ptxsim)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items: list[pytest.Item]) -> None:
-    """Marks what a card must show; `-m card` takes it in the order in which it matters."""
+    """Marks the tests of `make test-fast`, and those for a card, which `-m card` runs most valuable first."""
+    for item in fast_selection.selected(items):
+        item.add_marker("fast")
     chosen = card_selection.selected(items)
     for item in chosen:
         item.add_marker("card")
@@ -66,89 +67,18 @@ def pytest_collection_modifyitems(config, items: list[pytest.Item]) -> None:
         items[:] = [*chosen, *(item for item in items if item in others)]
 
 
-def _round_bfloat16_in_the_interpreter() -> None:
-    """Triton's interpreter cuts float32 off to bfloat16 where every GPU rounds, and reads a float64 as an integer on
-    the way there. With torch's casts in their place the tests can be as strict here as on a card."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    types = {getattr(tl, name): getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
-    builder = interpreter.InterpreterBuilder
-    stock = builder.cast_impl
-
-    def cast(self, src, dst_type, rounding_mode=None):
-        source, target = src.dtype.scalar, dst_type.scalar
-        if tl.bfloat16 not in (source, target) or source not in types or target not in types:
-            return stock(self, src, dst_type)
-        data = torch.from_numpy(src.data.copy())
-        data = (data.view(torch.bfloat16) if source == tl.bfloat16 else data).to(types[target])
-        data = data.view(torch.uint16) if target == tl.bfloat16 else data
-        return interpreter.TensorHandle(data.numpy(), target)
-
-    builder.cast_impl = cast
-    builder.create_fp_to_fp = cast
-
-
-def _fuse_in_the_interpreter() -> None:
-    """Triton's interpreter rounds a multiply-add's product, which is what a card's does not, and kernels rely on."""
-    import numpy as np
-    from triton.runtime import interpreter
-
-    def fma(self, x, y, z):
-        wide = {np.dtype(np.float32): np.float64, np.dtype(np.float64): np.longdouble}[z.data.dtype]
-        fused = x.data.astype(wide) * y.data + z.data
-        return interpreter.TensorHandle(fused.astype(z.data.dtype), z.dtype.scalar)
-
-    interpreter.InterpreterBuilder.create_fma = fma
-
-
-def _patch_once_in_the_interpreter() -> None:
-    """Triton's interpreter patches its language anew for every function that a kernel calls, which takes most of its
-    time; what the kernel's launch, or an earlier call, has patched already can stay."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    def call(self, *args, **kwargs):
-        names = self.fn.__globals__
-        if any(tl.core.is_builtin(names[name].load) for name in ("tl", "core") if name in names):
-            interpreter._patch_lang(self.fn)
-        return self.rewrite()(*args, **kwargs)
-
-    interpreter.InterpretedFunction.__call__ = call
-
-
 if SIMULATED:
-    import host_addresses
+    from helpers import host_addresses
 
     host_addresses.install()
 
 if backend._triton is not None and backend._triton.INTERPRETED:
-    _round_bfloat16_in_the_interpreter()
-    _fuse_in_the_interpreter()
-    _patch_once_in_the_interpreter()
+    from helpers import interpreter
+
+    interpreter.install()
 
 
-def _device(name: str) -> str:
-    if name == "triton" and backend._triton is not None:
-        return backend._triton.device_type() or "cpu"
-    return "cuda" if torch.cuda.is_available() and name == "reference" else "cpu"
-
-
-def backend_parameters(*names: str) -> list:
-    marks = {"triton": [pytest.mark.triton]}
-    return [pytest.param(name, id=name, marks=marks.get(name, [])) for name in names]
-
-
-def has_cuda_clips() -> bool:
-    """Whether there is a card, and the extension has the clips' kernels for it; its norms are the CPU's alone."""
-    return torch.cuda.is_available() and "cuda" in backend._native_clip_devices and backend._native.covers(0)
-
-
-def _clip_device(name: str) -> str:
-    return "cuda" if name == "native" and has_cuda_clips() else _device(name)
-
-
-def _on_backend(request, device_of: Callable[[str], str] = _device) -> Iterator[str]:
+def _on_backend(request, device_of: Callable[[str], str] = device_of) -> Iterator[str]:
     status = backend.statuses()[request.param]
     if not status.available:
         pytest.skip(f"{status.name} backend: {status.detail}")
@@ -171,14 +101,14 @@ def kernel_device(request) -> Iterator[str]:
 @pytest.fixture(params=backend_parameters("reference", "native", "triton"))
 def clip_device(request) -> Iterator[str]:
     """As `device`, for the clips."""
-    yield from _on_backend(request, _clip_device)
+    yield from _on_backend(request, clip_device_of)
 
 
 @pytest.fixture(params=["native", "triton"])
 def clip_backend(request) -> Iterator[str]:
     """Each backend whose clips run on a card, named."""
     status = backend.statuses()[request.param]
-    if not status.available or _clip_device(request.param) != "cuda":
+    if not status.available or clip_device_of(request.param) != "cuda":
         pytest.skip(f"{status.name} backend: {status.detail}")
     with fastnorm.use(request.param):
         yield request.param
@@ -197,14 +127,11 @@ def served_by(request) -> Iterator[str]:
         yield request.param
 
 
-on_a_card_too = pytest.mark.parametrize("served_by", ["automatic", "reference", "card"], indirect=True)
-
-
 @pytest.fixture
 def triton_device() -> Iterator[str]:
     """The device of Triton's kernels, with the Triton backend named. Tests that use it are marked triton."""
     with fastnorm.use("triton"):
-        yield _device("triton")
+        yield device_of("triton")
 
 
 @pytest.fixture
@@ -235,3 +162,32 @@ def poisoned_memory():
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def native_named() -> Iterator[None]:
+    with fastnorm.use("native"):
+        yield
+
+
+@pytest.fixture
+def compiled_kernels() -> Iterator[None]:
+    """What a CPU takes outside of the tests: not Triton's interpreter, which takes seconds for a verification."""
+    with fastnorm.use("native" if backend.statuses()["native"].available else "reference"):
+        yield
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Gives a setter of the number of threads, and takes back what it set."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """No test finds what another compiled."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -14,6 +14,8 @@ import pytest
 
 from fastnorm import backend, build
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 needs_extension = pytest.mark.skipif(backend._native is None, reason="the extension is not built")
 

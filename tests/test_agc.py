@@ -6,13 +6,14 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from clipping import give_gradient
-from conftest import backend_parameters
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 import fastnorm
+from helpers.backends import backend_parameters
+from helpers.clipping import give_gradient
+from helpers.drawing import examples
 
 SHAPES = ((), (1,), (7,), (5, 3), (1, 6), (6, 1), (4, 3, 2), (4, 3, 3, 3), (5, 1, 1, 1), (3, 2, 2, 2, 2), (2, 259))
 
@@ -154,7 +155,7 @@ def lay_out(x, layout, is_grad):
     return x
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     cases=st.lists(
         st.tuples(
@@ -343,6 +344,7 @@ def _clip_shards(rank, ranks, meeting_point):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch is built without gloo")
 def test_shards_are_clipped_as_the_tensors_that_they_are_of(tmp_path):
     torch.multiprocessing.spawn(_clip_shards, (2, tmp_path / "meeting_point"), nprocs=2)

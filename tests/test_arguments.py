@@ -5,11 +5,11 @@ import fractions
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TORCH
-from test_bad_input import error_of
 
 import fastnorm
 from fastnorm import functional
+from helpers.environment import TORCH
+from helpers.stock import error_of
 
 numpy = pytest.importorskip("numpy", reason="half of these numbers are its own")
 

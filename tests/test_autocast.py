@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TORCH
-from norms import DTYPES
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastnorm import functional
 from fastnorm.ops import arguments
+from helpers.environment import TORCH
+from helpers.norms import DTYPES
 
 CALLS = {
     "layer_norm": lambda m, x: m.layer_norm(x, (8,)),

@@ -3,12 +3,12 @@
 
 import pytest
 import torch
-from norms import call, inputs, plain_case
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fastnorm
 from fastnorm import backend
 from fastnorm.backend import BACKENDS, ROW_NORMS
+from helpers.norms import call, inputs, plain_case
 
 operations = pytest.mark.parametrize("op", ROW_NORMS)
 

@@ -3,12 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TORCH
-from norms import plain_case
 
 import fastnorm
 from fastnorm import functional
 from fastnorm.backend import ROW_NORMS
+from helpers.environment import TORCH
+from helpers.norms import plain_case
+from helpers.stock import error_of
 
 NAN = float("nan")
 FLOAT8 = torch.float8_e4m3fn
@@ -24,14 +25,6 @@ def arguments(op: str, **changes) -> dict:
     if case.adds and "input" in changes:
         changes["x"] = changes.pop("input")
     return right | changes
-
-
-def error_of(function, given: dict) -> Exception | None:
-    try:
-        function(**given)
-    except Exception as error:  # noqa: BLE001, whatever it is, it is compared
-        return error
-    return None
 
 
 def stock_error(op: str, given: dict) -> Exception | None:

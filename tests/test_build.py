@@ -16,6 +16,8 @@ import fastnorm
 from fastnorm import backend, build, extension
 from fastnorm.__main__ import main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="compiles")
 # Small enough to be compiled in a second; what the real one says of its torch.

@@ -1,9 +1,11 @@
 """What C++ launches for the Triton backend, without Triton's launcher, is what Triton's would."""
 
 import pytest
-from uninterpreted import told
 
 from fastnorm import backend
+from helpers.uninterpreted import told
+
+pytestmark = pytest.mark.slow
 
 pytest.importorskip("triton")
 if backend._native is None:

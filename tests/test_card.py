@@ -16,6 +16,8 @@ from bench import summary as documents
 from bench.card import kernels, stages, summary
 from bench.cli import main as bench
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PYTHON = [sys.executable, "-c"]
 

@@ -1,23 +1,21 @@
 """`pytest -m card` has every kernel, and stays small."""
 
-import json
-import os
 import re
-import subprocess
-import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-import card_selection
 import pytest
-from card_selection import LEFT_OUT, SHAPES, cover, selected
 
 from fastnorm import backend
 from fastnorm.backend import ROW_NORMS
+from helpers import card_selection
+from helpers.card_selection import LEFT_OUT, SHAPES, cover, selected
+from helpers.collection import TESTS, chosen
 
-TESTS = Path(__file__).parent
+pytestmark = pytest.mark.slow
+
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # which of the selected tests, by their names, run the kernels in a file
 KERNELS_IN = {
@@ -37,28 +35,12 @@ KERNELS_IN = {
     "multi_tensor.cu": ["test_norms_of_every_kind.*native", "test_scale_and_dup.*native", "test_clamp.*native"],
     "agc.cu": ["test_adaptive_clipping.*native", "test_long_units.*native"],
 }
-COLLECT = """
-import json, sys, pytest
-
-class Report:
-    def pytest_collection_finish(self, session):
-        json.dump([(item.nodeid, {k: str(v) for k, v in item.callspec.params.items()} if hasattr(item, "callspec")
-                    else {}) for item in session.items], open(sys.argv[1], "w"))
-
-sys.exit(pytest.main(["--collect-only", "-qq", "-m", "card", "-p", "no:cacheprovider", sys.argv[2]], [Report()]))
-"""
-
-
 @pytest.fixture
-def selection(tmp_path) -> list[tuple[str, dict[str, str]]]:
+def selection(tmp_path_factory) -> list[tuple[str, dict[str, str]]]:
     """The names of what `pytest -m card` runs, in its order, and their parameters."""
     if backend._triton is None:
         pytest.skip("needs Triton")
-    report = tmp_path / "items.json"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
-    # whatever it exits with: a file that can't be imported fails by itself
-    subprocess.run([sys.executable, "-c", COLLECT, report, TESTS], cwd=TESTS.parent, env=environment, check=False)
-    return [(name.partition("tests/")[2], params) for name, params in json.loads(report.read_text())]
+    return [(name, params) for name, params, _ in chosen(tmp_path_factory, "card")]
 
 
 def test_the_selection_has_every_kernel_and_is_small(selection):
@@ -89,8 +71,8 @@ def test_the_selection_has_every_kernel_and_is_small(selection):
         file, _, function = name.partition("::")
         assert f"def {function}" in (TESTS / file).read_text(), f"{name} is gone"
     for name, shapes in SHAPES.items():
-        chosen = {params["shape"] for other, params in selection if other.partition("[")[0] == name}
-        assert chosen == set(shapes.split("  ")), name
+        shown = {params["shape"] for other, params in selection if other.partition("[")[0] == name}
+        assert shown == set(shapes.split("  ")), name
 
 
 @dataclass

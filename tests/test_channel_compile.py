@@ -2,16 +2,17 @@
 
 import pytest
 import torch
-from channel_norms import Case, call, case_of, fused, inputs
-from conftest import SIMULATED
-from test_compile import NAMESPACES, Graphs, called, fresh_dynamo, ours  # noqa: F401 - a fixture among them
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import fastnorm
 from fastnorm import backend
 from fastnorm.views import ChannelView
+from helpers.channel_norms import Case, call, case_of, fused, inputs
+from helpers.environment import SIMULATED
+from helpers.graphs import NAMESPACES, Graphs, called, ours
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_dynamo")]
 f32, bf16 = torch.float32, torch.bfloat16
 SHAPE = (4, 6, 5, 3)
 CASES = [

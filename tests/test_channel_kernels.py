@@ -4,13 +4,13 @@ import inspect
 
 import pytest
 import torch
-from channel_norms import as_image, format_of
 from hypothesis import given
 from hypothesis import strategies as st
-from test_launch import far_apart
 from torch import Tensor
 
 from fastnorm import backend
+from helpers.channel_norms import as_image, format_of
+from helpers.layouts import far_apart
 
 launch = pytest.importorskip("fastnorm.triton_kernels.launch", reason="needs Triton")
 kernels = backend._triton

@@ -4,12 +4,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from channel_norms import as_image, format_of
-from instruction_sets import AVAILABLE, run_with
-from norms import DTYPES
-from test_native import threads  # noqa: F401
 
 from fastnorm.views import ChannelView
+from helpers.channel_norms import as_image, format_of
+from helpers.norms import DTYPES
 
 native = pytest.importorskip("fastnorm.native", exc_type=ImportError)
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -70,7 +68,7 @@ def everything(shape, channels_last, dtype=f32):
     ],
     ids=str,
 )
-def test_the_number_of_threads_changes_nothing(shape, channels_last, threads):  # noqa: F811
+def test_the_number_of_threads_changes_nothing(shape, channels_last, threads):
     threads(1)
     expected = everything(shape, channels_last)
     for count in (2, 3, 7):
@@ -95,6 +93,7 @@ def bits(mask, n):
 TOLERANCES = {f32: 3e-6, bf16: 9e-3, f16: 1.1e-3, f64: 1e-13}
 
 
+@pytest.mark.instruction_sets
 @layouts
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [1, 2, 7, 15, 17, 33, 63, 64, 65, 130])
@@ -113,6 +112,7 @@ def test_every_word_tail(n, dtype, channels_last):
         torch.testing.assert_close(actual.double(), value, rtol=0, atol=tolerance * scale)
 
 
+@pytest.mark.instruction_sets
 @layouts
 @pytest.mark.parametrize("n", [49, 300, 5000])
 def test_dtypes_that_differ_give_what_equal_ones_give(n, channels_last):
@@ -134,6 +134,7 @@ def test_dtypes_that_differ_give_what_equal_ones_give(n, channels_last):
     assert [t.dtype for t in (dx, dresidual, dweight, dbias)] == [bf16, bf16, f16, f64]
 
 
+@pytest.mark.instruction_sets
 @layouts
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
 @pytest.mark.parametrize("size", [1e18, 1e30])
@@ -144,6 +145,7 @@ def test_values_whose_squares_overflow(size, dtype, channels_last):
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.instruction_sets
 @layouts
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
 def test_constant_channels_whose_sums_overflow(dtype, channels_last):
@@ -154,6 +156,7 @@ def test_constant_channels_whose_sums_overflow(dtype, channels_last):
     assert torch.equal(mean, torch.tensor([3e38, -1e38]).to(dtype).float()) and not y.any()
 
 
+@pytest.mark.instruction_sets
 @layouts
 def test_blocks_about_different_means(channels_last):
     """The first block of a channel says nothing about the others; neither does a dead one."""
@@ -167,6 +170,7 @@ def test_blocks_about_different_means(channels_last):
     torch.testing.assert_close(square_sum.double() / x.numel(), exact.var(unbiased=False).view(1), rtol=1e-6, atol=0)
 
 
+@pytest.mark.instruction_sets
 @layouts
 @pytest.mark.parametrize("level", [3.0, 1e4])
 def test_means_far_from_the_first_elements(level, channels_last):
@@ -184,6 +188,7 @@ def test_means_far_from_the_first_elements(level, channels_last):
     assert square_sum[7] == 0
 
 
+@pytest.mark.instruction_sets
 @layouts
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_groups_of_all_sizes(dtype, channels_last):
@@ -233,6 +238,7 @@ def test_outputs_that_are_written_past_the_caches(dtype, channels_last):
         del found
 
 
+@pytest.mark.instruction_sets
 def test_silu_over_the_whole_range():
     """One channel with weight 1 and bias z, so that x̂ vanishes: y is silu of every z."""
     z = torch.cat([torch.linspace(-110, 110, 4001), torch.tensor([-1e30, -800.0, 800.0, 1e30])])
@@ -241,14 +247,6 @@ def test_silu_over_the_whole_range():
         y, *_ = native.group_norm_forward(x, 1, None, z.to(dtype), 1e-5, torch.contiguous_format, True, dtype)
         expected = F.silu(z.double())
         torch.testing.assert_close(y[0, :, 0].double(), expected, rtol=tolerance, atol=5e-37)  # exp's end in float32
-
-
-NUMERIC = "tail or overflow or means or differ or range or groups"
-
-
-@pytest.mark.parametrize("name", AVAILABLE)
-def test_other_instruction_sets(name):
-    run_with(name, __file__, NUMERIC)
 
 
 class Normalised(torch.utils.data.Dataset):
@@ -260,7 +258,8 @@ class Normalised(torch.utils.data.Dataset):
         return native.batch_norm_forward(x, *[None] * 6, 0.1, 0.0, torch.contiguous_format, False, f32)[0].std()
 
 
-def test_forked_workers(threads):  # noqa: F811
+@pytest.mark.slow
+def test_forked_workers(threads):
     threads(2)
     everything((16, 64, 400), False)  # threads that a fork would not take along
     loader = torch.utils.data.DataLoader(Normalised(), num_workers=2, multiprocessing_context="fork", timeout=60)

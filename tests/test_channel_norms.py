@@ -3,15 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from channel_norms import MOMENTUM, Case, call, case_of, check, fused, in_format, inputs
-from conftest import SIMULATED
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from norms import DTYPES
-from test_row_norms import relaid
 
 import fastnorm
 from fastnorm import backend
+from helpers.channel_norms import MOMENTUM, Case, call, case_of, check, fused, in_format, inputs
+from helpers.drawing import examples
+from helpers.environment import SIMULATED
+from helpers.layouts import relaid
+from helpers.norms import DTYPES
 
 OPERATIONS = ("batch_norm", "group_norm")
 operations = pytest.mark.parametrize("op", OPERATIONS)
@@ -372,7 +373,7 @@ if not SIMULATED:  # hypothesis draws shapes at will, and each would be compiled
         return case, layout
 
     @given(drawn=cases())
-    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @examples(40)
     def test_any_shape_layout_dtype_and_option(drawn, device):
         case, layout = drawn
         values = case.shape[0] * torch.Size(case.shape[2:]).numel()

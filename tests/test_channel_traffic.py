@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from channel_norms import as_image, format_of
-from test_traffic import kernels, virtual_gpu
+
+from helpers.channel_norms import as_image, format_of
+from helpers.traffic import kernels, virtual_gpu
 
 pytestmark = pytest.mark.triton
 

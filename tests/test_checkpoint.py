@@ -3,9 +3,10 @@
 from functools import partial
 
 import pytest
-from every_norm import CASES, all_between_neighbours, assert_same, everything, make_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from helpers.every_norm import CASES, all_between_neighbours, assert_same, everything, make_inputs
 
 RUNS = [(case, CheckpointPolicy.MUST_SAVE, 1) for case in CASES]
 RUNS += [(case, CheckpointPolicy.MUST_RECOMPUTE, 2) for case in CASES if case.endswith("norm-2x3x24")]

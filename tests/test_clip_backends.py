@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 import torch
-from clipping import HALVES, assert_like_stock, inf, nan, odd_lists, outcome, parameters_with
-from conftest import backend_parameters
 from torch import nn
 
 import fastnorm
 from fastnorm import backend
+from helpers.backends import backend_parameters
+from helpers.clipping import HALVES, assert_like_stock, inf, nan, odd_lists, outcome, parameters_with
 
 pytestmark = pytest.mark.parametrize("clip_device", backend_parameters("native", "triton"), indirect=True)
 # what kernels read: the others go to PyTorch's operations, and a named backend refuses them. Duplicates are a race in

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from clip_kernels import Cuda, assert_norms, kernel, randn
 
 from fastnorm import backend
+from helpers.clip_kernels import Cuda, assert_norms, kernel, randn
 
 pytestmark = pytest.mark.cuda
 ROOT = Path(__file__).resolve().parents[1]

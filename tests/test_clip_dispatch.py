@@ -4,14 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from clipping import assert_like_stock, odd_lists, outcome, parameters_with
-from conftest import has_cuda_clips, on_a_card_too
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnorm
 from fastnorm import backend, reference
+from helpers.backends import has_cuda_clips, on_a_card_too
+from helpers.clipping import assert_like_stock, odd_lists, outcome, parameters_with
 
 pytestmark = pytest.mark.usefixtures("served_by")
 

@@ -13,7 +13,10 @@ from torch import nn
 
 import fastnorm
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo"),
+]
 inf, nan = math.inf, math.nan
 NORM_TYPES = (2.0, 1.0, inf, 0.0, -inf, -1.0, 0.5, 3.0)
 

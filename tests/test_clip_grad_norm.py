@@ -9,13 +9,14 @@ import warnings
 
 import pytest
 import torch
-from clipping import HALVES, assert_like_stock, copied, inf, nan, odd_lists, outcome, parameters_with
-from conftest import on_a_card_too
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastnorm
+from helpers.backends import on_a_card_too
+from helpers.clipping import HALVES, assert_like_stock, copied, inf, nan, odd_lists, outcome, parameters_with
+from helpers.drawing import examples
 
 pytestmark = pytest.mark.usefixtures("served_by")
 NORM_TYPES = (2.0, 1.0, inf, 0.0, -inf, -1.0, 0.5, 3.0, "2", 2)
@@ -239,6 +240,6 @@ def tensors(draw) -> Tensor:
 
 
 @given(st.lists(tensors(), max_size=6), st.sampled_from([2.0, 1.0, inf, 0.0, 3.0, 0.5]), st.booleans())
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_any_list_like_stock(grads, norm_type, tight):
     assert_like_stock(grads, 0.5 if tight else 1e9, norm_type)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from clip_kernels import Cuda, assert_norms, randn
-from conftest import backend_parameters, has_cuda_clips
 from torch import Tensor
 
 from fastnorm import backend, reference
+from helpers.backends import backend_parameters, has_cuda_clips
+from helpers.clip_kernels import Cuda, assert_norms, randn
 
 triton_kernels = backend._triton
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,23 +5,14 @@ import mmap
 
 import pytest
 import torch
-from clipping import parameters_with
-from instruction_sets import AVAILABLE, run_with
-from norms import DTYPES
 
 import fastnorm
+from helpers.clipping import parameters_with
+from helpers.norms import DTYPES
 
 native = pytest.importorskip("fastnorm.native", exc_type=ImportError)
 inf, nan = math.inf, math.nan
 NORM_TYPES = (2.0, 1.0, inf, -inf, 0.0, -1.0, 0.5, 3.0, 1.7, -2.5)
-
-
-@pytest.fixture
-def threads():
-    """Gives a setter of the number of threads, and takes back what it set."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def norm_of(tensors, norm_type=2.0):
@@ -35,6 +26,7 @@ def random_lists(dtype):
     return [torch.randn(size, dtype=torch.float64).to(dtype) for size in sizes]
 
 
+@pytest.mark.instruction_sets
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm_type", NORM_TYPES)
 def test_every_size_against_float64(dtype, norm_type):
@@ -49,6 +41,7 @@ def test_every_size_against_float64(dtype, norm_type):
     assert nonfinite.dtype == torch.float32 and nonfinite.item() == 0
 
 
+@pytest.mark.instruction_sets
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scaling_and_clamping_every_size(dtype):
     coefficient = torch.tensor(0.37)
@@ -68,6 +61,7 @@ def test_a_hundred_million_elements():
     assert norm_of([x], 1.0) == pytest.approx(1e8 * x[0].item(), rel=1e-6)
 
 
+@pytest.mark.instruction_sets
 @pytest.mark.parametrize("dtype, sizes", [
     (torch.float32, (1e30, 1e-30, 3e38, 1e-38, 1e-44)), (torch.bfloat16, (1e30, 1e-30)),
     (torch.float64, (1e30, 1e300, 1e-300, 5e-322)), (torch.float16, (6e4, 6e-8)),
@@ -84,6 +78,7 @@ def test_sizes_whose_powers_leave_the_dtype(dtype, sizes, norm_type):
         assert norms.isfinite().all() or total.isinf()
 
 
+@pytest.mark.instruction_sets
 def test_special_values_anywhere():
     """In the middle of vectors, in their tails, and in the last piece."""
     for n, where in ((5, 0), (67, 66), (70_000, 12_345), (140_000, 139_999)):
@@ -151,6 +146,7 @@ def adaptively_clipped(grad, param, units, clip_factor, eps, norm_type):
     return torch.where(norm < limit, g, g * limit / norm.clamp(min=1e-6)).view(grad.shape)
 
 
+@pytest.mark.instruction_sets
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm_type", [2.0, 1.0, inf, 3.0])
 def test_adaptive_clipping_by_the_rule(dtype, norm_type):
@@ -178,14 +174,6 @@ def test_a_unit_that_is_nan_spoils_only_itself():
     grad[2, 7] = nan
     native.multi_tensor_agc_([grad], [param], [4], 0.01, 1e-3, 2.0)
     assert grad[2].isnan().all() and torch.allclose(grad[[0, 1, 3]], torch.tensor(0.01))
-
-
-NUMERIC = "every_size or powers_leave or special or by_the_rule"
-
-
-@pytest.mark.parametrize("name", AVAILABLE[:-1])
-def test_other_instruction_sets(name):
-    run_with(name, __file__, NUMERIC)
 
 
 def test_wrong_arguments_raise():

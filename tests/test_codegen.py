@@ -1,9 +1,11 @@
 """What the compilers make of the Triton kernels, read off the machine code; no GPU is needed.
 
-Two architectures and the widths that have needed most registers, for `make test`; `make test-codegen` takes all.
+`make test` compiles for sm_90, and what needs most registers of the row norms for gfx1100, gfx942 and sm_80;
+`make test-codegen` takes more widths, and everything on six architectures.
 """
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -11,60 +13,81 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from conftest import release
 from filelock import FileLock
+
+from helpers.environment import release
 
 pytest.importorskip("triton")
 
 from bench import cli, codegen, control_flow, summary
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 ALL = os.environ.get("FASTNORM_TEST_CODEGEN") == "all"
-TARGETS = {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"} if ALL else {"sm_90", "gfx1100"}
-WIDTHS = "128,1024,4096,7168,16384,32768,65536"
-GREEDY = ["--targets", "sm_80,gfx1100", "--dtypes", "fp32", "--widths", "1793,7168,16384"]
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100") if ALL else ("sm_90",)
+WIDTHS = (128, 1024, 4096, 7168, 16384, 32768, 65536)
+GREEDY = ("sm_80",), ("layer_norm", "add_layer_norm"), ("fp32",), (1793, 7168, 16384)
 if ALL:
-    WIDTHS = "96,128,1024,1280,1536,2560,4096,5120,6144,7168,8192,12288,16384,32768,65536"
-    GREEDY = ["--targets", "sm_80,sm_120,gfx1100", "--dtypes", "fp32,mixed"]
-    GREEDY += ["--widths", "64,1793,4096,7168,12288,16384"]
-
-
-def compiled(factory: pytest.TempPathFactory, name: str, *options: str) -> list[dict]:
-    """Compiles in a process of its own: in this one Triton's decorators may have made interpreted functions. Of several
-    workers of one test run, one compiles and the others wait for what it found."""
-    is_worker = "PYTEST_XDIST_WORKER" in os.environ
-    folder = factory.getbasetemp().parent / name if is_worker else factory.mktemp(name)
-    folder.mkdir(exist_ok=True)
-    path = folder / "codegen-custom.json"
-    command = ["codegen", "--providers", "fastnorm", "--no-instructions", "--jobs", "2", "--output", str(folder)]
-    with FileLock(folder / "lock"):
-        if not path.exists():
-            done = bench(folder, *command, *options)
-            assert path.exists(), done.stderr
-        return summary.kernels_of(path)
-
-
-def bench(cache: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """`python -m bench`, which compiles into the folder `cache`."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
-    command = [sys.executable, "-m", "bench", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
-def targets() -> str:
-    return ",".join(sorted(TARGETS))
+    WIDTHS = (96, 128, 1024, 1280, 1536, 2560, 4096, 5120, 6144, 7168, 8192, 12288, 16384, 32768, 65536)
+    dtypes, widths = ("fp32", "mixed"), (64, 1793, 4096, 7168, 12288, 16384)
+    GREEDY = ("sm_80", "sm_120", "gfx1100"), ("layer_norm", "add_layer_norm"), dtypes, widths
+ROW_NORMS, CHANNEL_NORMS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm"), ("batch_norm", "group_norm")
+CLIPS = ("clip_grad_norm_", "clip_grad_value_", "adaptive_clip_grad_")
+# targets, operations, dtypes and widths of what is compiled
+CELLS = [
+    # the least and the most that a row norm does, at every number of tiles and rows of a program
+    (TARGETS, ("rms_norm", "add_layer_norm"), ("bf16",), WIDTHS),
+    GREEDY,  # what takes most registers, in other dtypes and at an odd width
+    (("gfx1100",), ("rms_norm", "add_layer_norm"), ("bf16",), (7168, 32768)),
+    (("gfx942",), ("add_rms_norm",), ("bf16",), (24576,)),  # fits in registers there, and on no NVIDIA card
+    (TARGETS, CHANNEL_NORMS, ("bf16",), ()),  # at ResNet-50's and a UNet's images, in both layouts
+    (TARGETS, CLIPS, ("bf16", "fp32"), ()),  # for every kind of norm
+]
+COMPILE = """
+import json, sys
+from dataclasses import asdict
+from bench import compiled, problem
+problems = [p for cells in json.loads(sys.argv[1]) for p in problem.problems_of(*cells)]
+print(json.dumps([asdict(kernel) for kernel in compiled.compile_all(dict.fromkeys(problems), jobs=2)]))
+"""
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory) -> list[dict]:
-    """The least and the most that a row norm does, at every number of tiles and rows of a program, on every target;
-    what takes most registers in other dtypes and at an odd width; and wider rows than NVIDIA's cards hold on gfx942.
-    `python -m bench codegen` compiles all there is, which takes over half an hour."""
-    plain = ["--operations", "rms_norm,add_layer_norm", "--targets", targets(), "--dtypes", "bf16", "--widths", WIDTHS]
-    greedy = ["--operations", "layer_norm,add_layer_norm", *GREEDY]
-    held = ["--operations", "add_rms_norm", "--targets", "gfx942", "--dtypes", "bf16", "--widths", "24576"]
-    kinds = {"plain": plain, "greedy": greedy, "held": held}
-    return [kernel for kind, options in kinds.items() for kernel in compiled(tmp_path_factory, kind, *options)]
+def compiled(tmp_path_factory) -> list[dict]:
+    """The kernels of all cells; `python -m bench codegen` compiles all there is, which takes over half an hour. In a
+    process of its own: in this one Triton's decorators may have made interpreted functions. Of several workers of one
+    test run, one compiles and the others wait for what it found."""
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    folder = tmp_path_factory.getbasetemp().parent if is_worker else tmp_path_factory.getbasetemp()
+    path = folder / "codegen.json"
+    with FileLock(folder / "codegen.lock"):
+        if not path.exists():
+            done = run(folder / "codegen", "-c", COMPILE, json.dumps(CELLS))
+            assert done.returncode == 0, done.stderr
+            path.write_text(done.stdout)
+    return json.loads(path.read_text())
+
+
+def run(cache: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Python, which compiles into the folder `cache`."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def kernels(compiled) -> list[dict]:
+    return [kernel for kernel in compiled if kernel["operation"] in ROW_NORMS]
+
+
+@pytest.fixture(scope="module")
+def channel_kernels(compiled) -> list[dict]:
+    return [kernel for kernel in compiled if kernel["operation"] in CHANNEL_NORMS]
+
+
+@pytest.fixture(scope="module")
+def clip_kernels(compiled) -> list[dict]:
+    return [kernel for kernel in compiled if kernel["operation"] in CLIPS]
 
 
 def name(kernel: dict) -> str:
@@ -72,7 +95,7 @@ def name(kernel: dict) -> str:
 
 
 def test_every_architecture_and_kernel_is_there(kernels):
-    assert {k["target"] for k in kernels} == TARGETS | {"sm_80", "gfx942"}
+    assert {k["target"] for k in kernels} == {*TARGETS, "sm_80", "gfx1100", "gfx942"}
     kinds = "forward", "long_forward", "backward", "long_backward"
     for operations in (("rms_norm", "add_rms_norm"), ("layer_norm", "add_layer_norm")):
         assert {f"row_norm_{kind}" for kind in kinds} <= {k["kernel"] for k in kernels if k["operation"] in operations}
@@ -87,15 +110,14 @@ def test_row_kernels_do_not_spill(kernels):
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx1100"] if ALL else ["sm_90"])
 def test_a_kernel_that_spills_is_seen_to(target, tmp_path):
-    """A held row with far too few threads: the guards above must be able to fail."""
+    """A row in registers of too few threads, 256 elements each: the guards above must be able to fail."""
     source = (
         "from bench import compiled, problem; from fastnorm.triton_kernels import launch;"
         "launch.row_tiles = lambda cols, *_, **__: launch.RowTiles(256, cols // 256, 1, 1, 1);"
-        f"kernels = compiled.compile_problem(problem.Problem({target!r}, 'layer_norm', 'forward', 'fp32', 16384));"
+        f"kernels = compiled.compile_problem(problem.Problem({target!r}, 'layer_norm', 'forward', 'fp32', 8192));"
         "print(max(kernel.spilled for kernel in kernels))"
     )
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = run(tmp_path, "-c", source)
     assert int(done.stdout) > 0, done.stderr
 
 
@@ -126,18 +148,11 @@ CHANNEL_KERNELS = {f"{layout}_{kind}" for layout in ("planes", "pixels") for kin
     "moments", "normalize", "sums", "gradient")} | {"join_moments", "group_means"}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def channel_kernels(tmp_path_factory) -> list[dict]:
-    """batch_norm and group_norm at ResNet-50's and a UNet's images, in both layouts, on every target."""
-    options = ["--operations", "batch_norm,group_norm", "--targets", targets(), "--dtypes", "bf16"]
-    return compiled(tmp_path_factory, "channels", *options)
-
-
 def test_channel_kernels_do_not_spill(channel_kernels):
     assert not {name(k): k["spilled"] for k in channel_kernels if k["spilled"]}
     for target in {k["target"] for k in channel_kernels}:
         assert {k["kernel"] for k in channel_kernels if k["target"] == target} >= CHANNEL_KERNELS
-    assert {k["target"] for k in channel_kernels} == TARGETS
+    assert {k["target"] for k in channel_kernels} == {*TARGETS}
 
 
 def test_channel_kernels_leave_room_for_several_programs(channel_kernels):
@@ -157,16 +172,8 @@ def test_aligned_images_are_read_and_written_16_bytes_at_a_time(channel_kernels)
             assert 16 in {k["access"] for k in here if k["kernel"] == kernel}
 
 
-@pytest.fixture(scope="module")
-def clip_kernels(tmp_path_factory) -> list[dict]:
-    """The clips' on every target, for every kind of norm."""
-    operations = "clip_grad_norm_,clip_grad_value_,adaptive_clip_grad_"
-    options = ["--operations", operations, "--targets", targets(), "--dtypes", "bf16,fp32"]
-    return compiled(tmp_path_factory, "clips", *options)
-
-
 def test_clip_kernels_do_not_spill(clip_kernels):
-    assert {k["target"] for k in clip_kernels} == TARGETS
+    assert {k["target"] for k in clip_kernels} == {*TARGETS}
     norms = ("norm", "fold_tensor", "total", "kept_units", "looped_unit")
     kinds = ("", "_magnitudes", "_maximum", "_powers")
     assert {k["kernel"] for k in clip_kernels} == {"change"} | {f"{norm}{kind}" for norm in norms for kind in kinds}
@@ -246,7 +253,7 @@ MOVED = {
 
 
 def test_the_command_prints_and_writes_what_it_counted(tmp_path):
-    done = bench(tmp_path, "codegen", "--quick", "--jobs", "2", "--output", str(tmp_path))
+    done = run(tmp_path, "-m", "bench", "codegen", "--quick", "--jobs", "2", "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
     kernels = summary.kernels_of(tmp_path / "codegen-quick.json")
     ours = [k for k in kernels if k["provider"] == "fastnorm"]

@@ -3,12 +3,8 @@
 import inspect
 import math
 
-import every_norm
 import pytest
 import torch
-from conftest import SIMULATED, TORCH, backend_parameters
-from norms import Case, call, inputs, plain_case
-from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -16,46 +12,17 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fastnorm
 from fastnorm import backend, operators
 from fastnorm.backend import ROW_NORMS
+from helpers import every_norm
+from helpers.backends import backend_parameters
+from helpers.environment import SIMULATED, TORCH
+from helpers.graphs import NAMESPACES, Graphs, called, ours
+from helpers.norms import Case, call, inputs, plain_case
 
-NAMESPACES = {"native": "fastnorm", "triton": "fastnorm_triton", "reference": None}
 MODULES = {"layer_norm": fastnorm.LayerNorm, "rms_norm": fastnorm.RMSNorm,
            "add_layer_norm": fastnorm.AddLayerNorm, "add_rms_norm": fastnorm.AddRMSNorm}  # fmt: skip
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_dynamo")]
 operations = pytest.mark.parametrize("op", ROW_NORMS)
 f32, bf16 = torch.float32, torch.bfloat16
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    """No test finds what another compiled."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-class Graphs:
-    """A compiler that keeps the graphs it is given, forward and backward, and runs them as they are."""
-
-    def __init__(self):
-        self.forward, self.backward = [], []
-        self.compiler = aot_autograd(fw_compiler=self.keep(self.forward), bw_compiler=self.keep(self.backward))
-
-    @staticmethod
-    def keep(graphs: list):
-        def compiler(graph, example_inputs):
-            graphs.append(graph)
-            return graph.forward
-
-        return compiler
-
-
-def called(graphs) -> set[str]:
-    """The names of the operators in some graphs, and in the graphs that these hold."""
-    parts = [part for graph in graphs for part in graph.modules() if isinstance(part, torch.fx.GraphModule)]
-    return {str(node.target) for part in parts for node in part.graph.nodes if node.op == "call_function"}
-
-
-def ours(graphs) -> set[str]:
-    return {name.removesuffix(".default") for name in called(graphs) if name.startswith("fastnorm")}
 
 
 def expected_operators(op: str, direction: str) -> set[str]:

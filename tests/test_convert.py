@@ -8,56 +8,16 @@ import pickle
 import warnings
 from unittest import mock
 
-import foreign_norms as foreign
 import pytest
 import torch
 from torch import nn
 
 import fastnorm
+from helpers import foreign_norms as foreign
+from helpers.conversion import FOREIGN, MAPS, NORMS, RELU, assert_alike, randomised, results
 
 NATIVE = fastnorm.backend.statuses()["native"].available
-ROWS, MAPS = (2, 5, 16), (2, 16, 5, 3)
-RELU, SILU = lambda: nn.ReLU(inplace=True), lambda: nn.SiLU(inplace=True)
-
-STOCK = {
-    "LayerNorm": (lambda: nn.LayerNorm(16), ROWS, "LayerNorm", "layer"),
-    "LayerNorm, no bias": (lambda: nn.LayerNorm((5, 16), 1e-3, bias=False), ROWS, "LayerNorm", "layer"),
-    "LayerNorm, bare": (lambda: nn.LayerNorm(16, elementwise_affine=False), ROWS, "LayerNorm", "layer"),
-    "RMSNorm": (lambda: nn.RMSNorm(16), ROWS, "RMSNorm", "rms"),
-    "RMSNorm, eps": (lambda: nn.RMSNorm([5, 16], eps=1e-4), ROWS, "RMSNorm", "rms"),
-    "BatchNorm1d": (lambda: nn.BatchNorm1d(16, momentum=0.3), (6, 16), "BatchNorm1d", "batch"),
-    "BatchNorm2d": (lambda: nn.BatchNorm2d(16), MAPS, "BatchNorm2d", "batch"),
-    "BatchNorm2d, cumulative": (lambda: nn.BatchNorm2d(16, momentum=None), MAPS, "BatchNorm2d", "batch"),
-    "BatchNorm2d, no statistics": (lambda: nn.BatchNorm2d(16, track_running_stats=False), MAPS, "BatchNorm2d", "batch"),
-    "BatchNorm3d": (lambda: nn.BatchNorm3d(16, affine=False), (2, 16, 2, 3, 2), "BatchNorm3d", "batch"),
-    "GroupNorm": (lambda: nn.GroupNorm(4, 16), MAPS, "GroupNorm", "group"),
-}
-FOREIGN = {
-    "Llama": (lambda: foreign.LlamaLike(16), ROWS, "RMSNorm(rounding='llama')", "rms"),
-    "OLMo 2": (lambda: foreign.OlmoLike(16), ROWS, "RMSNorm", "rms"),
-    "Gemma": (lambda: foreign.GemmaLike(16), ROWS, "RMSNorm(zero_centered=True)", "rms"),
-    "T5": (lambda: foreign.T5Like(16), ROWS, "WeightTypedRMSNorm", "rms"),
-    "no weight": (lambda: foreign.UnweightedNorm(), ROWS, "UnweightedRMSNorm", "rms"),
-    "Cohere": (lambda: foreign.CohereLike(16), ROWS, "LayerNorm", "layer"),
-    "other names": (lambda: foreign.OtherNames(16), ROWS, "LayerNorm", "layer"),
-    "timm LayerNorm": (lambda: foreign.TimmLayerNorm(16), ROWS, "LayerNorm", "layer"),
-    "OLMo 1": (lambda: foreign.OlmoLayerNorm(16), ROWS, "LayerNorm", "layer"),
-    "an eps in the forward": (lambda: foreign.WrittenEpsNorm(16), ROWS, "RMSNorm", "rms"),
-    "Nemotron": (lambda: foreign.OnePlusLayerNorm(16), ROWS, "LayerNorm(zero_centered=True)", "layer"),
-    "timm LayerNorm2d": (lambda: foreign.LayerNorm2d(16), MAPS, "LayerNorm2d", "layer"),
-    "channels first": (lambda: foreign.EitherLayerNorm(16, "channels_first"), MAPS, "LayerNorm2d", "layer"),
-    "channels last": (lambda: foreign.EitherLayerNorm(16, "channels_last"), ROWS, "LayerNorm", "layer"),
-    "SqueezeBERT": (lambda: foreign.SequenceLayerNorm(16), (2, 16, 5), "LayerNorm2d", "layer"),
-    "timm RmsNorm2d": (lambda: foreign.RmsNorm2d(16), MAPS, "RMSNorm2d(rounding='llama', keeps_layout=True)", "rms"),
-    "SAM": (lambda: foreign.SamLayerNorm2d(16), MAPS, "LayerNorm2d(keeps_layout=True)", "layer"),
-    "BatchNorm + ReLU": (lambda: foreign.BatchNormAct2d(16, RELU()), MAPS, "BatchNormAct2d", "batch"),
-    "BatchNorm + SiLU": (lambda: foreign.BatchNormAct2d(16, SILU()), MAPS, "BatchNormAct2d", "batch"),
-    "BatchNorm + PReLU": (lambda: foreign.BatchNormAct2d(16, nn.PReLU()), MAPS, "BatchNormAct2d", "batch"),
-    "GroupNorm + SiLU": (lambda: foreign.GroupNormAct(16, 4, SILU()), MAPS, "GroupNormAct", "group"),
-    "GroupNorm + ReLU": (lambda: foreign.GroupNormAct(16, 4, RELU()), MAPS, "GroupNormAct", "group"),
-    "LayerNorm + GELU": (lambda: foreign.LayerNormAct(16, nn.GELU()), ROWS, "LayerNormAct", "layer"),
-}
-NORMS = STOCK | FOREIGN
+pytestmark = pytest.mark.usefixtures("compiled_kernels")
 LEFT = {
     "twice its base": (lambda: foreign.Doubled(16), "differs by"),
     "counts its calls": (lambda: foreign.Counting(16), "changes its attributes"),
@@ -79,13 +39,6 @@ LEFT = {
 }
 
 
-@pytest.fixture(autouse=True)
-def compiled_kernels():
-    """Not Triton's interpreter, which would be chosen in these tests and takes seconds for a verification."""
-    with fastnorm.use("native" if NATIVE else "reference"):
-        yield
-
-
 class Holder(nn.Module):
     """A model with the norm in the middle; without `model`, what a norm alone can't show."""
 
@@ -95,28 +48,6 @@ class Holder(nn.Module):
 
     def forward(self, x):
         return self.layers[0]["norm"](x)
-
-
-def randomised(module: nn.Module) -> nn.Module:
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, 0.5)
-    return module
-
-
-def results(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    """Output, gradients and buffers of a step, the state of the module as it was before."""
-    module = copy.deepcopy(module)
-    leaf = x.clone().requires_grad_()
-    y = module(leaf)
-    dy = torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype)
-    return [y.detach(), *torch.autograd.grad(y, [leaf, *module.parameters()], dy), *module.buffers()]
-
-
-def assert_alike(actual: list[torch.Tensor], expected: list[torch.Tensor], dtype: torch.dtype) -> None:
-    # in halves the originals round up to three times where fastnorm does once, and sum their gradients in halves
-    tolerance = {"rtol": 0.03, "atol": 0.06} if dtype.itemsize == 2 else {"rtol": 1e-4, "atol": 2e-5}
-    for ours, right in zip(actual, expected, strict=True):
-        torch.testing.assert_close(ours, right, **tolerance)
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -380,7 +311,7 @@ def test_report():
         "----  -----------------------  -------------------------  ---------  ------------------------------",
         "0     torch.nn.LayerNorm       LayerNorm                  reference",
         "1     torch.nn.InstanceNorm2d  –                          –          fastnorm has no InstanceNorm2d",
-        "2     foreign_norms.LlamaLike  RMSNorm(rounding='llama')  reference",
+        "2     helpers.LlamaLike        RMSNorm(rounding='llama')  reference",
         "2 norms swapped, 1 left",
     ]
     document = json.loads(json.dumps(report.to_dict()))

@@ -4,7 +4,6 @@ with gloo."""
 import copy
 import warnings
 
-import foreign_norms as foreign
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,8 +11,12 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import fastnorm
+from helpers import foreign_norms as foreign
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo"),
+]
 STEPS = 5
 
 

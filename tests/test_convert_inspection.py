@@ -3,14 +3,15 @@
 import copy
 import pickle
 
-import foreign_norms as foreign
 import pytest
 import torch
-from test_convert import NORMS, assert_alike, randomised, results
 from torch import nn
 
 import fastnorm
+from helpers import foreign_norms as foreign
+from helpers.conversion import NORMS, assert_alike, randomised, results
 
+pytestmark = pytest.mark.usefixtures("compiled_kernels")
 SHOWN = {
     "Llama": "FastLlamaLike((16,), eps=1e-06, elementwise_affine=True, rounding=llama)",
     "T5": "FastT5Like((16,), eps=1e-06, elementwise_affine=True)",
@@ -20,13 +21,6 @@ SHOWN = {
     "timm RmsNorm2d": "FastRmsNorm2d((16,), eps=1e-06, elementwise_affine=True, rounding=llama, keeps_layout=True)",
 }
 EPS = ("eps", "variance_epsilon", "norm_epsilon")
-
-
-@pytest.fixture(autouse=True)
-def compiled_kernels():
-    """Not Triton's interpreter, which would be chosen in these tests and takes seconds for a verification."""
-    with fastnorm.use("native" if fastnorm.backend.statuses()["native"].available else "reference"):
-        yield
 
 
 @pytest.mark.parametrize("name", NORMS)

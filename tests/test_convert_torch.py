@@ -3,20 +3,15 @@
 import copy
 from unittest import mock
 
-import foreign_norms as foreign
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import fastnorm
+from helpers import foreign_norms as foreign
 
-
-@pytest.fixture(autouse=True)
-def compiled_kernels():
-    """Not Triton's interpreter, which would be chosen in these tests and takes seconds for a verification."""
-    with fastnorm.use("native" if fastnorm.backend.statuses()["native"].available else "reference"):
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_kernels")
 
 
 class Exponential(nn.Module):
@@ -93,6 +88,7 @@ def block() -> nn.Module:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["convert, compile", "compile, convert", "compile, run, convert"])
 def test_compiled(order):
     x = torch.randn(3, 8)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from channel_calls import direct, named, operations, positional  # noqa: F401 - a fixture among them
 from torch import Tensor
-from whole_calls import (
+
+from helpers.channel_calls import direct, operations, positional
+from helpers.whole_calls import (
     NATIVE_NAMED,
     NATIVE_ON_CPU,
     TRITON_ON_GPU,
@@ -15,6 +16,7 @@ from whole_calls import (
     tensors_that_are_not_plain,
 )
 
+pytestmark = pytest.mark.usefixtures("native_named")
 F64, BF16 = torch.float64, torch.bfloat16
 
 

@@ -7,12 +7,12 @@ import weakref
 
 import pytest
 import torch
-from clipping import give_gradient
-from conftest import TORCH
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnorm
+from helpers.clipping import give_gradient
+from helpers.environment import TORCH
 
 OPTIMIZERS = {
     "adam": (torch.optim.Adam, {"lr": 1e-2}),

@@ -3,8 +3,12 @@ plain."""
 
 import pytest
 import torch
-from norms import DTYPES, Case, call, inputs, plain_case
-from whole_calls import (
+
+import fastnorm
+from fastnorm.backend import ROW_NORMS
+from fastnorm.ops import arguments as checks
+from helpers.norms import DTYPES, Case, call, inputs, plain_case
+from helpers.whole_calls import (
     NATIVE_NAMED,
     NATIVE_ON_CPU,
     TRITON_ON_GPU,
@@ -22,18 +26,9 @@ from whole_calls import (
     through_python,
 )
 
-import fastnorm
-from fastnorm.backend import ROW_NORMS
-from fastnorm.ops import arguments as checks
-
+pytestmark = pytest.mark.usefixtures("native_named")
 operations = pytest.mark.parametrize("op", ROW_NORMS)
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-
-
-@pytest.fixture(autouse=True)
-def named():
-    with fastnorm.use("native"):
-        yield
 
 
 def direct(op: str, served=NATIVE_ON_CPU, shape=(3, 8), dtype=F32, **changes):

@@ -4,22 +4,24 @@ from itertools import product
 
 import pytest
 import torch
-from channel_calls import (
+from torch import Tensor
+
+import fastnorm
+from fastnorm.ops import arguments as checks
+from helpers.channel_calls import (
     as_leaves,
     assert_both_ways_agree,
     call,
     copied,
     direct,
     everything,
-    named,  # noqa: F401 - a fixture
     operations,
     trained,
     variants,
 )
-from channel_norms import Case, case_of, inputs
-from norms import DTYPES
-from torch import Tensor
-from whole_calls import (
+from helpers.channel_norms import Case, case_of, inputs
+from helpers.norms import DTYPES
+from helpers.whole_calls import (
     NATIVE_NAMED,
     NATIVE_ON_CPU,
     TRITON_ON_GPU,
@@ -33,9 +35,7 @@ from whole_calls import (
     without_triton,
 )
 
-import fastnorm
-from fastnorm.ops import arguments as checks
-
+pytestmark = pytest.mark.usefixtures("native_named")
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 SHAPES = ((5, 8), (3, 8, 7), (2, 8, 5, 3), (2, 8, 3, 4, 5))
 

@@ -1,15 +1,14 @@
 """Where x̂ is 0, in rows, groups and channels of one element or of one value, results are exact on every backend; the
 reference, where values are alike, on the CPU."""
 
-import channel_norms
-import norms
 import pytest
 import torch
-from conftest import SIMULATED
-from norms import DTYPES
 
 import fastnorm
 from fastnorm import functional
+from helpers import channel_norms, norms
+from helpers.environment import SIMULATED
+from helpers.norms import DTYPES
 
 
 @pytest.fixture

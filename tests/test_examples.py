@@ -8,9 +8,7 @@ from types import ModuleType
 import pytest
 from matplotlib.figure import Figure
 
-import fastnorm
-from fastnorm import backend
-
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_kernels")]
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "stability"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -23,13 +21,6 @@ def importable(monkeypatch):
     yield
     for name in (*SCRIPTS, "common"):
         sys.modules.pop(name, None)
-
-
-@pytest.fixture(autouse=True)
-def users_backend():
-    """What a CPU takes outside of the tests; Triton's interpreter, which the tests start, would take minutes."""
-    with fastnorm.use("native" if backend.statuses()["native"].available else "reference"):
-        yield
 
 
 def load(name: str) -> ModuleType:

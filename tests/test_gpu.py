@@ -4,17 +4,17 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-import channel_norms
-import norms as row_norms
 import pytest
 import torch
-from channel_norms import case_of, fused
-from norms import plain_case
-from test_row_norms import relaid
 from torch import Tensor, nn
 
 import fastnorm
 from fastnorm.backend import ROW_NORMS
+from helpers import channel_norms
+from helpers import norms as row_norms
+from helpers.channel_norms import case_of, fused
+from helpers.layouts import relaid
+from helpers.norms import plain_case
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 NORMS = (*ROW_NORMS, "batch_norm", "group_norm")

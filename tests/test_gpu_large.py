@@ -3,16 +3,16 @@
 What has gigabytes returns small parts of them: the frames of a failure are kept, and with them their tensors.
 """
 
-import channel_norms
-import norms as row_norms
 import pytest
 import torch
-from channel_norms import FORMATS, case_of, fused
-from norms import plain_case
 from torch import Tensor, nn
 
 import fastnorm
 from fastnorm.backend import ROW_NORMS
+from helpers import channel_norms
+from helpers import norms as row_norms
+from helpers.channel_norms import FORMATS, case_of, fused
+from helpers.norms import plain_case
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 BF16, DEVICE, MANY = torch.bfloat16, "cuda", 2**31

@@ -6,12 +6,13 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnorm
+from helpers.drawing import examples
 
 
 def named(**norms):
@@ -28,7 +29,7 @@ def norms_of(health):
     return {p.name: p.norm for p in health.parameters}
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     st.lists(
         st.tuples(

@@ -4,11 +4,11 @@ from functools import partial
 
 import pytest
 import torch
-from every_norm import assert_same, call, every_case, everything, make_inputs
 from torch import nn
 
 import fastnorm
 from fastnorm import backend
+from helpers.every_norm import assert_same, call, every_case, everything, make_inputs
 
 MODULES = {
     "LayerNorm": (lambda: fastnorm.LayerNorm(8), (2, 3, 8)),

@@ -1,16 +1,16 @@
 """The launch choices: what these plain functions promise for every size, and that addresses have 64 bits."""
 
 import inspect
-import mmap
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from norms import backward, forward
 
 from fastnorm import backend
 from fastnorm.backend import ROW_NORMS
+from helpers.layouts import far_apart
+from helpers.norms import backward, forward
 
 launch = pytest.importorskip("fastnorm.triton_kernels.launch", reason="needs Triton")
 
@@ -156,17 +156,6 @@ def test_access_bytes_is_the_largest_element():
     narrow, wide = torch.empty(1, dtype=torch.bfloat16), torch.empty(1, dtype=torch.float32)
     assert launch.access_bytes((narrow, None)) == 2
     assert launch.access_bytes((narrow, wide, None)) == 4
-
-
-def far_apart(tensors: int, rows: int, cols: int, stride: int, device: str) -> torch.Tensor:
-    """Random bf16 (tensors, rows, cols), rows `stride` elements apart; a CPU's memory between them is never touched."""
-    elements = (rows - 1) * stride + tensors * cols
-    if device == "cpu":
-        pages = mmap.mmap(-1, 2 * elements, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory = torch.frombuffer(pages, dtype=torch.bfloat16)
-    else:
-        memory = torch.empty(elements, dtype=torch.bfloat16, device=device)
-    return memory.as_strided((tensors, rows, cols), (cols, stride, 1)).copy_(torch.randn(tensors, rows, cols))
 
 
 @pytest.mark.triton

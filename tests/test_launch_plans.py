@@ -1,7 +1,10 @@
 """Repeated launches skip Triton's JIT, and are the launches that it would make."""
 
 import pytest
-from uninterpreted import told
+
+from helpers.uninterpreted import told
+
+pytestmark = pytest.mark.slow
 
 pytest.importorskip("triton")
 

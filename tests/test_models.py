@@ -16,10 +16,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from model_zoo import MODELS, TIMM, TRANSFORMERS, Case, output_of, train
 from torch import nn
 
 import fastnorm
+from helpers.model_zoo import MODELS, TIMM, TRANSFORMERS, Case, output_of, train
 
 all_models = pytest.mark.parametrize("name", MODELS)
 # timm is among the extras that `make test` installs; transformers is not
@@ -27,18 +27,11 @@ some_are_slow = pytest.mark.parametrize(
     "name", [*TIMM, *(pytest.param(name, marks=pytest.mark.models) for name in TRANSFORMERS)]
 )
 slow = pytest.mark.models
-COMPILED = "native" if fastnorm.backend.statuses()["native"].available else "reference"
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_kernels")]
 INDUCTOR = ("resnet18", "vit_tiny", "Llama", "Gemma")
 TOLERANCE = {"rtol": 2e-3, "atol": 1e-4}  # of losses: 20 steps let the rounding of the first one grow
 # of losses and outputs in bfloat16: two roundings of the same network part by a few per cent
 COARSE = {"rtol": 5e-2, "atol": 3e-2}
-
-
-@pytest.fixture(autouse=True)
-def compiled_kernels():
-    """Not Triton's interpreter, which takes minutes for a model."""
-    with fastnorm.use(COMPILED):
-        yield
 
 
 def timm_clip(*args) -> None:

@@ -7,15 +7,14 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TORCH
-from norms import DTYPES
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastnorm
+from helpers.environment import TORCH
+from helpers.norms import DTYPES
+from helpers.stock import STOCK, modules, pair, y_of
 
-STOCK = {"LayerNorm": nn.LayerNorm, "RMSNorm": nn.RMSNorm, "AddLayerNorm": nn.LayerNorm, "AddRMSNorm": nn.RMSNorm}
-modules = pytest.mark.parametrize("name", STOCK)
 plain_modules = pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 
@@ -26,21 +25,6 @@ LAYER = [((8, 1e-5, True, False), {}), ((8, 1e-5, True, True, "cpu", torch.float
          ((8, 1e-5, False, False), {})]  # fmt: skip
 RMS = [((8, None), {}), ((8,), {"eps": None}), ((8, 1e-6, True, "cpu", torch.float16), {})]
 CONSTRUCTIONS = [(name, *c) for name in STOCK for c in COMMON + (LAYER if "Layer" in name else RMS)]
-
-
-def pair(name: str, *args, **kwargs) -> tuple[nn.Module, nn.Module]:
-    """fastnorm's module and stock's with the same, random parameters."""
-    ours, stock = getattr(fastnorm, name)(*args, **kwargs), STOCK[name](*args, **kwargs)
-    for parameter in stock.parameters():
-        nn.init.normal_(parameter)
-    ours.load_state_dict(stock.state_dict())
-    return ours, stock
-
-
-def y_of(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The norm's output alone, of the modules that add too."""
-    result = module(x)
-    return result[0] if isinstance(result, tuple) else result
 
 
 def assert_same(ours: nn.Module, stock: nn.Module, x: torch.Tensor) -> None:

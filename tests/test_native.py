@@ -3,23 +3,14 @@
 
 import pytest
 import torch
-from instruction_sets import AVAILABLE, run_with
-from norms import DTYPES, backward, forward
 
 import fastnorm
 from fastnorm.backend import ROW_NORMS
+from helpers.norms import DTYPES, backward, forward
 
 native = pytest.importorskip("fastnorm.native", exc_type=ImportError)
 ALL_BITS = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
 operations = pytest.mark.parametrize("op", ROW_NORMS)
-
-
-@pytest.fixture
-def threads():
-    """Gives a setter of the number of threads, and takes back what it set."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def random_rows(rows, cols, dtype=torch.float32):
@@ -47,6 +38,7 @@ def test_the_number_of_threads_changes_nothing(op, rows, cols, threads):
         assert all(map(torch.equal, everything(op, rows, cols, torch.float32), expected))
 
 
+@pytest.mark.instruction_sets
 @operations
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("cols", [5, 31, 64, 67, 256, 1000])
@@ -61,6 +53,7 @@ def test_a_row_is_the_same_wherever_it_lies(op, cols, dtype):
         assert torch.equal(y[1], expected[0])
 
 
+@pytest.mark.instruction_sets
 @pytest.mark.parametrize("cols", [*range(1, 71), 127, 128, 129, 256, 1023, 1025, 1041, 4095, 4097, 8191, 12290])
 def test_every_vector_tail(cols):
     x, dy, w, b = (random_rows(3, cols) for _ in range(4))
@@ -75,6 +68,7 @@ def test_every_vector_tail(cols):
         torch.testing.assert_close(actual.double(), value, rtol=3e-6, atol=3e-6 * max(1.0, scale))
 
 
+@pytest.mark.instruction_sets
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_16_bit_value_is_read_exactly(dtype):
     x = ALL_BITS.view(dtype).view(512, 128)
@@ -83,6 +77,7 @@ def test_every_16_bit_value_is_read_exactly(dtype):
     assert torch.equal(h.nan_to_num(1.5), x.float().nan_to_num(1.5))
 
 
+@pytest.mark.instruction_sets
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.float64], ids=str)
 def test_16_bit_values_are_rounded_to_nearest_even(dtype, x_dtype):
@@ -96,6 +91,7 @@ def test_16_bit_values_are_rounded_to_nearest_even(dtype, x_dtype):
     assert torch.equal(h.nan_to_num(1.5), expected.nan_to_num(1.5))
 
 
+@pytest.mark.instruction_sets
 @pytest.mark.parametrize("cols", [1, 15, 64, 256, 1000, 70000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_squares_that_fit_do_not_overflow_in_their_sum(cols, dtype):
@@ -106,6 +102,7 @@ def test_squares_that_fit_do_not_overflow_in_their_sum(cols, dtype):
     torch.testing.assert_close(y.double(), torch.nn.functional.layer_norm(x.double(), (cols,)), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.instruction_sets
 @pytest.mark.parametrize("cols", [2, 15, 64, 1000, 5000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_constant_rows_whose_sums_overflow(cols, dtype):
@@ -115,19 +112,12 @@ def test_constant_rows_whose_sums_overflow(cols, dtype):
     assert torch.equal(mean, x[:, 0].float()) and not y.any()
 
 
+@pytest.mark.instruction_sets
 @pytest.mark.parametrize("cols", [32, 40, 64, 128, 256, 1000, 5000])
 def test_a_mean_far_from_zero_costs_no_digits(cols):
     x = (random_rows(4, cols) + 1e4).float()
     y, *_ = forward(native, "layer_norm", x, out_dtype=torch.float32)
     torch.testing.assert_close(y.double(), torch.nn.functional.layer_norm(x.double(), (cols,)), rtol=0, atol=3e-6)
-
-
-NUMERIC = "tail or 16_bit or overflow or far_from_zero or lies"
-
-
-@pytest.mark.parametrize("name", AVAILABLE)
-def test_other_instruction_sets(name):
-    run_with(name, __file__, NUMERIC)
 
 
 class Normalised(torch.utils.data.Dataset):
@@ -139,6 +129,7 @@ class Normalised(torch.utils.data.Dataset):
         return forward(native, "rms_norm", x, eps=0.0)[0].mean()
 
 
+@pytest.mark.slow
 def test_forked_workers(threads):
     threads(2)
     everything("layer_norm", 256, 1024, torch.float32)  # threads that a fork would not take along

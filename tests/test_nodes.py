@@ -2,18 +2,12 @@
 
 import pytest
 import torch
-from every_norm import call, every_case, everything, make_inputs
 from torch._dynamo import compiled_autograd
-from whole_calls import is_by_cpp, native
 
-import fastnorm
+from helpers.every_norm import call, every_case, everything, make_inputs
+from helpers.whole_calls import is_by_cpp
 
-
-@pytest.fixture(autouse=True)
-def named():
-    assert native
-    with fastnorm.use("native"):
-        yield
+pytestmark = pytest.mark.usefixtures("native_named")
 
 
 class NoGradient(torch.autograd.Function):

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from norms import DTYPES
 from torch import Tensor
 
 import fastnorm
+from helpers.norms import DTYPES
 
 pytest.importorskip("expecttest", reason="torch.testing._internal.common_utils imports expecttest")
 from torch.testing._internal.common_methods_invocations import op_db

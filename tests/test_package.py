@@ -15,6 +15,8 @@ import fastnorm
 from fastnorm import backend
 from fastnorm.__main__ import main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="asks a compiler to fail")
 needs_extension = pytest.mark.skipif(not backend.statuses()["native"].available, reason="the extension is not built")

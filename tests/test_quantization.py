@@ -15,16 +15,10 @@ import fastnorm
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{w}") for w in ("DeprecationWarning", "FutureWarning")]
 pytestmark += [pytest.mark.filterwarnings("ignore:.*(reduce_range|quantized tensor creation).*:UserWarning")]
+pytestmark += [pytest.mark.usefixtures("compiled_kernels")]
 ENGINE = next((e for e in ("fbgemm", "qnnpack") if e in torch.backends.quantized.supported_engines), None)
 needs_engine = pytest.mark.skipif(ENGINE is None, reason="this torch has no kernels for quantised tensors")
 GROUPS = [["0", "1", "2"], ["3", "4"]]
-
-
-@pytest.fixture(autouse=True)
-def compiled_kernels():
-    """Not Triton's interpreter, which would be chosen in these tests and takes seconds for a verification."""
-    with fastnorm.use("native" if fastnorm.backend.statuses()["native"].available else "reference"):
-        yield
 
 
 def stock() -> nn.Module:

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
-from conftest import SIMULATED
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from norms import DTYPES, Case, call, check, forward, inputs, plain_case
 
 import fastnorm
 from fastnorm import backend
 from fastnorm.backend import ROW_NORMS
+from helpers.drawing import examples
+from helpers.environment import SIMULATED
+from helpers.layouts import LAYOUTS, relaid
+from helpers.norms import DTYPES, Case, call, check, forward, inputs, plain_case
 
 # (rows, columns): one row, one column, odd columns, fewer and more rows than programs, widths that models use
 SHAPES = [(1, 1), (3, 1), (2, 2), (1, 7), (5, 8), (2, 33), (70, 64), (9, 100), (33, 128), (3, 257), (5, 1000)]
@@ -95,30 +97,6 @@ def test_options_and_mixed_dtypes(case, device):
 def test_many_dimensions(op, shape, normalized, device):
     case = plain_case(op, shape, torch.float32, normalized=normalized)
     check(case, inputs(case, device))
-
-
-def relaid(t: torch.Tensor, layout: str) -> torch.Tensor:
-    """The same values in a memory layout that a user may come with."""
-    if layout == "row slice":
-        wide = t.new_full((*t.shape[:-1], t.shape[-1] + 5), float("nan"))
-        wide[..., 2:-3] = t
-        return wide[..., 2:-3]
-    if layout == "column step":
-        wide = t.new_full((*t.shape, 2), float("nan"))
-        wide[..., 0] = t
-        return wide[..., 0]
-    if layout == "offset":
-        flat = t.new_full((t.numel() + 1,), float("nan"))
-        flat[1:] = t.reshape(-1)
-        return flat[1:].view(t.shape)
-    if layout == "transposed":
-        return t.movedim(-1, 0).contiguous().movedim(0, -1)
-    if layout == "every other row":
-        return torch.stack([t, t.new_full(t.shape, float("nan"))], 1).flatten(0, 1)[::2]
-    return t
-
-
-LAYOUTS = ["row slice", "column step", "offset", "transposed", "every other row"]
 
 
 @operations
@@ -361,7 +339,7 @@ if not SIMULATED:  # hypothesis draws shapes at will, and each would be compiled
         return case, draw(st.sampled_from(["contiguous", *LAYOUTS]) if lead else st.just("contiguous"))
 
     @given(drawn=cases())
-    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @examples(40)
     def test_any_shape_layout_dtype_and_option(drawn, device):
         case, layout = drawn
         tensors = inputs(case, device)

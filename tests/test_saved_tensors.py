@@ -5,10 +5,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
-import fastnorm
 from fastnorm import functional as F
 
 pytest.importorskip("fastnorm.native", exc_type=ImportError)
+pytestmark = pytest.mark.usefixtures("native_named")
 NORMS = {
     "layer_norm": lambda x, w: F.layer_norm(x, (8,), w),
     "rms_norm": lambda x, w: F.rms_norm(x, (8,), w),
@@ -19,12 +19,6 @@ NORMS = {
     "group_norm": lambda x, w: F.group_norm(x, 2, w),
 }
 norms = pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS.keys())
-
-
-@pytest.fixture(autouse=True)
-def named():
-    with fastnorm.use("native"):
-        yield
 
 
 def leaves():

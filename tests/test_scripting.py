@@ -2,12 +2,12 @@
 
 import io
 
-import foreign_norms as foreign
 import pytest
 import torch
 from torch import nn
 
 import fastnorm
+from helpers import foreign_norms as foreign
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
 ROWS, MAPS = (4, 8), (4, 8, 3, 3)

@@ -3,7 +3,6 @@
 import copy
 import pickle
 
-import foreign_norms as foreign
 import pytest
 import torch
 from torch import nn
@@ -11,7 +10,9 @@ from torch import nn
 import fastnorm
 from fastnorm import functional
 from fastnorm.convert import adapted
+from helpers import foreign_norms as foreign
 
+pytestmark = pytest.mark.usefixtures("compiled_kernels")
 MODULES = {
     "LayerNorm": (lambda: fastnorm.LayerNorm(8, zero_centered=True), (2, 8), "call_function"),
     "LayerNorm, bare": (lambda: fastnorm.LayerNorm(8, elementwise_affine=False), (2, 8), "call_function"),
@@ -32,13 +33,6 @@ MODULES = {
 }
 ADDING = (fastnorm.AddLayerNorm, fastnorm.AddRMSNorm)
 WITH_RESIDUAL = ("AddLayerNorm", "AddRMSNorm", "BatchNorm2d", "SyncBatchNorm")
-
-
-@pytest.fixture(autouse=True)
-def compiled_kernels():
-    """Not Triton's interpreter, which takes seconds for a verification."""
-    with fastnorm.use("native" if fastnorm.backend.statuses()["native"].available else "reference"):
-        yield
 
 
 def converted(norm: nn.Module) -> nn.Module:

@@ -3,7 +3,6 @@
 import copy
 import itertools
 
-import foreign_norms as foreign
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,6 +13,7 @@ from torch import nn
 import fastnorm
 from fastnorm import backend
 from fastnorm.ops.sync_batch_norm import sync_batch_norm
+from helpers import foreign_norms as foreign
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 
@@ -195,6 +195,7 @@ def process(rank, folder, names):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_equal_to_one_batch(tmp_path):
     names = [name for name in ("reference", "native") if backend.statuses()[name].available]
     mp.spawn(process, (tmp_path, names), nprocs=4)

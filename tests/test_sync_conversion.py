@@ -5,20 +5,15 @@ import inspect
 import pickle
 import warnings
 
-import foreign_norms as foreign
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import fastnorm
+from helpers import foreign_norms as foreign
 
-
-@pytest.fixture(autouse=True)
-def compiled_kernels():
-    """Not Triton's interpreter, which would be chosen in these tests and takes seconds for a verification."""
-    with fastnorm.use("native" if fastnorm.backend.statuses()["native"].available else "reference"):
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_kernels")
 
 
 def test_conversion_keeps_the_tensors():

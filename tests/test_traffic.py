@@ -3,27 +3,17 @@
 It has one multiprocessor: 128 rows then keep a program as long in its loop as 8192 rows do on a card with 132.
 """
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import norms
 import pytest
 import torch
 from torch import Tensor
 
-from fastnorm import backend
-
-ptxsim = pytest.importorskip("ptxsim", reason="counts on a virtual GPU, which is not installed")
-kernels = backend._triton
-if kernels is None or kernels.INTERPRETED:
-    pytest.skip("counts compiled code, and this run interprets the kernels or has no Triton", allow_module_level=True)
-
-from triton.runtime import driver  # noqa: E402
-
-from fastnorm.triton_kernels import launch  # noqa: E402
+from fastnorm.triton_kernels import launch
+from helpers import norms
+from helpers.traffic import kernels, virtual_gpu
 
 pytestmark = pytest.mark.triton
 
@@ -80,17 +70,6 @@ def run(op: str, rows: int, cols: int, dtype: torch.dtype = torch.bfloat16, bias
     filled = {"forward": (y, h if adds else None, mean, rstd), "backward": (dx,), "sums": others}
     filled = {name: [t for t in tensors if t is not None] for name, tensors in filled.items()}
     return Run(op, x, weight, 2 - (bias is None), 1 + centers, forward, backward, sums, filled)
-
-
-@contextlib.contextmanager
-def virtual_gpu() -> Iterator[Any]:
-    """One with a single multiprocessor. Its launches also count for the whole run's own, where there is one."""
-    whole_run = driver._active
-    with ptxsim.simulated_gpu(target=90, num_sms=1, races="error", uninit_shared="error") as gpu:
-        yield gpu
-    if isinstance(whole_run, ptxsim.SimulatedGPU):
-        for counters in gpu.launches:
-            whole_run.launches.append(counters)
 
 
 # widths of which no program holds a row in bf16 beside its sums

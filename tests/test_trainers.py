@@ -6,21 +6,14 @@ from unittest import mock
 
 import pytest
 import torch
-from model_zoo import TIMM, TOKENS, TRANSFORMERS, Case, loss_of
 from torch import nn
 
 import fastnorm
 from fastnorm.clip import patch
+from helpers.model_zoo import TIMM, TOKENS, TRANSFORMERS, Case, loss_of
 
-pytestmark = pytest.mark.models
+pytestmark = [pytest.mark.models, pytest.mark.usefixtures("compiled_kernels")]
 STEPS = 20
-
-
-@pytest.fixture(autouse=True)
-def compiled_kernels():
-    """Not Triton's interpreter, which takes minutes for a model."""
-    with fastnorm.use("native" if fastnorm.backend.statuses()["native"].available else "reference"):
-        yield
 
 
 def check(model: nn.Module, run: Callable[[nn.Module], list[float]], rtol: float = 1e-3) -> None:

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from test_modules import modules, pair, y_of
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 
 import fastnorm
+from helpers.stock import modules, pair, y_of
 
 
 @modules

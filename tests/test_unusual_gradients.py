@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TORCH
 from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
 
 from fastnorm import functional
+from helpers.environment import TORCH
 
 KINDS = {
     "negative view": torch._neg_view,

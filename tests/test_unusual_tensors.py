@@ -3,14 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TORCH
-from test_bad_input import error_of
 from torch.masked import masked_tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fastnorm
 from fastnorm import functional
 from fastnorm.backend import CHANNEL_NORMS, ROW_NORMS
+from helpers.environment import TORCH
+from helpers.stock import error_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*prototype:UserWarning", "ignore:.*quantize:UserWarning"),

@@ -183,6 +183,7 @@ stop = True
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HANGS)
 def test_nobody_waits_for_a_lock(name):
     subprocess.run([sys.executable, "-W", "ignore", "-c", HANGS[name]], check=True, timeout=60)

@@ -3,14 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from channel_norms import format_of
-from conftest import SIMULATED
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastnorm import backend, operators, reference, use
 from fastnorm.functional import batch_norm, group_norm, layer_norm, rms_norm
 from fastnorm.views import ChannelView, as_rows, batch_norm_format, suggested_format
+from helpers.channel_norms import format_of
+from helpers.drawing import examples
+from helpers.environment import SIMULATED
 
 native = pytest.mark.skipif(backend._native is None, reason="looks into the compiled operators")
 f32 = torch.float32
@@ -86,10 +87,8 @@ def ugly_tensors(draw, count: int, least_dims: int) -> list[torch.Tensor]:
 
 
 if not SIMULATED:  # hypothesis draws shapes at will, and each would be compiled
-    drawn = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
     @given(tensors=ugly_tensors(2, 1), data=st.data())
-    @drawn
+    @examples(40)
     def test_rows_of_any_strides(tensors, data, kernel_device):
         """h = x + residual is exact: each element is where it belongs."""
         x, residual = (t.to(kernel_device) for t in tensors)
@@ -106,7 +105,7 @@ if not SIMULATED:  # hypothesis draws shapes at will, and each would be compiled
             )
 
     @given(tensors=ugly_tensors(2, 2))
-    @drawn
+    @examples(40)
     def test_images_of_any_strides(tensors, kernel_device):
         """With mean 0 and rstd 1 results are exact, the mask's bits included; their format is stock's."""
         x, dy = (t.to(kernel_device) for t in tensors)

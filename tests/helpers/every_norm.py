@@ -3,13 +3,12 @@
 from collections.abc import Callable, Iterable
 from types import ModuleType
 
-import channel_norms
-import norms
 import pytest
 import torch
 from torch import Tensor
 
 from fastnorm.backend import ROW_NORMS
+from helpers import channel_norms, norms
 
 ROWS = [((4, 24), 1), ((2, 3, 24), 1), ((2, 3, 4, 6), 2)]
 IMAGES = [((6, 8), False), ((4, 6, 5), False), ((2, 6, 3, 3), False), ((2, 6, 3, 3), True)]

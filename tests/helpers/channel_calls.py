@@ -2,20 +2,14 @@
 
 import pytest
 import torch
-from channel_norms import MOMENTUM, Case, case_of, fused, inputs
 from torch import Tensor
-from whole_calls import NATIVE_NAMED, NATIVE_ON_CPU, assert_same, is_by_cpp, native, through_python
 
 import fastnorm
+from helpers.channel_norms import MOMENTUM, Case, case_of, fused, inputs
+from helpers.whole_calls import NATIVE_NAMED, NATIVE_ON_CPU, assert_same, is_by_cpp, native, through_python
 
 operations = pytest.mark.parametrize("op", ["batch_norm", "group_norm"])
 F32 = torch.float32
-
-
-@pytest.fixture(autouse=True)
-def named():
-    with fastnorm.use("native"):
-        yield
 
 
 def direct(op: str, served=NATIVE_ON_CPU | NATIVE_NAMED, **changes):

@@ -4,10 +4,10 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from norms import assert_as_good_as_stock, unit_of
 from torch import Tensor
 
 import fastnorm
+from helpers.norms import assert_as_good_as_stock, unit_of
 
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 MOMENTUM = 0.3
