@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import clip, commands, host, problem, real_model, report, summary
+from . import clip, commands, host, predict, problem, real_model, report, summary
 from .arguments import device, name, positive, several, shapes
 from .operation import LAYOUTS, MODES
 from .operations import FAMILIES, OPERATIONS
@@ -61,6 +61,8 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     add("host", host.main, "time what calls cost the host, without a GPU too", files)
     text = "compile every shipped kernel for every architecture, without a GPU, and read the machine code"
     _add_codegen(add("codegen", _codegen, text, files))
+    text = "predict what the row norms reach on three GPUs by a timing model, without a GPU"
+    _add_predict(add("predict", predict.main, text, files))
     text = "swap the LayerNorms of a pretrained model, and compare results and time"
     add("real-model", real_model.main, text, files, timing)
     fill = add("summary", summary.main, "fill in the documents' tables from the files of results")
@@ -126,4 +128,17 @@ def _add_codegen(add: Callable) -> None:
         add(f"--{of}", type=several(one), metavar="LIST", help=f"by commas (default: {','.join(map(str, default))})")
     text = "don't disassemble, which takes as long as to compile"
     add("--no-instructions", dest="instructions", action="store_false", help=text)
+    add("--jobs", type=positive(int), default=1, metavar="N", help="processes (default: 1)")
+
+
+def _add_predict(add: Callable) -> None:
+    choices = (("--operations", predict.OPERATIONS), ("--targets", predict.TARGETS), ("--dtypes", ("bf16", "fp32")))
+    for flag, of in choices:
+        one = name(of, flag.strip("-").removesuffix("s"))
+        add(flag, type=several(one), metavar="LIST", default=tuple(of), help=f"by commas (default: {','.join(of)})")
+    add("--widths", type=several(positive(int)), metavar="LIST", default=predict.WIDTHS, help="columns, by commas")
+    text = "elements in units of 2**20, by commas (default: 32,4)"
+    add("--millions", type=several(positive(int)), metavar="LIST", default=predict.MILLIONS, help=text)
+    text = "times the latency of the GPU's memory: 1.5 shows how safe a prediction is (default: 1)"
+    add("--latency", type=positive(float), default=1.0, metavar="X", help=text)
     add("--jobs", type=positive(int), default=1, metavar="N", help="processes (default: 1)")

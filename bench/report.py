@@ -193,3 +193,14 @@ def wide(frame: pd.DataFrame, rows: list[str], across: str, columns: Iterable[st
     """The column "cell" of a long frame, by `rows` in their order and by the values of `across`."""
     table = frame.pivot_table("cell", rows, across, aggfunc="first", sort=False)
     return table.reindex(columns=list(columns)).astype(object).fillna(missing).reset_index()
+
+
+def prediction_cells(results: Iterable[dict], targets: dict[str, str]) -> pd.DataFrame:
+    """A row for each call and GPU, a column for each width: per cent of a copy's speed, l where latency bounds it."""
+    frame = frame_of(results)
+    frame["call"] = "`" + frame["operation"] + "` " + frame["direction"]
+    frame["elements"] = [f"{millions} M" for millions in frame["millions"]]
+    frame["GPU"], frame["cols"] = frame["target"].map(targets), frame["cols"].map(str)
+    bounds = zip(frame["percent_of_copy"], frame["bound"], strict=True)
+    frame["cell"] = [f"{percent} l" if bound == "latency" else f"{percent}" for percent, bound in bounds]
+    return wide(frame, ["call", "dtype", "elements", "GPU"], "cols", frame["cols"].unique())

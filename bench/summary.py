@@ -7,9 +7,10 @@ A document says between which lines a table stands, and of which files in bench/
 
 cells: every case, with its time; operations: the speed-ups of every operation and shape, side by side; spread: the
 least, median and largest speed-up of every operation, with the cases that lose; clip: every list of gradients; host:
-the host's µs a call, best / median; card, headline: what `make card` found on cards, all of it or rows of 4096 columns
-alone, or a sentence as long as there is no card's file. instructions: of `python -m bench codegen`'s file, those for
-each element, Liger-Kernel's behind ours, of the operations, dtypes and widths that the line goes on to name:
+the host's µs a call, best / median; predictions: of `python -m bench predict`, a row for each call and GPU; card,
+headline: what `make card` found on cards, all of it or rows of 4096 columns alone, or a sentence as long as there is no
+card's file. instructions: of `python -m bench codegen`'s file, those for each element, Liger-Kernel's behind ours, of
+the operations, dtypes and widths that the line goes on to name:
 
     <!-- instructions NAME.json rms_norm,clip_grad_norm_ bf16 4096,any -->
 """
@@ -24,13 +25,14 @@ import pandas as pd
 
 from .card.summary import tables
 from .labels import LOSS, github, mode_label, speedup
-from .report import frame_of, host_cells, markdown, shapes, shown, wide
+from .predict import TARGETS
+from .report import frame_of, host_cells, markdown, prediction_cells, shapes, shown, wide
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 DOCUMENTS = (ROOT / "docs" / "results.md", ROOT / "docs" / "machine_code.md", ROOT / "README.md")
 CLIPS = ("fastnorm", "fastnorm-deferred", "fastnorm-reference")  # fastnorm-native is what fastnorm takes on a CPU
-KINDS = "cells|operations|spread|clip|instructions|card|headline|host"
+KINDS = "cells|operations|spread|clip|instructions|card|headline|host|predictions"
 BLOCK = re.compile(rf"(<!-- ({KINDS}) ([^>]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 NO_CARD = "GPU times have not been measured yet: `make card` does it on a card."
@@ -63,6 +65,8 @@ def _table(kind: str, names: Sequence[str]) -> str:
     results = [result for document in documents for result in document["results"]]
     if kind == "host":
         return markdown(host_cells(results))
+    if kind == "predictions":
+        return markdown(prediction_cells(results, TARGETS))
     frame = frame_of(results)
     if kind == "clip":
         return _clip(frame[frame["provider"].isin(CLIPS)])

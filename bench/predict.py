@@ -1,0 +1,67 @@
+"""What a timing model says of the norms on GPUs that aren't there: `python -m bench predict`.
+
+The model is the optional package gputime, which reads the machine code that ptxas emits. Its numbers are predictions:
+they rank versions of a kernel, and are no measurements. Cells are per cent of what a copy of the same bytes reaches.
+"""
+
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from importlib.util import find_spec
+from itertools import product
+from typing import Any
+
+from tqdm import tqdm
+
+import fastnorm
+
+from . import report
+from .commands import Outcome
+
+OPERATIONS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
+DIRECTIONS = ("forward", "backward")
+TARGETS = {"sm_80": "A100", "sm_90": "H100", "sm_100": "B200"}
+WIDTHS = (128, 768, 1024, 2048, 2560, 4096, 5120, 7168, 8192, 12288, 16384, 32768)
+MILLIONS = (32, 4)  # elements, in units of 2**20
+STEM = "predictions"
+
+
+def main(options: Namespace) -> Outcome:
+    """Predict every cell, print the table, and write it with the facts that it depends on."""
+    if find_spec("gputime") is None:
+        sys.exit("python -m bench predict needs the timing model gputime on PYTHONPATH, which is no package of PyPI")
+    cells = list(_cells(options))
+    with ProcessPoolExecutor(options.jobs) as pool:
+        results = list(tqdm(pool.map(_predict, cells), total=len(cells), unit="cell"))
+    facts = {name: version(name) for name in ("torch", "triton")} | {"fastnorm": fastnorm.__version__}
+    document = {"machine": facts, "latency": options.latency, "results": results}
+    print(report.markdown(report.prediction_cells(results, TARGETS), "simple"))
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / f"{STEM}.json"
+    path.write_text(report.as_json(document), encoding="utf-8")
+    print("wrote", path)
+    return 0, document
+
+
+def _cells(options: Namespace) -> Iterator[tuple]:
+    widths, millions = (WIDTHS[5:6], MILLIONS[:1]) if options.quick else (options.widths, options.millions)
+    chosen = options.operations, DIRECTIONS, options.dtypes, options.targets, millions, widths, (options.latency,)
+    return product(*chosen)
+
+
+def _predict(cell: tuple) -> dict[str, Any]:
+    """A cell's microseconds, per cent of a copy's speed, and what bounds it. In a process of its own."""
+    from gputime.__main__ import machine_of, predict_problem
+    from gputime.problem import Problem
+
+    operation, direction, dtype, target, millions, cols, latency = cell
+    machine = machine_of(target, latency)
+    rows = max(1, (millions << 20) // cols)
+    call = predict_problem(Problem(target, operation, direction, dtype, rows, cols), machine)
+    return {
+        "operation": operation, "direction": direction, "dtype": dtype, "target": target, "millions": millions,
+        "cols": cols, "us": round(call.us, 1), "percent_of_copy": round(100 * call.share), "bound": call.bound,
+        "spilled": max(kernel.spilled for kernel in call.kernels),
+    }  # fmt: skip

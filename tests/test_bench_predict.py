@@ -1,0 +1,68 @@
+"""`python -m bench predict`, with a timing model that answers at once."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import summary
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = {
+    "__init__.py": "",
+    "problem.py": """
+from collections import namedtuple
+Problem = namedtuple("Problem", "target operation direction dtype rows cols")
+""",
+    "__main__.py": """
+from types import SimpleNamespace as Space
+
+def machine_of(target, latency):
+    return latency
+
+def predict_problem(problem, latency):
+    assert problem.rows * problem.cols == 32 << 20
+    bound = "latency" if problem.direction == "backward" else "dram"
+    return Space(us=100.04 * latency, share=0.914 / latency, bound=bound, kernels=[Space(spilled=0), Space(spilled=8)])
+""",
+}
+
+
+def predict(folder: Path, *options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "bench", "predict", "--output", str(folder), *options]
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    (tmp_path / "gputime").mkdir()
+    for name, text in MODEL.items():
+        (tmp_path / "gputime" / name).write_text(text)
+    return tmp_path
+
+
+def test_cells_are_predicted_written_and_shown(model, monkeypatch):
+    cell = ["--operations", "rms_norm", "--targets", "sm_90", "--dtypes", "bf16", "--latency", "2"]
+    done = predict(model, "--quick", *cell)
+    assert done.returncode == 0, done.stderr
+    document = json.loads((model / "predictions.json").read_text())
+    forward, backward = document["results"]
+    assert (forward["us"], forward["percent_of_copy"], forward["spilled"], forward["cols"]) == (200.1, 46, 8, 4096)
+    assert backward["direction"] == "backward" and document["latency"] == 2 and "triton" in document["machine"]
+    page = model / "page.md"
+    page.write_text("<!-- predictions predictions.json -->\n<!-- end -->\n")
+    monkeypatch.setattr(summary, "RESULTS", model)
+    assert summary.fill(page)
+    rows = [line.split("|")[1:-1] for line in page.read_text().splitlines() if "rms_norm" in line]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["`rms_norm` forward", "bf16", "32 M", "H100", "46"], ["`rms_norm` backward", "bf16", "32 M", "H100", "46 l"],
+    ]  # fmt: skip
+
+
+def test_without_the_model_it_says_what_is_missing(tmp_path):
+    done = predict(tmp_path, "--quick")
+    assert done.returncode == 1 and "gputime" in done.stderr and "Traceback" not in done.stderr
