@@ -28,7 +28,7 @@ help:  ## list the targets
 
 install: $(NATIVE)  ## make the virtual environment, install in editable mode, build the C++ extension
 
-test: lint  ## lint, then all tests
+test: $(NATIVE) lint  ## lint, then all tests
 # One OpenMP thread each, or the workers fight for the cores; tests of threading set their own number.
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not models" $(PYTEST_ARGS)
 
@@ -49,8 +49,9 @@ test-codegen: $(NATIVE)  ## what Triton's kernels are compiled to, on six archit
 test-models: $(MODELS)  ## convert and clipping on real models and trainers: transformers, timm, Lightning, Accelerate
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m models $(PYTEST_ARGS) tests/test_models.py tests/test_trainers.py
 
-# In a copy of the sources: the extension for another torch must not stay behind in this tree. The constraint holds for
-# all that pip installs, or torchvision, which timm asks for, would bring its own torch.
+# In a copy of the sources: the extension for another torch must not stay behind in this tree. Without lint, as mypy
+# checks against the newest torch's annotations. The constraint holds for all that pip installs, or torchvision, which
+# timm asks for, would bring its own torch.
 test-torch: export PIP_CONSTRAINT = $(OTHER_TORCH)/constraints.txt
 test-torch:  ## the whole of `make test` with another torch (TORCH=2.9.1), in an environment of its own under build/
 	test -x $(OTHER_TORCH)/bin/python || $(PYTHON) -m venv $(OTHER_TORCH)
@@ -58,7 +59,7 @@ test-torch:  ## the whole of `make test` with another torch (TORCH=2.9.1), in an
 	rm -rf $(OTHER_TORCH)/source && mkdir $(OTHER_TORCH)/source
 	tar -cf - --exclude=./build --exclude=./.git --exclude='./.venv*' --exclude='_C*.so' --exclude=_build.json . \
 	  | tar -xf - -C $(OTHER_TORCH)/source
-	$(MAKE) -C $(OTHER_TORCH)/source VENV=$(OTHER_TORCH) test
+	$(MAKE) -C $(OTHER_TORCH)/source VENV=$(OTHER_TORCH) -o lint test
 
 # Before 3.7 its interpreter takes arrays of one element for numbers, which numpy has ended with 2.4.
 test-triton: $(NATIVE)  ## the Triton kernels with another Triton (TRITON=3.5.1): interpreted, and compiled for two GPUs
