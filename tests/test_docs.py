@@ -12,6 +12,8 @@ import torch
 import fastnorm
 from fastnorm import backend
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "docs" / "_tools"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
