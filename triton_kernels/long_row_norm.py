@@ -83,7 +83,7 @@ def _row_norm_long_forward_kernel(
     else:
         rstd = reciprocal_sqrt(tl.sum(lane_m2, axis=0, keep_dims=True) + EPS)
     store_tile(rstd_ptr + row + tl.arange(0, 1), rstd, None)
-    last = (tl.cdiv(n_cols, TILE) - 1) * TILE
+    last = tl.multiple_of(n_cols - 1 - (n_cols - 1) % TILE, TILE)
     for back in range(0, n_cols, TILE):
         cols = last - back + tl.arange(0, TILE)
         col_mask = cols < n_cols
