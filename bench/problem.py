@@ -30,10 +30,10 @@ LIGER_OPERATIONS = ("rms_norm", "layer_norm", "add_rms_norm", "group_norm")
 
 @dataclass(frozen=True)
 class Types:
-    """Of x, y and their gradients; of the residual stream; of the parameters and their gradients."""
+    """Of x, y and their gradients; of the residual; of the parameters and their gradients."""
 
     x: torch.dtype
-    stream: torch.dtype
+    residual: torch.dtype
     parameters: torch.dtype
 
 
@@ -42,7 +42,7 @@ DTYPES = {
     "fp16": Types(torch.float16, torch.float16, torch.float16),
     "fp32": Types(torch.float32, torch.float32, torch.float32),
     "fp64": Types(torch.float64, torch.float64, torch.float64),
-    "mixed": Types(torch.bfloat16, torch.float32, torch.float32),  # bf16 activations on a float32 residual stream
+    "mixed": Types(torch.bfloat16, torch.float32, torch.float32),  # bf16 activations beside a float32 residual
 }
 
 
@@ -93,4 +93,4 @@ def beside(problem: Problem) -> Problem | None:
     """The same call of Liger-Kernel's, where it has one: of a single dtype, and of images that are contiguous."""
     types = DTYPES[problem.dtype]
     has_it = problem.operation in LIGER_OPERATIONS and not problem.channels_last
-    return replace(problem, provider=LIGER) if has_it and types.x == types.stream else None
+    return replace(problem, provider=LIGER) if has_it and types.x == types.residual else None

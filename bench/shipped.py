@@ -33,19 +33,19 @@ def _call_with_rows(problem: Problem) -> None:
 
     parameter = torch.empty(problem.cols, dtype=types.parameters, device="meta")
     statistic = torch.empty(ROWS, dtype=torch.promote_types(types.x, torch.float32), device="meta")
-    bias, stream = parameter if centers else None, types.stream if adds else None
+    bias, residual_dtype = parameter if centers else None, types.residual if adds else None
     if problem.direction == "forward":
-        residual = rows(stream) if adds else None
+        residual = rows(residual_dtype) if adds else None
         triton_kernels.row_norm_forward(
-            rows(types.x), residual, 1, parameter, bias, 1e-6, centers, False, None, types.x, stream
+            rows(types.x), residual, 1, parameter, bias, 1e-6, centers, False, None, types.x, residual_dtype
         )
     else:
         dh, h, mean = (
-            rows(stream) if adds else None,
-            rows(types.stream if adds else types.x),
+            rows(residual_dtype) if adds else None,
+            rows(types.residual if adds else types.x),
             statistic if centers else None,
         )
-        dtypes = types.x, stream, types.parameters, types.parameters if centers else None
+        dtypes = types.x, residual_dtype, types.parameters, types.parameters if centers else None
         triton_kernels.row_norm_backward(rows(types.x), dh, h, 1, parameter, mean, statistic, False, None, *dtypes)
 
 
@@ -61,7 +61,7 @@ def _call_with_image(problem: Problem) -> None:
         return torch.empty(samples, channels, cols, 1, dtype=dtype, device="meta", memory_format=layout)
 
     stat = torch.promote_types(types.x, torch.float32)
-    x, residual, w = image(types.x), image(types.stream), empty(types.parameters, channels)
+    x, residual, w = image(types.x), image(types.residual), empty(types.parameters, channels)
     grads = types.parameters, types.parameters
     launchers = [getattr(triton_kernels, f"{problem.operation}_{name}") for name in DIRECTIONS]
     for is_fused in (False, True):
@@ -70,7 +70,7 @@ def _call_with_image(problem: Problem) -> None:
             arguments = (x, GROUPS, w, w, 1e-5, *options, types.x), (x, x, GROUPS, w, w, statistic, statistic, *options)
         else:
             statistic, mask = empty(stat, channels), ChannelView(x, layout, across_samples=True).make_mask(True)
-            added, dresidual = (residual, types.stream) if is_fused else (None, None)
+            added, dresidual = (residual, types.residual) if is_fused else (None, None)
             running = w, w, w, w, None, 0.1, 1e-5
             arguments = (x, added, *running, layout, is_fused, types.x), (
                 x, mask if is_fused else None, x, w, statistic, statistic, True, layout, dresidual,

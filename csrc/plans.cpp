@@ -23,8 +23,9 @@ namespace {
 namespace py = pybind11;
 using at::Tensor;
 
-// Everything that the launches of a call depend on, as bytes: of a tensor its dtype, device, sizes, strides and whether
-// its address is a multiple of 16. A superset of what Triton specialises kernels on and of what launchers look at.
+// Everything that the launches of a call depend on, as bytes: of a tensor its dtype, device, sizes, strides, its
+// address modulo 16, and whether its storage is below 2 GiB. A superset of what Triton specialises kernels on and of
+// what launchers look at.
 class Key {
  public:
   explicit Key(std::string_view name) {

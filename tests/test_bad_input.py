@@ -162,7 +162,7 @@ ADDS = pytest.mark.parametrize("op", ["add_layer_norm", "add_rms_norm"])
 @ADDS
 @pytest.mark.parametrize("shape", [(4, 7), (3, 8), (2, 4, 8), (8,), (1, 8), (4, 1), ()], ids=str)
 def test_residual_of_another_shape(op, shape):
-    """A residual that would broadcast is a mistake too: h could not be handed on as the stream."""
+    """A residual that would broadcast is a mistake too: h could not be handed on as the next residual."""
     x, residual = torch.randn(4, 8), torch.randn(shape)
     stock = error_of(torch.add, {"input": x, "other": residual})
     assert stock is None or type(stock) is RuntimeError

@@ -1,4 +1,4 @@
-"""What only the Triton kernels of batch_norm and group_norm promise: launch choices, slices, 64-bit addresses."""
+"""What only the Triton kernels of batch_norm and group_norm promise: launch choices, chunks, 64-bit addresses."""
 
 import inspect
 
@@ -22,18 +22,18 @@ layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["planes",
 
 
 @given(length=lengths, step=st.sampled_from([1, 64, 1024]), blocks=st.integers(1, 10**6), count=multiprocessor_counts)
-def test_slices_cover_the_length_and_fill_the_card_at_most_once(length, step, blocks, count):
-    slice_length = launch.chunk_length(length, step, blocks, count)
-    slices = -(-length // slice_length)
-    assert slice_length % step == 0
-    assert slices == 1 or slices * blocks <= launch.CHANNEL_PROGRAMS * count
-    assert slices < 65536  # of a grid's second dimension
+def test_chunks_cover_the_length_and_fill_the_card_at_most_once(length, step, blocks, count):
+    chunk_length = launch.chunk_length(length, step, blocks, count)
+    chunks = -(-length // chunk_length)
+    assert chunk_length % step == 0
+    assert chunks == 1 or chunks * blocks <= launch.CHANNEL_PROGRAMS * count
+    assert chunks < 65536  # of a grid's second dimension
 
 
 def test_64_channels_fill_a_card():
     tiling = launch.unit_lanes(32 * 3136 // 8, 64, launch.ELEMENTWISE_DEPTH, 132)
-    slices = -(-(32 * 3136 // 8) // launch.chunk_length(32 * 3136 // 8, tiling.step, 64, 132))
-    assert tiling.units == 1 and 64 * slices >= 2 * 132
+    chunks = -(-(32 * 3136 // 8) // launch.chunk_length(32 * 3136 // 8, tiling.step, 64, 132))
+    assert tiling.units == 1 and 64 * chunks >= 2 * 132
 
 
 @given(vectors=lengths, units=st.integers(1, 10**6), depth=st.sampled_from([1, 2, 4, 8]), count=multiprocessor_counts)
@@ -92,8 +92,8 @@ def formula(x: Tensor, dy: Tensor, residual: Tensor, w: Tensor) -> list[Tensor]:
 
 @pytest.mark.triton
 @layouts
-def test_slices_of_long_channels(channels_last, triton_device):
-    """Two channels, so that each is cut into slices, the last of which is short and ends within a tile."""
+def test_chunks_of_long_channels(channels_last, triton_device):
+    """Two channels, so that each is cut into chunks, the last of which is short and ends within a tile."""
     shape = (1, 9211, 2) if channels_last else (2, 2, 9208)
     x, dy, residual = (as_image(torch.randn(shape, device=triton_device), channels_last) for _ in range(3))
     w, b = torch.randn(2, device=triton_device), torch.zeros(2, device=triton_device)

@@ -193,7 +193,7 @@ def test_means_far_from_the_first_elements(level, channels_last):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_groups_of_all_sizes(dtype, channels_last):
     """Where several rows, and groups, are worked on at once, all that may be left over; and groups of several blocks
-    and pieces."""
+    and chunks."""
     shapes = ((6, 1, 2), (6, 3, 7), (40, 8, 25), (72, 4, 64), (30, 10, 65), (17, 1, 196), (60, 60, 9))
     shapes += ((12, 2, 3000), (5, 1, 20000), (2, 1, 70001))
     for channels, groups, n in shapes:
@@ -215,7 +215,7 @@ def test_groups_of_all_sizes(dtype, channels_last):
 @layouts
 @pytest.mark.parametrize("dtype", [f32, bf16])
 def test_outputs_that_are_written_past_the_caches(dtype, channels_last):
-    # pixels are cut into pieces of 4096, and the last bits of dx depend on where
+    # pixels are cut into chunks of 4096, and the last bits of dx depend on where
     n, channels, times = 16 * (512 if channels_last else 577), 32, 8 * 4 // dtype.itemsize
     shape = (2, n, channels) if channels_last else (2, channels, n)
     small = [random(*shape, dtype=dtype) for _ in range(3)]

@@ -209,10 +209,14 @@ def test_bad_channels_stay_in_their_channels(bad, channels_last, device):
 
 
 @layouts
-def test_samples_of_group_norm_do_not_depend_on_the_batch(channels_last, kernel_device):
-    case = fused(case_of("group_norm", (5, 12, 7, 9), torch.bfloat16, groups=3, channels_last=channels_last))
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((5, 12, 7, 9), torch.bfloat16), ((5, 15, 98, 1), torch.float32)], ids=["odd", "unaligned"]
+)
+def test_samples_of_group_norm_do_not_depend_on_the_batch(shape, dtype, channels_last, kernel_device):
+    """Nor on where a sample lies: every second one of the unaligned shape begins between two multiples of 16 bytes."""
+    case = fused(case_of("group_norm", shape, dtype, groups=3, channels_last=channels_last))
     tensors = inputs(case, kernel_device)
-    dy = torch.randn(case.shape).to(torch.bfloat16).to(kernel_device)
+    dy = torch.randn(case.shape).to(dtype).to(kernel_device)
 
     def results(some: slice):
         x = tensors["x"][some].detach().requires_grad_()

@@ -49,7 +49,7 @@ def scaled(x: Tensor, coefficient: Tensor) -> Tensor:
 
 
 def mixed_list() -> list[Tensor]:
-    """Odd sizes, offset starts, an empty tensor, a scalar, a transposed one, several pieces."""
+    """Odd sizes, offset starts, an empty tensor, a scalar, a transposed one, several chunks."""
     transposed = randn(33 * 7, F32).view(33, 7).t()
     return [randn(5, F32), randn(4999, F32, 3), randn(0, F32), randn(1, BF16), randn(9001, BF16, 1), randn(777, F16, 5),
             transposed]  # fmt: skip

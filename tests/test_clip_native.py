@@ -20,7 +20,7 @@ def norm_of(tensors, norm_type=2.0):
 
 
 def random_lists(dtype):
-    """Long and short tensors: several pieces, several tensors a piece, every vector tail."""
+    """Long and short tensors: several chunks, several tensors a chunk, every vector tail."""
     torch.manual_seed(1)
     sizes = [200_000, *range(71), 65536, 65537, 1000]
     return [torch.randn(size, dtype=torch.float64).to(dtype) for size in sizes]
@@ -80,7 +80,7 @@ def test_sizes_whose_powers_leave_the_dtype(dtype, sizes, norm_type):
 
 @pytest.mark.instruction_sets
 def test_special_values_anywhere():
-    """In the middle of vectors, in their tails, and in the last piece."""
+    """In the middle of vectors, in their tails, and in the last chunk."""
     for n, where in ((5, 0), (67, 66), (70_000, 12_345), (140_000, 139_999)):
         x = torch.ones(n)
         for bad in (nan, inf, -inf):
@@ -150,7 +150,7 @@ def adaptively_clipped(grad, param, units, clip_factor, eps, norm_type):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm_type", [2.0, 1.0, inf, 3.0])
 def test_adaptive_clipping_by_the_rule(dtype, norm_type):
-    """Rows, whole tensors longer than a piece, and rows longer than a piece; some clipped, some not."""
+    """Rows, whole tensors longer than a chunk, and rows longer than a chunk; some clipped, some not."""
     shapes = [((64, 9), 64), ((3, 5), 1), ((7,), 7), ((200_000,), 1), ((2, 70_001), 2), ((0, 4), 1)]
     params = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape, _ in shapes]
     scale = torch.tensor([0.003, 0.03])

@@ -101,10 +101,19 @@ def test_every_architecture_and_kernel_is_there(kernels):
         assert {f"row_norm_{kind}" for kind in kinds} <= {k["kernel"] for k in kernels if k["operation"] in operations}
 
 
+# bytes of a thread, which docs/verification.md tells of
+KNOWN_SPILLS = {
+    "sm_120 add_layer_norm row_norm_backward bf16 8192": 24,
+    "sm_100 add_layer_norm row_norm_long_backward bf16 None": 8,
+}
+
+
 def test_row_kernels_do_not_spill(kernels):
     spilled = {name(k): k["spilled"] for k in kernels if k["spilled"]}
     if release(metadata.version("triton")) < (3, 6):  # whose LLVM finds no registers for this one, and newer ones' does
         assert spilled.pop("gfx1100 rms_norm row_norm_backward bf16 7168", 0) <= 24
+    for kernel, most in KNOWN_SPILLS.items():
+        assert spilled.pop(kernel, 0) <= most
     assert not spilled
 
 

@@ -193,7 +193,7 @@ def launch_group(group: Group, clip_factor: float, eps: float, norm_type: float)
         if tiles.looped or (kind == "powers" and not launch.keeps_powers(tiles)):
             rows, _, warps = launch.chunk_tile(1)
             if kind == "powers":
-                rows //= launch.POWERS_SPREAD
+                rows //= launch.POWERS_WARPS
             cols = [launch.ACCESS_BYTES // dtype.itemsize for dtype in group.dtypes]
             # grid: one program for each unit
             _looped_unit_kernel[(group.programs,)](
@@ -204,7 +204,7 @@ def launch_group(group: Group, clip_factor: float, eps: float, norm_type: float)
             # grid: one program for each block of units
             _kept_units_kernel[(group.programs,)](
                 *arguments, **norm, ROWS=tiles.rows, COLS=tiles.cols, PACK=pack, IS_ALIGNED=group.is_aligned,
-                **launch.options(launch.POWERS_SPREAD * tiles.warps if kind == "powers" else tiles.warps),
+                **launch.options(launch.POWERS_WARPS * tiles.warps if kind == "powers" else tiles.warps),
             )  # fmt: skip
 
 

@@ -1,22 +1,9 @@
-"""Tricks that make LLVM and ptxas emit the code that is wanted, each under the name of what it does."""
+"""A trick that makes LLVM and ptxas emit the code that is wanted, under the name of what it does."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def no_fma(a, b):
-    """a · b, rounded before it is added to anything.
-
-    In a sum over lanes, two lanes exchange their products, and each adds the other's to its own. LLVM and ptxas (seen
-    with Triton 3.8) fuse a plain product into that addition: a lane rounds the other's product and not its own. So
-    lanes that should have the same sum differ in the last bit, and threads that store it store different values. With a
-    plain product here, the virtual GPU reports that as races: `pytest -m triton -p ptxsim.pytest_plugin --ptxsim-target
-    90 tests/test_channel_norms.py -k two_runs`."""
-    zero = tl.zeros_like(a)
-    return tl.fma(a, b + zero, zero)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""GroupNorm (Wu & He 2018), alone and with a SiLU behind it, forward and backward.
+"""GroupNorm (Wu & He 2018), alone and with a SiLU after it, forward and backward.
 
 The kernels are batch_norm's: planes.py for contiguous results, pixels.py for channels_last ones; moments.py joins the
 statistics and sums of their chunks into those of the groups.

@@ -222,15 +222,19 @@ def options(warps: int, resident: int = 1) -> dict[str, int]:
     """The launch options for `warps` warps of 32 threads, with `resident` programs on a multiprocessor.
 
     On NVIDIA's cards, maxnreg gives each program its whole share of the registers: by itself the assembler may spill
-    some so that one more program is resident. AMD's warps of 64 threads are half as many."""
+    some so that one more program is resident. AMD's warps of 64 threads are half as many.
+
+    Products and sums are fused only where a kernel says tl.fma. Left to itself, the compiler fuses what it likes, and
+    otherwise in the code for addresses that are no multiples of 16: the same row had other bits at another place."""
     return {"num_warps": warps} if INTERPRETED else _options(warps, resident, _current_target())
 
 
 @functools.lru_cache(maxsize=64)
 def _options(warps: int, resident: int, target: GPUTarget) -> dict[str, int]:
     if target.backend != "cuda":
-        return {"num_warps": max(1, WARP * warps // target.warp_size)}
-    return {"num_warps": warps, "maxnreg": min(255, 65536 // (WARP * warps * resident))}
+        return {"num_warps": max(1, WARP * warps // target.warp_size), "enable_fp_fusion": False}
+    registers = min(255, 65536 // (WARP * warps * resident))
+    return {"num_warps": warps, "maxnreg": registers, "enable_fp_fusion": False}
 
 
 @functools.lru_cache(maxsize=16)
@@ -261,7 +265,7 @@ MAX_CHUNKS = 4096  # of a list of tensors, besides one for each tensor: some 30 
 MIN_CHUNK_BYTES = 1 << 14  # two steps of a program of 4 warps, each thread of which has four 16-byte accesses in a step
 MAX_KEPT_UNIT_BYTES = 1 << 15  # of a unit's gradient or parameter, the larger one, that a program keeps in registers
 # |x|^p takes a logarithm in float64, and that many registers: a thread has a quarter of the elements.
-POWERS_SPREAD = 4
+POWERS_WARPS = 4
 UNIT_REGISTERS = 32  # of a thread, for a unit's gradient; and as many for its parameter
 LONG_UNIT_BYTES = 1 << 18  # longer units are shared by many programs, as one would take too long
 
@@ -301,9 +305,9 @@ def unit_tiles(length: int, itemsize: int) -> UnitTiles:
 
 
 def keeps_powers(tiles: UnitTiles) -> bool:
-    """Whether a program can keep a unit in registers for a norm of powers, which takes POWERS_SPREAD times the warps:
+    """Whether a program can keep a unit in registers for a norm of powers, which takes POWERS_WARPS times the warps:
     no card has more than 32 a program."""
-    return not tiles.looped and POWERS_SPREAD * tiles.warps <= 32
+    return not tiles.looped and POWERS_WARPS * tiles.warps <= 32
 
 
 CHANNEL_WARPS = 4  # of a program of batch_norm or group_norm: several such programs hide each other's waits
@@ -329,11 +333,16 @@ class UnitLanes(NamedTuple):
         return self.lanes * self.depth
 
 
+def widest_vector(cols: int, tensors: Iterable[torch.Tensor]) -> int:
+    """`vector_width` of such tensors wherever they lie: it depends on the row and the dtypes alone."""
+    return math.gcd(ACCESS_BYTES // access_bytes(tensors), cols)
+
+
 def vector_width(cols: int, tensors: Iterable[torch.Tensor]) -> int:
     """Elements of one access, such that every row of `cols` elements begins and ends on a multiple of it in all
     tensors: 16 bytes of the largest element, and less where strides or addresses demand it."""
     tensors = list(tensors)
-    width = math.gcd(ACCESS_BYTES // access_bytes(tensors), cols)
+    width = widest_vector(cols, tensors)
     for t in tensors:
         if t.data_ptr() % ACCESS_BYTES:
             return 1

@@ -121,7 +121,7 @@ def _coefficient_sums(
             if weight_ptr is not None:
                 col_mask = lanes < n_cols - first
                 wdy_factor *= load_weight(weight_ptr + lanes + first, col_mask, wdy_factor.dtype, ZERO_CENTERED)
-            c1_sums, c2_sums = c1_sums + x_factor * wdy_factor, c2_sums + wdy_factor
+            c1_sums, c2_sums = tl.fma(x_factor, wdy_factor, c1_sums), c2_sums + wdy_factor
     return c1_sums, c2_sums
 
 
@@ -161,7 +161,7 @@ def _row_norm_long_backward_kernel(
             dy = tl.load(dy_row + first, mask=col_mask, other=0.0)
             x_factor, dy_factor = factors(tl.load(h_row + first, mask=col_mask, other=0.0), dy, statistics)
             if dweight_ptr is not None:
-                dweight_sums = (old_dweight_sums[t] + dy_factor * rounded_to(x_factor, CAST),) + dweight_sums
+                dweight_sums = (tl.fma(dy_factor, rounded_to(x_factor, CAST), old_dweight_sums[t]),) + dweight_sums
             if dbias_ptr is not None:
                 dbias_sums = (old_dbias_sums[t] + dy.to(stat),) + dbias_sums
             dweight_sums, dbias_sums, statistics = materialize(dweight_sums, dbias_sums, statistics, r - t, n_rows)

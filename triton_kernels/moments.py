@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .compiler import no_fma
 from .jit import jit
 from .tiles import load_tile, reciprocal_sqrt, store_tile
 
@@ -84,7 +83,7 @@ def join_lanes(mean, var, share, AXIS: tl.constexpr):
     """Joins the moments of the lanes along an axis, which is kept, by Chan's formula. share: of the elements, for each
     lane. In float64, as all that is done once a chunk: where std is small, the mean's last bit shows in x − mean."""
     mean, var = mean.to(tl.float64), var.to(tl.float64)
-    joint = tl.sum(no_fma(mean, share), axis=AXIS, keep_dims=True)
+    joint = tl.sum(mean * share, axis=AXIS, keep_dims=True)
     deviation = tl.where(share > 0.0, mean - joint, 0.0)
     return joint, tl.sum(share * var + share * deviation * deviation, axis=AXIS, keep_dims=True)
 

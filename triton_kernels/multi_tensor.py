@@ -247,7 +247,7 @@ def norms_of(table: tables.Table, norm_type: float, dtype: torch.dtype) -> tuple
         for group in layout.groups:
             rows, cols, warps = launch.chunk_tile(group.dtype.itemsize)
             if norm["KIND"] == "powers":
-                rows //= launch.POWERS_SPREAD
+                rows //= launch.POWERS_WARPS
             # grid: one program for each chunk
             _norm_kernel[(group.count,)](
                 table.addresses, layout.tensors, layout.chunk_tensor, partials, group.first,

@@ -25,7 +25,6 @@ import triton.language as tl
 
 from . import launch
 from .channel_tiles import activated, activation_gradient, affine, input_gradient, normalized, statistics
-from .compiler import no_fma
 from .jit import jit
 from .moments import Partials, add_tiles, join_lanes, load_centered, moment_fields
 from .tiles import load_tile, store_tile
@@ -204,7 +203,7 @@ def _pixels_sums_kernel(
     shape: tl.constexpr = (PIXELS, VECTORS * WIDTH)
     # float32 is enough for the terms of a lane, which are few; the lanes' sums are added in float64
     dz_sum = tl.sum(tl.reshape(dz_sum.to(tl.float64), shape), axis=0, keep_dims=True)
-    dz_x_hat_sum = no_fma(dz_x_hat_sum.to(tl.float64), rstd.to(tl.float64))
+    dz_x_hat_sum = dz_x_hat_sum.to(tl.float64) * rstd.to(tl.float64)
     dz_x_hat_sum = tl.sum(tl.reshape(dz_x_hat_sum, shape), axis=0, keep_dims=True)
     _store_partials(sums_ptr, (dz_sum, dz_x_hat_sum), _block_channels(n_blocks, VECTORS * WIDTH), n_blocks, n_channels)
 
@@ -283,18 +282,19 @@ class _Walk(NamedTuple):
 
 
 def _walk(tensors, depth, mask=None, batch_invariant=False):
-    """mask: a ReLU's, with a byte for each vector. batch_invariant: chunks are chosen as for a single sample, so that
-    sums over a sample don't depend on how many others there are."""
+    """mask: a ReLU's, with a byte for each vector. batch_invariant: vectors and chunks are chosen as for a single
+    sample, wherever it lies, so that sums over a sample don't depend on the others."""
     shape = tensors[0].shape
-    align = launch.vector_width(shape[2], tensors)
-    return _walk_of(shape, align, depth, mask is not None, batch_invariant, launch.multiprocessors())
+    align, widest = launch.vector_width(shape[2], tensors), launch.widest_vector(shape[2], tensors)
+    width = 8 if mask is not None else widest if batch_invariant else align
+    return _walk_of(shape, align, width, depth, batch_invariant, launch.multiprocessors())
 
 
 @launch.remembered
-def _walk_of(shape, align, depth, has_mask, batch_invariant, multiprocessors):
+def _walk_of(shape, align, width, depth, batch_invariant, multiprocessors):
     samples, n_pixels, channels = shape
-    width = 8 if has_mask else align
-    depth = max(1, depth * align // width)  # a vector of several narrow accesses takes registers for each
+    if not batch_invariant:
+        depth = max(1, depth * align // width)  # a vector of several narrow accesses takes registers for each
     tiling = launch.channel_vectors(launch.ceil_div(channels, width), n_pixels, depth)
     blocks = launch.ceil_div(channels, width * tiling.vectors)
     chunk_pixels = launch.chunk_length(

@@ -116,20 +116,21 @@ class Walk(NamedTuple):
 def walk_units(tensors, groups, depth, mask=None, batch_invariant=False):
     """The walk of units that are channels of all samples, or `groups` groups in each sample.
 
-    mask: a ReLU's, with a byte for each vector. batch_invariant: chunks are chosen as for a single sample, so that sums
-    over a sample don't depend on how many others there are."""
+    mask: a ReLU's, with a byte for each vector. batch_invariant: vectors and chunks are chosen as for a single sample,
+    wherever it lies, so that sums over a sample don't depend on the others."""
     shape = tensors[0].shape
-    align = launch.vector_width(shape[2], tensors)
-    return _walk_of(shape, align, groups, depth, mask is not None, batch_invariant, launch.multiprocessors())
+    align, widest = launch.vector_width(shape[2], tensors), launch.widest_vector(shape[2], tensors)
+    width = 8 if mask is not None else widest if batch_invariant else align
+    return _walk_of(shape, align, width, groups, depth, batch_invariant, launch.multiprocessors())
 
 
 @launch.remembered
-def _walk_of(shape, align, groups, depth, has_mask, batch_invariant, multiprocessors):
+def _walk_of(shape, align, width, groups, depth, batch_invariant, multiprocessors):
     samples, channels, cols = shape
-    width = 8 if has_mask else align
     inner, planes = (channels, samples) if groups is None else (groups, channels // groups)
     outer = 1 if groups is None else samples
-    depth = max(1, depth * align // width)  # a vector of several narrow accesses takes registers for each
+    if not batch_invariant:
+        depth = max(1, depth * align // width)  # a vector of several narrow accesses takes registers for each
     plane_vectors = launch.ceil_div(cols, width)
     units = inner if batch_invariant else outer * inner
     tiling = launch.unit_lanes(planes * plane_vectors, units, depth, multiprocessors)

@@ -12,7 +12,6 @@ import triton.language as tl
 
 from . import launch
 from .channel_tiles import activated, activation_gradient, affine, input_gradient, normalized, statistics
-from .compiler import no_fma
 from .jit import jit
 from .moments import add_tiles, join_lanes, load_centered, moment_fields
 from .plane_walk import advance, begin, element_mask, unit_offset, vector_offset, walk_units
@@ -158,7 +157,7 @@ def _planes_sums_kernel(
             dz_x_hat_sum += dz * centered
     # float32 is enough for the terms of a lane, which are few; the lanes' sums are added in float64
     dz_sum = tl.sum(dz_sum, axis=1, keep_dims=True).to(tl.float64)
-    dz_x_hat_sum = no_fma(tl.sum(dz_x_hat_sum, axis=1, keep_dims=True).to(tl.float64), rstd.to(tl.float64))
+    dz_x_hat_sum = tl.sum(dz_x_hat_sum, axis=1, keep_dims=True).to(tl.float64) * rstd.to(tl.float64)
     dz_sum, dz_x_hat_sum = sum_pair(tl.reshape(dz_sum, (UNITS, LANES)), tl.reshape(dz_x_hat_sum, (UNITS, LANES)))
     _store_partials(sums_ptr, (dz_sum, dz_x_hat_sum), n_units, n_inner, UNITS)
 

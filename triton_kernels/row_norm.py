@@ -1,4 +1,4 @@
-"""LayerNorm (Ba, Kiros & Hinton 2016) and RMSNorm (Zhang & Sennrich 2019), alone and behind a residual addition.
+"""LayerNorm (Ba, Kiros & Hinton 2016) and RMSNorm (Zhang & Sennrich 2019), alone and after a residual addition.
 
 One forward and one backward kernel serve all four; what a norm doesn't have is a None pointer, and a norm without
 mean_ptr is RMSNorm. The backward is persistent: each program takes blocks of ROWS rows in turn and keeps its sums of
@@ -24,7 +24,6 @@ from .tiles import (
     gradient_coefficients,
     load_tiles,
     load_weight_tile,
-    mean_terms,
     reciprocal_sqrt,
     rounded_to,
     row_mean,
@@ -65,7 +64,7 @@ def _center(tiles, total, lanes, REFINE: tl.constexpr, N_COLS: tl.constexpr, TIL
     square_sum = tl.zeros_like(total)
     for t in tl.static_range(len(tiles)):
         c = zero_masked(centered[t], t, lanes, N_COLS, TILE)
-        square_sum += c * c
+        square_sum = tl.fma(c, c, square_sum)
     return mean, centered, square_sum
 
 
@@ -98,12 +97,12 @@ def _row_norm_forward_kernel(
         if mean_ptr is not None:
             total += h
         else:
-            square_sum += h * h
+            square_sum = tl.fma(h, h, square_sum)
         tiles = tiles + (h,)
     if mean_ptr is not None:
         mean, tiles, square_sum = _center(tiles, total, lanes, REFINE, N_COLS, TILE)
     # divided by n before the lanes are added: of n squares of 1e18 the mean fits into float32, and the sum doesn't
-    rstd = reciprocal_sqrt(tl.sum(mean_terms(square_sum, N_COLS), axis=1, keep_dims=True) + EPS)
+    rstd = reciprocal_sqrt(tl.sum(square_sum * (1.0 / N_COLS), axis=1, keep_dims=True) + EPS)
     if mean_ptr is not None:
         store_tile(mean_ptr + rows, mean, row_mask)
     store_tile(rstd_ptr + rows, rstd, row_mask)
@@ -163,7 +162,7 @@ def _row_norm_backward_kernel(
         for t in tl.static_range(N_TILES):
             x_factor, dy_factor = factors(h_tiles[t], dy_tiles[t], statistics)
             if dweight_ptr is not None:
-                new_dweight_sums = new_dweight_sums + (dweight_sums[t] + dy_factor * rounded_to(x_factor, CAST),)
+                new_dweight_sums = new_dweight_sums + (tl.fma(dy_factor, rounded_to(x_factor, CAST), dweight_sums[t]),)
             if dbias_ptr is not None:
                 new_dbias_sums = new_dbias_sums + (dbias_sums[t] + dy_tiles[t].to(stat),)
             wdy_factor = dy_factor
@@ -180,7 +179,7 @@ def _row_norm_backward_kernel(
             )
         coefficients = gradient_coefficients(c1_sums, c2_sums, statistics, N_COLS)
         for t in tl.static_range(N_TILES):
-            dx = gradient(x_factors[t], wdy_factors[t], coefficients, statistics[0], N_COLS)
+            dx = gradient(x_factors[t], wdy_factors[t], coefficients, statistics[0])
             if dh_ptr is not None:
                 dx += dh_tiles[t].to(stat)
             offsets, mask = rows * N_COLS + lanes + t * TILE, tile_mask(t, lanes, rows < n_rows, N_COLS, TILE)

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .compiler import no_fma
 from .jit import jit
 
 SUM_ROWS, SUM_COLS = 32, 32  # the tile of _column_sum_kernel
@@ -131,12 +130,6 @@ def load_tiles(ptr, offsets, lanes, row_mask, N_COLS: tl.constexpr, TILE: tl.con
 
 
 @triton.jit
-def mean_terms(sums, N_COLS: tl.constexpr):
-    """sums / N_COLS, lane by lane: their sum over a row's lanes is the row's mean."""
-    return no_fma(sums, 1.0 / N_COLS)
-
-
-@triton.jit
 def row_mean(total, N_COLS: tl.constexpr):
     """total / N_COLS, rounded once, so that the mean of N equal numbers is that number. The product with 1 / N_COLS
     can be off by a unit in the last place; where std is zero, y would be that unit over √eps."""
@@ -192,15 +185,12 @@ def gradient_coefficients(c1_sums, c2_sums, statistics, n_cols):
 
 
 @triton.jit
-def gradient(x_factor, wdy_factor, coefficients, rstd, N_COLS: tl.constexpr = 0):
+def gradient(x_factor, wdy_factor, coefficients, rstd):
     """A tile of dx = (w·dy − c2 − x̂ · c1) · rstd, where RMSNorm has no c2."""
     if len(coefficients) == 1:
-        return (wdy_factor + x_factor * coefficients[0]) * rstd
+        return tl.fma(x_factor, coefficients[0], wdy_factor) * rstd
     else:
-        dx = wdy_factor - coefficients[1] + x_factor * coefficients[0]
-        if N_COLS == 1:
-            dx *= 0.0  # x̂ is 0 whatever x is, and so is dx; the fused multiply-add leaves its rounding error
-        return dx
+        return tl.fma(x_factor, coefficients[0], wdy_factor - coefficients[1])
 
 
 @triton.jit

@@ -34,7 +34,7 @@ struct MomentsBlock {
 };
 
 // y = activation((x − mean) · scale + shift + residual). A ReLU writes its mask if there is one. In planes a row's
-// parameters lie `step` behind those of the row before: 0 where all rows belong to one channel.
+// parameters lie `step` after those of the row before: 0 where all rows belong to one channel.
 template <typename S>
 struct ForwardBlock {
   StridedRows x, residual, y, mask;

@@ -1,4 +1,4 @@
-// The row norms on the CPU, for calls from C++: layer_norm and rms_norm, alone or behind a residual addition.
+// The row norms on the CPU, for calls from C++: layer_norm and rms_norm, alone or after a residual addition.
 #pragma once
 
 #include <ATen/core/Tensor.h>

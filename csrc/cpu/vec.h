@@ -31,7 +31,7 @@ using VecOf = typename Compute<T>::Vec;
 template <typename V>
 constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
 
-// Prefetches the cache line that lies `bytes` behind p, usually in the next row. The address may be invalid.
+// Prefetches the cache line that lies `bytes` after p, usually in the next row. The address may be invalid.
 INLINE void prefetch(const void* p, int64_t bytes) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + bytes), 0, 2);
 }
@@ -119,7 +119,7 @@ struct ActiveLanes {
 };
 
 #if VECTOR_BYTES == 64
-// Loads or stores the first `count` elements of a vector. The processor does not touch the memory behind them.
+// Loads or stores the first `count` elements of a vector. The processor does not touch the memory after them.
 INLINE F32 load_first(const float* p, int count) {
   return reinterpret_cast<F32>(_mm512_maskz_loadu_ps((1u << count) - 1, p));
 }

@@ -67,8 +67,8 @@ def call(case: Case, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     function = getattr(fastnorm.functional, case.op)
     affine = [tensors.get("weight"), tensors.get("bias")] if case.centers else [tensors.get("weight")]
     if case.adds:
-        stream = (tensors["x"], tensors.get("residual"))
-        return function(*stream, case.normalized_shape, *affine, case.eps, **case.options)
+        inputs = (tensors["x"], tensors.get("residual"))
+        return function(*inputs, case.normalized_shape, *affine, case.eps, **case.options)
     return function(tensors["x"], case.normalized_shape, *affine, case.eps, **case.options), tensors["x"]
 
 
@@ -171,7 +171,7 @@ def check(case: Case, tensors: dict[str, Tensor], dy: Tensor | None = None, dh: 
     if dh is None and case.adds:
         dh = torch.randn(h.shape, device=h.device).to(h.dtype)
     if case.adds:
-        check_stream(case, tensors, h)
+        check_residual(case, tensors, h)
         found = torch.autograd.grad((y, h), list(leaves.values()), (dy, dh))
     else:
         found = torch.autograd.grad(y, list(leaves.values()), dy)
@@ -202,7 +202,7 @@ def stock_dtype(case: Case, h: Tensor, y: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (case.dtype, case.residual, h.dtype) else torch.float32
 
 
-def check_stream(case: Case, tensors: dict[str, Tensor], h: Tensor) -> None:
+def check_residual(case: Case, tensors: dict[str, Tensor], h: Tensor) -> None:
     """h is the sum, rounded once from the type that is computed in; exactly. torch takes float64 to 16 bits in two
     steps, by way of float32, which a tie may not survive. There either neighbour of the sum will do."""
     x, residual = tensors["x"], tensors["residual"]
