@@ -12,6 +12,7 @@ INSTALLED := $(VENV)/.installed
 NATIVE := $(VENV)/.native
 MODELS := $(VENV)/.models
 DOCS := $(VENV)/.docs
+SOURCES := $(shell find csrc -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 OTHER_TORCH := $(abspath build/torch-$(TORCH))
 OTHER_TRITON := $(abspath build/triton-$(TRITON))
 OUT ?= build/card
@@ -68,10 +69,10 @@ test-triton: $(NATIVE)  ## the Triton kernels with another Triton (TRITON=3.5.1)
 	PYTHONPATH=$(OTHER_TRITON) $(PY) -m bench codegen --providers fastnorm --no-instructions --targets sm_90,gfx942 \
 	  --dtypes bf16 --widths 128,1793,4096,7168,16384,32768 --output $(OTHER_TRITON)
 
-lint: $(NATIVE)  ## ruff, mypy, clang-format
+lint: $(INSTALLED)  ## ruff, mypy, clang-format
 	$(PY) -m ruff check .
 	$(PY) -m mypy
-	$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc -type f)
+	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES)
 
 # Not into bench/results, of which the documents' tables are made, as `make test` checks: python -m bench does that.
 bench: $(NATIVE)  ## check, then time (BENCH_ARGS= for the full run), into build/bench
@@ -138,7 +139,7 @@ $(INSTALLED): pyproject.toml setup.py | $(PY)
 # Where there is a compiler a failing build is an error; where there is none setup.py says so and leaves it out.
 WANT_NATIVE = $${FASTNORM_BUILD_NATIVE-$$(set -- $${CXX:-c++}; command -v "$$1" >/dev/null && echo 1)}
 
-$(NATIVE): $(INSTALLED) $(shell find csrc -type f)
+$(NATIVE): $(INSTALLED) $(SOURCES)
 	FASTNORM_BUILD_NATIVE=$(WANT_NATIVE) $(PY) setup.py build_ext --inplace
 	touch $@
 

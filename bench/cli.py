@@ -24,12 +24,25 @@ DEFAULT = "norms"  # the command of a command line that names none
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; 1 if a fastnorm provider was wrong or failed, else 0."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
+    _make_folders(options)
     with contextlib.redirect_stdout(sys.stderr) if options.json == "-" else contextlib.nullcontext():
         status, document = options.run(options)
     if options.json is not None:
         text = report.as_json(document)
         sys.stdout.write(text) if options.json == "-" else Path(options.json).write_text(text, encoding="utf-8")
     return status
+
+
+def _make_folders(options: argparse.Namespace) -> None:
+    """Those of the files: one that can't be made is an error before anything is timed."""
+    folders = {"--output": getattr(options, "output", None)}
+    folders["--json"] = None if options.json in (None, "-") else Path(options.json).parent
+    for option, folder in folders.items():
+        try:
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            options.parser.error(f"argument {option}: {error}")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

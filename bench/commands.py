@@ -37,7 +37,7 @@ def clips(options: Namespace) -> Outcome:
     facts = start(options.device, options.threads)
     lists = options.lists or (clip.QUICK if options.quick else clip.USUAL)
     plan = clip.Plan(tuple(clip.OPERATIONS), lists, options.dtypes, options.device, budget_of(options))
-    stem = f"clip-{machine.slug(facts['device'])}" + "-quick" * options.quick
+    stem = f"clip-{machine.slug(facts['device'])}" + "-custom" * bool(options.lists) + "-quick" * options.quick
     return _timed(clip.Bench(plan), facts, report.CLIPS, stem, options)
 
 

@@ -51,7 +51,7 @@ def main(options: Namespace) -> tuple[int, dict[str, Any]]:
     results = [result for case in cases(device) for result in timed(case, timer, budget)]
     print(table(results))
     document = {"machine": facts, "budget": asdict(budget), "results": results}
-    path = options.output / f"host-{machine.slug(facts['device'])}.json"
+    path = options.output / f"host-{machine.slug(facts['device'])}{'-quick' * options.quick}.json"
     report.write_json(path, document)
     print("wrote", path)
     return 0, document

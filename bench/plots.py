@@ -28,6 +28,8 @@ SMALL = {"font.size": 9.5, "axes.titlesize": 10.5, "axes.labelsize": 9.5, "legen
 
 def write(directory: Path, stem: str, document: dict[str, Any]) -> list[Path]:
     """Draw every operation of a document of results into `directory`, and return the paths of the PNG files."""
+    if not document["results"]:
+        return []
     matplotlib.use("Agg")
     directory.mkdir(parents=True, exist_ok=True)
     frame = report.frame_of(document["results"])

@@ -39,7 +39,7 @@ def main(options: Namespace) -> Outcome:
     document = {"machine": facts, "latency": options.latency, "results": results}
     print(report.markdown(report.prediction_cells(results, TARGETS), "simple"))
     options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"{STEM}.json"
+    path = options.output / f"{STEM}{'-quick' * options.quick}.json"
     path.write_text(report.as_json(document), encoding="utf-8")
     print("wrote", path)
     return 0, document

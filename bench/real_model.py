@@ -49,7 +49,7 @@ def main(options: Namespace) -> tuple[int, dict[str, Any]]:
     print(f"\nall-MiniLM-L6-v2, {tokens['input_ids'].shape[0]} sentences, {swapped} LayerNorms swapped; {served}\n")
     print(_table(comparisons))
     document = {"machine": facts, "layer_norms": swapped, "results": comparisons}
-    path = options.output / f"{machine.slug(facts['device'])}-real-model.json"
+    path = options.output / f"{machine.slug(facts['device'])}-real-model{'-quick' * options.quick}.json"
     report.write_json(path, document)
     print(f"\nwrote {path}")
     return int(not all(comparison["agrees"] for comparison in comparisons)), document

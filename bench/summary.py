@@ -41,6 +41,8 @@ NO_CARD = "GPU times have not been measured yet: `make card` does it on a card."
 def main(options: Namespace) -> tuple[int, None]:
     """Fill in the tables of all the documents that were named."""
     for document in options.documents:
+        if not document.is_file():
+            options.parser.error(f"no such document: {document}")
         print(document, "changed" if fill(document) else "is up to date", sep=": ")
     return 0, None
 

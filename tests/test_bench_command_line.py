@@ -59,6 +59,14 @@ def test_bad_arguments_are_named(arguments, complaint, capsys):
     assert complaint in capsys.readouterr().err
 
 
+def test_folders_that_cant_be_made_are_named_before_anything_is_timed(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for option, path in (("--output", tmp_path / "file"), ("--json", tmp_path / "file" / "results.json")):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["rms_norm", option, str(path)])
+        assert stopped.value.code == 2 and f"argument {option}: " in capsys.readouterr().err
+
+
 def test_presets_are_shapes_and_combine():
     assert arguments.shapes("quick,3x5,quick") == (*presets.SHAPES["quick"], (3, 5))
     assert all(length > 0 for shapes in presets.SHAPES.values() for shape in shapes for length in shape)

@@ -49,12 +49,12 @@ def test_cells_are_predicted_written_and_shown(model, monkeypatch):
     cell = ["--operations", "rms_norm", "--targets", "sm_90", "--dtypes", "bf16", "--latency", "2"]
     done = predict(model, "--quick", *cell)
     assert done.returncode == 0, done.stderr
-    document = json.loads((model / "predictions.json").read_text())
+    document = json.loads((model / "predictions-quick.json").read_text())
     forward, backward = document["results"]
     assert (forward["us"], forward["percent_of_copy"], forward["spilled"], forward["cols"]) == (200.1, 46, 8, 4096)
     assert backward["direction"] == "backward" and document["latency"] == 2 and "triton" in document["machine"]
     page = model / "page.md"
-    page.write_text("<!-- predictions predictions.json -->\n<!-- end -->\n")
+    page.write_text("<!-- predictions predictions-quick.json -->\n<!-- end -->\n")
     monkeypatch.setattr(summary, "RESULTS", model)
     assert summary.fill(page)
     rows = [line.split("|")[1:-1] for line in page.read_text().splitlines() if "rms_norm" in line]

@@ -58,6 +58,12 @@ def test_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
+def test_links_of_the_readme_lead_somewhere():
+    """MkDocs sees the pages' own links, and not the README's."""
+    links = re.findall(r"\]\(([^)\s#]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(links) > 10 and [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+
+
 def test_api_page_has_every_public_name():
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     found = re.findall(r"^::: fastnorm\.([\w.]+)$", text, re.MULTILINE)

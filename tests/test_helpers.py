@@ -25,7 +25,8 @@ def test_no_file_imports_a_test_or_conftest(path):
 
 
 def test_what_is_no_test_is_a_helper():
-    assert [path.name for path in TESTS.glob("*.py") if not is_a_test(path.stem)] == []
+    misplaced = [path.name for path in TESTS.glob("*.py") if not is_a_test(path.stem)]
+    assert misplaced == [], "helpers belong into tests/helpers"
 
 
 def test_every_way_to_import_is_seen():
