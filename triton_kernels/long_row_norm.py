@@ -168,9 +168,10 @@ def _row_norm_long_backward_kernel(
             wdy_factor = dy_factor
             if weight_ptr is not None:
                 wdy_factor *= load_weight(weight_ptr + lanes + first, col_mask, stat, ZERO_CENTERED)
-            dx = gradient(x_factor, wdy_factor, coefficients, statistics[0])
-            if dh_ptr is not None:
-                dx += dh.to(stat)
+            if dh_ptr is None:
+                dx = gradient(x_factor, wdy_factor, coefficients, statistics[0], None)
+            else:
+                dx = gradient(x_factor, wdy_factor, coefficients, statistics[0], dh)
                 if t > 0:
                     dh = tl.load(dh_row + first - TILE, mask=lanes < n_cols - first + TILE, other=0.0)
             store_gradient(dx_ptr, dresidual_ptr, row * n_cols + first + lanes, dx, col_mask)

@@ -109,8 +109,12 @@ def _row_norm_forward_kernel(
     for t in tl.static_range(N_TILES):
         y = rounded_to(tiles[t] * rstd, CAST)
         if weight_ptr is not None:
-            y *= load_weight_tile(weight_ptr, lanes, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
-        if bias_ptr is not None:
+            w = load_weight_tile(weight_ptr, lanes, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
+            if bias_ptr is not None:
+                y = tl.fma(y, w, load_weight_tile(bias_ptr, lanes, t, stat, False, N_COLS, TILE, ROWS))
+            else:
+                y *= w
+        elif bias_ptr is not None:
             y += load_weight_tile(bias_ptr, lanes, t, stat, False, N_COLS, TILE, ROWS)
         store_tile(y_ptr + y_offsets + t * TILE, y, tile_mask(t, lanes, row_mask, N_COLS, TILE))
 
@@ -179,9 +183,10 @@ def _row_norm_backward_kernel(
             )
         coefficients = gradient_coefficients(c1_sums, c2_sums, statistics, N_COLS)
         for t in tl.static_range(N_TILES):
-            dx = gradient(x_factors[t], wdy_factors[t], coefficients, statistics[0])
             if dh_ptr is not None:
-                dx += dh_tiles[t].to(stat)
+                dx = gradient(x_factors[t], wdy_factors[t], coefficients, statistics[0], dh_tiles[t])
+            else:
+                dx = gradient(x_factors[t], wdy_factors[t], coefficients, statistics[0], None)
             offsets, mask = rows * N_COLS + lanes + t * TILE, tile_mask(t, lanes, rows < n_rows, N_COLS, TILE)
             store_gradient(dx_ptr, dresidual_ptr, offsets, dx, mask)
         if not PREFETCH:  # there are no registers for two blocks

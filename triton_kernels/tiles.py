@@ -185,12 +185,19 @@ def gradient_coefficients(c1_sums, c2_sums, statistics, n_cols):
 
 
 @triton.jit
-def gradient(x_factor, wdy_factor, coefficients, rstd):
-    """A tile of dx = (w·dy − c2 − x̂ · c1) · rstd, where RMSNorm has no c2."""
+def gradient(x_factor, wdy_factor, coefficients, rstd, dh):
+    """A tile of dx = (w·dy − c2 − x̂ · c1) · rstd + dh, where RMSNorm has no c2; dh may be None."""
     if len(coefficients) == 1:
-        return tl.fma(x_factor, coefficients[0], wdy_factor) * rstd
+        dx = tl.fma(x_factor, coefficients[0], wdy_factor)
+        if dh is None:
+            return dx * rstd
+        else:
+            return tl.fma(dx, rstd, dh.to(dx.dtype))
     else:
-        return tl.fma(x_factor, coefficients[0], wdy_factor - coefficients[1])
+        dx = tl.fma(x_factor, coefficients[0], wdy_factor - coefficients[1])
+        if dh is not None:
+            dx += dh.to(dx.dtype)
+        return dx
 
 
 @triton.jit

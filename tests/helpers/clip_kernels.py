@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-CUDA = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
+CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 FEW, MANY, BLOCK = 192, 1600, 256
 F32, F64 = torch.float32, torch.float64

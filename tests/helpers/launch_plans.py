@@ -63,7 +63,7 @@ def repeated(target: str) -> list[dict]:
     """Each problem's launches, the second time without the JIT; and again with a profiler's hook."""
     triton.runtime.driver.set_active(driver := Driver(target))
     found, seen = [], []
-    for problem in (replace(p, target=target) for p in PROBLEMS[:: 1 if target == "sm_90" else 3]):
+    for problem in (replace(p, target=target) for p in PROBLEMS[:: 1 if target == "sm_90" else 6]):
         first, _ = counted(problem, driver)
         second, through = counted(problem, driver)
         hook = lambda described: seen.append(described)  # noqa: E731
