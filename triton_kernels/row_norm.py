@@ -109,12 +109,8 @@ def _row_norm_forward_kernel(
     for t in tl.static_range(N_TILES):
         y = rounded_to(tiles[t] * rstd, CAST)
         if weight_ptr is not None:
-            w = load_weight_tile(weight_ptr, lanes, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
-            if bias_ptr is not None:
-                y = tl.fma(y, w, load_weight_tile(bias_ptr, lanes, t, stat, False, N_COLS, TILE, ROWS))
-            else:
-                y *= w
-        elif bias_ptr is not None:
+            y *= load_weight_tile(weight_ptr, lanes, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
+        if bias_ptr is not None:
             y += load_weight_tile(bias_ptr, lanes, t, stat, False, N_COLS, TILE, ROWS)
         store_tile(y_ptr + y_offsets + t * TILE, y, tile_mask(t, lanes, row_mask, N_COLS, TILE))
 
