@@ -25,22 +25,20 @@ DIRECTIONS = ("forward", "backward")
 TARGETS = {"sm_80": "A100", "sm_90": "H100", "sm_100": "B200"}
 WIDTHS = (128, 768, 1024, 2048, 2560, 4096, 5120, 7168, 8192, 12288, 16384, 32768)
 MILLIONS = (32, 4)  # elements, in units of 2**20
-STEM = "predictions"
 
 
 def main(options: Namespace) -> Outcome:
     """Predict every cell, print the table, and write it with the facts that it depends on."""
     if find_spec("gputime") is None:
-        sys.exit("python -m bench predict needs the timing model gputime on PYTHONPATH, which is no package of PyPI")
+        sys.exit("python -m bench predict needs the timing model gputime on PYTHONPATH")
     cells = list(_cells(options))
     with ProcessPoolExecutor(options.jobs) as pool:
         results = list(tqdm(pool.map(_predict, cells), total=len(cells), unit="cell"))
     facts = {name: version(name) for name in ("torch", "triton")} | {"fastnorm": fastnorm.__version__}
     document = {"machine": facts, "latency": options.latency, "results": results}
     print(report.markdown(report.prediction_cells(results, TARGETS), "simple"))
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"{STEM}{'-quick' * options.quick}.json"
-    path.write_text(report.as_json(document), encoding="utf-8")
+    path = options.output / f"predictions{'-quick' * options.quick}.json"
+    report.write_json(path, document)
     print("wrote", path)
     return 0, document
 
