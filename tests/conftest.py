@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import fastnorm
 from fastnorm import backend, build
 from helpers import card_selection, fast_selection
 from helpers.backends import backend_parameters, clip_device_of, device_of
+from helpers.collection import shared_folder
 
 # A test that hangs ends, and is named. Not among pytest's options: they would ask for pytest-timeout, which a rented
 # card does without.
@@ -141,13 +143,17 @@ def card_memory(tmp_path_factory) -> Iterator[int]:
     if not torch.cuda.is_available():
         yield 0
         return
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder  # which all workers have in common
-    with FileLock(folder / "card_memory.lock"):
+    with FileLock(shared_folder(tmp_path_factory) / "card_memory.lock"):
         torch.cuda.empty_cache()
         yield torch.cuda.mem_get_info()[0]
         gc.collect()
         torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="session")
+def kernel_cache(tmp_path_factory) -> Path:
+    """Triton's cache for processes that compile: what one test of a run has compiled, no other one compiles again."""
+    return shared_folder(tmp_path_factory) / "kernels"
 
 
 @pytest.fixture(autouse=True)

@@ -14,9 +14,9 @@ pytest.importorskip("triton")
 from bench import host
 
 
-def test_the_command_times_every_operation(tmp_path):
+def test_the_command_times_every_operation(kernel_cache, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    environment |= {"TRITON_CACHE_DIR": str(kernel_cache), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "bench", "host", "--quick", "--output", str(tmp_path)]
     root = Path(__file__).parents[1]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,21 +32,42 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() { return
 """
 
 
-@pytest.fixture
-def package(tmp_path, monkeypatch) -> Path:
+def install(folder: Path, monkeypatch) -> Path:
     """An installation whose csrc is MODULE alone, and an empty cache."""
-    package = tmp_path / "site" / "fastnorm"
+    package = folder / "site" / "fastnorm"
     for kind in ("cpu", "cuda"):
         (package / "csrc" / kind).mkdir(parents=True)
     (package / "csrc" / "ops.cpp").write_text(MODULE)
     monkeypatch.setattr(build, "PACKAGE", package)
-    monkeypatch.setenv("FASTNORM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("FASTNORM_CACHE_DIR", str(folder / "cache"))
     monkeypatch.setenv("FASTNORM_BUILD_CUDA", "0")
+    return package
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch) -> Iterator[Path]:
+    package = install(tmp_path, monkeypatch)
     loaded = sys.modules.get("fastnorm._C")
     yield package
     sys.modules.pop("fastnorm._C", None)
     if loaded is not None:
         sys.modules["fastnorm._C"] = loaded
+
+
+@pytest.fixture(scope="module")
+def built_once(tmp_path_factory) -> Path:
+    """The cache after a build."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        install(tmp_path_factory.mktemp("built"), monkeypatch)
+        build.build()
+        return build.cache_folder()
+
+
+@pytest.fixture
+def built(built_once, package) -> Path:
+    """What `build.build()` has made for `package`, without the seconds that it takes."""
+    shutil.copytree(built_once, build.cache_folder())
+    return build.in_folder(build.target_folder())
 
 
 def listing(folder: Path) -> set[str]:
@@ -84,9 +106,8 @@ def test_what_is_built_is_loaded_and_not_built_twice(package, capsys, monkeypatc
 
 
 @needs_compiler
-def test_a_build_for_another_torch_is_not_loaded(package):
-    path = build.build()
-    note = path.parent / extension.RECORD
+def test_a_build_for_another_torch_is_not_loaded(built):
+    note = built.parent / extension.RECORD
     note.write_text(json.dumps({"torch": "2.1.0+cu118", "cuda": None}))
     with pytest.raises(ImportError, match=r"built for torch 2\.1\.0\+cu118, and this is torch "):
         build.load()
@@ -95,7 +116,7 @@ def test_a_build_for_another_torch_is_not_loaded(package):
         with pytest.raises(ImportError, match="built for torch one that is not recorded"):
             build.load()
     note.write_text(json.dumps({"torch": torch.__version__}))
-    path.write_bytes(b"no library")
+    built.write_bytes(b"no library")
     with pytest.raises(ImportError, match="can't be loaded"):
         build.load()
     build.builds_folder().rename(build.cache_folder() / f"{fastnorm.__version__}-0123-torch-2.1.0-cpython-38")
@@ -105,18 +126,17 @@ def test_a_build_for_another_torch_is_not_loaded(package):
 
 @needs_compiler
 @pytest.mark.parametrize("fault", ["torch", "library"])
-def test_the_command_that_is_named_repairs_a_build(package, fault, capsys):
-    path = build.build()
+def test_the_command_that_is_named_repairs_a_build(built, fault, capsys):
     if fault == "torch":
-        (path.parent / extension.RECORD).write_text(json.dumps({"torch": "2.1.0"}))
+        (built.parent / extension.RECORD).write_text(json.dumps({"torch": "2.1.0"}))
     else:
-        path.write_bytes(b"no library")
+        built.write_bytes(b"no library")
     with pytest.raises(ImportError, match=f"run: {build.COMMAND}"):
         build.load()
     main(["build", "--check"])
     assert capsys.readouterr().out.split()[-1] == "no"
     main(["build"])
-    assert build.load().__file__ == str(path)
+    assert build.load().__file__ == str(built)
 
 
 @needs_compiler
@@ -152,20 +172,18 @@ exec c++ "$@"
 
 
 @needs_compiler
-def test_a_broken_build_in_the_package_does_not_hide_the_one_in_the_cache(package):
-    path = build.build()
-    (package / path.name).write_bytes(b"no library")
-    assert build.load().__file__ == str(path)
+def test_a_broken_build_in_the_package_does_not_hide_the_one_in_the_cache(package, built):
+    (package / built.name).write_bytes(b"no library")
+    assert build.load().__file__ == str(built)
 
 
 @needs_compiler
-def test_a_failed_build_says_why_and_leaves_the_cache_as_it_was(package):
-    path = build.build()
+def test_a_failed_build_says_why_and_leaves_the_cache_as_it_was(package, built):
     (package / "csrc" / "ops.cpp").write_text("this is not C++\n")
     before = listing(build.cache_folder())
     with pytest.raises(build.BuildError, match=r"(?s)The build failed.*error: .*build\.log"):
         build.build()
-    assert listing(build.cache_folder()) == before and path.exists()
+    assert listing(build.cache_folder()) == before and built.exists()
 
 
 @needs_compiler
@@ -184,11 +202,10 @@ def test_processes_that_build_at_once_build_once(package, tmp_path):
 
 
 @needs_compiler
-def test_what_killed_builds_leave_is_cleared_away(package):
+def test_what_killed_builds_leave_is_cleared_away(built):
     left = build.cache_folder() / "building-of-another"
     (left / "objects").mkdir(parents=True)
-    build.build(force=True)
-    build.build(force=True)  # over an older one
+    assert build.build(force=True) == built, "over the older one"
     assert [path.name for path in build.cache_folder().iterdir() if path.name.startswith("building")] == []
 
 

@@ -15,14 +15,14 @@ targets = pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 
 
 @targets
-def test_plans_launch_what_triton_would_launch(target, tmp_path):
-    found = told("call_path.py", "compared", target, tmp_path)
+def test_plans_launch_what_triton_would_launch(target, kernel_cache):
+    found = told("call_path.py", "compared", target, kernel_cache)
     assert not found["different"]
     assert found["made"] >= 20 and found["reused"] >= 20
 
 
-def test_what_is_no_plain_repeated_launch(tmp_path):
-    found = told("call_path.py", "special", "sm_90", tmp_path)
+def test_what_is_no_plain_repeated_launch(kernel_cache):
+    found = told("call_path.py", "special", "sm_90", kernel_cache)
     # [launches by C++, launches by Triton]
     assert found["plain"] == [[0, 1], [1, 0], [1, 0]]
     assert [launches for launches, _ in found["by Python"]] == [1, 1, 1, 1]

@@ -165,7 +165,7 @@ def test_documents_have_a_cards_results_once_there_are_some(kind, expected, card
     assert "not been measured" not in document.read_text()
 
 
-def test_each_choice_that_is_asked_about_changes_the_kernel(tmp_path):
+def test_each_choice_that_is_asked_about_changes_the_kernel(kernel_cache):
     """At one of its widths; their programs' number apart, which is no part of the code."""
     code = (
         "import json; from bench import compiled, problem; from bench.card import questions\n"
@@ -177,7 +177,7 @@ def test_each_choice_that_is_asked_about_changes_the_kernel(tmp_path):
         "  found[name] = [k.hash for k in kernels if 'backward' in k.kernel]\n"
         "print(json.dumps(found))"
     )
-    done = python("-c", code, TRITON_CACHE_DIR=str(tmp_path))
+    done = python("-c", code, TRITON_CACHE_DIR=str(kernel_cache))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found.pop("half the programs") == found.pop("twice the programs") == []

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from helpers.collection import shared_folder
 from helpers.environment import release
 
 pytest.importorskip("triton")
@@ -54,16 +55,15 @@ print(json.dumps([asdict(kernel) for kernel in compiled.compile_all(dict.fromkey
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> list[dict]:
+def compiled(tmp_path_factory, kernel_cache) -> list[dict]:
     """The kernels of all cells; `python -m bench codegen` compiles all there is, which takes over half an hour. In a
     process of its own: in this one Triton's decorators may have made interpreted functions. Of several workers of one
     test run, one compiles and the others wait for what it found."""
-    is_worker = "PYTEST_XDIST_WORKER" in os.environ
-    folder = tmp_path_factory.getbasetemp().parent if is_worker else tmp_path_factory.getbasetemp()
+    folder = shared_folder(tmp_path_factory)
     path = folder / "codegen.json"
     with FileLock(folder / "codegen.lock"):
         if not path.exists():
-            done = run(folder / "codegen", "-c", COMPILE, json.dumps(CELLS))
+            done = run(kernel_cache, "-c", COMPILE, json.dumps(CELLS))
             assert done.returncode == 0, done.stderr
             path.write_text(done.stdout)
     return json.loads(path.read_text())
@@ -118,7 +118,7 @@ def test_row_kernels_do_not_spill(kernels):
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx1100"] if ALL else ["sm_90"])
-def test_a_kernel_that_spills_is_seen_to(target, tmp_path):
+def test_a_kernel_that_spills_is_seen_to(target, kernel_cache):
     """A row in registers of too few threads, 256 elements each: the guards above must be able to fail."""
     source = (
         "from bench import compiled, problem; from fastnorm.triton_kernels import launch;"
@@ -126,7 +126,7 @@ def test_a_kernel_that_spills_is_seen_to(target, tmp_path):
         f"kernels = compiled.compile_problem(problem.Problem({target!r}, 'layer_norm', 'forward', 'fp32', 8192));"
         "print(max(kernel.spilled for kernel in kernels))"
     )
-    done = run(tmp_path, "-c", source)
+    done = run(kernel_cache, "-c", source)
     assert int(done.stdout) > 0, done.stderr
 
 
@@ -261,8 +261,8 @@ MOVED = {
 }  # fmt: skip
 
 
-def test_the_command_prints_and_writes_what_it_counted(tmp_path):
-    done = run(tmp_path, "-m", "bench", "codegen", "--quick", "--jobs", "2", "--output", str(tmp_path))
+def test_the_command_prints_and_writes_what_it_counted(kernel_cache, tmp_path):
+    done = run(kernel_cache, "-m", "bench", "codegen", "--quick", "--jobs", "2", "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
     kernels = summary.kernels_of(tmp_path / "codegen-quick.json")
     ours = [k for k in kernels if k["provider"] == "fastnorm"]

@@ -81,7 +81,7 @@ def main() -> None:
     """All widths of one operation, then of the other."""
     stage = Stage(__doc__)
     torch.manual_seed(0)
-    for cols in (96, 100) if stage.rehearse else WIDTHS:
+    for cols in (96,) if stage.rehearse else WIDTHS:
         for operation in NORMS:
             stage.attempt(f"{operation} backward, {cols} columns", partial(_compare, operation, cols, stage))
 

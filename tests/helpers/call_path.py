@@ -290,4 +290,4 @@ def special(target: str) -> dict:
 
 if __name__ == "__main__":
     what, target = sys.argv[1:]
-    print(json.dumps(compared(target, 120 if target == "sm_90" else 75) if what == "compared" else special(target)))
+    print(json.dumps(compared(target, 66) if what == "compared" else special(target)))

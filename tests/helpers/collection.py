@@ -27,11 +27,16 @@ sys.exit(pytest.main(arguments, [Report()]))
 """
 
 
+def shared_folder(factory: pytest.TempPathFactory) -> Path:
+    """A folder of this test run that all of its workers have in common."""
+    base = factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 def chosen(factory: pytest.TempPathFactory, marker: str) -> list[tuple[str, dict[str, str], tuple[str, str, str]]]:
     """Name, parameters and cell of each test with the marker, in the order in which they run; of several workers of a
     run one collects and the others wait."""
-    is_worker = "PYTEST_XDIST_WORKER" in os.environ
-    report = (factory.getbasetemp().parent if is_worker else factory.getbasetemp()) / "collected.json"
+    report = shared_folder(factory) / "collected.json"
     environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
     environment["PYTHONPATH"] = str(TESTS)
     with FileLock(report.with_suffix(".lock")):

@@ -11,7 +11,7 @@ FOLDER = Path(__file__).parent
 
 
 def told(script: str, what: str, target: str, cache: Path) -> Any:
-    """What the script of this folder prints, which is JSON; Triton's compiled kernels go to a cache of their own."""
+    """What the script of this folder prints, which is JSON; Triton's compiled kernels go to the cache."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(FOLDER.parents[1])}
     command = [sys.executable, FOLDER / script, what, target]
