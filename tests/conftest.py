@@ -18,9 +18,8 @@ from helpers.environment import SIMULATED, release  # it tells Triton to interpr
 # isort: split
 import fastnorm
 from fastnorm import backend, build
-from helpers import card_selection, fast_selection
+from helpers import card_selection, collection, fast_selection
 from helpers.backends import backend_parameters, clip_device_of, device_of
-from helpers.collection import shared_folder
 
 # A test that hangs ends, and is named. Not among pytest's options: they would ask for pytest-timeout, which a rented
 # card does without.
@@ -64,6 +63,7 @@ def pytest_collection_modifyitems(config, items: list[pytest.Item]) -> None:
     chosen = card_selection.selected(items)
     for item in chosen:
         item.add_marker("card")
+    collection.keep(config, items, chosen, fast_selection.cell_of)
     if re.search(r"\bcard\b", config.option.markexpr):
         others = set(items) - set(chosen)
         items[:] = [*chosen, *(item for item in items if item in others)]
@@ -143,7 +143,7 @@ def card_memory(tmp_path_factory) -> Iterator[int]:
     if not torch.cuda.is_available():
         yield 0
         return
-    with FileLock(shared_folder(tmp_path_factory) / "card_memory.lock"):
+    with FileLock(collection.shared_folder(tmp_path_factory) / "card_memory.lock"):
         torch.cuda.empty_cache()
         yield torch.cuda.mem_get_info()[0]
         gc.collect()
@@ -153,7 +153,7 @@ def card_memory(tmp_path_factory) -> Iterator[int]:
 @pytest.fixture(scope="session")
 def kernel_cache(tmp_path_factory) -> Path:
     """Triton's cache for processes that compile: what one test of a run has compiled, no other one compiles again."""
-    return shared_folder(tmp_path_factory) / "kernels"
+    return collection.shared_folder(tmp_path_factory) / "kernels"
 
 
 @pytest.fixture(autouse=True)

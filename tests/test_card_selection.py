@@ -36,11 +36,11 @@ KERNELS_IN = {
     "agc.cu": ["test_adaptive_clipping.*native", "test_long_units.*native"],
 }
 @pytest.fixture
-def selection(tmp_path_factory) -> list[tuple[str, dict[str, str]]]:
+def selection(request) -> list[tuple[str, dict[str, str]]]:
     """The names of what `pytest -m card` runs, in its order, and their parameters."""
     if backend._triton is None:
         pytest.skip("needs Triton")
-    return [(name, params) for name, params, _ in chosen(tmp_path_factory, "card")]
+    return [(name, params) for name, params, _ in chosen(request, "card")]
 
 
 def test_the_selection_has_every_kernel_and_is_small(selection):

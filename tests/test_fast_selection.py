@@ -31,8 +31,8 @@ CLIPS_IN = {
 }
 
 
-def test_the_selection_has_every_operation_backend_and_dtype(tmp_path_factory):
-    found = chosen(tmp_path_factory, "fast")
+def test_the_selection_has_every_operation_backend_and_dtype(request):
+    found = chosen(request, "fast")
     cells = {cell for _, _, cell in found}
     dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     assert {*product((*ROW_NORMS, "batch_norm", "group_norm"), BACKENDS, dtypes)} <= cells
@@ -45,8 +45,8 @@ def test_the_selection_has_every_operation_backend_and_dtype(tmp_path_factory):
             assert shown >= {*dtypes} - {"float32"}, f"{function} on {name}"  # as all the others
 
 
-def test_the_selection_has_most_files_and_is_small(tmp_path_factory):
-    names = [name for name, *_ in chosen(tmp_path_factory, "fast")]
+def test_the_selection_has_most_files_and_is_small(request):
+    names = [name for name, *_ in chosen(request, "fast")]
     files = {name.partition("::")[0] for name in names}
     assert len(files) > 0.6 * len(list(TESTS.glob("test_*.py"))), "a file that is slow, or that can't be collected?"
     assert len(names) < 2500
