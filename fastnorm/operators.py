@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.library import Library
 
+from .policy_rules import ADAGC
 from .views import ChannelView
 
 OPERATORS: dict[str, Operator] = {}
@@ -212,8 +213,19 @@ def multi_tensor_norm(tensors, norm_type, max_norm):
     return scalar, torch.empty_like(scalar), nonfinite, first.new_empty(len(tensors), dtype=dtype)
 
 
+@operator(
+    "(Tensor[] tensors, float norm_type, Tensor(a!) state, int rule, float[] constants)"
+    " -> (Tensor total_norm, Tensor coefficient, Tensor skip, Tensor norms)"
+)
+def multi_tensor_policy(tensors, norm_type, state, rule, constants):
+    """As multi_tensor_norm; the state and the rules are those of fastnorm.policy_rules."""
+    total_norm, coefficient, skip, norms = multi_tensor_norm(tensors, norm_type, math.inf)
+    return total_norm, torch.empty_like(norms) if rule == ADAGC else coefficient, skip, norms
+
+
 @operator("(Tensor(a!)[] tensors, Tensor coefficient) -> ()")
 def multi_tensor_scale_(tensors, coefficient):
+    """coefficient: (), or (tensors,) with one for each."""
     return None
 
 

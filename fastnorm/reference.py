@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import policy_rules
 from .obstacles import can_branch_on, why_unreadable
 from .operators import list_dtype
 from .views import ChannelView, suggested_format
@@ -344,9 +345,24 @@ def clip_coefficient(total_norm: Tensor, max_norm: float) -> Tensor:
     return torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)
 
 
+def multi_tensor_policy(
+    tensors: Sequence[Tensor], norm_type: float, state: Tensor, rule: int, constants: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As multi_tensor_norm, with the coefficient of a clip policy, whose state moves: `policy_rules.decide`."""
+    total, _, _, norms = multi_tensor_norm(tensors, norm_type, math.inf)
+    return total, *policy_rules.decide(total, norms, norm_type, state, rule, constants), norms
+
+
 def multi_tensor_scale_(tensors: list[Tensor], coefficient: Tensor) -> None:
-    """x = x · coefficient. Multiplies by a coefficient of 1 as well, because the host doesn't know its value."""
-    torch._foreach_mul_(tensors, coefficient)
+    """x = x · coefficient; (tensors,) has one for each. A factor of 1 multiplies, too: the host doesn't know its value.
+
+    Each tensor's own factor gets its dimensions, with which a 16-bit tensor is multiplied in float32.
+    """
+    if coefficient.dim() == 0:
+        torch._foreach_mul_(tensors, coefficient)
+    else:
+        factors = zip(coefficient.unbind(), tensors, strict=True)
+        torch._foreach_mul_(tensors, [factor.reshape((1,) * tensor.dim()) for factor, tensor in factors])
 
 
 def multi_tensor_clamp_(tensors: list[Tensor], bound: float) -> None:
