@@ -10,7 +10,12 @@ if (_root / "pyproject.toml").exists() and (_root / "triton_kernels").is_dir():
 from . import functional
 from .backend import explain, use
 from .clip import (
+    AdaGC,
+    AutoClip,
+    ClipPolicy,
     GradientHealth,
+    SpikeSkip,
+    ZClip,
     adaptive_clip_grad_,
     clip_grad_norm_,
     clip_grad_norm_in_optimizer,
@@ -29,17 +34,22 @@ from .ops.rms_norm import AddRMSNorm, RMSNorm
 from .ops.sync_batch_norm import SyncBatchNorm
 
 __all__ = [
+    "AdaGC",
     "AddLayerNorm",
     "AddRMSNorm",
+    "AutoClip",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "ClipPolicy",
     "ConversionReport",
     "GradientHealth",
     "GroupNorm",
     "LayerNorm",
     "RMSNorm",
+    "SpikeSkip",
     "SyncBatchNorm",
+    "ZClip",
     "adaptive_clip_grad_",
     "clip_grad_norm_",
     "clip_grad_norm_in_optimizer",

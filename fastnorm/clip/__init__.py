@@ -6,9 +6,16 @@ from .deferred import clip_grad_norm_in_optimizer
 from .health import GradientHealth, gradient_health
 from .norms import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from .patch import patch_torch_clip
+from .policies import AdaGC, AutoClip, SpikeSkip, ZClip
+from .policy_base import ClipPolicy
 
 __all__ = [
+    "AdaGC",
+    "AutoClip",
+    "ClipPolicy",
     "GradientHealth",
+    "SpikeSkip",
+    "ZClip",
     "adaptive_clip_grad_",
     "clip_grad_norm_",
     "clip_grad_norm_in_optimizer",

@@ -14,6 +14,8 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 from torch.utils.weak import TensorWeakRef
 
 from .norms import measure
+from .policies import SpikeSkip
+from .policy_base import ClipPolicy, PolicyCall
 
 _FUSED = (Adam, AdamW, SGD, Adagrad)
 _INSTEAD = "fastnorm.clip_grad_norm_(parameters, max_norm) before optimizer.step()"
@@ -41,7 +43,11 @@ _waiting: WeakKeyDictionary[Optimizer, _Deferred | None] = WeakKeyDictionary()
 
 @torch.no_grad()
 def clip_grad_norm_in_optimizer(
-    optimizer: Optimizer, max_norm: float | Tensor, norm_type: float | str = 2.0, *, skip_nonfinite: bool = True
+    optimizer: Optimizer,
+    max_norm: float | Tensor | ClipPolicy,
+    norm_type: float | str = 2.0,
+    *,
+    skip_nonfinite: bool = True,
 ) -> Tensor:
     """Clips the total norm of an optimizer's gradients in its next step, inside the optimizer's kernel.
 
@@ -63,31 +69,38 @@ def clip_grad_norm_in_optimizer(
 
     Args:
         optimizer: a torch.optim.Adam, AdamW, SGD or Adagrad with `fused=True` and all gradients on one device.
-        max_norm: a number, or a 0-d tensor, for which the host waits.
+        max_norm: a number; a 0-d tensor, for which the host waits; or a policy: `ZClip`, `AutoClip` or `SpikeSkip`.
         norm_type: p, any number or what float() takes.
         skip_nonfinite: for a NaN or infinite norm, the step changes nothing, step counters included; the device
-            decides. With False the step uses what `clip_grad_norm_` would have written.
+            decides. With False the step uses what `clip_grad_norm_` would have written. `SpikeSkip` skips its spikes
+            either way.
 
     Returns:
         The norm before clipping: 0-d, float32 (float64 if a gradient is), on the gradients' device; a float32 CPU zero
             if there are no gradients.
 
     Raises:
-        TypeError: for another optimizer.
+        TypeError: for another optimizer, and for `AdaGC`.
         ValueError: for a norm_type that is no number.
         RuntimeError: if a group lacks `fused=True`, gradients are on several devices or are DTensors, or a GradScaler
-            has set its scale. `optimizer.step()` raises it for a closure, a GradScaler, or gradients changed since.
+            has set its scale, or the gradients don't fit a policy's state; or for too many spikes of a `SpikeSkip`.
+            `optimizer.step()` raises it for a closure, a GradScaler, or gradients changed since.
     """
-    max_norm, norm_type = float(max_norm), float(norm_type)
+    norm_type, max_norm = float(norm_type), max_norm if isinstance(max_norm, ClipPolicy) else float(max_norm)
     _drop(optimizer)
     _require_fused(optimizer)
     gradients = _gradients(optimizer)
     if not gradients:
         return torch.zeros(())
     _require_plain(gradients)
-    total_norm, coefficient, _ = measure(gradients, norm_type, max_norm)
+    limit = max_norm if isinstance(max_norm, float) else max_norm.begin(gradients, None, norm_type, deferred=True)
+    total_norm, coefficient, skip, _ = measure(gradients, norm_type, limit)
+    if isinstance(limit, PolicyCall):
+        limit.finish()
     grad_scale = coefficient.reciprocal().to(torch.float32)
-    found_inf = total_norm.isfinite().logical_not_().to(torch.float32) if skip_nonfinite else None
+    found_inf: Tensor | None = skip
+    if not skip_nonfinite:
+        found_inf = skip * total_norm.isfinite() if isinstance(max_norm, SpikeSkip) else None
     _register_hooks(optimizer)
     references = [TensorWeakRef(gradient) for gradient in gradients]
     _waiting[optimizer] = _Deferred(grad_scale, found_inf, references, _versions(gradients))

@@ -191,7 +191,7 @@ def _read_norms(grads: Sequence[Tensor | None]) -> tuple[float, list[float | Non
     present = [_dense(grad) for grad in grads if grad is not None]
     if not present:
         return 0.0, [None] * len(grads)
-    total_norm, _, norms = measure(present, 2.0, math.inf)
+    total_norm, _, _, norms = measure(present, 2.0, math.inf)
     total, *values = torch.cat((total_norm.reshape(1), norms)).tolist()
     remaining = iter(values)
     return total, [None if grad is None else next(remaining) for grad in grads]

@@ -15,19 +15,25 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _device_has_foreach_support
 
-from .. import reference
+from .. import policy_rules, reference
 from ..operators import list_dtype
 from . import distributed, lists
 from .lists import Parameters, Part
+from .policy_base import ClipPolicy, PolicyCall
 
 _HALVES = (torch.float16, torch.bfloat16)
 
 
 class Measured(NamedTuple):
-    """The results of one pass over a list, on one device: total_norm and coefficient 0-d, norms (tensors,)."""
+    """The results of one pass over a list, on one device.
+
+    total_norm: (). coefficient: (), or (tensors,) where each tensor has its own. skip: (), float32, 1 where an
+    optimizer that can skip steps must: for a NaN or infinite norm, or a policy's spike; else 0. norms: (tensors,).
+    """
 
     total_norm: Tensor
     coefficient: Tensor
+    skip: Tensor
     norms: Tensor
 
 
@@ -90,7 +96,7 @@ def clip_grads_with_norm_(
 @torch.no_grad()
 def clip_grad_norm_(
     parameters: Parameters,
-    max_norm: float | Tensor,
+    max_norm: float | Tensor | ClipPolicy,
     norm_type: float | str = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
@@ -98,15 +104,16 @@ def clip_grad_norm_(
     """Multiplies all gradients by min(max_norm / (norm + 1e-6), 1), in place: torch.nn.utils.clip_grad_norm_.
 
     The norm takes one read of the gradients. If it exceeds max_norm, which the device decides without a host sync,
-    they are read and written once more.
+    they are read and written once more. A `ClipPolicy` in place of max_norm sets it by the norms of the calls before,
+    in the same passes; `AdaGC` has a factor for each gradient.
 
     Args:
         parameters: one tensor, or an iterable of tensors or of (name, tensor) pairs, as from named_parameters().
             Those without .grad are left out.
-        max_norm: a number, or a 0-d tensor, for which the host waits.
+        max_norm: a number; a 0-d tensor, for which the host waits; or a policy.
         norm_type: p, any number or what float() takes.
-        error_if_nonfinite: raise if the norm is NaN or infinite, before anything is written; the host then waits for
-            the device. Without it a NaN norm makes every gradient NaN.
+        error_if_nonfinite: raise if the norm is NaN or infinite, before anything is written, a policy's state included;
+            the host then waits for the device. Without it a NaN norm makes every gradient NaN.
         foreach: accepted as in torch; changes nothing.
 
     Returns:
@@ -114,21 +121,27 @@ def clip_grad_norm_(
 
     Raises:
         RuntimeError: for a non-finite norm, if asked for, naming the first such gradient; for foreach=True on a device
-            without torch._foreach operations.
+            without torch._foreach operations; for gradients that don't fit the state of a policy.
+        TypeError: for a `SpikeSkip`, which only `clip_grad_norm_in_optimizer` takes.
     """
     params, names = lists.listed(parameters, warning_level=2)
-    norm_type, max_norm = float(norm_type), float(max_norm)
+    norm_type, max_norm = float(norm_type), max_norm if isinstance(max_norm, ClipPolicy) else float(max_norm)
     grads = lists.gradients(params)
     if not grads:
         return torch.tensor(0.0)
     _check_foreach(grads, foreach)
+    if names is not None and len(grads) < len(params):
+        names = [name for name, p in zip(names, params, strict=True) if p.grad is not None]
     values = distributed.local_values(grads)
     parts = lists.split("clip_grad_norm", values)
-    measured = _measure(grads, parts, norm_type, max_norm)
+    trial = error_if_nonfinite
+    limit = max_norm if isinstance(max_norm, float) else max_norm.begin(grads, names, norm_type, trial=trial)
+    measured = _measure(grads, parts, norm_type, limit)
     if error_if_nonfinite:
-        names = names or [f"parameters[{i}]" for i in range(len(params))]
-        names = [name for name, p in zip(names, params, strict=True) if p.grad is not None]
+        names = names or [f"parameters[{i}]" for i, p in enumerate(params) if p.grad is not None]
         _raise_if_nonfinite(measured, norm_type, names)
+    if isinstance(limit, PolicyCall):
+        limit.finish()
     if values is grads and len(parts) == 1:
         _scale_part_(parts[0], measured.coefficient)
     else:
@@ -160,47 +173,61 @@ def clip_grad_value_(parameters: Parameters, clip_value: float | Tensor, foreach
             impl.multi_tensor_clamp_(tensors, clip_value)
 
 
-def measure(tensors: list[Tensor], norm_type: float, max_norm: float) -> Measured:
-    """Norms and coefficient of a list that is not empty, on its first tensor's device, without a host sync."""
+def measure(tensors: list[Tensor], norm_type: float, limit: float | PolicyCall) -> Measured:
+    """Norms and coefficient of a list that is not empty, on its first tensor's device, without a host sync.
+
+    limit: max_norm, or the call of a policy, whose state moves.
+    """
     parts = lists.split("clip_grad_norm", distributed.local_values(tensors))
-    return _measure(tensors, parts, norm_type, max_norm)
+    return _measure(tensors, parts, norm_type, limit)
 
 
 def scale_(tensors: list[Tensor], coefficient: Tensor) -> None:
-    """Multiplies the tensors in place. Kernels write nothing if the coefficient is at least 1."""
+    """Multiplies the tensors in place; coefficient: (), or (tensors,). Kernels write nothing where it is at least 1."""
     for part in lists.split("clip_grad_norm", distributed.local_storage(tensors)):
-        dtype = list_dtype(part.tensors) if part.impl is not None else coefficient.dtype
-        _scale_part_(part, coefficient.to(part.tensors[0].device, dtype))
+        factors = coefficient
+        if coefficient.dim() and len(part.tensors) < len(tensors):
+            every = coefficient.unbind()
+            factors = torch.stack([every[i] for i in part.positions])
+        dtype = list_dtype(part.tensors) if part.impl is not None else factors.dtype
+        _scale_part_(part, factors.to(part.tensors[0].device, dtype))
 
 
-def _measure(tensors: list[Tensor], parts: list[Part], norm_type: float, max_norm: float) -> Measured:
+def _measure(tensors: list[Tensor], parts: list[Part], norm_type: float, limit: float | PolicyCall) -> Measured:
     """As `measure`, with the `local_values` of the tensors divided into parts."""
     _refuse_empty(tensors, norm_type)
-    if parts[0].tensors is tensors and parts[0].impl is not None:
-        total, coefficient, _, norms = parts[0].impl.multi_tensor_norm(parts[0].tensors, norm_type, max_norm)
-        return Measured(total, coefficient, norms)
+    impl = parts[0].impl
+    if parts[0].tensors is tensors and impl is not None:
+        if isinstance(limit, float):
+            return Measured(*impl.multi_tensor_norm(tensors, norm_type, limit))
+        return Measured(*impl.multi_tensor_policy(tensors, norm_type, limit.state, limit.rule, limit.constants))
     found: dict[int, Tensor] = {}
     for impl, part, positions in parts:
         if impl is None:
             found.update(zip(positions, _stock_norms(part, norm_type), strict=True))
         else:
-            found.update(zip(positions, impl.multi_tensor_norm(part, norm_type, max_norm)[3], strict=True))
+            found.update(zip(positions, impl.multi_tensor_norm(part, norm_type, math.inf)[3], strict=True))
     norms = torch.stack([found[i].to(found[0].device) for i in range(len(tensors))])
     norms = distributed.add_up(tensors, norms, norm_type)
     # In float64 where the device has it: the norms' powers may overflow their dtype.
     wide = norms.dtype if norms.device.type == "mps" else torch.float64
     total = torch.linalg.vector_norm(norms, norm_type, dtype=wide).to(norms.dtype)
-    return Measured(total, reference.clip_coefficient(total, max_norm), norms)
+    if isinstance(limit, float):
+        return Measured(total, reference.clip_coefficient(total, limit), (~total.isfinite()).float(), norms)
+    decided = policy_rules.decide(total, norms, norm_type, limit.state, limit.rule, limit.constants)
+    return Measured(total, *decided, norms)
 
 
 def _scale_part_(part: Part, coefficient: Tensor) -> None:
     """Multiplies a part. coefficient: on its device; for a backend, in the dtype of its norms."""
     if part.impl is None or type(coefficient) not in lists.PLAIN:
-        for tensor in part.tensors:
-            tensor.mul_(coefficient.to(tensor.device))
+        factors = coefficient.unbind() if coefficient.dim() else [coefficient] * len(part.tensors)
+        for tensor, factor in zip(part.tensors, factors, strict=True):
+            tensor.mul_(factor.to(tensor.device))
     else:
         _announce_writes(part.impl, part.tensors)
-        part.impl.multi_tensor_scale_(part.tensors, coefficient)
+        impl = reference if coefficient.dim() else part.impl  # TEMPORARY
+        impl.multi_tensor_scale_(part.tensors, coefficient)
 
 
 def _announce_writes(impl: Any, tensors: list[Tensor]) -> None:

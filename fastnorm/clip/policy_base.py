@@ -1,0 +1,282 @@
+"""ClipPolicy: the life of a clip policy's state, and the checks that a list is the one that it was made for.
+
+The state is one tensor on the gradients' device, whose fields are in fastnorm.policy_rules. The rule runs there, in the
+pass that measures the norms: nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from numbers import Integral, Real
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .. import policy_rules as rules
+
+
+@dataclass
+class Memory:
+    """What a policy keeps of the lists that it has seen. shapes and names: of AdaGC's tensors, names if there are any.
+
+    calls: at least as many as norms entered the state. is_placed: whether a list has settled the state's device.
+    """
+
+    state: Tensor
+    norm_type: float
+    calls: int = 0
+    shapes: list[torch.Size] | None = None
+    names: list[str] | None = None
+    is_placed: bool = True
+
+
+class PolicyCall(NamedTuple):
+    """The last arguments of the operator multi_tensor_policy, and whose they are."""
+
+    state: Tensor
+    rule: int
+    constants: list[float]
+    policy: ClipPolicy
+
+    def finish(self) -> None:
+        """After a backend has moved the state."""
+        self.policy.finish(self.state)
+
+
+@dataclass(frozen=True, eq=False)
+class ClipPolicy:
+    """The base of `ZClip`, `AutoClip`, `AdaGC` and `SpikeSkip`, which stand where `max_norm` does.
+
+    A policy learns from every call, so one policy belongs to one model, and to one norm_type. Its constants can't be
+    changed; for others, make a new policy and load the state. Copies and pickles have a state of their own.
+
+    The state is made at the first call, on the device of the first gradient, and is changed in place, so that CUDA
+    graphs can replay a call. The first call must come before a capture. With DTensors every rank has a policy of its
+    own, and all decide the same.
+
+    Reading `threshold`, `steps`, `skipped` or `clipped_share` waits for the device.
+    """
+
+    _: KW_ONLY
+    max_norm: float = math.inf
+    _memory: Memory | None = field(default=None, init=False, repr=False)
+
+    _rule: ClassVar[int]
+    _alone: ClassVar[bool] = True  # whether clip_grad_norm_ takes it
+    _deferred: ClassVar[bool] = True  # whether clip_grad_norm_in_optimizer takes it
+    _kept: ClassVar[tuple[str, ...]] = ()  # what its state_dict must have besides the state
+
+    def __post_init__(self) -> None:
+        if type(self) is ClipPolicy:
+            raise TypeError("ClipPolicy is the base of ZClip, AutoClip, AdaGC and SpikeSkip: use one of them")
+        require_number(self, "max_norm", above=0.0)
+
+    @property
+    def threshold(self) -> float:
+        """The norm at which the last call clipped; inf if it clipped none, or before the first call."""
+        return self._read(rules.THRESHOLD, math.inf)
+
+    @property
+    def steps(self) -> int:
+        """The number of calls that saw gradients."""
+        return int(self._read(rules.STEPS, 0.0))
+
+    @property
+    def skipped(self) -> int:
+        """The number of calls whose norm was NaN or infinite, or which skipped a spike."""
+        return int(self._read(rules.SKIPPED, 0.0))
+
+    @property
+    def clipped_share(self) -> float:
+        """The share of calls that clipped, in [0, 1]."""
+        return self._read(rules.CLIPPED, 0.0) / max(self.steps, 1)
+
+    def reset(self) -> None:
+        """Forgets everything. A CUDA graph that was captured before keeps the old state: capture it again."""
+        self._remember(None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs: a copy of the state, the norm_type, and the class's name.
+
+        AdaGC adds the shapes of its tensors and their names. torch.load(weights_only=True) reads it.
+        """
+        memory = self._memory
+        result: dict[str, Any] = {"policy": type(self).__name__}
+        if memory is not None:
+            result |= {"state": memory.state.clone(), "norm_type": memory.norm_type}
+            result |= {} if memory.shapes is None else {"shapes": list(map(tuple, memory.shapes))}
+            result |= {} if memory.names is None else {"names": list(memory.names)}
+        return result
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on from a `state_dict`, with the same thresholds to the last bit.
+
+        The state moves to the gradients' device at the next call. A state of the same shape that the policy has already
+        is overwritten in place, so that a CUDA graph goes on with what was loaded. The host may wait for the device.
+
+        Raises:
+            ValueError: for another policy's state, a missing entry, or a state of another shape than this policy has.
+            TypeError: for a state that is no floating-point tensor.
+        """
+        memory = self._loaded(state_dict)
+        mine = self._memory
+        if memory is not None and mine is not None and mine.state.shape == memory.state.shape:
+            memory.state = mine.state.copy_(memory.state)
+        self._remember(memory)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if self._memory is not None:
+            state["_memory"] = Memory(**vars(self._memory) | {"state": self._memory.state.clone()})
+        return state
+
+    def _remember(self, memory: Memory | None) -> None:
+        object.__setattr__(self, "_memory", memory)
+
+    def _read(self, place: int, otherwise: float) -> float:
+        return otherwise if self._memory is None else self._memory.state[place].item()
+
+    def _constants(self) -> list[float]:
+        """What rules call the constants, in their order."""
+        raise NotImplementedError
+
+    def _own_fields(self, tensors: Sequence[Tensor]) -> int:
+        """How many fields of the state are the rule's own, at first."""
+        return 0
+
+    def begin(
+        self,
+        tensors: Sequence[Tensor],
+        names: list[str] | None,
+        norm_type: float,
+        deferred: bool = False,
+        trial: bool = False,
+    ) -> PolicyCall:
+        """What a backend needs for a list that is not empty. Makes the state, or checks that it fits.
+
+        deferred: whether an optimizer's kernel will scale. trial: moves a copy of the state, which `finish` takes over.
+        """
+        if not (self._deferred if deferred else self._alone):
+            raise TypeError(self._refusal())
+        first = tensors[0]
+        if isinstance(first, FakeTensor):  # a policy keeps no state that has no numbers
+            return self._call(self._initial(tensors, first))
+        memory = self._memory
+        if memory is None:
+            refuse_capture(first.device, f"{type(self).__name__} makes its state at the first call: call it once "
+                                          "before the capture")  # fmt: skip
+            with torch.inference_mode(False):  # else no call outside of inference mode could change it
+                memory = Memory(self._initial(tensors, None), norm_type)
+            self._bind(memory, tensors, names)
+            self._remember(memory)
+        self._require_same(memory, tensors, names, norm_type)
+        self._make_room(memory)
+        return self._call(memory.state.clone() if trial else memory.state)
+
+    def finish(self, state: Tensor) -> None:
+        """After a backend has moved the state, which `begin` gave."""
+        if self._memory is not None and state is not self._memory.state and not isinstance(state, FakeTensor):
+            self._memory.state.copy_(state)
+
+    def _call(self, state: Tensor) -> PolicyCall:
+        return PolicyCall(state, self._rule, self._constants(), self)
+
+    def _refusal(self) -> str:
+        raise NotImplementedError
+
+    def _initial(self, tensors: Sequence[Tensor], like: Tensor | None) -> Tensor:
+        """A new state. like: a tensor that makes it; None means that it is a plain tensor on the list's device."""
+        device = tensors[0].device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        size = rules.HEADER + self._own_fields(tensors)
+        return torch.zeros(size, dtype=dtype, device=device) if like is None else like.new_zeros(size, dtype=dtype)
+
+    def _bind(self, memory: Memory, tensors: Sequence[Tensor], names: list[str] | None) -> None:
+        """Notes of a new state what the list must have at later calls."""
+
+    def _make_room(self, memory: Memory) -> None:
+        """Before each call."""
+
+    def _require_same(
+        self, memory: Memory, tensors: Sequence[Tensor], names: list[str] | None, norm_type: float
+    ) -> None:
+        """Raises unless the list is one that the state was made for."""
+        name, device = type(self).__name__, tensors[0].device
+        if norm_type != memory.norm_type:
+            raise RuntimeError(f"{name} has learned from norms of order {memory.norm_type}, but got norm_type="
+                               f"{norm_type}: call reset() to begin anew, or use a policy for each")  # fmt: skip
+        if not memory.is_placed:
+            memory.state = memory.state.to(device, torch.float32 if device.type == "mps" else torch.float64)
+            memory.is_placed = True
+        if memory.state.device != device:
+            raise RuntimeError(f"{name}'s state is on {memory.state.device}, but the first gradient is on {device}: "
+                               "call reset() to begin anew, or load its state_dict() to take it along")  # fmt: skip
+
+    def _loaded(self, state_dict: Mapping[str, Any]) -> Memory | None:
+        """What a state_dict says, checked; None if it was made before the first call."""
+        name, found = type(self).__name__, state_dict.get("policy")
+        if found != name:
+            raise ValueError(f"state_dict is not {name}'s, but " + (f"{found}'s" if found else "no policy's"))
+        if "state" not in state_dict:
+            return None
+        missing = [key for key in ("norm_type", *self._kept) if key not in state_dict]
+        if missing:
+            raise ValueError(f"state_dict lacks {', '.join(missing)}")
+        state = state_dict["state"]
+        if not isinstance(state, Tensor) or not state.is_floating_point():
+            kind = state.dtype if isinstance(state, Tensor) else type(state).__name__
+            raise TypeError(f"state must be a floating-point tensor, but is {kind}")
+        wanted = self._sizes(state_dict)
+        if state.dim() != 1 or state.numel() not in wanted:
+            size = wanted.start if len(wanted) == 1 else f"at least {wanted.start}"
+            raise ValueError(f"state must have the shape ({size},) for {self!r}, but has {tuple(state.shape)}")
+        with torch.inference_mode(False):
+            state = state.detach().clone()
+        return Memory(state, float(state_dict["norm_type"]), is_placed=False)
+
+    def _sizes(self, state_dict: Mapping[str, Any]) -> range:
+        """The numbers of elements that a loaded state may have."""
+        return range(rules.HEADER, rules.HEADER + 1)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph records what is done on the device."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_capture(device: torch.device, problem: str) -> None:
+    if is_capturing(device):
+        raise RuntimeError(problem)
+
+
+def require_number(policy: ClipPolicy, name: str, above: float = -math.inf, finite: bool = False) -> None:
+    """Raises unless the constant is a number above a bound. NaN is above nothing."""
+    value = getattr(policy, name)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, but got {type(value).__name__}")
+    if not float(value) > above or (finite and math.isinf(value)):
+        kind = "a finite number" if finite else "a number"
+        raise ValueError(f"{name} must be {kind} above {above}, but got {value}")
+
+
+def require_share(policy: ClipPolicy, name: str) -> None:
+    require_number(policy, name)
+    if not 0 < getattr(policy, name) <= 1:
+        raise ValueError(f"{name} must be above 0 and at most 1, but got {getattr(policy, name)}")
+
+
+def require_integer(policy: ClipPolicy, name: str, least: int) -> None:
+    value = getattr(policy, name)
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, but got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, but got {value}")
+
+
+def require_bool(policy: ClipPolicy, name: str) -> None:
+    if not isinstance(getattr(policy, name), bool):
+        raise TypeError(f"{name} must be True or False, but got {type(getattr(policy, name)).__name__}")
