@@ -135,7 +135,7 @@ def _adagc(
     moved[COUNT] += 1
     if max_norm < torch.inf:
         factors = factors * _bounded(max_norm / (torch.linalg.vector_norm(clipped, norm_type) + 1e-6))
-    return _Ruling(moved, torch.where(warm, max_norm, lambda_abs), factors)
+    return _Ruling(moved, torch.where(warm, torch.full_like(norm, max_norm), lambda_abs), factors)
 
 
 def _spike_skip(

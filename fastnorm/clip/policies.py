@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -26,7 +25,6 @@ from .policy_base import (
 )
 
 _FIRST_CAPACITY = 256  # of AutoClip's history without a bound
-_SHAPE = attrgetter("shape")
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,14 +204,13 @@ class AdaGC(ClipPolicy):
         return state
 
     def _bind(self, memory: Memory, tensors: Sequence[Tensor], names: list[str] | None) -> None:
-        memory.shapes, memory.names = list(map(_SHAPE, tensors)), names
+        memory.shapes, memory.names = [t.shape for t in tensors], names
 
     def _require_same(
         self, memory: Memory, tensors: Sequence[Tensor], names: list[str] | None, norm_type: float
     ) -> None:
         super()._require_same(memory, tensors, names, norm_type)
-        shapes = list(map(_SHAPE, tensors))
-        known = memory.shapes or []
+        shapes, known = [t.shape for t in tensors], memory.shapes or []
         remedy = "AdaGC needs the same gradients at every call: call reset() to begin anew"
         if len(shapes) != len(known):
             raise RuntimeError(f"AdaGC's state is of {len(known)} gradients, but got {len(shapes)}. {remedy}")

@@ -183,7 +183,7 @@ class ClipPolicy:
             self._memory.state.copy_(state)
 
     def _call(self, state: Tensor) -> PolicyCall:
-        return PolicyCall(state, self._rule, self._constants(), self)
+        return PolicyCall(state, self._rule, list(map(float, self._constants())), self)
 
     def _refusal(self) -> str:
         raise NotImplementedError
