@@ -32,6 +32,11 @@ class _Ruling(NamedTuple):
     spike: Tensor | None = None
 
 
+def clip_coefficient(total_norm: Tensor, max_norm: float | Tensor) -> Tensor:
+    """min(max_norm / (total_norm + 1e-6), 1), with NaN kept, as in torch.nn.utils.clip_grads_with_norm_."""
+    return (max_norm / (total_norm + 1e-6)).clamp(max=1.0)
+
+
 def decide(
     total_norm: Tensor, norms: Tensor, norm_type: float, state: Tensor, rule: int, constants: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
@@ -52,7 +57,7 @@ def decide(
     finite = norm.isfinite()
     ruling = _RULES[rule](norm, norms.to(state.dtype), norm_type, state, max_norm, own)
     threshold = ruling.threshold.clamp(max=max_norm)
-    factors = _bounded(threshold / (norm + 1e-6)) if ruling.factors is None else ruling.factors
+    factors = clip_coefficient(norm, threshold) if ruling.factors is None else ruling.factors
     coefficient = factors.to(total_norm.dtype)
     skip = ~finite if ruling.spike is None else ~finite | ruling.spike
     after = torch.where(finite, ruling.moved, state)
@@ -62,11 +67,6 @@ def decide(
     after[SKIPPED] += skip
     state.copy_(after)
     return coefficient, skip.float()
-
-
-def _bounded(ratio: Tensor) -> Tensor:
-    """min(ratio, 1); NaN stays NaN."""
-    return ratio.clamp(max=1.0)
 
 
 def _zclip(
@@ -124,8 +124,8 @@ def _adagc(
     lambda_abs, lambda_rel, beta, warmup = own
     averages, warm = state[HEADER:], state[COUNT] >= warmup
     is_zero, is_new = norms == 0, averages.isinf()
-    early = _bounded(lambda_abs / (norm + 1e-6))
-    late = torch.where(is_zero | is_new & norms.isfinite(), 1.0, _bounded(lambda_rel * averages / norms))
+    early = clip_coefficient(norm, lambda_abs)
+    late = torch.where(is_zero | is_new & norms.isfinite(), 1.0, (lambda_rel * averages / norms).clamp(max=1.0))
     factors = torch.where(warm, late, early)
     clipped = factors * norms
     moving = torch.where(is_new, norms, beta * averages + (1 - beta) * clipped)
@@ -134,7 +134,7 @@ def _adagc(
     moved[HEADER:] = torch.where(is_zero, averages, torch.where(warm, moving, torch.minimum(averages, clipped)))
     moved[COUNT] += 1
     if max_norm < torch.inf:
-        factors = factors * _bounded(max_norm / (torch.linalg.vector_norm(clipped, norm_type) + 1e-6))
+        factors = factors * clip_coefficient(torch.linalg.vector_norm(clipped, norm_type), max_norm)
     return _Ruling(moved, torch.where(warm, torch.full_like(norm, max_norm), lambda_abs), factors)
 
 

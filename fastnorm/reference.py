@@ -329,20 +329,14 @@ def _have_dtype_of(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> boo
 def multi_tensor_norm(
     tensors: Sequence[Tensor], norm_type: float, max_norm: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The p-norm of a list, and what a clip multiplies by: (total_norm, coefficient, nonfinite, norms).
+    """A list's p-norm, and what a clip multiplies by: (total_norm, coefficient, nonfinite, norms), in `list_dtype`.
 
-    norms: (tensors,), the norm of each; the others are 0-d. nonfinite is 1 where total_norm is NaN or infinite, else
-    0. All are in `list_dtype`, nonfinite in float32.
+    norms: (tensors,); the others are 0-d. nonfinite, float32: 1 where total_norm is NaN or infinite, else 0.
     """
     dtype = list_dtype(tensors)
     norms = torch.stack(torch._foreach_norm([with_a_norm(t, norm_type) for t in tensors], norm_type, dtype=dtype))
     total = torch.linalg.vector_norm(norms, norm_type)
-    return total, clip_coefficient(total, max_norm), (~total.isfinite()).float(), norms
-
-
-def clip_coefficient(total_norm: Tensor, max_norm: float) -> Tensor:
-    """min(max_norm / (total_norm + 1e-6), 1), as in torch.nn.utils.clip_grads_with_norm_."""
-    return torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)
+    return total, policy_rules.clip_coefficient(total, max_norm), (~total.isfinite()).float(), norms
 
 
 def multi_tensor_policy(
@@ -354,15 +348,11 @@ def multi_tensor_policy(
 
 
 def multi_tensor_scale_(tensors: list[Tensor], coefficient: Tensor) -> None:
-    """x = x · coefficient; (tensors,) has one for each. A factor of 1 multiplies, too: the host doesn't know its value.
-
-    Each tensor's own factor gets its dimensions, with which a 16-bit tensor is multiplied in float32.
-    """
-    if coefficient.dim() == 0:
-        torch._foreach_mul_(tensors, coefficient)
-    else:
-        factors = zip(coefficient.unbind(), tensors, strict=True)
-        torch._foreach_mul_(tensors, [factor.reshape((1,) * tensor.dim()) for factor, tensor in factors])
+    """x = x · coefficient, () or (tensors,). Multiplies by 1 as well, because the host doesn't know the values."""
+    factors: Tensor | list[Tensor] = coefficient
+    if coefficient.dim():  # a factor with a tensor's dimensions multiplies 16-bit elements in float32
+        factors = [c.reshape((1,) * t.dim()) for c, t in zip(coefficient.unbind(), tensors, strict=True)]
+    torch._foreach_mul_(tensors, factors)
 
 
 def multi_tensor_clamp_(tensors: list[Tensor], bound: float) -> None:

@@ -90,7 +90,7 @@ def clip_grads_with_norm_(
     _check_foreach(grads, foreach)
     total_norm = total_norm.full_tensor() if distributed.is_dtensor(total_norm) else total_norm
     total_norm = total_norm.float() if total_norm.dtype in _HALVES else total_norm
-    scale_(grads, reference.clip_coefficient(total_norm, max_norm))
+    scale_(grads, policy_rules.clip_coefficient(total_norm, max_norm))
 
 
 @torch.no_grad()
@@ -213,7 +213,7 @@ def _measure(tensors: list[Tensor], parts: list[Part], norm_type: float, limit: 
     wide = norms.dtype if norms.device.type == "mps" else torch.float64
     total = torch.linalg.vector_norm(norms, norm_type, dtype=wide).to(norms.dtype)
     if isinstance(limit, float):
-        return Measured(total, reference.clip_coefficient(total, limit), (~total.isfinite()).float(), norms)
+        return Measured(total, policy_rules.clip_coefficient(total, limit), (~total.isfinite()).float(), norms)
     decided = policy_rules.decide(total, norms, norm_type, limit.state, limit.rule, limit.constants)
     return Measured(total, *decided, norms)
 
