@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import build, operators, reference
+from . import build, operators
 
 _C: Any = build.load()
 _library = torch.library.Library("fastnorm", "FRAGMENT")  # after _C: a mismatched schema would abort while that loads
@@ -32,8 +32,6 @@ def _define(operator: operators.Operator) -> torch._ops.OpOverload:
     except RuntimeError as error:
         raise _older_build(f"with another signature of {operator.name}") from error
     if not serves("cpu", operator.name):
-        if operator.name == "multi_tensor_policy":  # TEMPORARY
-            return reference.multi_tensor_policy
         raise _older_build(f"without {operator.name}")
     return getattr(torch.ops.fastnorm, operator.name).default
 

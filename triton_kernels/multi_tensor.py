@@ -112,7 +112,7 @@ def _norm_kernel(
 
 
 @triton.jit
-def _fold(ptr, start, stop, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def fold(ptr, start, stop, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """The float64 values [start, stop), combined: first those of each lane, in their order, then the lanes."""
     total = identity((BLOCK,), tl.float64, KIND)
     for offset in range(start, stop, BLOCK):
@@ -129,7 +129,7 @@ def _fold_tensor_kernel(tensors_ptr, partials_ptr, sums_ptr, norms_ptr, KIND: tl
 
     Grid: (tensors,)."""
     row = tensors_ptr + tl.program_id(0) * _FIELDS
-    total = _fold(partials_ptr, tl.load(row + _FIRST), tl.load(row + _FIELDS + _FIRST), KIND, BLOCK)
+    total = fold(partials_ptr, tl.load(row + _FIRST), tl.load(row + _FIELDS + _FIRST), KIND, BLOCK)
     place = tl.load(row + _POSITION)
     tl.store(norms_ptr + place, root(total, KIND, P).to(norms_ptr.dtype.element_ty))
     if KIND == "nonzeros":
@@ -147,7 +147,7 @@ def _total_kernel(
 
     Grid: (1,)."""
     dtype = total_ptr.dtype.element_ty
-    total = root(_fold(sums_ptr, 0, count, KIND, BLOCK), KIND, P).to(dtype)
+    total = root(fold(sums_ptr, 0, count, KIND, BLOCK), KIND, P).to(dtype)
     ratio = float64_of(max_norm) / (total.to(tl.float64) + 1e-6)
     tl.store(total_ptr, total)
     tl.store(coefficient_ptr, tl.where(ratio > 1.0, 1.0, ratio).to(dtype))
@@ -277,9 +277,9 @@ def change(table: tables.Table, factors: Tensor | None, bound: float = math.inf,
 
 
 def multi_tensor_scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
-    """x = x · coefficient; nothing is written where the coefficient is 1 or more."""
+    """x = x · coefficient, or the tensor's own of (tensors,); nothing is written where that is 1 or more."""
     for table in tables.table_of(tensors).disjoint_tables:
-        change(table, coefficient)
+        change(table, coefficient, per_tensor=coefficient.dim() == 1)
 
 
 def multi_tensor_clamp_(tensors: Sequence[Tensor], bound: float) -> None:

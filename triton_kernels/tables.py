@@ -65,12 +65,12 @@ class Layout(NamedTuple):
 
 
 class Table:
-    """A list's layout and addresses on a device."""
+    """A list's layout and addresses on a device. positions: of the entries in a longer list, where they are of one."""
 
-    def __init__(self, entries: Sequence[Entry], device: torch.device) -> None:
+    def __init__(self, entries: Sequence[Entry], device: torch.device, positions: Sequence[int] | None = None) -> None:
         self.entries, self.device = entries, device
-        key = tuple((entry.lead, entry.size, entry.dtype) for entry in entries)
-        self.layout = _layouts.get(key, device, lambda: _layout(entries, device))
+        key = positions and tuple(positions), tuple((entry.lead, entry.size, entry.dtype) for entry in entries)
+        self.layout = _layouts.get(key, device, lambda: _layout(entries, positions or range(len(entries)), device))
         starts = [entries[i].address - entries[i].lead * entries[i].dtype.itemsize for i in self.layout.order]
         self.addresses = upload(starts, torch.int64, device)
 
@@ -81,7 +81,7 @@ class Table:
         groups = disjoint(self.entries)
         if len(groups) == 1 and len(groups[0]) == len(self.entries):
             return [self]
-        return [Table([self.entries[i] for i in group], self.device) for group in groups]
+        return [Table([self.entries[i] for i in group], self.device, group) for group in groups]
 
 
 class _Recent:
@@ -184,7 +184,7 @@ def _is_capturing(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
-def _layout(entries: Sequence[Entry], device: torch.device) -> Layout:
+def _layout(entries: Sequence[Entry], positions: Sequence[int], device: torch.device) -> Layout:
     """Sorts the tensors by dtype, cuts them into chunks of one size, and uploads what programs need to find theirs."""
     dtypes = list(dict.fromkeys(entry.dtype for entry in entries))
     order = sorted(range(len(entries)), key=lambda i: dtypes.index(entries[i].dtype))
@@ -198,7 +198,7 @@ def _layout(entries: Sequence[Entry], device: torch.device) -> Layout:
         groups.append(Group(dtype, firsts[mine[0]], firsts[mine[-1] + 1] - firsts[mine[0]]))
     rows = []
     for first, i in zip(firsts, order, strict=False):
-        rows += [entries[i].lead, entries[i].lead + entries[i].size, first, i]
+        rows += [entries[i].lead, entries[i].lead + entries[i].size, first, positions[i]]
     rows += [0, 0, firsts[-1], 0]
     tensors = upload(rows, torch.int64, device).view(-1, FIELDS)
     return Layout(order, groups, size, firsts[-1], tensors, upload(repeated(counts), torch.int32, device))

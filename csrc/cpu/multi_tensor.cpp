@@ -8,6 +8,7 @@
 #include <tuple>
 #include <utility>
 
+#include "../policy_arguments.h"
 #include "tensors.h"
 
 namespace fastnorm::cpu {
@@ -43,19 +44,20 @@ double finish(const Span& span, const PNorm& norm, double folded) {
   return needs_scaling ? scaled_norm(span, norm) : norm.root(folded);
 }
 
-// Applies a kernel to all elements. Spans that share memory are changed one after the other, as by a loop in Python.
+// Calls kernel(run, span's index) for runs of all elements. Spans that share memory are changed one after the other, as
+// by a loop in Python.
 template <typename Kernel>
 void change(const std::vector<Span>& spans, const Kernel& kernel) {
-  const auto run = [&](const std::vector<Span>& disjoint) {
+  const auto run = [&](const std::vector<Span>& disjoint, int64_t first) {
     const Chunks chunks(disjoint);
-    chunks.each_backwards([&](int64_t i) { kernel(chunks[i].run); });
+    chunks.each_backwards([&](int64_t i) { kernel(chunks[i].run, first + chunks[i].span); });
   };
   if (!any_overlap(spans)) {
-    run(spans);
+    run(spans, 0);
     return;
   }
-  for (const Span& span : spans) {
-    run({span});
+  for (size_t i = 0; i < spans.size(); ++i) {
+    run({spans[i]}, static_cast<int64_t>(i));
   }
 }
 
@@ -63,46 +65,143 @@ using at::Tensor;
 
 template <typename S>
 Tensor scalar(double value) {
-  Tensor tensor = empty({}, sizeof(S) == 8 ? at::kDouble : at::kFloat);
+  Tensor tensor = empty({}, scalar_type_of<S>);
   *tensor.mutable_data_ptr<S>() = static_cast<S>(value);
   return tensor;
 }
 
 template <typename S>
-std::tuple<Tensor, Tensor, Tensor, Tensor> results(const std::vector<double>& norms, double total, double max_norm) {
-  Tensor all = empty({static_cast<int64_t>(norms.size())}, sizeof(S) == 8 ? at::kDouble : at::kFloat);
-  std::transform(norms.begin(), norms.end(), all.mutable_data_ptr<S>(), [](double n) { return static_cast<S>(n); });
-  const S rounded = static_cast<S>(total);
-  const S ratio = static_cast<S>(max_norm) / (rounded + static_cast<S>(1e-6));
-  return {scalar<S>(rounded), scalar<S>(ratio > 1 ? 1 : ratio), scalar<float>(std::isfinite(rounded) ? 0 : 1), all};
+Tensor vector(const std::vector<double>& values) {
+  Tensor tensor = empty({static_cast<int64_t>(values.size())}, scalar_type_of<S>);
+  std::transform(values.begin(), values.end(), tensor.mutable_data_ptr<S>(),
+                 [](double x) { return static_cast<S>(x); });
+  return tensor;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> multi_tensor_norm(at::TensorList tensors, double norm_type,
-                                                             double max_norm) {
+struct Norms {
+  std::vector<double> each;
+  double total;
+};
+
+// Calls finish(S(), norms, p-norm): S is double if a tensor is, else float.
+template <typename Finish>
+auto with_norms(at::TensorList tensors, double norm_type, const Finish& finish) {
   const std::vector<Span> spans = spans_of(tensors, "tensors", Access::read);
   const PNorm norm(norm_type);
-  const std::vector<double> norms = norms_of(spans, norm);
-  const double total = norm_of_norms(norms, norm);
+  Norms norms{norms_of(spans, norm), 0};
+  norms.total = norm_of_norms(norms.each, norm);
   const bool in_double = std::any_of(spans.begin(), spans.end(), [](const Span& s) { return s.dtype == Dtype::f64; });
-  return in_double ? results<double>(norms, total, max_norm) : results<float>(norms, total, max_norm);
+  return in_double ? finish(double(), norms, norm) : finish(float(), norms, norm);
+}
+
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Results multi_tensor_norm(at::TensorList tensors, double norm_type, double max_norm) {
+  return with_norms(tensors, norm_type, [&](auto zero, const Norms& norms, const PNorm&) -> Results {
+    using S = decltype(zero);
+    const S rounded = static_cast<S>(norms.total);
+    const S ratio = static_cast<S>(max_norm) / (rounded + static_cast<S>(1e-6));
+    const float nonfinite = std::isfinite(rounded) ? 0 : 1;
+    return {scalar<S>(rounded), scalar<S>(ratio > 1 ? 1 : ratio), scalar<float>(nonfinite), vector<S>(norms.each)};
+  });
+}
+
+// This thread alone, as a team that decides (policy_rules.h).
+template <typename S>
+class Decision {
+ public:
+  Decision(const Norms& norms, const PNorm& norm, bool is_per_tensor)
+      : norms_(norms), norm_(norm), coefficients_(is_per_tensor ? norms.each.size() : 1) {}
+
+  double total() const { return static_cast<S>(norms_.total); }
+  int64_t tensors() const { return static_cast<int64_t>(norms_.each.size()); }
+  double norm(int64_t i) const { return static_cast<S>(norms_.each[i]); }
+  bool is_first() const { return true; }
+  void sync() const {}
+  bool any(bool flag) const { return flag; }
+
+  template <typename Body>
+  void each(int64_t count, const Body& body) const {
+    for (int64_t i = 0; i < count; ++i) {
+      body(i);
+    }
+  }
+
+  template <typename Value>
+  double norm_of(const Value& value) const {
+    std::vector<double> values(tensors());
+    each(tensors(), [&](int64_t i) { values[i] = value(i); });
+    return norm_of_norms(values, norm_);
+  }
+
+  void neighbours(const double* values, int64_t count, int64_t rank, double& low, double& high) const {
+    std::vector<double> parted(values, values + count);
+    const auto place = parted.begin() + rank;
+    std::nth_element(parted.begin(), place, parted.end());
+    low = *place;
+    high = place + 1 == parted.end() ? low : *std::min_element(place + 1, parted.end());
+  }
+
+  bool write(int64_t i, double coefficient) {
+    coefficients_[i] = coefficient;
+    return static_cast<S>(coefficient) < 1;
+  }
+
+  void write_skip(bool skip) { skip_ = skip; }
+
+  Results results(bool is_per_tensor) const {
+    Tensor coefficient = is_per_tensor ? vector<S>(coefficients_) : scalar<S>(coefficients_[0]);
+    return {scalar<S>(total()), coefficient, scalar<float>(skip_), vector<S>(norms_.each)};
+  }
+
+ private:
+  const Norms& norms_;
+  const PNorm& norm_;
+  std::vector<double> coefficients_;
+  bool skip_ = false;
+};
+
+Results multi_tensor_policy(at::TensorList tensors, double norm_type, const Tensor& state, int64_t rule,
+                            at::ArrayRef<double> constants) {
+  TORCH_CHECK(state.device().is_cpu(), "fastnorm: expected state on the CPU");
+  const policy::Policy policy = policy::policy_of(state, rule, constants, tensors.size());
+  const bool is_per_tensor = rule == policy::ADAGC;
+  return with_norms(tensors, norm_type, [&](auto zero, const Norms& norms, const PNorm& norm) {
+    Decision<decltype(zero)> decision(norms, norm, is_per_tensor);
+    policy::decide(policy, decision);
+    return decision.results(is_per_tensor);
+  });
 }
 
 void multi_tensor_scale_(at::TensorList tensors, const Tensor& coefficient) {
-  TORCH_CHECK(coefficient.device().is_cpu() && coefficient.dim() == 0,
-              "fastnorm: expected coefficient without dimensions on the CPU");
+  const bool is_per_tensor = coefficient.dim() == 1 && coefficient.size(0) == static_cast<int64_t>(tensors.size());
+  TORCH_CHECK(coefficient.device().is_cpu() && (coefficient.dim() == 0 || is_per_tensor),
+              "fastnorm: expected coefficient on the CPU, without dimensions or with one number for each tensor");
   const Dtype dtype = dtype_from(coefficient.scalar_type());
   TORCH_CHECK_TYPE(dtype == Dtype::f32 || dtype == Dtype::f64, "fastnorm: expected coefficient in float32 or float64");
-  const double factor =
-      dtype == Dtype::f64 ? *coefficient.const_data_ptr<double>() : *coefficient.const_data_ptr<float>();
-  if (!(factor >= 1)) {
-    change(spans_of(tensors, "tensors", Access::write),
-           [&](const Span& run) { kernels(run.dtype).scale(run.data, run.n, factor); });
+  const Tensor values = coefficient.contiguous();
+  const auto factor = [&](int64_t i) -> double {
+    return dtype == Dtype::f64 ? values.const_data_ptr<double>()[i] : values.const_data_ptr<float>()[i];
+  };
+  if (!is_per_tensor && factor(0) >= 1) {
+    return;
   }
+  std::vector<Span> spans = spans_of(tensors, "tensors", Access::write);
+  std::vector<Span> changed;
+  std::vector<double> factors;
+  for (size_t i = 0; i < spans.size(); ++i) {
+    const double own = factor(is_per_tensor ? i : 0);
+    if (!(own >= 1)) {
+      changed.push_back(spans[i]);
+      factors.push_back(own);
+    }
+  }
+  change(changed, [&](const Span& run, int64_t span) { kernels(run.dtype).scale(run.data, run.n, factors[span]); });
 }
 
 void multi_tensor_clamp_(at::TensorList tensors, double bound) {
   change(spans_of(tensors, "tensors", Access::write),
-         [&](const Span& run) { kernels(run.dtype).clamp(run.data, run.n, bound); });
+         [&](const Span& run, int64_t) { kernels(run.dtype).clamp(run.data, run.n, bound); });
 }
 
 }  // namespace
@@ -207,6 +306,7 @@ double norm_of_norms(const std::vector<double>& norms, const PNorm& norm) {
 
 TORCH_LIBRARY_IMPL(fastnorm, CPU, m) {
   m.impl("multi_tensor_norm", &multi_tensor_norm);
+  m.impl("multi_tensor_policy", &multi_tensor_policy);
   m.impl("multi_tensor_scale_", &multi_tensor_scale_);
   m.impl("multi_tensor_clamp_", &multi_tensor_clamp_);
 }

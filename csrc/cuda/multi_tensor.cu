@@ -2,19 +2,12 @@
 #include "multi_tensor.h"
 
 #include "clip_rule.cuh"
+#include "decision.cuh"
 #include "p_norm.cuh"
 #include "reduce.cuh"
 
 namespace fastnorm::cuda {
 namespace {
-
-__device__ __forceinline__ void write(void* target, uint32_t i, double value, bool wide) {
-  if (wide) {
-    static_cast<double*>(target)[i] = value;
-  } else {
-    static_cast<float*>(target)[i] = static_cast<float>(value);
-  }
-}
 
 // The clip coefficient min(max_norm / (total + 1e-6), 1) or NaN, from the total norm as rounded for the caller.
 template <int N>
@@ -30,8 +23,9 @@ __device__ __forceinline__ void write_total(const NormArguments<N>& a, double to
 
 constexpr int RESIDENT = 4;  // blocks on a multiprocessor: enough warps to keep loads in flight
 
-// Each block sums a chunk. The last block of a tensor to finish sums the tensor's chunks, the last of all the tensors.
-template <int KIND, int N>
+// Each block sums a chunk. The last block of a tensor to finish sums the tensor's chunks, the last of all the tensors;
+// with a POLICY it also decides.
+template <int KIND, bool POLICY, int N>
 __global__ void __launch_bounds__(BLOCK, RESIDENT) norm_kernel(const __grid_constant__ NormArguments<N> a) {
   const PNorm<KIND> norm{a.p, a.kind};
   const Chunk chunk = find_chunk(a.table);
@@ -58,7 +52,13 @@ __global__ void __launch_bounds__(BLOCK, RESIDENT) norm_kernel(const __grid_cons
     return;
   }
   const double total = reduce_stored(a.sums, a.tensors, norm, norm.identity());
-  if (threadIdx.x == 0) {
+  if constexpr (POLICY) {
+    Decision<KIND, N> decision{a, norm, a.wide ? norm.root(total) : static_cast<float>(norm.root(total))};
+    if (threadIdx.x == 0) {
+      write(a.total, 0, decision.total(), a.wide);
+    }
+    policy::decide(a.policy, decision);
+  } else if (threadIdx.x == 0) {
     write_total(a, norm.root(total));
   }
 }
@@ -68,8 +68,9 @@ struct Scale {
   double coefficient;
 
   template <int N>
-  __device__ __forceinline__ bool prepare(const ChangeArguments<N>& a, int) {
-    coefficient = a.wide ? *static_cast<const double*>(a.coefficient) : *static_cast<const float*>(a.coefficient);
+  __device__ __forceinline__ bool prepare(const ChangeArguments<N>& a, int tensor) {
+    const uint32_t i = a.per_tensor ? a.first + tensor : 0;
+    coefficient = a.wide ? static_cast<const double*>(a.coefficient)[i] : static_cast<const float*>(a.coefficient)[i];
     return !(coefficient >= 1.0);
   }
   template <class T>
@@ -168,29 +169,36 @@ void run(const ChangeArguments<N>& arguments, uint32_t blocks, cudaStream_t stre
   change_kernel<Operation><<<blocks, BLOCK, 0, stream>>>(arguments);
 }
 
-template <int KIND, int N>
+template <int KIND, bool POLICY, int N>
 void run(const NormArguments<N>& arguments, uint32_t blocks, cudaStream_t stream) {
-  norm_kernel<KIND><<<blocks, BLOCK, 0, stream>>>(arguments);
+  norm_kernel<KIND, POLICY><<<blocks, BLOCK, 0, stream>>>(arguments);
+}
+
+template <bool POLICY>
+void launch_norm(const std::vector<Item>& items, const NormRequest& request, cudaStream_t stream) {
+  if (request.kind == SQUARES && items.size() <= FEW) {
+    return cut_norm<FEW>(items, request,
+                         [&](const auto& a, uint32_t blocks) { run<SQUARES, POLICY>(a, blocks, stream); });
+  }
+  cut_norm<MANY>(items, request, [&](const auto& a, uint32_t blocks) {
+    switch (request.kind) {
+      case SQUARES:
+        return run<SQUARES, POLICY>(a, blocks, stream);
+      case MAGNITUDES:
+        return run<MAGNITUDES, POLICY>(a, blocks, stream);
+      case MAXIMUM:
+        return run<MAXIMUM, POLICY>(a, blocks, stream);
+      default:
+        return run<ANY_KIND, POLICY>(a, blocks, stream);
+    }
+  });
 }
 
 }  // namespace
 
 void launch_norm(const std::vector<Item>& items, const NormRequest& request, cudaStream_t stream) {
-  if (request.kind == SQUARES && items.size() <= FEW) {
-    return cut_norm<FEW>(items, request, [&](const auto& a, uint32_t blocks) { run<SQUARES>(a, blocks, stream); });
-  }
-  cut_norm<MANY>(items, request, [&](const auto& a, uint32_t blocks) {
-    switch (request.kind) {
-      case SQUARES:
-        return run<SQUARES>(a, blocks, stream);
-      case MAGNITUDES:
-        return run<MAGNITUDES>(a, blocks, stream);
-      case MAXIMUM:
-        return run<MAXIMUM>(a, blocks, stream);
-      default:
-        return run<ANY_KIND>(a, blocks, stream);
-    }
-  });
+  request.policy.state == nullptr ? launch_norm<false>(items, request, stream)
+                                  : launch_norm<true>(items, request, stream);
 }
 
 void launch_change(Change kind, const std::vector<Item>& items, const ChangeRequest& request, cudaStream_t stream) {

@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "../policy_arguments.h"
 #include "agc.h"
 #include "multi_tensor.h"
 
@@ -80,18 +81,21 @@ struct Norms {
   at::Tensor norms;
 };
 
-Norms norms_of(const std::vector<Item>& items, double p, double max_norm, at::ScalarType type,
-               const at::Device& device) {
+// Without a policy, its state is null.
+Norms norms_of(const std::vector<Item>& items, double p, double max_norm, const policy::Policy& policy,
+               at::ScalarType type, const at::Device& device) {
   const auto stream = c10::cuda::getCurrentCUDAStream(device.index());
   const auto options = at::device(device).dtype(type);
   const auto count = static_cast<int64_t>(items.size());
-  Norms result{at::empty({}, options), at::empty({}, options), at::empty({}, options.dtype(at::kFloat)),
-               at::empty({count}, options)};
+  const bool is_per_tensor = policy.state != nullptr && policy.rule == policy::ADAGC;
+  Norms result{at::empty({}, options), is_per_tensor ? at::empty({count}, options) : at::empty({}, options),
+               at::empty({}, options.dtype(at::kFloat)), at::empty({count}, options)};
   const at::Tensor workspace = at::empty({norm_workspace(items)}, options.dtype(at::kDouble));
   const at::Tensor zeros = tickets(count + 1, device, stream);
   NormRequest request{};
   request.p = p;
   request.max_norm = max_norm;
+  request.policy = policy;
   request.workspace = workspace.mutable_data_ptr<double>();
   request.tickets = reinterpret_cast<uint32_t*>(zeros.mutable_data_ptr<int>());
   request.norms = result.norms.mutable_data_ptr();
@@ -105,23 +109,36 @@ Norms norms_of(const std::vector<Item>& items, double p, double max_norm, at::Sc
   return result;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> multi_tensor_norm(at::TensorList tensors, double norm_type,
-                                                                             double max_norm) {
+using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+Results results_of(at::TensorList tensors, double p, double max_norm, const policy::Policy& policy) {
   const std::vector<Item> items = items_of(tensors, false);
   const c10::cuda::CUDAGuard guard(tensors[0].device());
   bool wide = false;
   for (const Item& item : items) {
     wide |= item.dtype == FLOAT64;
   }
-  Norms result = norms_of(items, norm_type, max_norm, wide ? at::kDouble : at::kFloat, tensors[0].device());
+  Norms result = norms_of(items, p, max_norm, policy, wide ? at::kDouble : at::kFloat, tensors[0].device());
   return {result.total, result.coefficient, result.nonfinite, result.norms};
 }
 
-void change(Change kind, at::TensorList tensors, const ChangeRequest& request) {
+Results multi_tensor_norm(at::TensorList tensors, double norm_type, double max_norm) {
+  return results_of(tensors, norm_type, max_norm, {});
+}
+
+Results multi_tensor_policy(at::TensorList tensors, double norm_type, const at::Tensor& state, int64_t rule,
+                            at::ArrayRef<double> constants) {
+  TORCH_CHECK(!tensors.empty(), "expected at least one tensor");
+  check(state, tensors[0].device());
+  return results_of(tensors, norm_type, 0, policy::policy_of(state, rule, constants, tensors.size()));
+}
+
+void change(Change kind, at::TensorList tensors, ChangeRequest request) {
   const c10::cuda::CUDAGuard guard(tensors[0].device());
   for (const std::vector<Item>& part : disjoint(items_of(tensors, true))) {
     launch_change(kind, part, request, c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
+    request.first += static_cast<uint32_t>(part.size());
   }
 }
 
@@ -129,10 +146,12 @@ void multi_tensor_scale_(at::TensorList tensors, const at::Tensor& coefficient) 
   TORCH_CHECK(!tensors.empty(), "expected at least one tensor");
   check(coefficient, tensors[0].device());
   const Dtype dtype = dtype_of(coefficient);
-  TORCH_CHECK(coefficient.numel() == 1 && (dtype == FLOAT32 || dtype == FLOAT64),
-              "expected one float32 or float64 number for a coefficient");
+  const bool is_per_tensor = coefficient.dim() == 1 && coefficient.size(0) == static_cast<int64_t>(tensors.size());
+  TORCH_CHECK((coefficient.numel() == 1 || is_per_tensor) && (dtype == FLOAT32 || dtype == FLOAT64),
+              "expected one float32 or float64 number for a coefficient, or one for each tensor");
   ChangeRequest request{};
   request.coefficient = coefficient.const_data_ptr();
+  request.per_tensor = is_per_tensor;
   request.wide = dtype == FLOAT64;
   change(SCALE, tensors, request);
 }
@@ -147,7 +166,7 @@ void multi_tensor_clamp_(at::TensorList tensors, double bound) {
 // Clips long units as tensors of their own, by the kernels of norms and changes.
 void clip_long_units(const std::vector<Gradient>& gradients, const AgcRequest& agc, const at::Device& device) {
   std::vector<Item> items = unit_items(gradients);
-  const Norms norms = norms_of(items, agc.p, 1.0, at::kDouble, device);
+  const Norms norms = norms_of(items, agc.p, 1.0, {}, at::kDouble, device);
   items.resize(items.size() / 2);
   ChangeRequest request{};
   request.norms = norms.norms.const_data_ptr<double>();
@@ -173,7 +192,7 @@ void multi_tensor_agc_(at::TensorList grads, at::TensorList params, at::IntArray
   }
   const c10::cuda::CUDAGuard guard(device);
   const AgcRequest request{norm_type, clip_factor, eps, kind_of(norm_type)};
-  for (std::vector<Gradient>& part : disjoint(std::move(gradients))) {
+  for (std::vector<Gradient>& part : disjoint(gradients)) {
     const auto first_long =
         std::stable_partition(part.begin(), part.end(), [](const Gradient& gradient) { return !gradient.is_long(); });
     const std::vector<Gradient> shared(first_long, part.end());
@@ -190,6 +209,7 @@ void multi_tensor_agc_(at::TensorList grads, at::TensorList params, at::IntArray
 
 TORCH_LIBRARY_IMPL(fastnorm, CUDA, m) {
   m.impl("multi_tensor_norm", multi_tensor_norm);
+  m.impl("multi_tensor_policy", multi_tensor_policy);
   m.impl("multi_tensor_scale_", multi_tensor_scale_);
   m.impl("multi_tensor_clamp_", multi_tensor_clamp_);
   m.impl("multi_tensor_agc_", multi_tensor_agc_);

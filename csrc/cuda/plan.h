@@ -6,8 +6,13 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
+#include <map>
 #include <memory>
+#include <utility>
 #include <vector>
+
+#include "../policy_rules.h"
 
 namespace fastnorm::cuda {
 
@@ -70,15 +75,16 @@ template <int N>
 struct NormArguments {
   Table<N> table;
   double p;
-  double max_norm;
+  double max_norm;  // without a policy
+  policy::Policy policy;
   double* partials;   // one for each chunk of this launch
   double* sums;       // one for each tensor of the list: Σ|x|^p, or the extremum
   uint32_t* tickets;  // finished chunks of each tensor, then the finished tensors; zero before and after
   void* norms;
   void* total;
-  void* coefficient;
-  float* nonfinite;
-  uint32_t first;  // the list's index of the launch's first tensor
+  void* coefficient;  // one, or a policy's for each tensor
+  float* nonfinite;   // or whether a policy skips the step
+  uint32_t first;     // the list's index of the launch's first tensor
   uint32_t tensors;
   int kind;
   int wide;  // results are float64
@@ -90,13 +96,14 @@ enum Change : int { SCALE, CLAMP, CLIP_UNITS };
 template <int N>
 struct ChangeArguments {
   Table<N> table;
-  const void* coefficient;  // SCALE: float32, or float64 if `wide`
+  const void* coefficient;  // SCALE: float32, or float64 if `wide`; one, or one for each tensor of the list
   const double* norms;      // CLIP_UNITS: of the gradients' units, behind them of the parameters' units
   double bound;             // CLAMP
   double clip_factor;       // CLIP_UNITS
   double eps;
   uint32_t first;
   uint32_t tensors;
+  int per_tensor;
   int wide;
 };
 
@@ -131,13 +138,14 @@ inline int64_t chunk_count(const std::vector<Item>& items, int bytes) {
 }
 
 // Calls launch(arguments, blocks) for as few launches as possible. make(first, chunks_before) returns the arguments of
-// the launch whose first tensor is number `first`, without their table.
+// the launch whose first tensor is number `first` of the items, without their table. before: tensors of the list before
+// the items.
 template <int N, class Make, class Launch>
-void cut(const std::vector<Item>& items, int bytes, Make make, Launch launch) {
+void cut(const std::vector<Item>& items, uint32_t before, int bytes, Make make, Launch launch) {
   int64_t chunks_before = 0;
   for (size_t first = 0; first < items.size(); first += N) {
     const auto arguments = make(static_cast<uint32_t>(first), chunks_before);  // on the heap: up to 32 KB
-    arguments->first = static_cast<uint32_t>(first);
+    arguments->first = before + static_cast<uint32_t>(first);
     Table<N>& table = arguments->table;
     table.count = static_cast<int>(std::min<size_t>(N, items.size() - first));
     table.chunk_bytes = bytes;
@@ -157,6 +165,7 @@ void cut(const std::vector<Item>& items, int bytes, Make make, Launch launch) {
 struct NormRequest {
   double p;
   double max_norm;
+  policy::Policy policy;
   double* workspace;  // norm_workspace(items) doubles
   uint32_t* tickets;  // items + 1
   void* norms;
@@ -177,6 +186,7 @@ void cut_norm(const std::vector<Item>& items, const NormRequest& request, Launch
     auto arguments = std::make_unique<NormArguments<N>>();
     arguments->p = request.p;
     arguments->max_norm = request.max_norm;
+    arguments->policy = request.policy;
     arguments->sums = request.workspace;
     arguments->partials = request.workspace + items.size() + chunks_before;
     arguments->tickets = request.tickets;
@@ -189,16 +199,18 @@ void cut_norm(const std::vector<Item>& items, const NormRequest& request, Launch
     arguments->wide = request.wide;
     return arguments;
   };
-  cut<N>(items, chunk_bytes(items), make, launch);
+  cut<N>(items, 0, chunk_bytes(items), make, launch);
 }
 
-// Everything of ChangeArguments but the table.
+// Everything of ChangeArguments but the table. first: the list's index of the first item.
 struct ChangeRequest {
   const void* coefficient;
   const double* norms;
   double bound;
   double clip_factor;
   double eps;
+  uint32_t first;
+  int per_tensor;
   int wide;
 };
 
@@ -211,24 +223,48 @@ void cut_change(const std::vector<Item>& items, const ChangeRequest& request, La
     arguments->bound = request.bound;
     arguments->clip_factor = request.clip_factor;
     arguments->eps = request.eps;
+    arguments->per_tensor = request.per_tensor;
     arguments->wide = request.wide;
     arguments->tensors = static_cast<uint32_t>(items.size());
     return arguments;
   };
-  cut<N>(items, chunk_bytes(items), make, launch);
+  cut<N>(items, request.first, chunk_bytes(items), make, launch);
 }
 
-// Splits the list so that no two tensors of a part share memory. A tensor that is listed twice is changed twice, by
+// Whether no two tensors share memory.
+template <class T>
+bool are_disjoint(const std::vector<T>& items) {
+  std::vector<std::pair<uint64_t, uint64_t>> spans;
+  spans.reserve(items.size());
+  for (const T& item : items) {
+    if (item.size > 0) {
+      spans.emplace_back(item.address, item.end());
+    }
+  }
+  std::sort(spans.begin(), spans.end());
+  const auto overlap = [](const auto& a, const auto& b) { return b.first < a.second; };
+  return std::adjacent_find(spans.begin(), spans.end(), overlap) == spans.end();
+}
+
+// Cuts the list where a tensor shares memory with one before it. A tensor that is listed twice is changed twice, by
 // launches that follow each other.
 template <class T>
-std::vector<std::vector<T>> disjoint(std::vector<T> items) {
-  items.erase(std::remove_if(items.begin(), items.end(), [](const T& item) { return item.size == 0; }), items.end());
-  std::stable_sort(items.begin(), items.end(), [](const T& a, const T& b) { return a.address < b.address; });
-  std::vector<std::vector<T>> parts;
+std::vector<std::vector<T>> disjoint(const std::vector<T>& items) {
+  if (are_disjoint(items)) {
+    return {items};
+  }
+  std::vector<std::vector<T>> parts(1);
+  std::map<uint64_t, uint64_t> taken;  // the ends of the last part's tensors by their starts
   for (const T& item : items) {
-    const auto fits = [&](const std::vector<T>& part) { return part.back().end() <= item.address; };
-    const auto part = std::find_if(parts.begin(), parts.end(), fits);
-    (part == parts.end() ? parts.emplace_back() : *part).push_back(item);
+    const auto next = taken.lower_bound(item.end());  // the first that begins behind this tensor
+    if (item.size > 0 && next != taken.begin() && std::prev(next)->second > item.address) {
+      parts.emplace_back();
+      taken.clear();
+    }
+    if (item.size > 0) {
+      taken.emplace(item.address, item.end());
+    }
+    parts.back().push_back(item);
   }
   return parts;
 }
