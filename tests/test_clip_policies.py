@@ -73,7 +73,7 @@ def test_factors_of_sixteen_bit_gradients_are_not_rounded(clip_device):
 def test_other_orders_of_norms(clip_device):
     for norm_type in (inf, 1.0):
         policy, rule, adagc = fastnorm.ZClip(warmup=5), Zclip(warmup=5), fastnorm.AdaGC(warmup=2, max_norm=0.5)
-        for grads in recorded(20, clip_device):
+        for grads in recorded(13, clip_device):
             parameters = parameters_with([grad.clone() for grad in grads])
             total = fastnorm.clip_grad_norm_(parameters, policy, norm_type)
             close(total, torch.linalg.vector_norm(torch.cat([g.flatten() for g in grads]), norm_type), rtol=1e-5)

@@ -226,8 +226,7 @@ def _scale_part_(part: Part, coefficient: Tensor) -> None:
             tensor.mul_(factor.to(tensor.device))
     else:
         _announce_writes(part.impl, part.tensors)
-        impl = reference if coefficient.dim() else part.impl  # TEMPORARY
-        impl.multi_tensor_scale_(part.tensors, coefficient)
+        part.impl.multi_tensor_scale_(part.tensors, coefficient)
 
 
 def _announce_writes(impl: Any, tensors: list[Tensor]) -> None:
