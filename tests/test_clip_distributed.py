@@ -157,6 +157,30 @@ def check_values(mesh):
     assert torch.equal(whole(parameters[0].grad), full.clamp(-0.3, 0.3))
 
 
+def check_policies(mesh):
+    """Thresholds and factors of DTensors are those of one piece, and the same on every rank."""
+    from torch.distributed.tensor import Shard
+
+    placements = (Shard(0),) * mesh.ndim
+    torch.manual_seed(0)
+    for make in (lambda: fastnorm.ZClip(warmup=3), lambda: fastnorm.AutoClip(40.0), lambda: fastnorm.AdaGC(warmup=3)):
+        policy, plain = make(), make()
+        for scale in (1.0, 1.3, 0.8, 1.1, 30.0, nan, 5.0):
+            fulls = [scale * torch.randn(shape) for shape in ((8, 6), (5, 3), (1, 7))]
+            parameters = with_gradients([*(spread(full, mesh, placements) for full in fulls[:2]), fulls[2].clone()])
+            whole_parameters = with_gradients(fulls)
+            total = fastnorm.clip_grad_norm_(parameters, policy)
+            expected = fastnorm.clip_grad_norm_(whole_parameters, plain)
+            torch.testing.assert_close(total, expected, rtol=2e-6, atol=0, equal_nan=True)
+            assert policy.threshold == pytest.approx(plain.threshold, rel=2e-6)
+            for ours, theirs in zip(parameters, whole_parameters, strict=True):
+                torch.testing.assert_close(whole(ours.grad), theirs.grad, rtol=3e-6, atol=1e-12, equal_nan=True)
+        gathered = [torch.empty_like(policy.state_dict()["state"]) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, policy.state_dict()["state"])
+        assert all(torch.equal(policy.state_dict()["state"], other) for other in gathered)
+        assert policy.steps == 7 and policy.skipped == 1
+
+
 def process(rank: int, size: int, store: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -170,6 +194,7 @@ def process(rank: int, size: int, store: str) -> None:
     check_not_finite(meshes[0])
     check_fully_sharded(meshes[0])
     check_values(meshes[0])
+    check_policies(meshes[0])
     dist.destroy_process_group()
 
 
