@@ -91,7 +91,7 @@ def test_traffic_of_adaptive_clipping():
 def test_fences():
     """Every ticket is drawn behind a fence, and where it was the last one there is another before anything is read."""
     Cuda()
-    text = kernel("norm_kernelILi0ELi192E", "sm_90").module.text
+    text = kernel("norm_kernelILi0ELb0ELi192E", "sm_90").module.text
     atomics = [m.start() for m in re.finditer(r"atom\.global\.inc", text)]
     fence = r"(?:membar\.gl|fence\.(?:acq_rel|sc)\.gpu)"
     assert atomics

@@ -184,8 +184,8 @@ def test_wrong_arguments_raise():
         native.multi_tensor_norm([x[:, ::2]], 2.0, 1.0)
     with pytest.raises(TypeError, match="float32, bfloat16"):
         native.multi_tensor_norm([x.int()], 2.0, 1.0)
-    with pytest.raises(RuntimeError, match="coefficient without dimensions"):
-        native.multi_tensor_scale_([x], torch.ones(1))
+    with pytest.raises(RuntimeError, match="one number for each tensor"):
+        native.multi_tensor_scale_([x], torch.ones(2))
     with pytest.raises(TypeError, match="float32 or float64"):
         native.multi_tensor_scale_([x], torch.tensor(1.0).half())
     with pytest.raises(RuntimeError, match="units of equal size"):

@@ -18,6 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastnorm.policy_rules import ADAGC, HEADER
+
 CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 FEW, MANY, BLOCK = 192, 1600, 256
@@ -51,10 +53,11 @@ void norm(int count, const uint64_t* addresses, const int64_t* sizes, const int*
 }
 
 void change(int count, const uint64_t* addresses, const int64_t* sizes, const int* dtypes, int few,
-            const ChangeRequest* request, Launch* launch) {
+            ChangeRequest request, Launch* launch) {
   const auto go = [&](const auto& a, uint32_t blocks) { launch(&a, sizeof(a), blocks); };
   for (const auto& part : disjoint(items_of(count, addresses, sizes, dtypes))) {
-    few ? cut_change<FEW>(part, *request, go) : cut_change<MANY>(part, *request, go);
+    few ? cut_change<FEW>(part, request, go) : cut_change<MANY>(part, request, go);
+    request.first += static_cast<uint32_t>(part.size());
   }
 }
 
@@ -85,9 +88,16 @@ int units(int64_t size, int64_t units, int dtype, int parameter_dtype, uint64_t 
 """
 
 
+class Policy(ctypes.Structure):
+    _fields_ = [
+        ("state", ctypes.c_uint64), ("size", ctypes.c_int64), ("constants", 6 * ctypes.c_double),
+        ("rule", ctypes.c_int),
+    ]  # fmt: skip
+
+
 class NormRequest(ctypes.Structure):
     _fields_ = [
-        ("p", ctypes.c_double), ("max_norm", ctypes.c_double), ("workspace", ctypes.c_uint64),
+        ("p", ctypes.c_double), ("max_norm", ctypes.c_double), ("policy", Policy), ("workspace", ctypes.c_uint64),
         ("tickets", ctypes.c_uint64), ("norms", ctypes.c_uint64), ("total", ctypes.c_uint64),
         ("coefficient", ctypes.c_uint64), ("nonfinite", ctypes.c_uint64), ("kind", ctypes.c_int),
         ("wide", ctypes.c_int),
@@ -97,7 +107,8 @@ class NormRequest(ctypes.Structure):
 class ChangeRequest(ctypes.Structure):
     _fields_ = [
         ("coefficient", ctypes.c_uint64), ("norms", ctypes.c_uint64), ("bound", ctypes.c_double),
-        ("clip_factor", ctypes.c_double), ("eps", ctypes.c_double), ("wide", ctypes.c_int),
+        ("clip_factor", ctypes.c_double), ("eps", ctypes.c_double), ("first", ctypes.c_uint32),
+        ("per_tensor", ctypes.c_int), ("wide", ctypes.c_int),
     ]  # fmt: skip
 
 
@@ -190,35 +201,41 @@ class VirtualGPU:
 
         return _LAUNCH(launch)
 
-    def norm(self, tensors: Sequence[Tensor], p: float = 2.0, max_norm: float = 1.0) -> Run:
+    def norm(self, tensors: Sequence[Tensor], p: float = 2.0, max_norm: float = 1.0, policy: Policy | None = None) -> Run:
         wide = any(t.dtype == torch.float64 for t in tensors)
-        return self._norm(self._items(tensors), p, max_norm, torch.float64 if wide else torch.float32)
+        return self._norm(self._items(tensors), p, max_norm, torch.float64 if wide else torch.float32, policy)
 
-    def _norm(self, items: tuple, p: float, max_norm: float, dtype: torch.dtype) -> Run:
+    def policy(self, state: Tensor, rule: int, constants: Sequence[float]) -> Policy:
+        return Policy(self.address(state), state.numel() - HEADER, (ctypes.c_double * 6)(*constants), rule)
+
+    def _norm(self, items: tuple, p: float, max_norm: float, dtype: torch.dtype, policy: Policy | None = None) -> Run:
         few, wide = p == 2 and items[0] <= FEW, dtype == torch.float64
         nan = functools.partial(torch.full, fill_value=float("nan"), dtype=dtype)
-        run = Run([], nan((1,)), nan((1,)), torch.full((1,), float("nan")), nan((items[0],)))
+        coefficients = items[0] if policy and policy.rule == ADAGC else 1
+        run = Run([], nan((1,)), nan((coefficients,)), torch.full((1,), float("nan")), nan((items[0],)))
         workspace = torch.full((planner().workspace(*items),), float("nan"), dtype=torch.float64)
         kind = planner().kind(p)
         outputs = (workspace, self.tickets, run.norms, run.total, run.coefficient, run.nonfinite)
-        request = NormRequest(p, max_norm, *map(self.address, outputs), kind, wide)
-        template = f"norm_kernelILi{kind if kind in (0, 1, 4) else 'n1'}ELi{FEW if few else MANY}E"
+        request = NormRequest(p, max_norm, policy or Policy(), *map(self.address, outputs), kind, wide)
+        kinds = f"ILi{kind if kind in (0, 1, 4) else 'n1'}ELb{int(policy is not None)}E"
+        template = f"norm_kernel{kinds}Li{FEW if few else MANY}E"
         planner().norm(*items, few, ctypes.byref(request), self._launcher(run, template))
         assert not self.tickets.any(), "the kernels leave the tickets as they were"
         # what the last block reads, the tickets put in order; the virtual GPU knows no order of blocks
         races = [race for launch in run.launches for race in launch.races]
-        assert all("ld.global.cg.f64" in race for race in races), races
+        assert all("ld.global.cg.f" in race for race in races), races
         return run
 
     def _change(self, name: str, items: tuple, request: ChangeRequest) -> Run:
         run, few = Run(), name == "Scale" and items[0] <= FEW
         template = rf"change_kernelI.*{name}ELi{FEW if few else MANY}E"
-        planner().change(*items, few, ctypes.byref(request), self._launcher(run, template))
+        planner().change(*items, few, request, self._launcher(run, template))
         assert not any(launch.races for launch in run.launches)
         return run
 
     def scale_(self, tensors: Sequence[Tensor], coefficient: Tensor) -> Run:
-        request = ChangeRequest(coefficient=self.address(coefficient), wide=coefficient.dtype == torch.float64)
+        request = ChangeRequest(coefficient=self.address(coefficient), wide=coefficient.dtype == torch.float64,
+                                per_tensor=coefficient.dim())  # fmt: skip
         return self._change("Scale", self._items(tensors), request)
 
     def clamp_(self, tensors: Sequence[Tensor], bound: float) -> Run:
@@ -256,6 +273,10 @@ class Cuda:
     def multi_tensor_norm(self, tensors, norm_type, max_norm):
         self.run = run = self.gpu.norm(tensors, norm_type, max_norm)
         return run.total[0], run.coefficient[0], run.nonfinite[0], run.norms
+
+    def multi_tensor_policy(self, tensors, norm_type, state, rule, constants):
+        self.run = run = self.gpu.norm(tensors, norm_type, 0.0, self.gpu.policy(state, rule, constants))
+        return run.total[0], run.coefficient if rule == ADAGC else run.coefficient[0], run.nonfinite[0], run.norms
 
     def multi_tensor_scale_(self, tensors, coefficient):
         self.run = self.gpu.scale_(tensors, coefficient)
