@@ -11,6 +11,7 @@ from torch import nn
 
 import fastnorm
 from fastnorm.clip import policy_base
+from helpers.backends import on_a_card_too
 from helpers.clipping import inf, nan, outcome, parameters_with
 from helpers.policies import EVERY, SHAPES, WRITING, apply, close, deferred, recorded
 
@@ -27,6 +28,7 @@ def restored(policy, state):
     return twin
 
 
+@on_a_card_too
 @pytest.mark.parametrize("name", EVERY)
 def test_a_checkpoint_goes_on_with_the_same_bits(name, served_by):
     policy = EVERY[name]()
@@ -77,6 +79,14 @@ def test_a_state_is_loaded_in_place(served_by):
     assert policy.steps == 5
     apply(policy, next(recorded(1)))
     assert policy._memory.state.data_ptr() == address and policy.steps == 6 and early["state"][5] == 5
+
+
+def test_a_full_history_grows_after_loading(served_by):
+    policy = fastnorm.AutoClip(0.0)
+    state = torch.tensor([3.0, 0, 0, 0, 1, 3, 0, 0, 1, 2, 3], dtype=torch.float64)
+    policy.load_state_dict({"policy": "AutoClip", "state": state, "norm_type": 2.0})
+    apply(policy, [torch.tensor(9.0)])
+    assert policy.threshold == 1, "the oldest norm was overwritten"
 
 
 def test_states_that_do_not_fit(served_by):

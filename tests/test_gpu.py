@@ -112,6 +112,53 @@ def capture(gradients: Gradients, clip: str, warm_up: str = "current") -> torch.
     return graph
 
 
+POLICIES = {
+    "ZClip": lambda: fastnorm.ZClip(warmup=2),
+    "AutoClip": lambda: fastnorm.AutoClip(50.0, 5),
+    "AdaGC": lambda: fastnorm.AdaGC(warmup=2),
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_graph_capture_of_a_policy(name, clip_backend):
+    """Every replay learns from its norms, as every call does."""
+    gradients, captured, eager = Gradients((1000,), (7, 33)), POLICIES[name](), POLICIES[name]()
+    for policy in (captured, eager):
+        gradients.restore()
+        fastnorm.clip_grad_norm_(gradients.parameters, policy)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fastnorm.clip_grad_norm_(gradients.parameters, captured)
+    for scale in (1.1, 1.0, 1.2, 20.0, 0.9):
+        found = []
+        for clip in (graph.replay, lambda: fastnorm.clip_grad_norm_(gradients.parameters, eager)):
+            for parameter, value in zip(gradients.parameters, gradients.values, strict=True):
+                parameter.grad.copy_(value * scale)
+            clip()
+            found.append([p.grad.clone() for p in gradients.parameters])
+        assert equal(*found) and captured.threshold == eager.threshold
+    assert captured.steps == eager.steps == 6
+
+
+def test_too_many_spikes_raise_when_their_count_has_arrived():
+    policy = fastnorm.SpikeSkip(2.0, warmup=2, max_consecutive=2, on_limit="raise")
+    parameter = nn.Parameter(torch.zeros(1, device="cuda"))
+    optimizer = torch.optim.SGD([parameter], fused=True)
+
+    def step_with(norm: float) -> None:
+        parameter.grad = torch.full_like(parameter, norm)
+        fastnorm.clip_grad_norm_in_optimizer(optimizer, policy)
+        optimizer.step()
+        torch.cuda.synchronize()
+
+    for norm in (1.0, 1.0, 9.0, 9.0):
+        step_with(norm)
+    with pytest.raises(RuntimeError, match=r"SpikeSkip has skipped [34] steps in a row"):
+        for _ in range(3):
+            step_with(9.0)
+
+
 @pytest.mark.parametrize("warm_up", ["own", "current", "captured"])
 @pytest.mark.parametrize("clip", CLIPS)
 def test_graph_capture_of_a_clip(clip, warm_up, clip_backend):

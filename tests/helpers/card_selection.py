@@ -38,6 +38,8 @@ LEFT_OUT = {
     "test_channel_modules.py::test_without_autograd": "what autograd records",
     "test_channel_traffic.py": "a virtual GPU counts bytes",
     "test_checkpoint.py": "what autograd saves",
+    "test_clip_policies.py": "test_policy_kernels.py has their kernels, test_gpu.py their graphs",
+    "test_clip_policy_states.py": "what Python keeps",
     "test_compile.py": "torch.compile: test_gpu has Inductor",
     "test_exact_zeros.py::test_groups_of_one_element": "as test_constant_channels_leave_the_bias",
     "test_inplace_neighbours.py": "what autograd forbids",

@@ -98,19 +98,19 @@ class Spikes:
         return False
 
 
-def recorded(steps, device="cpu"):
+def recorded(steps, device=None):
     """Lists of gradients, one for each step: drifting norms, spikes, a NaN, an infinity, and a tensor that begins with
     zeros."""
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):
-        scale = 0.3 * math.exp(0.003 * step + 0.2 * torch.randn((), generator=generator).item())
+        scale = 0.3 * math.exp(0.003 * step + 0.2 * torch.randn((), generator=generator, device="cpu").item())
         scale *= {10: 30.0, 11: 5.0, 12: 300.0}.get(step % 19, 1.0)
-        grads = [scale * torch.randn(shape, generator=generator) for shape in SHAPES]
+        grads = [scale * torch.randn(shape, generator=generator, device="cpu") for shape in SHAPES]
         if step < 12:
             grads[1].zero_()
         if step % 23 in (7, 20):
             grads[step % 4].fill_({7: nan, 20: inf}[step % 23])
-        yield [grad.to(device) for grad in grads]
+        yield [grad.to(device or torch.get_default_device()) for grad in grads]
 
 
 EVERY = {
