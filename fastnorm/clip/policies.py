@@ -50,7 +50,8 @@ class ZClip(ClipPolicy):
         max_norm: a cap on the threshold, in warm-up too; inf is none.
 
     Raises:
-        TypeError, ValueError: for an argument that is no number, or out of its range.
+        TypeError: for an argument that is no number.
+        ValueError: for one out of its range.
     """
 
     alpha: float = 0.97
@@ -88,12 +89,13 @@ class AutoClip(ClipPolicy):
     Args:
         percentile: in [0, 100].
         history: how many of the latest norms count; None is all of them, as in the paper: the state then doubles its
-            memory where the number of calls reaches it, so that it can't be captured in a CUDA graph.
+            memory where the number of calls reaches it, which a CUDA graph can't, and torch.compile compiles again for.
         warmup: finite norms before the first clip.
         max_norm: a cap on the threshold, in warm-up too; inf is none.
 
     Raises:
-        TypeError, ValueError: for an argument that is no number, or out of its range.
+        TypeError: for an argument that is no number.
+        ValueError: for one out of its range.
     """
 
     percentile: float = 10.0
@@ -145,8 +147,8 @@ class AutoClip(ClipPolicy):
 class AdaGC(ClipPolicy):
     """Bounds each tensor's norm by its own moving average.
 
-    Wang et al. 2025, [AdaGC: Improving Training Stability for Large Language Model
-    Pretraining](https://arxiv.org/abs/2502.11034). With the norm gᵢ of each tensor and the average γᵢ of its clipped
+    Wang et al. 2025, [AdaGC: Enhancing LLM Pretraining Stability via Adaptive Gradient
+    Clipping](https://arxiv.org/abs/2502.11034). With the norm gᵢ of each tensor and the average γᵢ of its clipped
     norms,
 
         hᵢ = min(lambda_rel · γᵢ / gᵢ, 1),    γᵢ ← beta · γᵢ + (1 − beta) · hᵢ · gᵢ,
@@ -167,7 +169,8 @@ class AdaGC(ClipPolicy):
         max_norm: a cap on the total norm after that, by one factor for all; inf is none. γᵢ takes norms from before it.
 
     Raises:
-        TypeError, ValueError: for an argument that is no number, or out of its range.
+        TypeError: for an argument that is no number.
+        ValueError: for one out of its range.
     """
 
     lambda_rel: float = 1.05
@@ -265,7 +268,8 @@ class SpikeSkip(ClipPolicy):
         max_norm: clips the steps that are taken, as a number does; inf is no clip.
 
     Raises:
-        TypeError, ValueError: for an argument that is no number, or out of its range.
+        TypeError: for an argument that is no number.
+        ValueError: for one out of its range.
     """
 
     factor: float = 4.0
