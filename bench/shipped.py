@@ -5,8 +5,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from fastnorm import triton_kernels
-from fastnorm.triton_kernels import agc, multi_tensor, tables
+from fastnorm import policy_rules, triton_kernels
+from fastnorm.triton_kernels import agc, clip_policy, multi_tensor, tables
 from fastnorm.views import ChannelView
 
 from .problem import CLIPS, DIRECTIONS, DTYPES, GROUPS, OTHER_NORMS, ROWS, UNITS, Problem
@@ -92,6 +92,8 @@ def _call_with_gradients(problem: Problem) -> None:
             norms, sums = multi_tensor.norms_of(gradients, norm_type, torch.promote_types(types.x, torch.float32))
             total, *_ = multi_tensor.clip_results(norms, sums, norm_type, 1.0)
             multi_tensor.change(gradients, total)
+            for rule in (policy_rules.ADAGC,) if norm_type != 2.0 else range(4):  # the others need no norm of their own
+                clip_policy.decide(norms, sums, norm_type, total.new_empty(16, dtype=torch.float64), rule, (1.0,))
     else:
         for norm_type, length in itertools.product(norm_types, UNITS):
             entries = tables.Entry(1 << 20, 64 * length, types.x), tables.Entry(1 << 30, 64 * length, types.parameters)

@@ -183,7 +183,7 @@ def test_aligned_images_are_read_and_written_16_bytes_at_a_time(channel_kernels)
 
 def test_clip_kernels_do_not_spill(clip_kernels):
     assert {k["target"] for k in clip_kernels} == {*TARGETS}
-    norms = ("norm", "fold_tensor", "total", "kept_units", "looped_unit")
+    norms = ("norm", "fold_tensor", "total", "policy", "kept_units", "looped_unit")
     kinds = ("", "_magnitudes", "_maximum", "_powers")
     assert {k["kernel"] for k in clip_kernels} == {"change"} | {f"{norm}{kind}" for norm in norms for kind in kinds}
     assert not {name(k): k["spilled"] for k in clip_kernels if k["spilled"]}
@@ -191,7 +191,7 @@ def test_clip_kernels_do_not_spill(clip_kernels):
 
 
 def test_clip_kernels_read_and_write_16_bytes_at_a_time(clip_kernels):
-    streaming = [k for k in clip_kernels if not k["kernel"].startswith(("fold_tensor", "total"))]
+    streaming = [k for k in clip_kernels if not k["kernel"].startswith(("fold_tensor", "total", "policy"))]
     assert not {name(k): k["access"] for k in streaming if k["access"] < 16}
 
 
@@ -274,7 +274,8 @@ def test_the_command_prints_and_writes_what_it_counted(kernel_cache, tmp_path):
             assert moved <= found["bytes"] <= 1.1 * moved + 0.1, found
             assert 2 <= found["instructions"] <= 24, found
             assert f"{found['instructions']:.1f}" in done.stdout
-    assert all(k["instructions"] is None for k in ours if k["kernel"] in ("column_sum", "fold_tensor", "total"))
+    finishing = ("column_sum", "fold_tensor", "total", "policy")
+    assert all(k["instructions"] is None for k in ours if k["kernel"] in finishing)
     text = (tmp_path / "codegen-quick.md").read_text(encoding="utf-8")
     assert "## gfx942" in text and "row_norm_backward" in text and codegen.LEGEND in text
     if importlib.util.find_spec("liger_kernel"):

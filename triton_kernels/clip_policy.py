@@ -1,7 +1,7 @@
 """The clip policies: the program that folds a list's sums decides from its norm, and moves the policy's state.
 
-fastnorm/policy_rules.py has the state's fields, and the same rules in PyTorch's operations. All is float64. The state is
-read before the first reduction and written behind the last, each of which is a barrier among the program's threads.
+fastnorm/policy_rules.py has the state's fields, and the same rules in PyTorch's operations. All is float64. The state
+is read before the first reduction and written behind the last, each of which is a barrier among the program's threads.
 """
 
 from __future__ import annotations
@@ -215,8 +215,9 @@ def _policy_kernel(
     elif RULE == _ADAGC:
         is_warm = old_count >= d
         clips = _adagc(
-            norms_ptr, state_ptr + _HEADER, coefficient_ptr, count, total, is_warm, max_norm, a, b, c, KIND, P, BLOCK
-        )
+            norms_ptr, state_ptr + _HEADER, coefficient_ptr, count, total, is_warm, max_norm, a, b, c, KIND, P,
+            BLOCK // 8 if KIND == "powers" else BLOCK // 4,  # a tensor takes many registers
+        )  # fmt: skip
         threshold = tl.where(is_warm, max_norm, a)
         new_count = old_count + 1.0
     else:

@@ -201,7 +201,9 @@ class VirtualGPU:
 
         return _LAUNCH(launch)
 
-    def norm(self, tensors: Sequence[Tensor], p: float = 2.0, max_norm: float = 1.0, policy: Policy | None = None) -> Run:
+    def norm(
+        self, tensors: Sequence[Tensor], p: float = 2.0, max_norm: float = 1.0, policy: Policy | None = None
+    ) -> Run:
         wide = any(t.dtype == torch.float64 for t in tensors)
         return self._norm(self._items(tensors), p, max_norm, torch.float64 if wide else torch.float32, policy)
 
