@@ -148,6 +148,20 @@ def test_a_refused_norm_changes_no_state(name, served_by):
     assert torch.equal(total, expected) and all(map(torch.equal, found, wanted))
 
 
+def test_a_first_call_that_raises_leaves_no_trace(served_by):
+    """The next one may be for another list, and another norm_type."""
+    policy = fastnorm.AdaGC()
+    for grads, norm_type, options in (
+        ([torch.ones(3), torch.zeros(0)], -1.0, {}),
+        ([torch.ones(2), torch.tensor([nan])], 1.0, {"error_if_nonfinite": True}),
+    ):
+        with pytest.raises(RuntimeError):
+            fastnorm.clip_grad_norm_(parameters_with(grads), policy, norm_type, **options)
+        assert policy.state_dict() == {"policy": "AdaGC"}
+    fastnorm.clip_grad_norm_(parameters_with([torch.ones(5)]), policy)
+    assert policy.steps == 1
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_a_state_outlives_inference_mode(name, served_by):
     policy, plain = EVERY[name](), EVERY[name]()

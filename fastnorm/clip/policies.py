@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import policy_rules as rules
 from .policy_base import (
@@ -321,9 +320,9 @@ class SpikeSkip(ClipPolicy):
             self._raise_beyond_limit(values)
         return super().begin(tensors, names, norm_type, deferred, trial)
 
-    def finish(self, state: Tensor) -> None:
-        super().finish(state)
-        if self.on_limit != "raise" or isinstance(state, FakeTensor):
+    def finish(self, state: Tensor, memory: Memory) -> None:
+        super().finish(state, memory)
+        if self.on_limit != "raise":
             return
         header = state[: rules.HEADER]
         if header.device.type != "cuda":

@@ -35,16 +35,18 @@ class Memory:
 
 
 class PolicyCall(NamedTuple):
-    """The last arguments of the operator multi_tensor_policy, and whose they are."""
+    """The last arguments of the operator multi_tensor_policy, whose they are, and what it is to remember afterwards."""
 
     state: Tensor
     rule: int
     constants: list[float]
     policy: ClipPolicy
+    memory: Memory | None
 
     def finish(self) -> None:
-        """After a backend has moved the state."""
-        self.policy.finish(self.state)
+        """After a backend has moved the state: the policy remembers it. A call that raised before leaves no trace."""
+        if self.memory is not None:
+            self.policy.finish(self.state, self.memory)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,28 +164,25 @@ class ClipPolicy:
         """
         if not (self._deferred if deferred else self._alone):
             raise TypeError(self._refusal())
-        first = tensors[0]
-        if isinstance(first, FakeTensor):  # a policy keeps no state that has no numbers
-            return self._call(self._initial(tensors, first))
-        memory = self._memory
+        constants = list(map(float, self._constants()))
+        first, memory = tensors[0], self._memory
+        if isinstance(first, FakeTensor):  # a policy remembers no state that has no numbers
+            return PolicyCall(self._initial(tensors, first), self._rule, constants, self, None)
         if memory is None:
             refuse_capture(first.device, f"{type(self).__name__} makes its state at the first call: call it once "
                                           "before the capture")  # fmt: skip
             with torch.inference_mode(False):  # else no call outside of inference mode could change it
                 memory = Memory(self._initial(tensors, None), norm_type)
             self._bind(memory, tensors, names)
-            self._remember(memory)
         self._require_same(memory, tensors, names, norm_type)
         self._make_room(memory)
-        return self._call(memory.state.clone() if trial else memory.state)
+        return PolicyCall(memory.state.clone() if trial else memory.state, self._rule, constants, self, memory)
 
-    def finish(self, state: Tensor) -> None:
-        """After a backend has moved the state, which `begin` gave."""
-        if self._memory is not None and state is not self._memory.state and not isinstance(state, FakeTensor):
-            self._memory.state.copy_(state)
-
-    def _call(self, state: Tensor) -> PolicyCall:
-        return PolicyCall(state, self._rule, list(map(float, self._constants())), self)
+    def finish(self, state: Tensor, memory: Memory) -> None:
+        """Remembers the state that a call has moved; see PolicyCall."""
+        if state is not memory.state:
+            memory.state.copy_(state)
+        self._remember(memory)
 
     def _refusal(self) -> str:
         raise NotImplementedError
