@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnorm
 from fastnorm import backend
-from helpers.backends import on_a_card_too
+from helpers.backends import backend_parameters, on_a_card_too
 from helpers.clipping import copied, inf, nan, odd_lists, outcome, parameters_with
+from helpers.graphs import NAMESPACES
 from helpers.policies import EVERY, Adagc, Autoclip, Spikes, Zclip, apply, close, deferred, give, recorded
 
 TOTALS = {
@@ -57,6 +58,17 @@ def test_a_factor_for_each_tensor_as_the_formula(warmup, max_norm, clip_device):
         close([p.grad for p in parameters], [g * f for g, f in zip(grads, factors, strict=True)], rtol=1e-5)
         assert policy.threshold == rule.threshold
     assert policy.skipped >= 2
+
+
+@pytest.mark.parametrize("rule", range(4))
+@pytest.mark.parametrize("clip_device", backend_parameters("native", "triton"), indirect=True)
+def test_the_operator_keeps_to_its_schema(rule, clip_device):
+    """It writes to the state alone, and the fake implementation tells the results' shapes and dtypes."""
+    operator = getattr(torch.ops, NAMESPACES[backend._forced]).multi_tensor_policy.default
+    tensors = [torch.randn(5, device=clip_device), torch.randn(2, 3, device=clip_device).double()]
+    state = torch.zeros(10, dtype=torch.float64, device=clip_device)
+    constants = ([inf, 0.9, 2.0, 1, 1e-6, 1], [inf, 10, 0], [inf, 1, 1.05, 0.98, 5], [inf, 4, 0.98, 2, 0, 1])[rule]
+    torch.library.opcheck(operator, (tensors, 2.0, state, rule, list(map(float, constants))))
 
 
 def test_factors_of_sixteen_bit_gradients_are_not_rounded(clip_device):
