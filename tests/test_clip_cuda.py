@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastnorm import backend
+from fastnorm import backend, policy_rules
 from helpers.clip_kernels import Cuda, assert_norms, kernel, randn
 
 pytestmark = pytest.mark.cuda
@@ -88,10 +88,27 @@ def test_traffic_of_adaptive_clipping():
         assert not launch.races
 
 
-def test_fences():
+@pytest.mark.parametrize("rule", (policy_rules.AUTOCLIP, policy_rules.ADAGC))
+def test_a_policy_takes_no_launch_more(rule):
+    """The last block of the last launch decides, once, whichever block that is."""
+    tensors = list(torch.randn(17 * 1601).split(17))
+    found = []
+    for listed, order in ((tensors[:9], "reversed"), (tensors[:9], "shuffled"), (tensors, "sequential")):
+        kernels = Cuda(order=order, blocks_at_once=2)
+        state = torch.full((policy_rules.HEADER + len(listed),), math.inf, dtype=F64)
+        state[: policy_rules.HEADER] = 0
+        results = kernels.multi_tensor_policy(listed, 2.0, state, rule, (0.5, 1.0, 1.05, 0.98, 0.0))
+        assert len(kernels.run.launches) == math.ceil(len(listed) / 1600)
+        assert state[policy_rules.COUNT] == state[policy_rules.STEPS] == state[policy_rules.CLIPPED] == 1
+        found.append((*results, state))
+    assert all(map(torch.equal, found[0], found[1]))
+
+
+@pytest.mark.parametrize("policy", (0, 1))
+def test_fences(policy):
     """Every ticket is drawn behind a fence, and where it was the last one there is another before anything is read."""
     Cuda()
-    text = kernel("norm_kernelILi0ELb0ELi192E", "sm_90").module.text
+    text = kernel(f"norm_kernelILi0ELb{policy}ELi192E", "sm_90").module.text
     atomics = [m.start() for m in re.finditer(r"atom\.global\.inc", text)]
     fence = r"(?:membar\.gl|fence\.(?:acq_rel|sc)\.gpu)"
     assert atomics
