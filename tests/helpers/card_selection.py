@@ -46,6 +46,7 @@ LEFT_OUT = {
     "test_modules.py::test_autocast": "as test_autocast.py",
     "test_modules.py::test_without_autograd": "what autograd records",
     "test_opinfo.py": "torch's samples: a shape, and kernels for it, each",
+    "test_policy_kernels.py::test_wrong_arguments_raise": "errors, which the host raises",
     "test_traffic.py": "a virtual GPU counts bytes",
     "test_unusual_gradients.py": "what no kernel reads",
     "test_unusual_tensors.py": "what no kernel reads",
