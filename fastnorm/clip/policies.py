@@ -328,7 +328,8 @@ class SpikeSkip(ClipPolicy):
         if header.device.type != "cuda":
             self._raise_beyond_limit(header)
         elif self._seen is None and not is_capturing(header.device):
-            values = torch.empty(header.shape, dtype=header.dtype, pin_memory=True).copy_(header, non_blocking=True)
+            values = torch.empty(header.shape, dtype=header.dtype, device="cpu", pin_memory=True)
+            values.copy_(header, non_blocking=True)
             arrival = torch.cuda.Event()
             arrival.record(torch.cuda.current_stream(header.device))
             object.__setattr__(self, "_seen", _Header(values, arrival))
