@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -14,6 +13,7 @@ import fastnorm
 from helpers.backends import backend_parameters
 from helpers.clipping import give_gradient
 from helpers.drawing import examples
+from helpers.processes import in_processes, needs_gloo
 
 SHAPES = ((), (1,), (7,), (5, 3), (1, 6), (6, 1), (4, 3, 2), (4, 3, 3, 3), (5, 1, 1, 1), (3, 2, 2, 2, 2), (2, 259))
 
@@ -263,7 +263,7 @@ def test_exclude(exclude, kept, given):
         ({"exclude": ["head", "hea"]}, ValueError, "'hea' fits none"),
         ({"exclude": nn.Linear(2, 2)}, ValueError, "the Linear fits none"),
         ({"exclude": torch.ones(1)}, ValueError, "the Tensor fits none"),
-        ({"exclude": [3]}, TypeError, "exclude takes names, parameters and modules, but got int"),
+        ({"exclude": [3]}, TypeError, "exclude takes names, predicates on names, parameters and modules, but got int"),
         ({"parameters": lambda m: m.parameters(), "exclude": "head"}, ValueError, "parameters have no names"),
         ({"parameters": lambda m: [*m.parameters(), "head"]}, TypeError, "but got str"),
     ],
@@ -310,13 +310,12 @@ def test_a_tied_weight_is_clipped_once():
     assert torch.equal(once.grad, twice.grad)
 
 
-def _clip_shards(rank, ranks, meeting_point):
+def _clip_shards(rank, ranks):
     """Runs in every process: shards of each kind against the whole tensor, then a model under fully_shard."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=ranks)
     mesh = init_device_mesh("cpu", (ranks,))
     torch.manual_seed(0)
     for unit_dims in ("timm", "nfnets", "tensor"):
@@ -341,10 +340,9 @@ def _clip_shards(rank, ranks, meeting_point):
     assert [p.norm for p in health[0].parameters] == pytest.approx([p.norm for p in health[1].parameters], rel=1e-5)
     for p, q in zip(sharded.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(p.grad.full_tensor(), q.grad, rtol=1e-5, atol=1e-7)
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch is built without gloo")
+@needs_gloo
 def test_shards_are_clipped_as_the_tensors_that_they_are_of(tmp_path):
-    torch.multiprocessing.spawn(_clip_shards, (2, tmp_path / "meeting_point"), nprocs=2)
+    in_processes(2, _clip_shards, tmp_path, 2)

@@ -1,22 +1,18 @@
 """Clipping DTensors in real process groups, with gloo, against the same gradients in one piece."""
 
 import math
-import warnings
 from itertools import chain
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 import fastnorm
+from helpers.processes import in_processes, needs_gloo
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo"),
-]
+pytestmark = [pytest.mark.slow, needs_gloo]
 inf, nan = math.inf, math.nan
 NORM_TYPES = (2.0, 1.0, inf, 0.0, -inf, -1.0, 0.5, 3.0)
 
@@ -181,12 +177,9 @@ def check_policies(mesh):
         assert policy.steps == 7 and policy.skipped == 1
 
 
-def process(rank: int, size: int, store: str) -> None:
+def process(rank: int, size: int) -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     line = init_device_mesh("cpu", (size,))
     meshes = [line] if size == 2 else [init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model")), line]
     check_placements(meshes)
@@ -195,9 +188,8 @@ def process(rank: int, size: int, store: str) -> None:
     check_fully_sharded(meshes[0])
     check_values(meshes[0])
     check_policies(meshes[0])
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_dtensors_like_one_piece(size, tmp_path):
-    mp.spawn(process, (size, str(tmp_path / "store")), nprocs=size)
+    in_processes(size, process, tmp_path, size)

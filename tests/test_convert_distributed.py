@@ -2,21 +2,17 @@
 with gloo."""
 
 import copy
-import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 import fastnorm
 from helpers import foreign_norms as foreign
+from helpers.processes import in_processes, needs_gloo
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo"),
-]
+pytestmark = [pytest.mark.slow, needs_gloo]
 STEPS = 5
 
 
@@ -108,17 +104,13 @@ def check(kind: str, rank: int) -> None:
     losses(model, rank)
 
 
-def process(rank: int, size: int, store: str) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+def process(rank: int) -> None:
     with fastnorm.use("native" if fastnorm.backend.statuses()["native"].available else "reference"):
         for kind in ("ddp", "fsdp"):
             check(kind, rank)
         for use_orig_params in (False, True):
             check_flattened(use_orig_params, rank)
-    dist.destroy_process_group()
 
 
 def test_converted_before_and_after_wrapping(tmp_path):
-    mp.spawn(process, (2, str(tmp_path / "store")), nprocs=2)
+    in_processes(2, process, tmp_path)

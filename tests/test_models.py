@@ -8,18 +8,16 @@ import copy
 import functools
 import importlib
 import io
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 import fastnorm
 from helpers.model_zoo import MODELS, TIMM, TRANSFORMERS, Case, output_of, train
+from helpers.processes import in_processes
 
 all_models = pytest.mark.parametrize("name", MODELS)
 # timm is among the extras that `make test` installs; transformers is not
@@ -339,10 +337,7 @@ def _wrapped(kind: str, model: nn.Module) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def _in_two_processes(rank: int, store: str, kind: str, name: str) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def _in_two_processes(rank: int, kind: str, name: str) -> None:
     original, model, case = pair(name)
     # timm's clip knows no DTensors; DDP trains by the same rule
     stock = _wrapped("ddp" if case.clipped else kind, original)
@@ -351,7 +346,6 @@ def _in_two_processes(rank: int, store: str, kind: str, name: str) -> None:
     wrapped = _wrapped(kind, model)
     torch.testing.assert_close(train(wrapped, case, CLIPS[1], rank=rank), expected, **TOLERANCE)
     torch.testing.assert_close(outputs_of(wrapped, case), outputs_of(stock, case), rtol=2e-2, atol=2e-2)
-    dist.destroy_process_group()
 
 
 @slow
@@ -361,7 +355,7 @@ def test_two_processes(name, kind, tmp_path, monkeypatch):
     pytest.importorskip("timm" if name in TIMM else "transformers", reason="`make test-models` installs it")
     # with nothing named, as users have it: an AGC of shards takes kernels and, where ranks share a unit, the formula
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    mp.spawn(_in_two_processes, (str(tmp_path / "store"), kind, name), nprocs=2)
+    in_processes(2, _in_two_processes, tmp_path, kind, name)
 
 
 def test_adaptive_clipping_has_something_to_clip():

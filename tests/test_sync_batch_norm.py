@@ -6,7 +6,6 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 
@@ -14,8 +13,9 @@ import fastnorm
 from fastnorm import backend
 from fastnorm.ops.sync_batch_norm import sync_batch_norm
 from helpers import foreign_norms as foreign
+from helpers.processes import in_processes, needs_gloo
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
+pytestmark = needs_gloo
 
 SIZES_OF_TWO, SIZES_OF_FOUR = [(3, 5), (4, 0), (1, 1)], [(2, 3, 1, 4), (0, 5, 0, 2)]  # of the processes' batches
 OPTIONS = [{}, dict(momentum=None), dict(track_running_stats=False), dict(affine=False, activation="relu")]
@@ -171,10 +171,8 @@ def check_compiled(rank, sizes):
         torch.testing.assert_close(actual.grad, expected.grad)
 
 
-def process(rank, folder, names):
+def process(rank, names):
     """One of four. Starting them takes longer than all they do, so they do it for every backend, and in pairs."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
     pairs = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
     pair = dict(rank=rank % 2, group=pairs[rank // 2])
     torch.manual_seed(0)
@@ -192,13 +190,12 @@ def process(rank, folder, names):
             check_double_backward(rank, sizes)
             check_training(rank, 4)
             count_collectives(rank, sizes)
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_equal_to_one_batch(tmp_path):
     names = [name for name in ("reference", "native") if backend.statuses()[name].available]
-    mp.spawn(process, (tmp_path, names), nprocs=4)
+    in_processes(4, process, tmp_path, names)
 
 
 @pytest.fixture
