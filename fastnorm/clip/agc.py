@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 UnitDims = Literal["timm", "nfnets", "tensor"]
-Excluded = str | Tensor | Module
 _GRAD, _LAYOUT = attrgetter("grad"), attrgetter("layout")
 
 
@@ -32,7 +31,7 @@ def adaptive_clip_grad_(
     norm_type: float | str = 2.0,
     *,
     unit_dims: UnitDims = "timm",
-    exclude: Excluded | Iterable[Excluded] = (),
+    exclude: lists.Selection = (),
 ) -> None:
     """Bounds the norm of each unit's gradient by max(‖weight‖, eps) · clip_factor, in place.
 
@@ -64,10 +63,12 @@ def adaptive_clip_grad_(
         unit_dims: what has a norm of its own, see above.
         exclude: parameters, modules or names to leave out, or one of them; the paper leaves out the final linear layer.
             A name is a parameter's, or the beginning of several up to a dot: "head" stands for "head.weight" and
-            "head.bias". Names need `parameters` to be a module or pairs.
+            "head.bias". It may be a pattern ("blocks.*.norm") or a predicate on names. Names need `parameters` to be a
+            module or pairs.
 
     Raises:
-        ValueError: for a number out of range, an unknown unit_dims, or an `exclude` that fits no parameter.
+        ValueError: for a number out of range, an unknown unit_dims, or a name, parameter or module to exclude that
+            isn't there.
         TypeError: for a parameter that is no tensor.
         RuntimeError: for sparse or overlapping gradients. All errors come before anything is written.
 
@@ -85,7 +86,7 @@ def adaptive_clip_grad_(
     named = parameters.named_parameters() if isinstance(parameters, Module) else parameters
     params, names = lists.listed(named)
     _require_tensors(params)
-    left_out = _left_out(params, names, exclude)
+    left_out = lists.selected(params, names, exclude, "exclude")
     # Each once: tied weights clipped a second time would change by rounding errors.
     wanted = {id(p): p for p in params if p.grad is not None and p.numel() > 0}
     params = [p for key, p in wanted.items() if key not in left_out] if left_out else list(wanted.values())
@@ -179,30 +180,6 @@ def _units_are_local(grad: DTensor, param: DTensor, units: int) -> bool:
     if grad.device_mesh != param.device_mesh or grad.placements != param.placements:
         return False
     return all(place.is_replicate() or (units > 1 and place.is_shard(0)) for place in grad.placements)
-
-
-def _left_out(
-    params: Sequence[Tensor], names: Sequence[str] | None, exclude: Excluded | Iterable[Excluded]
-) -> set[int]:
-    """The ids of the parameters that `exclude` means."""
-    if isinstance(exclude, (str, Tensor, Module)):
-        exclude = (exclude,)
-    present, found = set(map(id, params)), set()
-    for item in exclude:
-        if isinstance(item, str):
-            if names is None:
-                raise ValueError(f"exclude: the parameters have no names, so that {item!r} fits none of them; "
-                                 "give a module or model.named_parameters()")  # fmt: skip
-            meant = {id(p) for p, name in zip(params, names, strict=True) if f"{name}.".startswith(f"{item}.")}
-        elif isinstance(item, (Tensor, Module)):
-            meant = {id(p) for p in (item.parameters() if isinstance(item, Module) else (item,))} & present
-        else:
-            raise TypeError(f"exclude takes names, parameters and modules, but got {type(item).__name__}")
-        if not meant:
-            what = repr(item) if isinstance(item, str) else f"the {type(item).__name__}"
-            raise ValueError(f"exclude: {what} fits none of the parameters")
-        found |= meant
-    return found
 
 
 def _require_tensors(params: Iterable[Any]) -> None:

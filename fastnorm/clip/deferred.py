@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import chain
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,9 +12,13 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 from torch.utils.weak import TensorWeakRef
 
-from .norms import measure
+from . import distributed, lists
+from .norms import begin, measure
 from .policies import SpikeSkip
 from .policy_base import ClipPolicy, PolicyCall
+
+if TYPE_CHECKING:
+    from .distributed import ProcessGroups
 
 _FUSED = (Adam, AdamW, SGD, Adagrad)
 _INSTEAD = "fastnorm.clip_grad_norm_(parameters, max_norm) before optimizer.step()"
@@ -48,6 +51,7 @@ def clip_grad_norm_in_optimizer(
     norm_type: float | str = 2.0,
     *,
     skip_nonfinite: bool = True,
+    process_groups: ProcessGroups | None = None,
 ) -> Tensor:
     """Clips the total norm of an optimizer's gradients in its next step, inside the optimizer's kernel.
 
@@ -74,6 +78,7 @@ def clip_grad_norm_in_optimizer(
         skip_nonfinite: for a NaN or infinite norm, the step changes nothing, step counters included; the device
             decides. With False the step uses what `clip_grad_norm_` would have written. `SpikeSkip` skips its spikes
             either way.
+        process_groups: as for `clip_grad_norm_`; names in it need an optimizer made from named parameters.
 
     Returns:
         The norm before clipping: 0-d, float32 (float64 if a gradient is), on the gradients' device; a float32 CPU zero
@@ -89,14 +94,19 @@ def clip_grad_norm_in_optimizer(
     norm_type, max_norm = float(norm_type), max_norm if isinstance(max_norm, ClipPolicy) else float(max_norm)
     _drop(optimizer)
     _require_fused(optimizer)
-    gradients = _gradients(optimizer)
-    if not gradients:
-        return torch.zeros(())
+    params, names = lists.of_optimizer(optimizer)
+    over = distributed.reductions(process_groups, params, names)
+    gradients = lists.gradients(params)
     _require_plain(gradients)
-    limit = max_norm if isinstance(max_norm, float) else max_norm.begin(gradients, None, norm_type, deferred=True)
-    total_norm, coefficient, skip, _ = measure(gradients, norm_type, limit)
+    if not gradients and not over:
+        return torch.zeros(())
+    owners = [p for p in params if p.grad is not None] if over else params
+    limit = begin(max_norm, gradients, None, norm_type, over, deferred=True)
+    total_norm, coefficient, skip, _ = measure(gradients, norm_type, limit, over, owners)
     if isinstance(limit, PolicyCall):
         limit.finish()
+    if not gradients:
+        return total_norm
     grad_scale = coefficient.reciprocal().to(torch.float32)
     found_inf: Tensor | None = skip
     if not skip_nonfinite:
@@ -219,8 +229,7 @@ def _drop(optimizer: Optimizer, foreign: bool = False) -> None:
 
 
 def _gradients(optimizer: Optimizer) -> list[Tensor]:
-    parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    return [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
+    return lists.gradients(lists.of_optimizer(optimizer)[0])
 
 
 def _versions(gradients: list[Tensor]) -> list[int]:

@@ -1,19 +1,37 @@
-"""Norms of DTensors: each rank measures its shards, and one reduction for each process group adds them up."""
+"""Norms over ranks: of DTensors, shard by shard, and of tensors that differ on the ranks of process groups.
+
+Each process group has one collective, which takes the norms' powers in float64.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeGuard
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations, product
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
+from . import lists
 from .lists import PLAIN
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
+
+    Group = ProcessGroup | DeviceMesh
+    ProcessGroups = Group | Iterable[Group] | Mapping[Group, lists.Selection | None]
+
+
+class Reduction(NamedTuple):
+    """A process group on whose ranks the members of a list are different tensors, which all count."""
+
+    group: ProcessGroup
+    ranks: frozenset[int]
+    device: torch.device  # on which the ranks communicate
+    members: set[int] | None  # ids of parameters; None: all
 
 
 def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
@@ -82,9 +100,128 @@ def _sharding_groups(tensor: DTensor) -> list[ProcessGroup]:
     ]
 
 
+def reductions(
+    process_groups: ProcessGroups | None, params: Sequence[Tensor], names: Sequence[str] | None
+) -> list[Reduction]:
+    """What the argument `process_groups` means for these parameters. Groups of one rank are left out."""
+    if process_groups is None:
+        return []
+    found = []
+    for key, selection in _pairs(process_groups):
+        members = None if selection is None else lists.selected(params, names, selection, "process_groups")
+        for group, device in _groups_of(key):
+            ranks = frozenset(torch.distributed.get_process_group_ranks(group))
+            found.append(Reduction(group, ranks, device, members))
+    _require_each_once(found, params)
+    return [reduction for reduction in found if len(reduction.ranks) > 1]
+
+
+def _pairs(process_groups: ProcessGroups) -> list[tuple[Any, lists.Selection | None]]:
+    if isinstance(process_groups, Mapping):
+        return list(process_groups.items())
+    return [(key, None) for key in (process_groups if isinstance(process_groups, Iterable) else [process_groups])]
+
+
+def _groups_of(key: Any) -> list[tuple[ProcessGroup, torch.device]]:
+    """A mesh's process groups, one for each dimension, or the group itself; and the devices that communicate."""
+    if torch.distributed.is_available():
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if isinstance(key, DeviceMesh):
+            if key.get_coordinate() is None:
+                raise ValueError(f"process_groups: this rank is not in {key}")
+            return [(group, torch.device(key.device_type)) for group in key.get_all_groups()]
+        if key is torch.distributed.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("process_groups: this rank is not in one of the groups")
+        if isinstance(key, torch.distributed.ProcessGroup):
+            return [(key, _device_of(key))]
+    raise TypeError(f"process_groups takes torch.distributed's ProcessGroups and DeviceMeshes, one or several, or a "
+                    f"mapping from them to parameters, but got {type(key).__name__}")  # fmt: skip
+
+
+def _device_of(group: ProcessGroup) -> torch.device:
+    """The accelerator, or the CPU if its backend serves both (gloo). The same on every rank, whatever its list has."""
+    backends = dict(pair.split(":") for pair in torch.distributed.get_backend_config(group).split(","))
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None or backends.get(accelerator.type) in (None, backends.get("cpu")):
+        return torch.device("cpu")
+    return accelerator
+
+
+def _require_each_once(found: Sequence[Reduction], params: Sequence[Tensor]) -> None:
+    """Raises ValueError if a tensor's norm would be added up twice over the same ranks."""
+    for one, other in combinations(found, 2):
+        overlap = one.members is None or other.members is None or not one.members.isdisjoint(other.members)
+        if overlap and len(one.ranks & other.ranks) > 1:
+            raise ValueError("process_groups: two groups have the ranks "
+                             f"{sorted(one.ranks & other.ranks)} in common, and would count them twice")  # fmt: skip
+    for param in params:
+        if is_dtensor(param):
+            ranks = frozenset(param.device_mesh.mesh.flatten().tolist())
+            for reduction in found:
+                if len(reduction.ranks & ranks) > 1 and (reduction.members is None or id(param) in reduction.members):
+                    raise ValueError(
+                        f"process_groups: the ranks {sorted(reduction.ranks & ranks)} have one DTensor of shape "
+                        f"{tuple(param.shape)}, which counts once as it is; leave it out of their group"
+                    )
+
+
+def total_norm(
+    params: Sequence[Tensor], norms: Tensor, norm_type: float, reductions: Sequence[Reduction]
+) -> Tensor:
+    """The norm of all tensors of all ranks, 0-d: the same bits on every rank with the same dtype of norms.
+
+    params: those whose norms these are, on this rank; perhaps none.
+    norms: (params,), of whole tensors.
+    """
+    wide = _widened(norms)
+    exact = norm_type in (0.0, 1.0) or math.isinf(norm_type)
+    if norm_type == 0.0:
+        wide = wide.ne(0.0).to(wide.dtype)
+    powers = wide if exact else wide.pow(norm_type)
+    partial = [(reduction, reduction.members) for reduction in reductions if reduction.members is not None]
+    # A sum for each combination of partial groups that a tensor may be in, on every rank: it may have no such tensor.
+    places = [tuple(id(param) in members for _, members in partial) for param in params]
+    sums = []
+    for place in product((False, True), repeat=len(partial)):
+        chosen = [power for power, its_place in zip(powers, places, strict=True) if its_place == place]
+        sums.append(_sum(torch.stack(chosen) if chosen else powers[:0], norm_type))
+    table = torch.stack(sums).view((2,) * len(partial))
+    for dim, (reduction, _) in enumerate(partial):
+        theirs = table.select(dim, 1)
+        theirs.copy_(_over(reduction, theirs, norm_type))
+    total = _sum(table.flatten(), norm_type)
+    for reduction in reductions:
+        if reduction.members is None:
+            total = _over(reduction, total, norm_type)
+    return (total if exact else total.pow(1 / norm_type)).to(norms.dtype)
+
+
+def _over(reduction: Reduction, sums: Tensor, norm_type: float) -> Tensor:
+    """Sums (or maxima) over the ranks, in their order: an all_reduce may add in another order in another group."""
+    here = sums.to(reduction.device).contiguous()
+    everywhere = [torch.empty_like(here) for _ in reduction.ranks]
+    torch.distributed.all_gather(everywhere, here, reduction.group)
+    return _sum(torch.stack(everywhere), norm_type).to(sums.device)
+
+
+def _sum(powers: Tensor, norm_type: float) -> Tensor:
+    """Along the first dimension, perhaps an empty one; for an infinite order the maximum or minimum."""
+    if not math.isinf(norm_type):
+        return powers.sum(0)
+    if powers.shape[0] == 0:
+        return powers.new_full(powers.shape[1:], 0.0 if norm_type > 0 else math.inf)
+    return powers.amax(0) if norm_type > 0 else powers.amin(0)
+
+
+def _widened(norms: Tensor) -> Tensor:
+    """In float64 where the device has it."""
+    return norms if norms.device.type == "mps" else norms.double()
+
+
 def _terms(norms: Tensor, norm_type: float) -> Tensor:
     """What the reduction takes: powers of norms (tensors, 1); for a maximum (tensors, 2), as it may lose a NaN."""
-    wide = norms if norms.device.type == "mps" else norms.double()
+    wide = _widened(norms)
     if math.isinf(norm_type):
         nan = wide.isnan()
         largest = wide if norm_type > 0 else -wide

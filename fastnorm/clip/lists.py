@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
 
 from .. import backend, obstacles
 
 # One tensor, an iterable of tensors, or an iterable of (name, tensor) pairs.
 Parameters = Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+# Some parameters of a list: names and patterns, predicates on names, parameters, modules.
+Selector = str | Tensor | Module | Callable[[str], bool]
+Selection = Selector | Iterable[Selector]
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
@@ -41,6 +48,51 @@ def listed(parameters: Parameters, warning_level: int | None = None) -> tuple[li
         names, tensors = zip(*items, strict=True)
         return list(tensors), list(names)
     return items, None
+
+
+def of_optimizer(optimizer: Optimizer) -> tuple[list[Tensor], list[str] | None]:
+    """An optimizer's parameters, and their names if it was made from named parameters."""
+    groups = optimizer.param_groups
+    params = list(chain.from_iterable(group["params"] for group in groups))
+    named = all("param_names" in group for group in groups)
+    return params, list(chain.from_iterable(group["param_names"] for group in groups)) if named else None
+
+
+def selected(params: Sequence[Tensor], names: Sequence[str] | None, selection: Selection, argument: str) -> set[int]:
+    """The ids of the parameters that a selection means. argument: the keyword that errors name.
+
+    A name is a parameter's, or the beginning of several up to a dot, and may be a pattern of fnmatch. A predicate may
+    fit no parameter; whatever else fits none is an error, unless there are no parameters.
+    """
+    if not params or (isinstance(selection, tuple) and not selection):
+        return set()
+    items: Iterable[Any] = (selection,)
+    if isinstance(selection, Iterable) and not isinstance(selection, (str, Tensor, Module)):
+        items = selection
+    present, found = set(map(id, params)), set()
+    for item in items:
+        if isinstance(item, (Tensor, Module)):
+            meant = {id(p) for p in (item.parameters() if isinstance(item, Module) else (item,))} & present
+        elif isinstance(item, str) or callable(item):
+            if names is None:
+                what = repr(item) if isinstance(item, str) else "a predicate"
+                raise ValueError(f"{argument}: the parameters have no names, so that {what} fits none of them; "
+                                 "give a module or model.named_parameters()")  # fmt: skip
+            fits = _named(item) if isinstance(item, str) else item
+            meant = {id(p) for p, name in zip(params, names, strict=True) if fits(name)}
+        else:
+            raise TypeError(f"{argument} takes names, predicates on names, parameters and modules, "
+                            f"but got {type(item).__name__}")  # fmt: skip
+        if not meant and isinstance(item, (str, Tensor, Module)):
+            what = repr(item) if isinstance(item, str) else f"the {type(item).__name__}"
+            raise ValueError(f"{argument}: {what} fits none of the parameters")
+        found |= meant
+    return found
+
+
+def _named(item: str) -> Callable[[str], bool]:
+    """Whether a name is this one, begins with it up to a dot, or fits it as a pattern."""
+    return lambda name: f"{name}.".startswith(f"{item}.") or fnmatchcase(f"{name}.", f"{item}.*")
 
 
 def gradients(parameters: Sequence[Tensor]) -> list[Tensor]:

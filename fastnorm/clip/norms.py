@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,11 @@ from .. import policy_rules, reference
 from ..operators import list_dtype
 from . import distributed, lists
 from .lists import Parameters, Part
+from .policies import AdaGC
 from .policy_base import ClipPolicy, PolicyCall
+
+if TYPE_CHECKING:
+    from .distributed import ProcessGroups, Reduction
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -39,7 +43,12 @@ class Measured(NamedTuple):
 
 @torch.no_grad()
 def get_total_norm(
-    tensors: Parameters, norm_type: float | str = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
+    tensors: Parameters,
+    norm_type: float | str = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    process_groups: ProcessGroups | None = None,
 ) -> Tensor:
     """The p-norm of all tensors together: torch.nn.utils.get_total_norm.
 
@@ -48,6 +57,8 @@ def get_total_norm(
         norm_type: p, any number or what float() takes. For 0 the norm is the number of tensors with a non-zero element.
         error_if_nonfinite: raise if the norm is NaN or infinite; the host then waits for the device.
         foreach: accepted as in torch; changes nothing.
+        process_groups: groups on whose ranks the tensors differ, as for `clip_grad_norm_`. Parameters in a mapping are
+            then some of `tensors`, or their names.
 
     Returns:
         The norm: 0-d, on the first tensor's device, float64 if any tensor is, else float32; a CPU zero for an empty
@@ -59,12 +70,13 @@ def get_total_norm(
     """
     listed, names = lists.listed(tensors)
     norm_type = float(norm_type)
-    if not listed:
+    over = distributed.reductions(process_groups, listed, names)
+    if not listed and not over:
         return torch.tensor(0.0)
     _check_foreach(listed, foreach)
-    measured = measure(listed, norm_type, float("inf"))
+    measured = measure(listed, norm_type, float("inf"), over, listed)
     if error_if_nonfinite:
-        _raise_if_nonfinite(measured, norm_type, names or [f"tensors[{i}]" for i in range(len(listed))])
+        raise_if_nonfinite(measured, norm_type, names or [f"tensors[{i}]" for i in range(len(listed))], over)
     return measured.total_norm
 
 
@@ -100,6 +112,9 @@ def clip_grad_norm_(
     norm_type: float | str = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
+    *,
+    exempt: lists.Selection = (),
+    process_groups: ProcessGroups | None = None,
 ) -> Tensor:
     """Multiplies all gradients by min(max_norm / (norm + 1e-6), 1), in place: torch.nn.utils.clip_grad_norm_.
 
@@ -115,6 +130,14 @@ def clip_grad_norm_(
         error_if_nonfinite: raise if the norm is NaN or infinite, before anything is written, a policy's state included;
             the host then waits for the device. Without it a NaN norm makes every gradient NaN.
         foreach: accepted as in torch; changes nothing.
+        exempt: parameters, modules or names, or one of them, which count in the norm and aren't scaled, such as those
+            of Muon, which orthogonalises its updates. As `exclude` of `adaptive_clip_grad_`.
+        process_groups: groups on whose ranks the parameters differ, so that the norm is that of all of them: a
+            torch.distributed.ProcessGroup, a DeviceMesh (all its dimensions), or several of them, such as the group of
+            the pipeline's stages. A mapping from groups to parameters, as for `exempt`, or None for all, says which
+            differ: {expert_group: "*.experts", stage_group: None} counts experts on all ranks, and all others once.
+            Every rank must call with the same groups in the same order, even without gradients. DTensors count as the
+            whole tensors of their own mesh without it, and may differ over other groups.
 
     Returns:
         The norm before clipping, as from `get_total_norm`.
@@ -122,27 +145,33 @@ def clip_grad_norm_(
     Raises:
         RuntimeError: for a non-finite norm, if asked for, naming the first such gradient; for foreach=True on a device
             without torch._foreach operations; for gradients that don't fit the state of a policy.
-        TypeError: for a `SpikeSkip`, which only `clip_grad_norm_in_optimizer` takes.
+        ValueError: for a name, module or parameter in `exempt` or `process_groups` that isn't in `parameters` (a
+            predicate may fit none), and for groups that would count a tensor twice.
+        TypeError: for anything else in them; for a `SpikeSkip`, which only `clip_grad_norm_in_optimizer` takes.
     """
     params, names = lists.listed(parameters, warning_level=2)
     norm_type, max_norm = float(norm_type), max_norm if isinstance(max_norm, ClipPolicy) else float(max_norm)
+    kept = lists.selected(params, names, exempt, "exempt")
+    over = distributed.reductions(process_groups, params, names)
     grads = lists.gradients(params)
-    if not grads:
+    if not grads and not over:
         return torch.tensor(0.0)
     _check_foreach(grads, foreach)
     if names is not None and len(grads) < len(params):
         names = [name for name, p in zip(names, params, strict=True) if p.grad is not None]
     values = distributed.local_values(grads)
-    parts = lists.split("clip_grad_norm", values)
-    trial = error_if_nonfinite
-    limit = max_norm if isinstance(max_norm, float) else max_norm.begin(grads, names, norm_type, trial=trial)
-    measured = _measure(grads, parts, norm_type, limit)
+    parts = lists.split("clip_grad_norm", values) if grads else []
+    owners = [p for p in params if p.grad is not None] if over or kept else params
+    limit = begin(max_norm, grads, names, norm_type, over, trial=error_if_nonfinite)
+    measured = _measure(grads, parts, norm_type, limit, over, owners)
     if error_if_nonfinite:
         names = names or [f"parameters[{i}]" for i, p in enumerate(params) if p.grad is not None]
-        _raise_if_nonfinite(measured, norm_type, names)
+        raise_if_nonfinite(measured, norm_type, names, over)
     if isinstance(limit, PolicyCall):
         limit.finish()
-    if values is grads and len(parts) == 1:
+    if kept:
+        scale_(grads, measured.coefficient, [id(p) in kept for p in owners])
+    elif values is grads and len(parts) == 1:
         _scale_part_(parts[0], measured.coefficient)
     else:
         scale_(grads, measured.coefficient)
@@ -173,31 +202,80 @@ def clip_grad_value_(parameters: Parameters, clip_value: float | Tensor, foreach
             impl.multi_tensor_clamp_(tensors, clip_value)
 
 
-def measure(tensors: list[Tensor], norm_type: float, limit: float | PolicyCall) -> Measured:
-    """Norms and coefficient of a list that is not empty, on its first tensor's device, without a host sync.
+def begin(
+    max_norm: float | ClipPolicy,
+    tensors: list[Tensor],
+    names: list[str] | None,
+    norm_type: float,
+    over: Sequence[Reduction] = (),
+    deferred: bool = False,
+    trial: bool = False,
+) -> float | PolicyCall:
+    """What `measure` takes: max_norm itself, or the call of a policy, for a list that is empty only with `over`."""
+    if isinstance(max_norm, float):
+        return max_norm
+    if over and isinstance(max_norm, AdaGC):
+        if max_norm.max_norm < math.inf:
+            raise ValueError("process_groups: AdaGC caps the norm of what it has scaled, which isn't added up over "
+                             "process groups: leave its max_norm at inf")  # fmt: skip
+        if not tensors:  # each rank has the averages of its own tensors
+            return math.inf
+    # A rank without gradients learns what the others learn.
+    tensors = tensors or [torch.empty(0, device=over[0].device)]
+    return max_norm.begin(tensors, names, norm_type, deferred, trial)
+
+
+def measure(
+    tensors: list[Tensor],
+    norm_type: float,
+    limit: float | PolicyCall,
+    over: Sequence[Reduction] = (),
+    owners: Sequence[Tensor] = (),
+) -> Measured:
+    """Norms and coefficient of a list, on its first tensor's device, without a host sync.
 
     limit: max_norm, or the call of a policy, whose state moves.
+    over: what is added up over process groups; without it the list must not be empty.
+    owners: with `over`, the parameters whose gradients the tensors are.
     """
-    parts = lists.split("clip_grad_norm", distributed.local_values(tensors))
-    return _measure(tensors, parts, norm_type, limit)
+    parts = lists.split("clip_grad_norm", distributed.local_values(tensors)) if tensors else []
+    return _measure(tensors, parts, norm_type, limit, over, owners)
 
 
-def scale_(tensors: list[Tensor], coefficient: Tensor) -> None:
-    """Multiplies the tensors in place; coefficient: (), or (tensors,). Kernels write nothing where it is at least 1."""
-    for part in lists.split("clip_grad_norm", distributed.local_storage(tensors)):
-        factors = coefficient
-        if coefficient.dim() and len(part.tensors) < len(tensors):
-            every = coefficient.unbind()
-            factors = torch.stack([every[i] for i in part.positions])
+def scale_(tensors: list[Tensor], coefficient: Tensor, kept: Sequence[bool] = ()) -> None:
+    """Multiplies the tensors in place; coefficient: (), or (tensors,). Kernels write nothing where it is at least 1.
+
+    kept: for each tensor whether it is left alone, or nothing.
+    """
+    if kept:
+        places = [i for i, is_kept in enumerate(kept) if not is_kept]
+        tensors, coefficient = [tensors[i] for i in places], _of(places, coefficient)
+    for part in lists.split("clip_grad_norm", distributed.local_storage(tensors)) if tensors else ():
+        factors = coefficient if len(part.tensors) == len(tensors) else _of(part.positions, coefficient)
         dtype = list_dtype(part.tensors) if part.impl is not None else factors.dtype
         _scale_part_(part, factors.to(part.tensors[0].device, dtype))
 
 
-def _measure(tensors: list[Tensor], parts: list[Part], norm_type: float, limit: float | PolicyCall) -> Measured:
+def _of(places: Sequence[int], coefficient: Tensor) -> Tensor:
+    """The coefficients of some tensors, where each has its own."""
+    if coefficient.dim() == 0 or not places:
+        return coefficient
+    every = coefficient.unbind()
+    return torch.stack([every[i] for i in places])
+
+
+def _measure(
+    tensors: list[Tensor],
+    parts: list[Part],
+    norm_type: float,
+    limit: float | PolicyCall,
+    over: Sequence[Reduction],
+    owners: Sequence[Tensor],
+) -> Measured:
     """As `measure`, with the `local_values` of the tensors divided into parts."""
     _refuse_empty(tensors, norm_type)
-    impl = parts[0].impl
-    if parts[0].tensors is tensors and impl is not None:
+    impl = parts[0].impl if parts else None
+    if not over and parts[0].tensors is tensors and impl is not None:
         if isinstance(limit, float):
             return Measured(*impl.multi_tensor_norm(tensors, norm_type, limit))
         return Measured(*impl.multi_tensor_policy(tensors, norm_type, limit.state, limit.rule, limit.constants))
@@ -207,11 +285,15 @@ def _measure(tensors: list[Tensor], parts: list[Part], norm_type: float, limit: 
             found.update(zip(positions, _stock_norms(part, norm_type), strict=True))
         else:
             found.update(zip(positions, impl.multi_tensor_norm(part, norm_type, math.inf)[3], strict=True))
-    norms = torch.stack([found[i].to(found[0].device) for i in range(len(tensors))])
+    each = [found[i].to(found[0].device) for i in range(len(tensors))]
+    norms = torch.stack(each) if each else torch.zeros(0, device=over[0].device)
     norms = distributed.add_up(tensors, norms, norm_type)
-    # In float64 where the device has it: the norms' powers may overflow their dtype.
-    wide = norms.dtype if norms.device.type == "mps" else torch.float64
-    total = torch.linalg.vector_norm(norms, norm_type, dtype=wide).to(norms.dtype)
+    if over:
+        total = distributed.total_norm(owners, norms, norm_type, over)
+    else:
+        # In float64 where the device has it: the norms' powers may overflow their dtype.
+        wide = norms.dtype if norms.device.type == "mps" else torch.float64
+        total = torch.linalg.vector_norm(norms, norm_type, dtype=wide).to(norms.dtype)
     if isinstance(limit, float):
         return Measured(total, policy_rules.clip_coefficient(total, limit), (~total.isfinite()).float(), norms)
     decided = policy_rules.decide(total, norms, norm_type, limit.state, limit.rule, limit.constants)
@@ -247,11 +329,15 @@ def _refuse_empty(tensors: Sequence[Tensor], norm_type: float) -> None:
             torch.linalg.vector_norm(torch.empty(0), norm_type)
 
 
-def _raise_if_nonfinite(measured: Measured, norm_type: float, names: Sequence[str]) -> None:
+def raise_if_nonfinite(
+    measured: Measured, norm_type: float, names: Sequence[str], over: Sequence[Reduction] = ()
+) -> None:
+    """Raises the error of error_if_nonfinite; the host waits. With `over`, on every rank of the groups."""
     if measured.total_norm.isfinite():
         return
     culprits = [name for name, norm in zip(names, measured.norms.tolist(), strict=True) if not math.isfinite(norm)]
-    first = f". The first with a non-finite norm is {culprits[0]}" if culprits else ""
+    none = ". No gradient of this rank has a non-finite norm" if over else ""
+    first = f". The first with a non-finite norm is {culprits[0]}" if culprits else none
     raise RuntimeError(
         f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be clipped. "
         "To disable this error and scale the gradients by the non-finite norm anyway, set "
