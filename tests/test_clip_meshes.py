@@ -313,6 +313,50 @@ def check_in_optimizer(mesh):
             torch.testing.assert_close(lists[0], lists[1])
 
 
+def check_policies(mesh):
+    """ZClip decides by the norm of all stages on every rank, also on one without gradients until the sixth step."""
+    first = mesh.get_local_rank("stage") == 0
+    policy, alone = fastnorm.ZClip(warmup=2), fastnorm.ZClip(warmup=2)
+    for step in range(8):
+        torch.manual_seed(step)
+        fulls = [torch.randn(5) * (1 + 30 * (step == 5)), torch.randn(3)]
+        fulls[1] *= step > 5
+        mine = [None if step < 6 else fulls[1]] if first else fulls[:1]
+        parameters = parameters_with([g if g is None else g.clone() for g in mine])
+        total = fastnorm.clip_grad_norm_(parameters, policy, process_groups=mesh["stage"])
+        whole = parameters_with([full.clone() for full in fulls])
+        torch.testing.assert_close(total, fastnorm.clip_grad_norm_(whole, alone))
+        check_same_everywhere(torch.tensor(policy.threshold))
+        assert policy.threshold == pytest.approx(alone.threshold)
+        if parameters[0].grad is not None:
+            torch.testing.assert_close(parameters[0].grad, whole[int(first)].grad)
+    assert policy.clipped_share == alone.clipped_share > 0
+    averages = fastnorm.AdaGC(warmup=0, lambda_rel=0.5)  # each rank's own
+    for _ in range(2):
+        parameters = [] if first else parameters_with([torch.ones(4), torch.ones(2)])
+        total = fastnorm.clip_grad_norm_(parameters, averages, process_groups=mesh["stage"])
+        torch.testing.assert_close(total, torch.tensor(6.0).sqrt())
+    assert all((p.grad == 0.5).all() for p in parameters) and averages.steps == (0 if first else 2)
+    with pytest.raises(ValueError, match="process_groups: AdaGC caps the norm of what it has scaled"):
+        fastnorm.clip_grad_norm_(parameters, fastnorm.AdaGC(max_norm=1.0), process_groups=mesh["stage"])
+
+
+def check_groups(mesh):
+    """A norm for each group over all stages, of which one may have nothing in a group."""
+    stage = mesh.get_local_rank("stage")
+    everywhere = {name: torch.randn(4, generator=torch.Generator().manual_seed(ord(name[0]))) for name in "abcd"}
+    mine = with_copies({name: everywhere[name] for name in ("ab", "cd")[stage]})
+    keys = {lambda name: name == "a": 0.1, lambda name: name in "bc": 0.2, "*": 0.3}
+    norms = fastnorm.clip_grad_groups_(mine, keys, process_groups=mesh["stage"], strict=True)
+    for (key, max_norm), members in zip(keys.items(), ("a", "bc", "d"), strict=True):
+        wanted = nn.utils.get_total_norm([everywhere[name] for name in members])
+        torch.testing.assert_close(norms[key], wanted)
+        check_same_everywhere(norms[key])
+        for name, p in mine:
+            if name in members:
+                torch.testing.assert_close(p.grad, everywhere[name] * (max_norm / (wanted + 1e-6)))
+
+
 def check_bad_groups(mesh):
     parameters = parameters_with([[1.0], [2.0]])
     named = list(zip("ab", parameters, strict=True))
@@ -356,6 +400,8 @@ def process(rank: int) -> None:
         check_not_finite(mesh)
         check_collectives(mesh, ones)
         check_in_optimizer(mesh)
+        check_policies(mesh)
+        check_groups(mesh)
         check_pipeline(mesh)
     check_shards(mesh)
     check_sharded_pipeline(mesh)

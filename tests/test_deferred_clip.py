@@ -8,10 +8,9 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnorm
-from helpers.clipping import give_gradient
+from helpers.clipping import Syncs, give_gradient
 from helpers.environment import TORCH
 
 OPTIMIZERS = {
@@ -136,18 +135,6 @@ def test_without_skipping_as_clip_then_step(kind, bad):
     for p, q in zip(deferred[0], written[0], strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6, equal_nan=True)
     assert torch.isnan(deferred[0][1]).any()
-
-
-class Syncs(TorchDispatchMode):
-    """Counts what makes the host wait for a device."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(("kind", "first", "later"), [("adamw", 0, 0), ("sgd_momentum", 0, 0), ("sgd_dampening", 1, 0)])
