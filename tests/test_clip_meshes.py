@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 import fastnorm
+from fastnorm.clip import distributed
 from helpers.clipping import parameters_with
 from helpers.processes import in_processes, needs_gloo
 
@@ -406,6 +407,24 @@ def process(rank: int) -> None:
     check_shards(mesh)
     check_sharded_pipeline(mesh)
     check_bad_groups(mesh)
+
+
+@pytest.mark.parametrize(
+    ("backends", "accelerator", "device"),
+    [
+        ("cpu:gloo,cuda:gloo", "cuda", "cpu"),
+        ("cpu:gloo,cuda:nccl", "cuda", "cuda"),
+        ("cuda:nccl", "cuda", "cuda"),
+        ("cpu:gloo,cuda:nccl", None, "cpu"),
+        ("cpu:gloo,xpu:xccl", "mps", "cpu"),
+    ],
+)
+def test_all_ranks_communicate_on_the_same_kind_of_device(backends, accelerator, device, monkeypatch):
+    """Whatever a rank's list has: over another backend its peers would wait for it for ever."""
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: backends)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator is not None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(accelerator))
+    assert distributed._device_of(None) == torch.device(device)
 
 
 def test_norms_over_process_groups(tmp_path):
