@@ -155,20 +155,22 @@ def _require_each_once(found: Sequence[Reduction], params: Sequence[Tensor]) -> 
         if overlap and len(one.ranks & other.ranks) > 1:
             raise ValueError("process_groups: two groups have the ranks "
                              f"{sorted(one.ranks & other.ranks)} in common, and would count them twice")  # fmt: skip
-    for param in params:
-        if is_dtensor(param):
-            ranks = frozenset(param.device_mesh.mesh.flatten().tolist())
-            for reduction in found:
-                if len(reduction.ranks & ranks) > 1 and (reduction.members is None or id(param) in reduction.members):
-                    raise ValueError(
-                        f"process_groups: the ranks {sorted(reduction.ranks & ranks)} have one DTensor of shape "
-                        f"{tuple(param.shape)}, which counts once as it is; leave it out of their group"
-                    )
+    dtensors = [param for param in params if is_dtensor(param)] if found else []
+    meshes = {tensor.device_mesh for tensor in dtensors}
+    shared = {
+        (mesh, i): sorted(reduction.ranks.intersection(mesh.mesh.flatten().tolist()))
+        for mesh in meshes
+        for i, reduction in enumerate(found)
+    }
+    for tensor in dtensors:
+        for i, reduction in enumerate(found):
+            ranks = shared[tensor.device_mesh, i]
+            if len(ranks) > 1 and (reduction.members is None or id(tensor) in reduction.members):
+                raise ValueError(f"process_groups: the ranks {ranks} have one DTensor of shape {tuple(tensor.shape)}, "
+                                 "which counts once as it is; leave it out of their group")  # fmt: skip
 
 
-def total_norm(
-    params: Sequence[Tensor], norms: Tensor, norm_type: float, reductions: Sequence[Reduction]
-) -> Tensor:
+def total_norm(params: Sequence[Tensor], norms: Tensor, norm_type: float, over: Sequence[Reduction]) -> Tensor:
     """The norm of all tensors of all ranks, 0-d: the same bits on every rank with the same dtype of norms.
 
     params: those whose norms these are, on this rank; perhaps none.
@@ -179,7 +181,7 @@ def total_norm(
     if norm_type == 0.0:
         wide = wide.ne(0.0).to(wide.dtype)
     powers = wide if exact else wide.pow(norm_type)
-    partial = [(reduction, reduction.members) for reduction in reductions if reduction.members is not None]
+    partial = [(reduction, reduction.members) for reduction in over if reduction.members is not None]
     # A sum for each combination of partial groups that a tensor may be in, on every rank: it may have no such tensor.
     places = [tuple(id(param) in members for _, members in partial) for param in params]
     sums = []
@@ -191,7 +193,7 @@ def total_norm(
         theirs = table.select(dim, 1)
         theirs.copy_(_over(reduction, theirs, norm_type))
     total = _sum(table.flatten(), norm_type)
-    for reduction in reductions:
+    for reduction in over:
         if reduction.members is None:
             total = _over(reduction, total, norm_type)
     return (total if exact else total.pow(1 / norm_type)).to(norms.dtype)
