@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fastnorm
+from fastnorm import policy_rules
 
 from . import peers
 from .measurement import INEXACT, WRONG, Result, measure
@@ -22,6 +23,7 @@ from .timing import Budget, CpuTimer, CudaTimer, paired_ratio, timer_for
 NOT_CLIPPED, CLIPPED = "not clipped", "clipped"
 SHRINK = 0.9999  # of the bound from call to call: without it only the first of many calls would clip
 LEARNING_RATE = 1e-3
+HISTORY = 1000  # norms that AutoClip looks at
 FASTNORM = ("fastnorm", "fastnorm-native", "fastnorm-triton", "fastnorm-reference")
 FACTOR_FOR_OURS = 32  # of the error allowed: more is a wrong answer; up to it there are times, and an exit status of 1
 FACTOR_FOR_OTHERS = 1e4  # of the error allowed: stock's float32 sums over large tensors are that far off
@@ -81,7 +83,8 @@ class Workload:
         self.reset()
 
     def reset(self) -> None:
-        """Parameters and gradients as at first, and an optimizer that hasn't stepped."""
+        """Parameters and gradients as at first, an optimizer that hasn't stepped, and policies that know nothing."""
+        self.policies: dict[str, fastnorm.ClipPolicy] = {}
         for p, value, grad in zip(self.params, self._values, self._grads, strict=True):
             p.data.copy_(value)
             if p.grad is None:
@@ -147,6 +150,37 @@ def deferred(workload: Workload, bound: float) -> Tensor:
     return total_norm
 
 
+def _by(make: Callable[[Workload], fastnorm.ClipPolicy]) -> Call:
+    """Clips by a policy whose own threshold lies above the bound, which caps it: what is left is the fixed clip's."""
+
+    def call(workload: Workload, bound: float) -> Tensor:
+        if make.__name__ not in workload.policies:
+            workload.policies[make.__name__] = make(workload)
+        policy = workload.policies[make.__name__]
+        object.__setattr__(policy, "max_norm", bound)  # frozen, but every call of the bench has another bound
+        return fastnorm.clip_grad_norm_(workload.params, policy)
+
+    return call
+
+
+def _zclip(workload: Workload) -> fastnorm.ClipPolicy:
+    return fastnorm.ZClip()
+
+
+def _adagc(workload: Workload) -> fastnorm.ClipPolicy:
+    return fastnorm.AdaGC(warmup=0)
+
+
+def _autoclip(workload: Workload) -> fastnorm.ClipPolicy:
+    """With a full history of larger norms, and a count at which adding 1 changes nothing: all stay in it but one."""
+    state = 4 * workload.norm * (0.1 * torch.randn(policy_rules.HEADER + HISTORY, dtype=torch.float64)).exp()
+    state[: policy_rules.HEADER] = 0
+    state[policy_rules.COUNT] = 2.0**53
+    policy = fastnorm.AutoClip(50.0, HISTORY)
+    policy.load_state_dict({"policy": "AutoClip", "state": state, "norm_type": 2.0})
+    return policy
+
+
 def _scaled(param: Tensor, grad: Tensor, norm: float, max_norm: float) -> Tensor:
     return grad * min(max_norm / (norm + 1e-6), 1.0)
 
@@ -171,6 +205,16 @@ _ENTRIES = (
             _provider("torch", _stock(foreach=True)),
             _provider("torch, foreach=False", _stock(foreach=False)),
             peer("apex", peers.apex_clip),
+        ),
+        passes={NOT_CLIPPED: 1, CLIPPED: 3}, expected=_scaled,
+    ),
+    Operation(
+        name="clip_grad_norm", label="clip_grad_norm_ by a policy",
+        fused=_by(_zclip),
+        others=(
+            _provider("fastnorm-fixed", lambda workload, bound: fastnorm.clip_grad_norm_(workload.params, bound), True),
+            _provider("fastnorm-autoclip", _by(_autoclip), ours=True),
+            _provider("fastnorm-adagc", _by(_adagc), ours=True),
         ),
         passes={NOT_CLIPPED: 1, CLIPPED: 3}, expected=_scaled,
     ),

@@ -29,6 +29,7 @@ TARGET = "sm_90"
 NORMS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "batch_norm_training_add_relu", "group_norm_silu")
 SHAPES = {2: (4, 256), 4: (2, 64, 4, 4)}
 CLIPPED = 300 * [(64,)]
+CLIPS = ("clip_grad_norm_", "clip_grad_norm_ by a policy")  # ZClip
 BUDGET = Budget(repeats=15, min_time=0.1, max_time=4.0, min_sample=5e-3)
 QUICK = Budget(repeats=3, min_time=0.01, max_time=0.5)
 
@@ -88,16 +89,17 @@ class Case:
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """Each norm, forward and with its backward; the clip of a list of small tensors."""
+    """Each norm, forward and with its backward; the clips of a list of small tensors."""
     for name, mode in itertools.product(NORMS, MODES):
         operation = OPERATIONS[name]
         shape = SHAPES[operation.family.pattern.count("x") + 1]
         workload = Workload.make(operation, shape, "contiguous", torch.float32, device)
         yield Case(name, mode, operation, tuple(map(PROVIDERS.get, NAMES)), partial(workload.runner, mode=mode))
-    operation, workload = clip.OPERATIONS["clip_grad_norm_"], clip.Workload(CLIPPED, torch.float32, device)
-    providers = tuple(provider for provider in operation.providers() if provider.name in NAMES)
-    label = f"{operation.label}, {len(CLIPPED)} tensors"
-    yield Case(label, "forward", operation, providers, lambda call: partial(call, workload, 2 * workload.norm))
+    workload = clip.Workload(CLIPPED, torch.float32, device)
+    for operation in map(clip.OPERATIONS.get, CLIPS):
+        providers = tuple(provider for provider in operation.providers() if provider.name in NAMES)
+        label = f"{operation.label}, {len(CLIPPED)} tensors"
+        yield Case(label, "forward", operation, providers, lambda call: partial(call, workload, 2 * workload.norm))
 
 
 def timed(case: Case, timer: CpuTimer, budget: Budget) -> list[dict[str, Any]]:

@@ -31,7 +31,8 @@ from .report import frame_of, host_cells, markdown, prediction_cells, shapes, sh
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 DOCUMENTS = (ROOT / "docs" / "results.md", ROOT / "docs" / "machine_code.md", ROOT / "README.md")
-CLIPS = ("fastnorm", "fastnorm-deferred", "fastnorm-reference")  # fastnorm-native is what fastnorm takes on a CPU
+# fastnorm-native is what fastnorm takes on a CPU
+CLIPS = ("fastnorm", "fastnorm-deferred", "fastnorm-autoclip", "fastnorm-adagc", "fastnorm-reference")
 KINDS = "cells|operations|spread|clip|instructions|card|headline|host|predictions"
 BLOCK = re.compile(rf"(<!-- ({KINDS}) ([^>]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 

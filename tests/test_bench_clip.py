@@ -39,8 +39,8 @@ def test_command_writes_table_csv_and_json(tmp_path, capsys):
     assert document["machine"]["cpu"] and document["absent"]["clip_grad_norm_"]["apex"]
     results = document["results"]
     cases = {(r["operation"], r["case"], r["dtype"]) for r in results}
-    assert len(cases) == 3 * 2 * 2
-    assert "fastnorm-deferred" in {r["provider"] for r in results}
+    assert len(cases) == 4 * 2 * 2
+    assert {"fastnorm-deferred", "fastnorm-autoclip", "fastnorm-adagc"} <= {r["provider"] for r in results}
     for r in results:
         assert r["status"] == "ok" or (r["status"] == "INEXACT" and not r["provider"].startswith("fastnorm"))
         assert r["error"] < 1e-2 and r["median_s"] > 0 and r["elements"] == 32 + 8 + 54
