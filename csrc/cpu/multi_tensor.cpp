@@ -4,6 +4,7 @@
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
+#include <bit>
 #include <numeric>
 #include <tuple>
 #include <utility>
@@ -135,11 +136,13 @@ class Decision {
   }
 
   void neighbours(const double* values, int64_t count, int64_t rank, double& low, double& high) const {
+    // the bits of values that are not negative are in the order of the values, and NaN has a place among them
+    const auto is_below = [](double a, double b) { return std::bit_cast<int64_t>(a) < std::bit_cast<int64_t>(b); };
     std::vector<double> parted(values, values + count);
     const auto place = parted.begin() + rank;
-    std::nth_element(parted.begin(), place, parted.end());
+    std::nth_element(parted.begin(), place, parted.end(), is_below);
     low = *place;
-    high = place + 1 == parted.end() ? low : *std::min_element(place + 1, parted.end());
+    high = place + 1 == parted.end() ? low : *std::min_element(place + 1, parted.end(), is_below);
   }
 
   bool write(int64_t i, double coefficient) {
@@ -187,16 +190,21 @@ void multi_tensor_scale_(at::TensorList tensors, const Tensor& coefficient) {
     return;
   }
   std::vector<Span> spans = spans_of(tensors, "tensors", Access::write);
-  std::vector<Span> changed;
   std::vector<double> factors;
-  for (size_t i = 0; i < spans.size(); ++i) {
-    const double own = factor(is_per_tensor ? i : 0);
-    if (!(own >= 1)) {
-      changed.push_back(spans[i]);
-      factors.push_back(own);
+  if (!is_per_tensor) {
+    factors.push_back(factor(0));
+  } else {
+    for (size_t i = 0; i < spans.size(); ++i) {
+      if (!(factor(i) >= 1)) {
+        spans[factors.size()] = spans[i];
+        factors.push_back(factor(i));
+      }
     }
+    spans.resize(factors.size());
   }
-  change(changed, [&](const Span& run, int64_t span) { kernels(run.dtype).scale(run.data, run.n, factors[span]); });
+  change(spans, [&](const Span& run, int64_t span) {
+    kernels(run.dtype).scale(run.data, run.n, factors[is_per_tensor ? span : 0]);
+  });
 }
 
 void multi_tensor_clamp_(at::TensorList tensors, double bound) {
