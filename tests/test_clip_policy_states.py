@@ -116,6 +116,11 @@ def test_states_that_do_not_fit(served_by):
         fastnorm.AdaGC().load_state_dict(states["adagc"] | {"state": torch.zeros(11)})
     with pytest.raises(ValueError, match="lacks shapes"):
         fastnorm.AdaGC().load_state_dict({"policy": "AdaGC", "state": torch.zeros(12), "norm_type": 2.0})
+    for damaged in (-1.0, 0.5, nan, inf):
+        state = states["autoclip"]["state"].clone()
+        state[0] = damaged
+        with pytest.raises(ValueError, match=r"state\[0\] must be a number of norms"):
+            fastnorm.AutoClip().load_state_dict(states["autoclip"] | {"state": state})
 
 
 def test_a_state_moves_to_the_gradients_device():

@@ -121,7 +121,8 @@ class ClipPolicy:
         is overwritten in place, so that a CUDA graph goes on with what was loaded. The host may wait for the device.
 
         Raises:
-            ValueError: for another policy's state, a missing entry, or a state of another shape than this policy has.
+            ValueError: for another policy's state, a missing entry, a state of another shape than this policy has, or
+                a damaged one.
             TypeError: for a state that is no floating-point tensor.
         """
         memory = self._loaded(state_dict)
@@ -233,6 +234,9 @@ class ClipPolicy:
         if state.dim() != 1 or state.numel() not in wanted:
             size = wanted.start if len(wanted) == 1 else f"at least {wanted.start}"
             raise ValueError(f"state must have the shape ({size},) for {self!r}, but has {tuple(state.shape)}")
+        count = float(state[rules.COUNT])
+        if not (count >= 0 and count.is_integer()):  # kernels take it for a place in AutoClip's ring
+            raise ValueError(f"state[{rules.COUNT}] must be a number of norms, but is {count}: the state is damaged")
         with torch.inference_mode(False):
             state = state.detach().clone()
         return Memory(state, float(state_dict["norm_type"]), is_placed=False)
