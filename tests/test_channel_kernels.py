@@ -21,40 +21,58 @@ multiprocessor_counts = st.integers(1, 304)
 layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["planes", "pixels"])
 
 
-@given(length=lengths, step=st.sampled_from([1, 64, 1024]), blocks=st.integers(1, 10**6), count=multiprocessor_counts)
-def test_chunks_cover_the_length_and_fill_the_card_at_most_once(length, step, blocks, count):
-    chunk_length = launch.chunk_length(length, step, blocks, count)
-    chunks = -(-length // chunk_length)
-    assert chunk_length % step == 0
-    assert chunks == 1 or chunks * blocks <= launch.CHANNEL_PROGRAMS * count
+depths = st.sampled_from([1, 2, 4, 8])
+
+
+@given(tiles=lengths, depth=depths, blocks=st.integers(1, 10**6), count=multiprocessor_counts, steps=st.integers(1, 2))
+def test_chunks_cover_the_tiles_and_fill_the_card_at_most_once(tiles, depth, blocks, count, steps):
+    chunk, at_once = launch.channel_chunk(tiles, depth, blocks, count, steps)
+    chunks = -(-tiles // chunk)
+    assert 1 <= at_once <= depth and at_once <= chunk
+    assert -(-chunk // at_once) == -(-chunk // depth)  # as few steps as there can be
+    assert chunks == 1 or (chunks * blocks <= launch.CHANNEL_PROGRAMS * count and chunk >= steps * depth)
     assert chunks < 65536  # of a grid's second dimension
+
+
+def test_steps_are_even():
+    """10 tiles are two steps of 5, not one of 8 and one of 2."""
+    assert launch.channel_chunk(10, 8, 32, 132) == (10, 5)
+    assert launch.channel_chunk(98, 8, 256, 132) == (49, 7)
 
 
 def test_64_channels_fill_a_card():
     tiling = launch.unit_lanes(32 * 3136 // 8, 64, launch.ELEMENTWISE_DEPTH, 132)
-    chunks = -(-(32 * 3136 // 8) // launch.chunk_length(32 * 3136 // 8, tiling.step, 64, 132))
+    tiles = -(-(32 * 3136 // 8) // tiling.lanes)
+    chunks = -(-tiles // launch.channel_chunk(tiles, launch.ELEMENTWISE_DEPTH, 64, 132)[0])
     assert tiling.units == 1 and 64 * chunks >= 2 * 132
 
 
-@given(vectors=lengths, units=st.integers(1, 10**6), depth=st.sampled_from([1, 2, 4, 8]), count=multiprocessor_counts)
+@given(vectors=lengths, units=st.integers(1, 10**6), depth=depths, count=multiprocessor_counts)
 def test_units_that_share_a_program_are_walked_in_one_step(vectors, units, depth, count):
     tiling = launch.unit_lanes(vectors, units, depth, count)
-    assert tiling.units * tiling.lanes == launch.TILE_VECTORS and tiling.depth <= depth
-    assert tiling.units == 1 or tiling.step >= vectors
-    assert tiling.step < 2 * max(vectors, launch.TILE_VECTORS * depth)
+    assert tiling.units * tiling.lanes == launch.TILE_VECTORS
+    assert tiling.units == 1 or tiling.lanes * depth >= vectors
+    assert tiling.lanes < 2 * vectors
 
 
-@given(vectors=st.integers(1, 4096), n_pixels=lengths)
-def test_tiles_of_pixels(vectors, n_pixels):
-    tiling = launch.channel_vectors(vectors, n_pixels, 4)
+@given(vectors=st.integers(1, 4096))
+def test_tiles_of_pixels(vectors):
+    tiling = launch.channel_vectors(vectors)
     assert tiling.vectors * tiling.pixels == launch.TILE_VECTORS
     assert tiling.vectors <= 4 or launch.padding(vectors, tiling.vectors) <= launch.MAX_PADDING
-    assert tiling.depth == 1 or tiling.step < 2 * n_pixels
+
+
+@given(items=lengths, units=lengths)
+def test_tiles_of_partials(items, units):
+    """Few units are spread over many programs; of many, programs read whole sectors."""
+    rows, width = launch.join_tile(items, units)
+    assert rows * width <= launch.JOINED and rows & (rows - 1) == width & (width - 1) == 0
+    assert width == 1 if units < 512 else width >= min(32, units // 256)
 
 
 @pytest.mark.parametrize("channels", [64, 128, 256, 320, 512, 640, 960, 1024, 1280, 1920, 2048, 2560])
 def test_no_lane_is_idle_at_model_widths(channels):
-    assert launch.padding(channels // 8, launch.channel_vectors(channels // 8, 4096, 4).vectors) == 0
+    assert launch.padding(channels // 8, launch.channel_vectors(channels // 8).vectors) == 0
 
 
 def test_width_of_an_access():
@@ -73,7 +91,7 @@ def test_width_of_an_access():
 
 
 def test_the_tiling_of_a_group_knows_nothing_of_the_batch():
-    for choose in (launch.unit_lanes, launch.channel_vectors, launch.chunk_length):
+    for choose in (launch.unit_lanes, launch.channel_vectors, launch.channel_chunk):
         assert not {"samples", "batch"} & set(inspect.signature(choose).parameters)
 
 

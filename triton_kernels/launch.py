@@ -317,20 +317,15 @@ TILE_VECTORS = 1024 if INTERPRETED else WARP * CHANNEL_WARPS
 # the moments so far at a cost that more tiles share; the other kernels have up to three inputs.
 MOMENTS_DEPTH = 2 if INTERPRETED else 8
 ELEMENTWISE_DEPTH = 2 if INTERPRETED else 4
+MIN_LANES = 8  # of a unit: a cache line
 CHANNEL_PROGRAMS = 4  # on a multiprocessor, where there is work for as many
 
 
 class UnitLanes(NamedTuple):
-    """planes.py's tiling: `units` units a program, each walked by `lanes` lanes, `depth` tiles at once."""
+    """planes.py's tiling: `units` units a program, each walked by `lanes` lanes."""
 
     units: int
     lanes: int
-    depth: int
-
-    @property
-    def step(self) -> int:
-        """Vectors of a unit that are taken at once."""
-        return self.lanes * self.depth
 
 
 def widest_vector(cols: int, tensors: Iterable[torch.Tensor]) -> int:
@@ -356,40 +351,46 @@ def unit_lanes(vectors: int, units: int, max_depth: int, multiprocessors: int) -
     """The tiling of `units` units of `vectors` vectors. Several short units share a program, so that its fixed costs
     are paid once for all of them, as long as there are programs for half of the multiprocessors."""
     lanes = min(TILE_VECTORS, next_power_of_2(vectors))
-    while lanes > WARP and lanes * max_depth >= 2 * vectors and units * lanes >= multiprocessors * TILE_VECTORS:
+    while lanes > MIN_LANES and lanes * max_depth >= 2 * vectors and units * lanes >= multiprocessors * TILE_VECTORS:
         lanes //= 2
-    return UnitLanes(TILE_VECTORS // lanes, lanes, min(max_depth, next_power_of_2(ceil_div(vectors, lanes))))
+    return UnitLanes(TILE_VECTORS // lanes, lanes)
 
 
-def chunk_length(length: int, step: int, blocks: int, multiprocessors: int) -> int:
-    """How much of `length` a program takes, in whole steps, where the grid's first dimension has `blocks` programs:
-    there are as many chunks as keep CHANNEL_PROGRAMS programs on each multiprocessor, and no more."""
-    chunks = max(1, CHANNEL_PROGRAMS * multiprocessors // blocks)
-    return step * ceil_div(ceil_div(length, step), chunks)
+def channel_chunk(tiles: int, max_depth: int, blocks: int, multiprocessors: int, min_steps: int = 1) -> tuple[int, int]:
+    """How many of `tiles` tiles a program takes, where the grid's first dimension has `blocks` programs, and how many
+    of them it loads at once: the steps are as even as can be, since one of few tiles costs as much as a whole one.
+
+    There are as many chunks as keep CHANNEL_PROGRAMS programs on each multiprocessor, and no more, and a chunk has at
+    least `min_steps` steps of `max_depth` tiles, where there are as many."""
+    chunks = max(1, min(CHANNEL_PROGRAMS * multiprocessors // blocks, tiles // (min_steps * max_depth)))
+    chunk = ceil_div(tiles, chunks)
+    return chunk, ceil_div(chunk, ceil_div(chunk, max_depth))
 
 
 CHANNEL_VECTORS = 8  # adjacent vectors of channels in a program's tile: 128 bytes, a cache line
 
 
 class ChannelVectors(NamedTuple):
-    """pixels.py's tiling: a tile has `vectors` adjacent vectors of channels of `pixels` pixels; `depth` tiles at
-    once."""
+    """pixels.py's tiling: a tile has `vectors` adjacent vectors of channels of `pixels` pixels."""
 
     vectors: int
     pixels: int
-    depth: int
-
-    @property
-    def step(self) -> int:
-        """Pixels that are taken at once."""
-        return self.pixels * self.depth
 
 
-def channel_vectors(vectors: int, n_pixels: int, max_depth: int) -> ChannelVectors:
+def channel_vectors(vectors: int) -> ChannelVectors:
     """The tiling of pixels with `vectors` vectors of channels: as many of them in a tile as a cache line has, or half
     as many where that leaves fewer lanes idle."""
     chosen = min(CHANNEL_VECTORS, next_power_of_2(vectors))
     while chosen > 4 and padding(vectors, chosen) > MAX_PADDING:
         chosen //= 2
-    pixels = TILE_VECTORS // chosen
-    return ChannelVectors(chosen, pixels, min(max_depth, next_power_of_2(ceil_div(n_pixels, pixels))))
+    return ChannelVectors(chosen, TILE_VECTORS // chosen)
+
+
+JOINED = 1024  # partials in the tile of a program that joins them: 8 for each thread, whose loads don't wait
+
+
+def join_tile(items: int, units: int) -> tuple[int, int]:
+    """The tile of a program that joins `items` partials of each of `units` adjacent units: (items, units). Of few units
+    it takes one, as the card is idle but for these programs; of many up to 32, a cache line."""
+    width = min(32, next_power_of_2(max(1, units // 256)))
+    return min(JOINED // width, next_power_of_2(max(1, items))), width

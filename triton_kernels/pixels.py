@@ -78,11 +78,23 @@ def _pixels_moments_kernel(
     if GROUPED:
         origin_ptr += sample * x_strides[0] * ALIGN
     origin = tl.load(origin_ptr + (channel - channel % group_channels), mask=channel < n_channels, other=0.0)
+    block_channel = _block_channels(n_blocks, VECTORS * WIDTH)
+    origin_ptr += block_channel - block_channel % group_channels
+    block_origin = tl.load(origin_ptr, mask=block_channel < n_channels, other=0.0)
     x_ptr += _pixel_offset(sample, start + pixel, x_strides, ALIGN) + channel
     mean = tl.zeros((VECTORS * PIXELS, WIDTH), stat)
     var = mean
-    count = tl.zeros((VECTORS * PIXELS, 1), stat)
-    for done in range(0, size, DEPTH * PIXELS):
+    whole = size - size % (DEPTH * PIXELS)  # the steps in which no pixel is masked
+    for done in range(0, whole, DEPTH * PIXELS):
+        tiles = ()
+        for t in tl.static_range(DEPTH):
+            first = done + t * PIXELS
+            offset = _pixel_offset(0, first, x_strides, ALIGN)
+            tiles = tiles + (load_centered(x_ptr + offset, channel < n_channels, origin, stat),)
+        count, added = tl.cast(done // PIXELS, stat), tl.full((1, 1), DEPTH, stat)
+        mean, var = add_tiles(mean, var, count, tiles, (), added, False, DEPTH)
+    count = tl.zeros((VECTORS * PIXELS, 1), stat) + tl.cast(whole // PIXELS, stat)
+    for done in range(whole, size, DEPTH * PIXELS):
         tiles, masks = (), ()
         added = tl.zeros((VECTORS * PIXELS, 1), stat)
         for t in tl.static_range(DEPTH):
@@ -92,13 +104,12 @@ def _pixels_moments_kernel(
             tiles = tiles + (load_centered(x_ptr + offset, pixel_mask & (channel < n_channels), origin, stat),)
             masks = masks + (pixel_mask,)
             added += pixel_mask.to(stat)
-        mean, var, count = add_tiles(mean, var, count, tiles, masks, added, False, DEPTH)
+        mean, var = add_tiles(mean, var, count, tiles, masks, added, False, DEPTH)
+        count += added
     shape: tl.constexpr = (PIXELS, VECTORS * WIDTH)
-    share = tl.reshape(count.to(tl.float64) / size.to(tl.float64) + tl.zeros(mean.shape, tl.float64), shape)
-    mean, var = join_lanes(tl.reshape(mean, shape), tl.reshape(var, shape), share, 0)
-    channel = _block_channels(n_blocks, VECTORS * WIDTH)
-    origin = tl.load(origin_ptr + (channel - channel % group_channels), mask=channel < n_channels, other=0.0)
-    _store_partials(moments_ptr, moment_fields(mean, var, origin, stat), channel, n_blocks, n_channels)
+    count = tl.reshape(count + tl.zeros(mean.shape, stat), shape)
+    mean, var = join_lanes(tl.reshape(mean, shape), tl.reshape(var, shape), count, size, 0)
+    _store_partials(moments_ptr, moment_fields(mean, var, block_origin, stat), block_channel, n_blocks, n_channels)
 
 
 @triton.jit
@@ -295,15 +306,16 @@ def _walk_of(shape, align, width, depth, batch_invariant, multiprocessors):
     samples, n_pixels, channels = shape
     if not batch_invariant:
         depth = max(1, depth * align // width)  # a vector of several narrow accesses takes registers for each
-    tiling = launch.channel_vectors(launch.ceil_div(channels, width), n_pixels, depth)
-    blocks = launch.ceil_div(channels, width * tiling.vectors)
-    chunk_pixels = launch.chunk_length(
-        n_pixels, tiling.step, blocks if batch_invariant else samples * blocks, multiprocessors
+    vectors, pixels = launch.channel_vectors(launch.ceil_div(channels, width))
+    blocks = launch.ceil_div(channels, width * vectors)
+    chunk, depth = launch.channel_chunk(
+        launch.ceil_div(n_pixels, pixels), depth, blocks if batch_invariant else samples * blocks, multiprocessors,
+        2 if batch_invariant else 1,  # one sample's programs fill the card; of more samples, their ends take time
     )
     return _Walk(
-        align, (n_pixels, channels // align, blocks, chunk_pixels),
-        (samples * blocks, launch.ceil_div(n_pixels, chunk_pixels)),
-        dict(ALIGN=align, WIDTH=width, VECTORS=tiling.vectors, PIXELS=tiling.pixels, DEPTH=tiling.depth),
+        align, (n_pixels, channels // align, blocks, chunk * pixels),
+        (samples * blocks, launch.ceil_div(n_pixels, chunk * pixels)),
+        dict(ALIGN=align, WIDTH=width, VECTORS=vectors, PIXELS=pixels, DEPTH=depth),
         channels % width > 0,
     )  # fmt: skip
 
@@ -322,7 +334,7 @@ def moments(x, groups=None):
     # grid: (samples times blocks of channels, chunks)
     _pixels_moments_kernel[walk.grid](
         x, partials.values, walk.strides(x), *walk.sizes, x.shape[2] // (groups or x.shape[2]),
-        GROUPED=groups is not None, **walk.constants, **launch.options(launch.CHANNEL_WARPS),
+        GROUPED=groups is not None, **walk.constants, **launch.options(launch.CHANNEL_WARPS, launch.CHANNEL_PROGRAMS),
     )  # fmt: skip
     return partials
 

@@ -132,14 +132,14 @@ def _walk_of(shape, align, width, groups, depth, batch_invariant, multiprocessor
     if not batch_invariant:
         depth = max(1, depth * align // width)  # a vector of several narrow accesses takes registers for each
     plane_vectors = launch.ceil_div(cols, width)
-    units = inner if batch_invariant else outer * inner
-    tiling = launch.unit_lanes(planes * plane_vectors, units, depth, multiprocessors)
-    blocks = launch.ceil_div(units, tiling.units)
-    chunk_vectors = launch.chunk_length(planes * plane_vectors, tiling.step, blocks, multiprocessors)
+    vectors = planes * plane_vectors
+    units, lanes = launch.unit_lanes(vectors, inner if batch_invariant else outer * inner, depth, multiprocessors)
+    blocks = launch.ceil_div(inner if batch_invariant else outer * inner, units)
+    chunk, depth = launch.channel_chunk(launch.ceil_div(vectors, lanes), depth, blocks, multiprocessors)
     return Walk(
         groups, align,
-        (outer * inner, inner, planes * plane_vectors, plane_vectors, cols // align, chunk_vectors),
-        outer, launch.ceil_div(planes * plane_vectors, chunk_vectors),
-        dict(ALIGN=align, WIDTH=width, UNITS=tiling.units, LANES=tiling.lanes, DEPTH=tiling.depth),
+        (outer * inner, inner, vectors, plane_vectors, cols // align, chunk * lanes),
+        outer, launch.ceil_div(vectors, chunk * lanes),
+        dict(ALIGN=align, WIDTH=width, UNITS=units, LANES=lanes, DEPTH=depth),
         cols % width > 0,
     )  # fmt: skip

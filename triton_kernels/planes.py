@@ -35,10 +35,22 @@ def _planes_moments_kernel(
     first_ptr = x_ptr
     x_ptr += unit_offset(unit, n_inner, x_strides, ALIGN)
     origin = tl.load(x_ptr + tl.zeros((1, 1), tl.int32))
+    units = tl.minimum(tl.program_id(0) * UNITS + tl.arange(0, UNITS)[:, None], n_units - 1)
+    unit_origin = tl.load(first_ptr + unit_offset(units, n_inner, x_strides, ALIGN))
     x_ptr += tl.arange(0, WIDTH)[None, :]
     mean = tl.zeros((UNITS * LANES, 1), stat)
-    var, count = mean, mean
-    for done in range(0, size, DEPTH * LANES):
+    var = mean
+    whole = size - size % (DEPTH * LANES)  # the steps in which no lane is masked
+    for done in range(0, whole, DEPTH * LANES):
+        tiles = ()
+        for _ in tl.static_range(DEPTH):
+            x = tl.load(x_ptr + vector_offset(plane, vector, x_strides, WIDTH, ALIGN))
+            tiles = tiles + (x.to(stat) - origin.to(stat),)
+            plane, vector = advance(plane, vector, plane_vectors, LANES)
+        count, added = tl.cast(done // LANES * WIDTH, stat), tl.full((1, 1), DEPTH * WIDTH, stat)
+        mean, var = add_tiles(mean, var, count, tiles, (), added, True, DEPTH)
+    count = tl.zeros((UNITS * LANES, 1), stat) + tl.cast(whole // LANES * WIDTH, stat)
+    for done in range(whole, size, DEPTH * LANES):
         tiles, masks = (), ()
         added = tl.zeros((UNITS * LANES, 1), stat)
         for t in tl.static_range(DEPTH):
@@ -48,12 +60,13 @@ def _planes_moments_kernel(
             masks = masks + (vector_mask,)
             added += vector_mask.to(stat) * WIDTH
             plane, vector = advance(plane, vector, plane_vectors, LANES)
-        mean, var, count = add_tiles(mean, var, count, tiles, masks, added, True, DEPTH)
-    share = tl.reshape(count.to(tl.float64) / (size.to(tl.int64) * WIDTH).to(tl.float64), (UNITS, LANES))
-    mean, var = join_lanes(tl.reshape(mean, (UNITS, LANES)), tl.reshape(var, (UNITS, LANES)), share, 1)
-    units = tl.minimum(tl.program_id(0) * UNITS + tl.arange(0, UNITS)[:, None], n_units - 1)
-    origin = tl.load(first_ptr + unit_offset(units, n_inner, x_strides, ALIGN))
-    _store_partials(moments_ptr, moment_fields(mean, var, origin, stat), n_units, n_inner, UNITS)
+        mean, var = add_tiles(mean, var, count, tiles, masks, added, True, DEPTH)
+        count += added
+    shape: tl.constexpr = (UNITS, LANES)
+    mean, var = join_lanes(
+        tl.reshape(mean, shape), tl.reshape(var, shape), tl.reshape(count, shape), size.to(tl.int64) * WIDTH, 1
+    )
+    _store_partials(moments_ptr, moment_fields(mean, var, unit_origin, stat), n_units, n_inner, UNITS)
 
 
 @triton.jit
@@ -230,8 +243,9 @@ def moments(x, groups=None):
     partials = walk.partials(3, x)
     # grid: (blocks of units, chunks)
     _planes_moments_kernel[walk.grid](
-        x, partials.values, walk.strides(x), *walk.sizes, **walk.constants, **launch.options(launch.CHANNEL_WARPS)
-    )
+        x, partials.values, walk.strides(x), *walk.sizes, **walk.constants,
+        **launch.options(launch.CHANNEL_WARPS, launch.CHANNEL_PROGRAMS),
+    )  # fmt: skip
     return partials
 
 

@@ -16,7 +16,6 @@ import triton.language as tl
 from . import launch
 from .jit import jit
 
-SUM_ROWS, SUM_COLS = 32, 32  # the tile of _column_sum_kernel
 _INTERPRETED = tl.constexpr(launch.INTERPRETED)
 
 
@@ -139,13 +138,13 @@ def row_mean(total, N_COLS: tl.constexpr):
 
 
 @triton.jit
-def sum_pair(a, b):
-    """The sums of a and b along each row, (rows, 1) each. Warps exchange both at once, not one after the other."""
+def sum_pair(a, b, AXIS: tl.constexpr = 1):
+    """The sums of a and b along an axis, which is kept. Warps exchange both at once, not one after the other."""
     if _INTERPRETED:  # the interpreter adds joined tiles one element after the other, not as a tree: it rounds more
-        return tl.sum(a, axis=1, keep_dims=True), tl.sum(b, axis=1, keep_dims=True)
+        return tl.sum(a, axis=AXIS, keep_dims=True), tl.sum(b, axis=AXIS, keep_dims=True)
     else:
-        a, b = tl.split(tl.sum(tl.join(a, b), axis=1))
-        return a[:, None], b[:, None]
+        a, b = tl.split(tl.sum(tl.join(a, b), axis=AXIS))
+        return tl.expand_dims(a, AXIS), tl.expand_dims(b, AXIS)
 
 
 @triton.jit
@@ -296,9 +295,10 @@ def column_sums(
     if means is not None or any(s is not None for s in sums):
         n_rows, n_cols = pairs[0][0].shape
         first, second = pairs[0], pairs[1] if len(pairs) > 1 else (None, None)
+        rows, cols = launch.join_tile(n_rows, n_cols)
         # grid: one program for each block of columns
-        _column_sum_kernel[(launch.ceil_div(n_cols, SUM_COLS),)](
-            *first, *second, means, n_rows, n_cols, count, ROWS=SUM_ROWS, COLS=SUM_COLS, **launch.options(4)
+        _column_sum_kernel[(launch.ceil_div(n_cols, cols),)](
+            *first, *second, means, n_rows, n_cols, count, ROWS=rows, COLS=cols, **launch.options(4)
         )
     return sums
 
