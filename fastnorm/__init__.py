@@ -28,6 +28,7 @@ from .clip import (
     patch_torch_clip,
 )
 from .convert import ConversionReport, convert, revert
+from .monitor import Monitor
 from .ops.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .ops.group_norm import GroupNorm
 from .ops.layer_norm import AddLayerNorm, LayerNorm
@@ -47,6 +48,7 @@ __all__ = [
     "GradientHealth",
     "GroupNorm",
     "LayerNorm",
+    "Monitor",
     "RMSNorm",
     "SpikeSkip",
     "SyncBatchNorm",

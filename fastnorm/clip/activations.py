@@ -60,6 +60,28 @@ class DeadNeurons:
         return asdict(self)
 
 
+class ZeroCounts:
+    """Counts exact zeros on the device, without waiting for it. sizes and nonzero: elements so far, by layer."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[str, int] = {}
+        self.nonzero: dict[str, Tensor] = {}
+
+    def add(self, name: str, output: Tensor) -> None:
+        self.sizes[name] = self.sizes.get(name, 0) + output.numel()
+        count = torch.count_nonzero(output)
+        self.nonzero[name] = self.nonzero[name] + count if name in self.nonzero else count
+
+
+def zero_share(nonzero: float, size: int) -> float:
+    return 1 - nonzero / size if size else 0.0
+
+
+def layers_of(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> dict[str, nn.Module]:
+    """The modules of these classes; the model itself goes by its class's name."""
+    return {name or type(m).__name__: m for name, m in model.named_modules() if isinstance(m, kinds)}
+
+
 @torch.no_grad()
 def dead_neurons(
     model: nn.Module, inputs: Any, *, threshold: float = 0.9, layers: tuple[type[nn.Module], ...] = RELU_LIKE
@@ -84,42 +106,34 @@ def dead_neurons(
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be from 0 to 1, but got {threshold}")
-    sizes: dict[str, int] = {}
-    nonzero: dict[str, Tensor] = {}
-    with _watched(model, layers, sizes, nonzero):
+    counts = ZeroCounts()
+    with _watched(model, layers, counts):
         if isinstance(inputs, Mapping):
             model(**inputs)
         else:
             model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
-    if not sizes:
+    if not counts.sizes:
         kinds = ", ".join(kind.__name__ for kind in layers)
         raise ValueError(f"no module of {type(model).__name__} that ran is one of {kinds}; functional activations "
                          "can't be seen, other modules can be named by layers=")  # fmt: skip
-    device = next(iter(nonzero.values())).device
-    counts = torch.stack([count.to(device) for count in nonzero.values()]).tolist()
+    device = next(iter(counts.nonzero.values())).device
+    nonzero = torch.stack([count.to(device) for count in counts.nonzero.values()]).tolist()
     found = []
-    for (name, size), count in zip(sizes.items(), counts, strict=True):
-        share = 1 - count / size if size else 0.0
+    for (name, size), count in zip(counts.sizes.items(), nonzero, strict=True):
+        share = zero_share(count, size)
         found.append(LayerActivity(name, size, share, share > threshold))
     return DeadNeurons(tuple(found), threshold)
 
 
 @contextmanager
-def _watched(
-    model: nn.Module, layers: tuple[type[nn.Module], ...], sizes: dict[str, int], nonzero: dict[str, Tensor]
-) -> Iterator[None]:
+def _watched(model: nn.Module, kinds: tuple[type[nn.Module], ...], counts: ZeroCounts) -> Iterator[None]:
     """Counts the layers' activations by hooks, with the model in evaluation mode."""
 
     def watch(name: str, module: nn.Module) -> RemovableHandle:
-        def record(module: nn.Module, arguments: object, output: Tensor) -> None:
-            sizes[name] = sizes.get(name, 0) + output.numel()
-            count = torch.count_nonzero(output)
-            nonzero[name] = nonzero[name] + count if name in nonzero else count
-
-        return module.register_forward_hook(record)
+        return module.register_forward_hook(lambda _, arguments, output: counts.add(name, output))
 
     modes = [(module, module.training) for module in model.modules()]
-    handles = [watch(name or type(m).__name__, m) for name, m in model.named_modules() if isinstance(m, layers)]
+    handles = [watch(name, module) for name, module in layers_of(model, kinds).items()]
     model.eval()
     try:
         yield

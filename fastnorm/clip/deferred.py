@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 from torch.utils.weak import TensorWeakRef
 
-from . import distributed, lists
+from . import distributed, lists, observers
 from .norms import begin, measure
 from .policies import SpikeSkip
 from .policy_base import ClipPolicy, PolicyCall
@@ -102,11 +102,12 @@ def clip_grad_norm_in_optimizer(
         return torch.zeros(())
     owners = [p for p in params if p.grad is not None] if over else params
     limit = begin(max_norm, gradients, None, norm_type, over, deferred=True)
-    total_norm, coefficient, skip, _ = measure(gradients, norm_type, limit, over, owners)
+    total_norm, coefficient, skip, norms = measure(gradients, norm_type, limit, over, owners)
     if isinstance(limit, PolicyCall):
         limit.finish()
     if not gradients:
         return total_norm
+    observers.tell(gradients, norm_type, norms, total_norm, limit, coefficient)
     grad_scale = coefficient.reciprocal().to(torch.float32)
     found_inf: Tensor | None = skip
     if not skip_nonfinite:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from . import distributed, lists
+from . import distributed, lists, observers
 from .norms import begin, measure, raise_if_nonfinite, scale_
 from .policy_base import ClipPolicy, PolicyCall
 
@@ -118,7 +118,9 @@ def _clip(
     for key, limit in limits.items():
         if isinstance(limit, PolicyCall):
             limit.finish()
-        scale_(grads[key], measured[key].coefficient)
+        total_norm, coefficient, _, norms = measured[key]
+        observers.tell(grads[key], norm_type, norms, total_norm, limit, coefficient)
+        scale_(grads[key], coefficient)
     return {key: measured[key].total_norm if key in measured else torch.tensor(0.0) for key in groups}
 
 

@@ -106,8 +106,8 @@ class GradientHealth:
     def to_dict(self) -> dict[str, Any]:
         """A dict for JSON. A norm that is not finite is None there, and its flag says so."""
         result = asdict(self)
-        result["parameters"] = [p | {"norm": _finite(p["norm"])} for p in result["parameters"]]
-        result["total_norm"] = _finite(self.total_norm)
+        result["parameters"] = [p | {"norm": finite(p["norm"])} for p in result["parameters"]]
+        result["total_norm"] = finite(self.total_norm)
         return result | {"uneven": self.uneven, "healthy": self.healthy}
 
     def plot(self, ax: Axes | None = None) -> Axes:
@@ -124,10 +124,7 @@ class GradientHealth:
         Raises:
             ImportError: without matplotlib.
         """
-        try:
-            from matplotlib import pyplot
-        except ImportError as error:
-            raise ImportError("GradientHealth.plot needs matplotlib: pip install matplotlib") from error
+        pyplot = pyplot_for("GradientHealth.plot")
         if ax is None:
             _, ax = pyplot.subplots(figsize=(9, 4), layout="constrained")
         _draw(self, ax)
@@ -159,21 +156,37 @@ def gradient_health(
         TypeError: for anything but a module or named parameters.
         ValueError: for bounds out of order.
     """
+    check_bounds(vanishing_below, exploding_above, ratio_above)
+    names, parameters = _named(model_or_named_parameters)
+    total_norm, norms = _read_norms([p.grad for p in parameters])
+    sizes = [parameter.numel() for parameter in parameters]
+    return judge(names, sizes, norms, total_norm, (vanishing_below, exploding_above, ratio_above))
+
+
+def check_bounds(vanishing_below: float, exploding_above: float, ratio_above: float) -> None:
     if not 0 <= vanishing_below < exploding_above:
         raise ValueError(f"vanishing_below must be at least 0 and below exploding_above, but got {vanishing_below} "
                          f"and {exploding_above}")  # fmt: skip
     if not ratio_above >= 1:
         raise ValueError(f"ratio_above must be at least 1, but got {ratio_above}")
-    names, parameters = _named(model_or_named_parameters)
-    total_norm, norms = _read_norms([p.grad for p in parameters])
-    rows = []
-    for name, parameter, norm in zip(names, parameters, norms, strict=True):
-        flag = _flag(norm, parameter.numel(), vanishing_below, exploding_above)
-        rows.append(GradientNorm(name, parameter.numel(), norm, flag))
+
+
+def judge(
+    names: Sequence[str],
+    sizes: Sequence[int],
+    norms: Sequence[float | None],
+    total_norm: float,
+    bounds: tuple[float, float, float],
+) -> GradientHealth:
+    """Flags and diagnosis of norms that are on the host. bounds: vanishing_below, exploding_above, ratio_above."""
+    vanishing_below, exploding_above, ratio_above = bounds
+    rows = [
+        GradientNorm(name, size, norm, flag_of(norm, size, vanishing_below, exploding_above))
+        for name, size, norm in zip(names, sizes, norms, strict=True)
+    ]
     usable = [norm for norm in norms if norm is not None and 0 < norm < math.inf]
     ratio = max(usable) / min(usable) if usable else None
-    diagnosis = _diagnose(rows, ratio, ratio_above)
-    return GradientHealth(tuple(rows), total_norm, ratio, diagnosis, vanishing_below, exploding_above, ratio_above)
+    return GradientHealth(tuple(rows), total_norm, ratio, _diagnose(rows, ratio, ratio_above), *bounds)
 
 
 def _named(model_or_named_parameters: Any) -> tuple[list[str], list[Tensor]]:
@@ -188,7 +201,7 @@ def _named(model_or_named_parameters: Any) -> tuple[list[str], list[Tensor]]:
 
 def _read_norms(grads: Sequence[Tensor | None]) -> tuple[float, list[float | None]]:
     """The total norm and each norm as numbers, by one copy to the host."""
-    present = [_dense(grad) for grad in grads if grad is not None]
+    present = [dense(grad) for grad in grads if grad is not None]
     if not present:
         return 0.0, [None] * len(grads)
     total_norm, _, _, norms = measure(present, 2.0, math.inf)
@@ -197,14 +210,15 @@ def _read_norms(grads: Sequence[Tensor | None]) -> tuple[float, list[float | Non
     return total, [None if grad is None else next(remaining) for grad in grads]
 
 
-def _dense(grad: Tensor) -> Tensor:
+def dense(grad: Tensor) -> Tensor:
     """A sparse gradient's values, with duplicate rows added up; a strided one as it is."""
     if grad.layout is torch.strided:
         return grad
     return grad.coalesce().values() if grad.is_sparse else grad.values()
 
 
-def _flag(norm: float | None, size: int, vanishing_below: float, exploding_above: float) -> str:
+def flag_of(norm: float | None, size: int, vanishing_below: float, exploding_above: float) -> str:
+    """What is wrong with a gradient of `size` elements; None: there is none."""
     if norm is None:
         return MISSING
     if not math.isfinite(norm):
@@ -258,11 +272,21 @@ def _trend(present: Sequence[GradientNorm], ratio_above: float) -> str:
     return f", and norms {course} (median {early:.1e} in the first third, {late:.1e} in the last)"
 
 
-def _finite(value: float | None) -> float | None:
+def finite(value: float | None) -> float | None:
+    """None for what JSON has no number for."""
     return value if value is not None and math.isfinite(value) else None
 
 
-_COLOURS = {HEALTHY: "#0b6e75", VANISHING: "#d9963a", EXPLODING: "#b5525c", NONFINITE: "#7a3f9d"}
+def pyplot_for(user: str) -> Any:
+    """matplotlib.pyplot, or an ImportError that says who needs it."""
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError(f"{user} needs matplotlib: pip install matplotlib") from error
+    return pyplot
+
+
+COLOURS = {HEALTHY: "#0b6e75", VANISHING: "#d9963a", EXPLODING: "#b5525c", NONFINITE: "#7a3f9d"}
 
 
 def _draw(health: GradientHealth, ax: Axes) -> None:
@@ -273,7 +297,7 @@ def _draw(health: GradientHealth, ax: Axes) -> None:
     heights = {i: bottom if norm == 0 else norm if norm < math.inf else top for i, _, norm, _ in rows}
     line = [math.nan if flag == NONFINITE else heights[i] for i, _, _, flag in rows]  # NaN leaves a gap
     ax.plot(list(heights), line, color="#c9d6d8", linewidth=1, zorder=1)
-    for kind, colour in _COLOURS.items():
+    for kind, colour in COLOURS.items():
         here = {i: name for i, name, _, flag in rows if flag == kind}
         if here:
             ax.scatter(list(here), [heights[i] for i in here], 18, colour, label=kind or "in bounds", zorder=2)
@@ -285,7 +309,7 @@ def _draw(health: GradientHealth, ax: Axes) -> None:
     ax.set_yscale("log")
     for bound, flag in ((health.vanishing_below, VANISHING), (health.exploding_above, EXPLODING)):
         if bottom < bound < top:
-            ax.axhline(bound, color=_COLOURS[flag], linewidth=0.8, linestyle="--")
+            ax.axhline(bound, color=COLOURS[flag], linewidth=0.8, linestyle="--")
     ax.set(xlabel="parameter, from the input on", ylabel="gradient norm")
     ax.margins(y=0.15)
     ax.set_title(health.diagnosis, fontsize=9, wrap=True)

@@ -17,7 +17,7 @@ from torch.utils._foreach_utils import _device_has_foreach_support
 
 from .. import policy_rules, reference
 from ..operators import list_dtype
-from . import distributed, lists
+from . import distributed, lists, observers
 from .lists import Parameters, Part
 from .policies import AdaGC
 from .policy_base import ClipPolicy, PolicyCall
@@ -102,7 +102,9 @@ def clip_grads_with_norm_(
     _check_foreach(grads, foreach)
     total_norm = total_norm.full_tensor() if distributed.is_dtensor(total_norm) else total_norm
     total_norm = total_norm.float() if total_norm.dtype in _HALVES else total_norm
-    scale_(grads, policy_rules.clip_coefficient(total_norm, max_norm))
+    coefficient = policy_rules.clip_coefficient(total_norm, max_norm)
+    observers.tell(grads, 2.0, None, total_norm, max_norm, coefficient)
+    scale_(grads, coefficient)
 
 
 @torch.no_grad()
@@ -169,6 +171,7 @@ def clip_grad_norm_(
         raise_if_nonfinite(measured, norm_type, names, over)
     if isinstance(limit, PolicyCall):
         limit.finish()
+    observers.tell(grads, norm_type, measured.norms, measured.total_norm, limit, measured.coefficient)
     if kept:
         scale_(grads, measured.coefficient, [id(p) in kept for p in owners])
     elif values is grads and len(parts) == 1:

@@ -1,0 +1,306 @@
+"""A monitor of training that never waits for the device."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ..clip import observers
+from ..clip.activations import RELU_LIKE
+from ..clip.health import check_bounds
+from . import plots, records, report
+from .arguments import check_count, grouped, innermost
+from .measurements import Measurements, is_capturing
+from .records import Names, Record, RunningMedian
+from .rows import Piece, Row, Transfer
+from .watch import ForwardWatch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Monitor"]
+
+
+class Monitor:
+    """Records norms, clips and updates of a training run, and never waits for the device.
+
+    Each step of the optimizer is a row. What it has, for each parameter or group of parameters:
+
+    - `gradient_norm`: the L2 norm of the gradient, before clipping; `nonfinite`: how many gradients have a NaN or
+      infinite norm.
+    - `weight_norm` and `update_ratio`, |Δw| / |w| with w before the step: every `updates_every` steps. Such a step
+      copies the weights that require gradients, for as long as the optimizer runs, and reads weights and copy.
+
+    For the step: `total_norm`, `coefficient` and `threshold` of the clip, whether it `clipped`, and whether it was
+    `skipped` by `found_inf`, as a fused optimizer does for `clip_grad_norm_in_optimizer` and for a GradScaler. Every
+    `updates_every` steps also `input_rms`, √mean(x²) over what the forward passes since the last step gave to each of
+    fastnorm's norms (x + residual, where it adds one), in one read; and, with `dead_neurons`, `zero_share`, the share
+    of exact zeros after each ReLU-like module. A forward pass without gradients, or compiled, isn't seen.
+
+    `clip_grad_norm_` and `clip_grad_norm_in_optimizer` measure every norm: the monitor takes these, and reads no
+    gradient. For `clip_grads_with_norm_` and for another norm_type than 2 it reads the gradients once, before they are
+    scaled. Without such a clip it reads them when the optimizer steps: they are then as torch's own clip,
+    `clip_grad_value_` or `adaptive_clip_grad_` left them. `patch_torch_clip` puts fastnorm's clip behind torch's name.
+
+    Rows come to the host by non-blocking copies, `flush_every` rows in one. The methods that read wait for them. The
+    host keeps `keep` rows. Nothing of this enters a state_dict: after a restart a new monitor begins anew, with
+    `first_step` if the numbers are to go on.
+
+    Make it after the model is on its device, sharded and wrapped. It records until `close()` or the end of a `with`
+    block.
+
+    Args:
+        model: whose parameters, each once. Those that are frozen or have no gradient have no numbers.
+        optimizer: a torch.optim.Optimizer of its parameters, or a wrapper of one whose `optimizer` it is. Without one,
+            call `step()` in each iteration.
+        every: records one of so many steps.
+        keep: how many rows to keep.
+        groups: maps parameters' names to groups' names: a dict, in which names may be missing, or a function. Norms of
+            a group are of all its tensors together.
+        updates_every: steps between two measurements of weights, updates and activations.
+        flush_every: rows that a GPU collects before they are copied.
+        dead_neurons: whether to count zeros, or after which classes of modules.
+        spike_factor: a spike is a total norm above so many times the running median (of up to 100 norms, at least 10),
+            or a NaN or infinite one.
+        on_spike: called with the spike's row, as from `last()`, once it has arrived: on a CPU in the same step, on a
+            GPU some steps later. What it raises comes out of the optimizer's step, after the update.
+        vanishing_below, exploding_above, ratio_above: as in `gradient_health`.
+        first_step: the number of the first step.
+
+    Raises:
+        TypeError, ValueError: for arguments that don't fit, by name.
+        RuntimeError: at a step that is captured in a CUDA graph, which replays no hook. Make the monitor without the
+            optimizer after the capture, and call `step()` after each replay.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        every: int = 1,
+        keep: int = 1000,
+        *,
+        groups: Mapping[str, str] | Callable[[str], str] | None = None,
+        updates_every: int = 10,
+        flush_every: int = 10,
+        dead_neurons: bool | tuple[type[nn.Module], ...] = False,
+        spike_factor: float = 5.0,
+        on_spike: Callable[[dict[str, Any]], object] | None = None,
+        vanishing_below: float = 1e-7,
+        exploding_above: float = 1e3,
+        ratio_above: float = 100.0,
+        first_step: int = 0,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, but got {type(model).__name__}")
+        counts = {"every": every, "keep": keep, "updates_every": updates_every, "flush_every": flush_every}
+        for name, count in counts.items():
+            check_count(name, count)
+        check_count("first_step", first_step, least=0)
+        if not isinstance(spike_factor, (int, float)) or not spike_factor > 1:
+            raise ValueError(f"spike_factor must be a number above 1, but got {spike_factor!r}")
+        if on_spike is not None and not callable(on_spike):
+            raise TypeError(f"on_spike must be a function of a dict, but got {type(on_spike).__name__}")
+        check_bounds(vanishing_below, exploding_above, ratio_above)
+        named = dict(model.named_parameters())
+        if not named:
+            raise ValueError(f"model: {type(model).__name__} has no parameters")
+        self.every, self.keep, self.updates_every, self.on_spike = every, keep, updates_every, on_spike
+        self.spike_factor, self.bounds = float(spike_factor), (vanishing_below, exploding_above, ratio_above)
+        group_names = grouped(list(named), groups)
+        order = {name: i for i, name in enumerate(dict.fromkeys(group_names))}
+        self._measurements = Measurements(list(named.values()))
+        self._optimizer = None if optimizer is None else innermost(optimizer, self._measurements.parameters)
+        kinds = dead_neurons if isinstance(dead_neurons, tuple) else RELU_LIKE if dead_neurons else ()
+        self._watch = ForwardWatch(model, kinds)
+        group_of = torch.tensor([order[name] for name in group_names])
+        self._names = Names(list(order), group_of, self._watch.norms, self._watch.layers)
+        self._pieces: list[Piece] | None = None  # between the optimizer's hooks
+        self._transfer, self._median = Transfer(flush_every), RunningMedian()
+        self._rows: deque[Row] = deque(maxlen=keep)
+        self._written: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # the last step, by TensorBoard writer
+        self._step, self._next_updates = first_step, first_step
+        self._handles: list[Any] = []
+        if self._optimizer is not None:
+            self._handles += [
+                self._optimizer.register_step_pre_hook(self._before_step),
+                self._optimizer.register_step_post_hook(self._after_step),
+            ]
+        self._prepare()
+        observers.add(self._measurements)
+
+    # What happens in a step
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._pieces = self._measurements.weights = None  # of a step that raised
+        if not self._measurements.is_due:
+            return
+        if is_capturing(self._measurements.parameters):
+            raise RuntimeError("Monitor can't record a step that a CUDA graph captures: its hooks are not replayed. "
+                               "Close it, and make one without the optimizer after the capture: call its step() after "
+                               "each replay")  # fmt: skip
+        if self._has_updates:
+            self._measurements.copy_weights()
+        # A closure computes the gradients inside of the step.
+        if kwargs.get("closure", args[1] if len(args) > 1 else None) is None:
+            self._pieces = self._measurements.read_gradients(optimizer)
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._finish()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Records an iteration of a loop without an optimizer object.
+
+        Call it after the update, while the parameters have their gradients. The first row has no update ratio.
+
+        Raises:
+            RuntimeError: if the monitor has an optimizer, whose steps it records by itself.
+        """
+        if self._optimizer is not None:
+            raise RuntimeError("Monitor.step() is for loops without an optimizer: this monitor records the optimizer's "
+                               "steps by itself")  # fmt: skip
+        self._finish()
+        if self._has_updates:
+            self._measurements.copy_weights()
+
+    def _finish(self) -> None:
+        """Makes the step's row, and sees what has arrived of those before."""
+        if self._measurements.is_due:
+            pieces = self._pieces
+            if pieces is None:
+                pieces = self._measurements.read_gradients(self._optimizer)
+            if self._has_updates:
+                pieces += self._measurements.measure_updates() + self._watch.take()
+                self._next_updates = self._step + self.updates_every
+            self._transfer.put(Row.of(self._step, pieces))
+        self._pieces = None
+        self._measurements.forget()
+        self._step += 1
+        self._prepare()
+        self._collect(wait=False)
+
+    def _prepare(self) -> None:
+        """For the step of the number self._step."""
+        due = self._measurements.is_due = self._step % self.every == 0
+        self._has_updates = self._watch.is_on = due and self._step >= self._next_updates
+
+    def _collect(self, wait: bool) -> None:
+        """Takes over the rows that have arrived, and calls on_spike."""
+        while (row := self._transfer.next(wait)) is not None:
+            norm = row.total_norm(len(self._measurements.parameters))
+            times = self._median.times(norm)
+            self._median.add(norm)
+            row.spike = times if times is not None and times > self.spike_factor else None
+            self._rows.append(row)
+            if row.spike is not None and self.on_spike is not None:
+                self.on_spike(records.decode(row, self._names).as_dict(self._names))
+
+    # What a user reads
+
+    def _records(self, wait: bool = True, after: int = -1) -> list[Record]:
+        if wait:
+            self._transfer.flush()
+        self._collect(wait)
+        return [records.decode(row, self._names) for row in self._rows if row.step > after]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the groups, in the model's order: the columns of the first four series."""
+        return tuple(self._names.groups)
+
+    @property
+    def norm_names(self) -> tuple[str, ...]:
+        """Of the norms: the columns of `input_rms`."""
+        return tuple(self._names.norms)
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Of the ReLU-like modules: the columns of `zero_share`."""
+        return tuple(self._names.layers)
+
+    def last(self, *, wait: bool = True) -> dict[str, Any]:
+        """The newest row.
+
+        Args:
+            wait: for the device. Without it, the newest row that has arrived.
+
+        Returns:
+            step, total_norm, coefficient, threshold (both None without a clip), clipped, skipped, spike (how many times
+            the median the total norm is, None if it is no spike), and a dict by name for each of gradient_norm,
+            nonfinite, weight_norm, update_ratio, input_rms and zero_share, without what was not measured. Empty before
+            the first row.
+        """
+        if wait:
+            self._transfer.flush()
+        self._collect(wait)
+        return records.decode(self._rows[-1], self._names).as_dict(self._names) if self._rows else {}
+
+    def to_numpy(self) -> dict[str, Any]:
+        """All rows as arrays: (rows,), and (rows, names) of the six series, with NaN for what was not measured.
+
+        The keys are those of `last`, without spike. `names`, `norm_names` and `layer_names` are the columns.
+        """
+        return records.arrays(self._records(), self._names)
+
+    def to_csv(self, path: str | Path) -> None:
+        """Writes a line for each row. Columns are named as in gradient_norm/layer.weight."""
+        Path(path).write_text(records.as_csv(self._records(), self._names), encoding="utf-8")
+
+    def to_jsonl(self, path: str | Path) -> None:
+        """Writes a line of JSON for each row, as from `last`. Numbers that are not finite are null."""
+        Path(path).write_text(records.as_jsonl(self._records(), self._names), encoding="utf-8")
+
+    def to_tensorboard(self, writer: Any, prefix: str = "fastnorm/", *, wait: bool = True) -> None:
+        """Writes the rows that this writer doesn't have yet.
+
+        Args:
+            writer: a torch.utils.tensorboard.SummaryWriter, or what has its add_scalar(tag, number, step).
+            prefix: of the tags, which go on as in gradient_norm/layer.weight.
+            wait: for the device. Without it, only rows that have arrived are written: for a call in the loop.
+        """
+        for record in self._records(wait, self._written.get(writer, -1)):
+            for name, number in record.scalars(self._names):
+                writer.add_scalar(prefix + name, number, record.step)
+            self._written[writer] = record.step
+
+    def plot(self, figure: Figure | None = None) -> Figure:
+        """Draws the total norm over the steps, with threshold, clipped steps and spikes, and the norms of all groups.
+
+        Args:
+            figure: where to draw; None makes a new one.
+
+        Raises:
+            ImportError: without matplotlib.
+        """
+        return plots.draw(self._records(), self._names, figure)
+
+    def report(self) -> str:
+        """In words: what clipped, spiked, and which layer vanished or exploded first, at which step."""
+        sizes = [0] * len(self._names.groups)
+        for parameter, group in zip(self._measurements.parameters, self._names.group_of.tolist(), strict=True):
+            sizes[group] += parameter.numel()
+        return report.in_words(self._records(), self._names, sizes, self.bounds, self.spike_factor)
+
+    def close(self) -> None:
+        """Removes all hooks. What was recorded can still be read."""
+        for handle in self._handles:
+            handle.remove()
+        self._watch.close()
+        observers.remove(self._measurements)
+        self._measurements.forget()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

@@ -1,0 +1,48 @@
+"""Checks of a monitor's arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def check_count(name: str, count: Any, least: int = 1) -> None:
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"{name} must be an integer, but got {type(count).__name__}")
+    if count < least:
+        raise ValueError(f"{name} must be at least {least}, but got {count}")
+
+
+def innermost(optimizer: Any, parameters: Sequence[Tensor]) -> Optimizer:
+    """The torch.optim.Optimizer whose hooks run: wrappers, such as Accelerate's and Lightning's, call its step."""
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer or None, but got {type(optimizer).__name__}")
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if trained.isdisjoint(map(id, parameters)):
+        raise ValueError("optimizer has none of the model's parameters: make the monitor after the model is sharded "
+                         "and wrapped")  # fmt: skip
+    return optimizer
+
+
+def grouped(names: list[str], groups: Any) -> list[str]:
+    """The group of each parameter."""
+    if groups is None:
+        return names
+    if isinstance(groups, Mapping):
+        unknown = [key for key in groups if key not in names]
+        if unknown:
+            raise ValueError(f"groups: no parameter is called {unknown[0]!r}")
+        found = [groups.get(name, name) for name in names]
+    elif callable(groups):
+        found = list(map(groups, names))
+    else:
+        raise TypeError(f"groups must be a dict or a function of names, but got {type(groups).__name__}")
+    for name, group in zip(names, found, strict=True):
+        if not isinstance(group, str):
+            raise TypeError(f"groups must give names, but gave {type(group).__name__} for {name!r}")
+    return found

@@ -1,0 +1,123 @@
+"""What one step measures on the device: gradients, unless a clip has measured them, weights and updates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.weak import TensorWeakRef
+
+from ..clip.health import dense
+from ..clip.norms import measure
+from ..clip.observers import Clip
+from .rows import Piece
+
+_GRAD = attrgetter("grad")
+
+
+class _Told:
+    """What a clip told. It holds for the step while its gradients are those of the parameters, unchanged since."""
+
+    def __init__(self, clip: Clip, where: list[int]) -> None:
+        self.where = where  # positions of the gradients among the parameters; −1: not among them
+        norms, threshold = clip.norms, clip.threshold
+        if norms is None or clip.norm_type != 2:
+            norms = _norms(clip.gradients)
+        if not isinstance(threshold, Tensor):
+            threshold = torch.full((), threshold, dtype=norms.dtype, device=norms.device)
+        # Copies: a policy's threshold lies in its state, and the total norm is the caller's.
+        self.total = Piece("total", clip.total_norm.clone())
+        self.pieces = [
+            Piece("norms", norms, where), Piece("coefficient", clip.coefficient), Piece("threshold", threshold.clone())
+        ]  # fmt: skip
+        place = next(i for i, position in enumerate(where) if position >= 0)
+        self.position = where[place]
+        self.gradient = TensorWeakRef(clip.gradients[place])
+        self.version = _version(clip.gradients[place])
+
+    def holds(self, gradients: list[Tensor | None]) -> bool:
+        gradient = gradients[self.position]
+        # The clip itself writes once, after it has told.
+        return gradient is not None and gradient is self.gradient() and _version(gradient) <= self.version + 1
+
+
+class Measurements:
+    """Of a list of parameters. Nothing waits for the device. Gradients and weights are known by their positions."""
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        self.parameters = parameters
+        self.is_due = True  # whether clips are listened to
+        self.forget()
+        self.present: list[int] = []
+
+    def forget(self) -> None:
+        self.told: list[_Told] = []  # by clips since the last step
+        self.weights: list[Tensor] | None = None  # copies of those before the step
+
+    def clipping(self, clip: Clip) -> None:
+        """Keeps what a clip tells, if it is of these parameters' gradients."""
+        if not self.is_due or is_capturing(clip.gradients):
+            return
+        positions = {id(g): i for i, g in enumerate(map(_GRAD, self.parameters)) if g is not None}
+        where = [positions.get(id(gradient), -1) for gradient in clip.gradients]
+        mine = {position for position in where if position >= 0}
+        if mine:
+            self.told = [told for told in self.told if mine.isdisjoint(told.where)]
+            self.told.append(_Told(clip, where))
+
+    def read_gradients(self, optimizer: Optimizer | None) -> list[Piece]:
+        """The norms that clips have told, and those of all other gradients, for which these are read."""
+        gradients: list[Tensor | None] = list(map(_GRAD, self.parameters))
+        present = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        if present != self.present:
+            self.present = present  # one list for all rows
+        told = [told for told in self.told if told.holds(gradients)]
+        pieces = [piece for clip in told for piece in clip.pieces]
+        known = {position for clip in told for position in clip.where}
+        rest = [i for i in present if i not in known] if known else self.present
+        if len(told) == 1 and not rest:
+            pieces.append(told[0].total)
+        if rest:
+            pieces.append(Piece("norms", _norms([g for i in rest if (g := gradients[i]) is not None]), rest))
+        # Set by a deferred clip, or by a GradScaler whose gradients are still scaled.
+        scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
+        if scale is not None and not told:
+            pieces.append(Piece("scale", scale))
+        if found_inf is not None:
+            pieces.append(Piece("skipped", found_inf))
+        return pieces
+
+    def copy_weights(self) -> None:
+        self.weights = [p.detach().clone() for p in self.parameters if p.requires_grad]
+
+    def measure_updates(self) -> list[Piece]:
+        """Norms of the copied weights, and of what has changed since."""
+        where = [i for i, p in enumerate(self.parameters) if p.requires_grad]
+        before, after = self.weights, [self.parameters[i] for i in where]
+        if not before or list(map(_kind, before)) != list(map(_kind, after)):  # unfrozen, moved or cast since
+            return []
+        weights = _norms(before)
+        torch._foreach_sub_(before, after)
+        return [Piece("weights", weights, where), Piece("updates", _norms(before), where)]
+
+
+def _norms(tensors: Sequence[Tensor]) -> Tensor:
+    """(tensors,): their L2 norms."""
+    return measure([dense(tensor) for tensor in tensors], 2.0, float("inf")).norms
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _version(tensor: Tensor) -> int:
+    """It grows with every write; tensors of inference mode have none."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def is_capturing(tensors: Iterable[Tensor]) -> bool:
+    """Whether a CUDA graph records what is done."""
+    return next(iter(tensors)).device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,193 @@
+"""What a row says, in the user's terms: norms by group, ratios, shares; as dicts, arrays and lines of text."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..clip.activations import zero_share
+from ..clip.health import finite
+from .rows import Row, put
+
+# The numbers that a record has for each group, norm or layer.
+SERIES = ("gradient_norm", "nonfinite", "weight_norm", "update_ratio", "input_rms", "zero_share")
+
+
+@dataclass(frozen=True)
+class Names:
+    """Whose numbers there are. group_of: the group of each parameter, by position. sizes: elements of each group."""
+
+    groups: list[str]
+    group_of: Tensor
+    norms: list[str]
+    layers: list[str]
+
+    def of(self, series: str) -> list[str]:
+        return {"input_rms": self.norms, "zero_share": self.layers}.get(series, self.groups)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One step. series: by the names of SERIES, float64 for each group, norm or layer, NaN where none was measured."""
+
+    step: int
+    total_norm: float
+    coefficient: float
+    threshold: float
+    skipped: bool
+    spike: float | None
+    series: dict[str, Tensor]
+
+    @property
+    def has_clip(self) -> bool:
+        return not math.isnan(self.threshold)
+
+    @property
+    def clipped(self) -> bool:
+        return self.coefficient < 1
+
+    def as_dict(self, names: Names) -> dict[str, Any]:
+        """Without what was not measured. The coefficient and the threshold of a step without a clip are None."""
+        result: dict[str, Any] = {
+            "step": self.step,
+            "total_norm": self.total_norm,
+            "coefficient": self.coefficient if self.has_clip else None,
+            "threshold": self.threshold if self.has_clip else None,
+            "clipped": self.clipped,
+            "skipped": self.skipped,
+            "spike": self.spike,
+        }
+        for series, numbers in self.series.items():
+            measured = self.measured(series).tolist()
+            found = zip(names.of(series), numbers.tolist(), measured, strict=True)
+            result[series] = {name: number for name, number, is_measured in found if is_measured}
+        return result
+
+    def measured(self, series: str) -> Tensor:
+        """Where there are numbers: a norm may be NaN because its gradient is."""
+        counted = self.series["nonfinite"] if series == "gradient_norm" else self.series[series]
+        return ~counted.isnan()
+
+    def scalars(self, names: Names) -> Iterator[tuple[str, float]]:
+        """(name, number) of all that was measured, series as "gradient_norm/layer.weight"."""
+        for key, value in self.as_dict(names).items():
+            if isinstance(value, dict):
+                yield from ((f"{key}/{name}", number) for name, number in value.items())
+            elif key != "step" and value is not None:
+                yield key, float(value)
+
+
+def decode(row: Row, names: Names) -> Record:
+    """What follows from a row's numbers."""
+    count, groups = len(names.group_of), len(names.groups)
+    norms, present = row.norms(count)
+
+    def summed(values: Tensor, where: Tensor) -> Tensor:
+        """(groups,): sums over the parameters at `where`, NaN for a group without one."""
+        sums = torch.zeros(groups, dtype=torch.float64).index_add_(0, names.group_of[where], values[where])
+        members = torch.zeros(groups, dtype=torch.long).index_add_(0, names.group_of[where], where[where].long())
+        return sums.masked_fill(members == 0, math.nan)
+
+    def lengths(kind: str) -> Tensor:
+        """(groups,): the L2 norm of all of a group's tensors."""
+        values, where = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.bool)
+        for numbers, part in row.of_kind(kind):
+            put(values, part.where, numbers)
+            put(where, part.where, torch.ones(part.length, dtype=torch.bool))
+        return summed(values.square(), where).sqrt()
+
+    series = {
+        "gradient_norm": summed(norms.square(), present).sqrt(),
+        "nonfinite": summed((~norms.isfinite()).double(), present),
+        "weight_norm": lengths("weights"),
+        "update_ratio": lengths("updates") / lengths("weights"),
+        "input_rms": torch.full((len(names.norms),), math.nan, dtype=torch.float64),
+        "zero_share": torch.full((len(names.layers),), math.nan, dtype=torch.float64),
+    }
+    for values, part in row.of_kind("inputs"):
+        put(series["input_rms"], part.where, values / torch.tensor(part.sizes).sqrt())
+    for values, part in row.of_kind("nonzero"):
+        shares = [zero_share(number, size) for number, size in zip(values.tolist(), part.sizes, strict=True)]
+        put(series["zero_share"], part.where, torch.tensor(shares, dtype=torch.float64))
+    coefficient, threshold = row.number("coefficient"), row.number("threshold")
+    skipped = row.number("skipped") > 0
+    return Record(row.step, row.total_norm(count), coefficient, threshold, skipped, row.spike, series)
+
+
+class RunningMedian:
+    """The median of the last finite norms."""
+
+    WINDOW, LEAST = 100, 10  # how many norms it is of, and how many it needs
+
+    def __init__(self) -> None:
+        self.recent: deque[float] = deque()
+        self.ordered: list[float] = []
+
+    def times(self, norm: float) -> float | None:
+        """How many times the median a norm is; inf if it is not finite, None while there are too few norms."""
+        if not math.isfinite(norm):
+            return math.inf
+        if len(self.ordered) < self.LEAST:
+            return None
+        middle = (self.ordered[(len(self.ordered) - 1) // 2] + self.ordered[len(self.ordered) // 2]) / 2
+        return norm / middle if middle > 0 else None
+
+    def add(self, norm: float) -> None:
+        if not math.isfinite(norm):
+            return
+        if len(self.recent) == self.WINDOW:
+            del self.ordered[bisect_left(self.ordered, self.recent.popleft())]
+        self.recent.append(norm)
+        insort(self.ordered, norm)
+
+
+def arrays(records: Sequence[Record], names: Names) -> dict[str, Any]:
+    """By name: (steps,), and (steps, names) of the series. Needs NumPy."""
+    import numpy
+
+    result = {
+        "step": numpy.array([r.step for r in records], dtype=numpy.int64),
+        **{key: numpy.array([getattr(r, key) for r in records], dtype=numpy.float64) for key in _NUMBERS},
+        **{key: numpy.array([getattr(r, key) for r in records], dtype=bool) for key in ("clipped", "skipped")},
+    }
+    for series in SERIES:
+        rows = [r.series[series] for r in records]
+        result[series] = (torch.stack(rows) if rows else torch.empty(0, len(names.of(series)))).numpy()
+    return result
+
+
+_NUMBERS = ("total_norm", "coefficient", "threshold")
+
+
+def as_csv(records: Sequence[Record], names: Names) -> str:
+    """A line for each step. What was not measured is empty; what is not finite is nan, inf or -inf."""
+    header = ["step", *_NUMBERS, "clipped", "skipped", "spike"]
+    header += [f"{series}/{name}" for series in SERIES for name in names.of(series)]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, header, restval="", lineterminator="\n")
+    writer.writeheader()
+    for record in records:
+        numbers = {key: int(value) if key in ("clipped", "skipped") else value for key, value in record.scalars(names)}
+        writer.writerow({"step": record.step, **numbers})
+    return text.getvalue()
+
+
+def as_jsonl(records: Sequence[Record], names: Names) -> str:
+    """A dict for each step. Numbers that are not finite are null."""
+    return "".join(json.dumps(_strict(record.as_dict(names)), allow_nan=False) + "\n" for record in records)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _strict(entry) for key, entry in value.items()}
+    return finite(value) if isinstance(value, float) else value

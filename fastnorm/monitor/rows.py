@@ -1,0 +1,143 @@
+"""Rows of measurements: made on the device, copied to the host without waiting, decoded there.
+
+The device only measures and concatenates. Whose norm stands where, and all that follows from the norms, is left to the
+host, which knows without asking the device which parameters have a gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Piece(NamedTuple):
+    """Numbers of one kind, on the device. where: what they belong to, by position; sizes: of how many elements."""
+
+    kind: str
+    values: Tensor
+    where: Sequence[int] = ()
+    sizes: Sequence[int] = ()
+
+
+class Part(NamedTuple):
+    """What the host keeps of a Piece whose numbers are on their way. length: how many numbers."""
+
+    kind: str
+    length: int
+    where: Sequence[int]
+    sizes: Sequence[int]
+
+
+@dataclass
+class Row:
+    """One recorded step. values: the parts' numbers in order, once they are on the host."""
+
+    step: int
+    parts: list[Part]
+    values: Tensor
+    spike: float | None = None  # how many times the median the total norm is, where that is a spike
+
+    @classmethod
+    def of(cls, step: int, pieces: Sequence[Piece]) -> Row:
+        """Reads and copies the pieces' numbers, to the first of their devices that is no CPU."""
+        parts = [Part(kind, values.numel(), where, sizes) for kind, values, where, sizes in pieces]
+        flat = [piece.values.reshape(-1) for piece in pieces]
+        return cls(step, parts, _concatenated(flat) if flat else torch.empty(0))
+
+    def of_kind(self, kind: str) -> list[tuple[Tensor, Part]]:
+        """The parts of one kind, with their numbers in float64."""
+        found, start = [], 0
+        for part in self.parts:
+            if part.kind == kind:
+                found.append((self.values[start : start + part.length].double(), part))
+            start += part.length
+        return found
+
+    def number(self, kind: str) -> float:
+        """The smallest of all numbers of one kind, NaN if one is; NaN without any."""
+        found = [values for values, _ in self.of_kind(kind)]
+        return torch.cat(found).min().item() if found else math.nan
+
+    def total_norm(self, parameters: int) -> float:
+        """The clip's own total norm, if one clip measured all gradients; else the L2 norm of all of them."""
+        total = self.of_kind("total")
+        return total[0][0].item() if total else torch.linalg.vector_norm(self.norms(parameters)[0]).item()
+
+    def norms(self, parameters: int) -> tuple[Tensor, Tensor]:
+        """(parameters,): the L2 norms of the gradients, and whether there is one."""
+        norms, present = torch.zeros(parameters, dtype=torch.float64), torch.zeros(parameters, dtype=torch.bool)
+        for values, part in self.of_kind("norms"):
+            put(norms, part.where, values)
+            put(present, part.where, torch.ones(part.length, dtype=torch.bool))
+        for scale, _ in self.of_kind("scale"):
+            norms /= scale
+        return norms, present
+
+
+def put(target: Tensor, where: Sequence[int], values: Tensor) -> None:
+    """target[where] = values. Positions of −1 are left out."""
+    positions = torch.tensor(where, dtype=torch.long)
+    wanted = positions >= 0
+    target[positions[wanted]] = values[wanted]
+
+
+def _concatenated(tensors: Sequence[Tensor]) -> Tensor:
+    device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
+    return torch.cat([t.to(device, non_blocking=True) for t in tensors])
+
+
+class Transfer:
+    """Brings rows to the host, in order. From a GPU, several go in one copy to pinned memory."""
+
+    def __init__(self, flush_every: int) -> None:
+        self.flush_every = flush_every
+        self.staged: list[Row] = []
+        self.in_flight: deque[tuple[Any, Tensor, list[Row]]] = deque()  # what tells that the copy is done, the copy
+
+    def put(self, row: Row) -> None:
+        self.staged.append(row)
+        if len(self.staged) >= self.flush_every or row.values.device.type == "cpu":
+            self.flush()
+
+    def flush(self) -> None:
+        """Starts the copy of the rows that are still on the device."""
+        if self.staged:
+            done, host = start_copy(_concatenated([row.values for row in self.staged]))
+            self.in_flight.append((done, host, self.staged))
+            self.staged = []
+
+    def next(self, wait: bool) -> Row | None:
+        """The next row that has arrived. wait: for the device, until all started copies are done."""
+        while self.in_flight:
+            done, host, rows = self.in_flight[0]
+            if done is not None:
+                if not wait and not done.query():
+                    return None
+                done.synchronize()
+                self.in_flight[0] = None, host.clone(), rows  # pinned memory is for copies
+            elif rows:
+                row = rows.pop(0)
+                count = sum(part.length for part in row.parts)
+                self.in_flight[0] = None, host[count:], rows
+                row.values = host[:count]
+                return row
+            else:
+                self.in_flight.popleft()
+        return None
+
+
+def start_copy(values: Tensor) -> tuple[Any, Tensor]:
+    """Starts a copy to the host. Returns an event that tells its end, None if it has ended, and the copy."""
+    if values.device.type != "cuda":
+        return None, values.cpu()
+    host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    done = torch.Event(device=values.device)
+    done.record()
+    return done, host
