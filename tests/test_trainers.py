@@ -115,3 +115,104 @@ def test_accelerate():
         return losses
 
     check(nn.Sequential(nn.Linear(8, 8), nn.RMSNorm(8), nn.Linear(8, 1)), run)
+
+
+def check_monitor(monitor: fastnorm.Monitor, norms: list[float], threshold: float) -> None:
+    """norms: what the trainer itself says of the total norms before its clips."""
+    found = monitor.to_numpy()
+    assert found["total_norm"].tolist() == pytest.approx(norms, rel=1e-4)
+    assert found["threshold"].tolist() == pytest.approx([threshold] * STEPS)
+    assert found["clipped"].tolist() == [total > threshold for total in norms]
+    assert (found["update_ratio"][::10] >= 0).all() and (found["input_rms"][::10] > 0).all()
+    monitor.close()
+
+
+def test_monitor_of_lightning(tmp_path):
+    lightning = pytest.importorskip("lightning", reason="`make test-models` installs it")
+    case, norms = TRANSFORMERS["BERT"], []
+
+    class Task(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = case.make()
+            fastnorm.convert(self.model)
+
+        def training_step(self, batch, _):
+            return loss_of(self.model, batch)
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), 0.02, momentum=0.9)
+            self.monitor = fastnorm.Monitor(self.model, optimizer)
+            return optimizer
+
+        def on_before_optimizer_step(self, optimizer):  # and before the clip
+            norms.append(fastnorm.get_total_norm([p.grad for p in self.parameters() if p.grad is not None]).item())
+
+    task = Task()
+    with fastnorm.patch_torch_clip():
+        lightning_trainer(lightning, "32-true").fit(task, torch.utils.data.DataLoader(batches(case), batch_size=None))
+    check_monitor(task.monitor, norms, 0.5)
+
+
+def test_monitor_of_hugging_face_trainer(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="`make test-models` installs it")
+    pytest.importorskip("accelerate", reason="`make test-models` installs it")
+    torch.manual_seed(0)
+    rows = [{"input_ids": ids, "labels": ids.flip(0)} for ids in torch.randint(1, TOKENS, (8, 12))] * STEPS
+    model = TRANSFORMERS["Llama"].make()
+    fastnorm.convert(model)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    monitor = fastnorm.Monitor(model, optimizer)
+    arguments = transformers.TrainingArguments(
+        output_dir=tmp_path, max_steps=STEPS, per_device_train_batch_size=8, max_grad_norm=0.1, logging_steps=1,
+        save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, seed=0,
+    )  # fmt: skip
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None))
+    with fastnorm.patch_torch_clip():
+        trainer.train()
+    norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    check_monitor(monitor, norms, 0.1)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_monitor_of_accelerate(wrapped):
+    accelerate = pytest.importorskip("accelerate", reason="`make test-models` installs it")
+    torch.manual_seed(0)
+    x, norms = torch.randn(16, 8), []
+    model = nn.Sequential(nn.Linear(8, 8), fastnorm.RMSNorm(8), nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    accelerator = accelerate.Accelerator(cpu=True)
+    model, prepared = accelerator.prepare(model, optimizer)
+    monitor = fastnorm.Monitor(model, prepared if wrapped else optimizer)
+    with fastnorm.patch_torch_clip():
+        for _ in range(STEPS):
+            loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+            prepared.zero_grad()
+            accelerator.backward(loss)
+            norms.append(accelerator.clip_grad_norm_(model.parameters(), 0.5).item())
+            prepared.step()
+    check_monitor(monitor, norms, 0.5)
+
+
+def test_monitor_in_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard", reason="`make test-models` installs it")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    model = nn.Sequential(nn.Linear(8, 8), fastnorm.RMSNorm(8), nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with fastnorm.Monitor(model, optimizer) as monitor, SummaryWriter(tmp_path) as writer:
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            model(torch.randn(16, 8)).square().mean().backward()
+            fastnorm.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            monitor.to_tensorboard(writer, wait=False)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    found = monitor.to_numpy()
+    weight = found["gradient_norm"][:, 2]
+    for tag, expected in (("total_norm", found["total_norm"]), ("gradient_norm/1.weight", weight)):
+        scalars = events.Scalars(f"fastnorm/{tag}")
+        assert [event.step for event in scalars] == list(range(STEPS))
+        assert [event.value for event in scalars] == pytest.approx(expected.tolist())
+    assert [event.step for event in events.Scalars("fastnorm/input_rms/1")] == [0, 10]

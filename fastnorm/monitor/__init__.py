@@ -16,7 +16,7 @@ from ..clip import observers
 from ..clip.activations import RELU_LIKE
 from ..clip.health import check_bounds
 from . import plots, records, report
-from .arguments import check_count, grouped, innermost
+from .arguments import check_count, check_kinds, grouped, innermost
 from .measurements import Measurements, is_capturing
 from .records import Names, Record, RunningMedian
 from .rows import Piece, Row, Transfer
@@ -108,6 +108,7 @@ class Monitor:
             raise ValueError(f"spike_factor must be a number above 1, but got {spike_factor!r}")
         if on_spike is not None and not callable(on_spike):
             raise TypeError(f"on_spike must be a function of a dict, but got {type(on_spike).__name__}")
+        check_kinds("dead_neurons", dead_neurons)
         check_bounds(vanishing_below, exploding_above, ratio_above)
         named = dict(model.named_parameters())
         if not named:

@@ -16,6 +16,12 @@ def check_count(name: str, count: Any, least: int = 1) -> None:
         raise ValueError(f"{name} must be at least {least}, but got {count}")
 
 
+def check_kinds(name: str, kinds: Any) -> None:
+    """Of modules."""
+    if not isinstance(kinds, bool) and not (isinstance(kinds, tuple) and all(isinstance(k, type) for k in kinds)):
+        raise TypeError(f"{name} must be True, False or a tuple of classes, but got {kinds!r}")
+
+
 def innermost(optimizer: Any, parameters: Sequence[Tensor]) -> Optimizer:
     """The torch.optim.Optimizer whose hooks run: wrappers, such as Accelerate's and Lightning's, call its step."""
     while isinstance(getattr(optimizer, "optimizer", None), Optimizer):

@@ -65,6 +65,8 @@ def _skips(records: Sequence[Record]) -> str:
 def _spikes(records: Sequence[Record], factor: float) -> str:
     spikes = [f"{r.step} ({r.spike:.3g}×)" if math.isfinite(r.spike) else f"{r.step} (not finite)"
               for r in records if r.spike is not None]  # fmt: skip
+    if len(spikes) == 1:
+        return f"1 spike, a total norm above {factor:g} × the median: step {spikes[0]}"
     return f"{len(spikes)} spikes, total norms above {factor:g} × the median: steps {_some(spikes)}" if spikes else ""
 
 
@@ -85,7 +87,7 @@ def _first(
     ranked = sorted(found, key=lambda i: numbers[i])
     # The backward pass comes from the output: the last layer that is not finite met it first.
     worst = {NONFINITE: found[-1], EXPLODING: ranked[-1], VANISHING: ranked[0]}[flag]
-    others = f", and {len(found) - 1} others" if len(found) > 1 else ""
+    others = f", and {len(found) - 1} more" if len(found) > 1 else ""
     return (f"{flag} first at step {record.step}: {names.groups[worst]} (norm {numbers[worst]:.3g}){others}; "
             f"in {len(flagged)} of {len(records)} steps")  # fmt: skip
 
