@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import clip, commands, host, predict, problem, real_model, report, summary
+from . import clip, commands, host, monitor, predict, problem, real_model, report, summary
 from .arguments import device, name, positive, several, shapes
 from .operation import LAYOUTS, MODES
 from .operations import FAMILIES, OPERATIONS
@@ -78,6 +78,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     _add_predict(add("predict", predict.main, text, files))
     text = "swap the LayerNorms of a pretrained model, and compare results and time"
     add("real-model", real_model.main, text, files, timing)
+    add("monitor", monitor.main, "time what a monitor adds to the training steps of that model", files, timing)
     fill = add("summary", summary.main, "fill in the documents' tables from the files of results")
     fill("documents", nargs="*", type=Path, default=summary.DOCUMENTS, help="default: all that have such tables")
     return parser, list(children.choices)

@@ -83,12 +83,15 @@ def embed(model: nn.Module, tokens: dict[str, Tensor]) -> Tensor:
     return F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
 
 
-def contrastive_gradients(model: nn.Module, tokens: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    """Gradients of the loss that tells each sentence's partner from all other sentences."""
+def contrastive_loss(model: nn.Module, tokens: dict[str, Tensor]) -> Tensor:
+    """It tells each sentence's partner from all other sentences."""
     first, second = embed(model, tokens).chunk(2)
     scores = SCORE_SCALE * first @ second.T
-    loss = F.cross_entropy(scores.float(), torch.arange(len(first), device=scores.device))
-    return torch.autograd.grad(loss, list(model.parameters()))
+    return F.cross_entropy(scores.float(), torch.arange(len(first), device=scores.device))
+
+
+def contrastive_gradients(model: nn.Module, tokens: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(contrastive_loss(model, tokens), list(model.parameters()))
 
 
 def compare(model: nn.Module, tokens: dict[str, Tensor], dtype: str, budget: Budget) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import arguments, cli, commands, presets
+from bench import arguments, cli, commands, monitor, presets
 from bench.operations import FAMILIES, OPERATIONS
 
 CPU = torch.device("cpu")
@@ -19,6 +19,7 @@ def test_a_command_line_without_a_command_is_one_of_norms():
         assert cli.parse(arguments_).run is commands.norms
     assert cli.parse(["clip", "--quick"]).run is commands.clips
     assert cli.parse(["real-model", "--device", "cpu"]).device == CPU
+    assert cli.parse(["monitor", "--quick"]).run is monitor.main
 
 
 def test_missing_packages_are_named_with_the_remedy():

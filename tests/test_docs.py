@@ -51,7 +51,7 @@ def test_python_of_a_page_runs(page):
 def test_every_operation_has_a_page_that_runs():
     pages = {page.stem for page in WITH_CODE}
     assert {"README", "index", "layer_norm", "rms_norm", "batch_norm", "sync_batch_norm", "group_norm"} <= pages
-    assert {"clipping", "faq", "numerics", "install", "models"} <= pages
+    assert {"clipping", "monitor", "faq", "numerics", "install", "models"} <= pages
 
 
 def test_readme_is_short():

@@ -290,10 +290,11 @@ def test_ring_and_every():
     model = small_model()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with fastnorm.Monitor(model, optimizer, every=3, keep=4, updates_every=5, first_step=100) as monitor:
-        list(train(model, optimizer, 20))
+        list(train(model, optimizer, 20, CLIPS["clip_grad_norm_"]))
         found = monitor.to_numpy()
         sizes = [len(pickle.dumps(list(monitor._rows)))]
-        list(train(model, optimizer, 40))
+        list(train(model, optimizer, 40, CLIPS["clip_grad_norm_"]))
+        assert len({id(part.where) for row in monitor._rows for part in row.parts if len(part.where) > 1}) == 1
         assert len(monitor._rows) == 4 and not monitor._transfer.staged and not monitor._transfer.in_flight
         sizes.append(len(pickle.dumps(list(monitor._rows))))
     assert found["step"].tolist() == [108, 111, 114, 117]
@@ -732,6 +733,20 @@ def test_training_is_unchanged():
     assert torch.equal(*results)
 
 
+def test_the_default_device_is_ignored():
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with torch.device("meta"), fastnorm.Monitor(model, optimizer, dead_neurons=True) as monitor:
+        for _ in range(2):
+            model(torch.ones(4, 6, device="cpu")).sum().backward()
+            fastnorm.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+        optimizer.zero_grad()
+        optimizer.step()
+        assert monitor.to_numpy()["update_ratio"][0].min() >= 0 and "last step" in monitor.report()
+        assert len(monitor.last()["gradient_norm"]) == 0
+
+
 def test_bfloat16_and_float64():
     for dtype, tolerance in ((torch.bfloat16, 1e-5), (torch.float64, 1e-12)):
         model = nn.Linear(6, 2, dtype=dtype)
@@ -753,7 +768,8 @@ def test_compiled_models_and_clips(fresh_dynamo):
     with fastnorm.Monitor(model, optimizer) as monitor:
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         compiled(torch.randn(4, 6)).sum().backward()
-        torch.compile(fastnorm.clip_grad_norm_, backend="eager")(list(model.parameters()), 1.0)
+        with fastnorm.use("reference"):
+            torch.compile(fastnorm.clip_grad_norm_, backend="eager", fullgraph=True)(list(model.parameters()), 1.0)
         optimizer.step()
         assert monitor.last()["input_rms"] == {} and len(monitor.last()["gradient_norm"]) == 6
 

@@ -36,7 +36,8 @@ class Monitor:
     - `gradient_norm`: the L2 norm of the gradient, before clipping; `nonfinite`: how many gradients have a NaN or
       infinite norm.
     - `weight_norm` and `update_ratio`, |Δw| / |w| with w before the step: every `updates_every` steps. Such a step
-      copies the weights that require gradients, for as long as the optimizer runs, and reads weights and copy.
+      copies the weights that require gradients, for as long as the optimizer runs (a closure included), and reads
+      weights and copy.
 
     For the step: `total_norm`, `coefficient` and `threshold` of the clip, whether it `clipped`, and whether it was
     `skipped` by `found_inf`, as a fused optimizer does for `clip_grad_norm_in_optimizer` and for a GradScaler. Every
@@ -121,7 +122,7 @@ class Monitor:
         self._optimizer = None if optimizer is None else innermost(optimizer, self._measurements.parameters)
         kinds = dead_neurons if isinstance(dead_neurons, tuple) else RELU_LIKE if dead_neurons else ()
         self._watch = ForwardWatch(model, kinds)
-        group_of = torch.tensor([order[name] for name in group_names])
+        group_of = torch.tensor([order[name] for name in group_names], device="cpu")
         self._names = Names(list(order), group_of, self._watch.norms, self._watch.layers)
         self._pieces: list[Piece] | None = None  # between the optimizer's hooks
         self._transfer, self._median = Transfer(flush_every), RunningMedian()

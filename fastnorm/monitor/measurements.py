@@ -50,8 +50,8 @@ class Measurements:
     def __init__(self, parameters: list[Tensor]) -> None:
         self.parameters = parameters
         self.is_due = True  # whether clips are listened to
+        self.positions: list[list[int]] = []  # those of the last rows, which share them
         self.forget()
-        self.present: list[int] = []
 
     def forget(self) -> None:
         self.told: list[_Told] = []  # by clips since the last step
@@ -65,6 +65,7 @@ class Measurements:
         where = [positions.get(id(gradient), -1) for gradient in clip.gradients]
         mine = {position for position in where if position >= 0}
         if mine:
+            where = self._shared(where)
             self.told = [told for told in self.told if mine.isdisjoint(told.where)]
             self.told.append(_Told(clip, where))
 
@@ -72,16 +73,15 @@ class Measurements:
         """The norms that clips have told, and those of all other gradients, for which these are read."""
         gradients: list[Tensor | None] = list(map(_GRAD, self.parameters))
         present = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        if present != self.present:
-            self.present = present  # one list for all rows
         told = [told for told in self.told if told.holds(gradients)]
         pieces = [piece for clip in told for piece in clip.pieces]
         known = {position for clip in told for position in clip.where}
-        rest = [i for i in present if i not in known] if known else self.present
+        rest = [i for i in present if i not in known] if known else present
         if len(told) == 1 and not rest:
             pieces.append(told[0].total)
         if rest:
-            pieces.append(Piece("norms", _norms([g for i in rest if (g := gradients[i]) is not None]), rest))
+            norms = _norms([g for i in rest if (g := gradients[i]) is not None])
+            pieces.append(Piece("norms", norms, self._shared(rest)))
         # Set by a deferred clip, or by a GradScaler whose gradients are still scaled.
         scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
         if scale is not None and not told:
@@ -95,13 +95,21 @@ class Measurements:
 
     def measure_updates(self) -> list[Piece]:
         """Norms of the copied weights, and of what has changed since."""
-        where = [i for i, p in enumerate(self.parameters) if p.requires_grad]
+        where = self._shared([i for i, p in enumerate(self.parameters) if p.requires_grad])
         before, after = self.weights, [self.parameters[i] for i in where]
         if not before or list(map(_kind, before)) != list(map(_kind, after)):  # unfrozen, moved or cast since
             return []
         weights = _norms(before)
         torch._foreach_sub_(before, after)
         return [Piece("weights", weights, where), Piece("updates", _norms(before), where)]
+
+    def _shared(self, where: list[int]) -> list[int]:
+        """An equal list that other rows have already: a thousand rows shall not have a thousand lists."""
+        for known in self.positions:
+            if known == where:
+                return known
+        self.positions = [where, *self.positions[:7]]
+        return where
 
 
 def _norms(tensors: Sequence[Tensor]) -> Tensor:

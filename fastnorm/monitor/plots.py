@@ -56,7 +56,7 @@ def _draw_totals(records: Sequence[Record], ax: Axes) -> None:
 def _draw_heat(records: Sequence[Record], names: Names, ax: Axes) -> None:
     """log10 of the norms, the model's first layer above. White: no gradient, 0, NaN or infinite."""
     count = len(names.groups)
-    norms = torch.stack([r.series["gradient_norm"] for r in records]) if records else torch.ones(1, count)
+    norms = torch.stack([r.series["gradient_norm"] for r in records]) if records else torch.ones(1, count, device="cpu")
     logs = norms.log10()
     picture = ax.pcolormesh(
         _edges([r.step for r in records] or [0]), range(count + 1), logs.where(logs.isfinite(), math.nan).T.numpy(),

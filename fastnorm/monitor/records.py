@@ -94,16 +94,14 @@ def decode(row: Row, names: Names) -> Record:
 
     def summed(values: Tensor, where: Tensor) -> Tensor:
         """(groups,): sums over the parameters at `where`, NaN for a group without one."""
-        sums = torch.zeros(groups, dtype=torch.float64).index_add_(0, names.group_of[where], values[where])
-        members = torch.zeros(groups, dtype=torch.long).index_add_(0, names.group_of[where], where[where].long())
+        sums, members = torch.zeros(2, groups, dtype=torch.float64, device="cpu")
+        sums.index_add_(0, names.group_of[where], values[where])
+        members.index_add_(0, names.group_of[where], where[where].double())
         return sums.masked_fill(members == 0, math.nan)
 
     def lengths(kind: str) -> Tensor:
         """(groups,): the L2 norm of all of a group's tensors."""
-        values, where = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.bool)
-        for numbers, part in row.of_kind(kind):
-            put(values, part.where, numbers)
-            put(where, part.where, torch.ones(part.length, dtype=torch.bool))
+        values, where = row.placed(kind, count)
         return summed(values.square(), where).sqrt()
 
     series = {
@@ -111,14 +109,14 @@ def decode(row: Row, names: Names) -> Record:
         "nonfinite": summed((~norms.isfinite()).double(), present),
         "weight_norm": lengths("weights"),
         "update_ratio": lengths("updates") / lengths("weights"),
-        "input_rms": torch.full((len(names.norms),), math.nan, dtype=torch.float64),
-        "zero_share": torch.full((len(names.layers),), math.nan, dtype=torch.float64),
+        "input_rms": torch.full((len(names.norms),), math.nan, dtype=torch.float64, device="cpu"),
+        "zero_share": torch.full((len(names.layers),), math.nan, dtype=torch.float64, device="cpu"),
     }
     for values, part in row.of_kind("inputs"):
-        put(series["input_rms"], part.where, values / torch.tensor(part.sizes).sqrt())
+        put(series["input_rms"], part.where, values / values.new_tensor(part.sizes).sqrt())
     for values, part in row.of_kind("nonzero"):
         shares = [zero_share(number, size) for number, size in zip(values.tolist(), part.sizes, strict=True)]
-        put(series["zero_share"], part.where, torch.tensor(shares, dtype=torch.float64))
+        put(series["zero_share"], part.where, values.new_tensor(shares))
     coefficient, threshold = row.number("coefficient"), row.number("threshold")
     skipped = row.number("skipped") > 0
     return Record(row.step, row.total_norm(count), coefficient, threshold, skipped, row.spike, series)
@@ -162,7 +160,7 @@ def arrays(records: Sequence[Record], names: Names) -> dict[str, Any]:
     }
     for series in SERIES:
         rows = [r.series[series] for r in records]
-        result[series] = (torch.stack(rows) if rows else torch.empty(0, len(names.of(series)))).numpy()
+        result[series] = (torch.stack(rows) if rows else torch.empty(0, len(names.of(series)), device="cpu")).numpy()
     return result
 
 

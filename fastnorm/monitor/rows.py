@@ -48,7 +48,7 @@ class Row:
         """Reads and copies the pieces' numbers, to the first of their devices that is no CPU."""
         parts = [Part(kind, values.numel(), where, sizes) for kind, values, where, sizes in pieces]
         flat = [piece.values.reshape(-1) for piece in pieces]
-        return cls(step, parts, _concatenated(flat) if flat else torch.empty(0))
+        return cls(step, parts, _concatenated(flat) if flat else torch.empty(0, device="cpu"))
 
     def of_kind(self, kind: str) -> list[tuple[Tensor, Part]]:
         """The parts of one kind, with their numbers in float64."""
@@ -58,6 +58,14 @@ class Row:
                 found.append((self.values[start : start + part.length].double(), part))
             start += part.length
         return found
+
+    def placed(self, kind: str, count: int) -> tuple[Tensor, Tensor]:
+        """(count,): the numbers of one kind, each at its position, and where there is one."""
+        numbers, is_there = (torch.zeros(count, dtype=dtype, device="cpu") for dtype in (torch.float64, torch.bool))
+        for values, part in self.of_kind(kind):
+            put(numbers, part.where, values)
+            put(is_there, part.where, torch.ones_like(values, dtype=torch.bool))
+        return numbers, is_there
 
     def number(self, kind: str) -> float:
         """The smallest of all numbers of one kind, NaN if one is; NaN without any."""
@@ -71,10 +79,7 @@ class Row:
 
     def norms(self, parameters: int) -> tuple[Tensor, Tensor]:
         """(parameters,): the L2 norms of the gradients, and whether there is one."""
-        norms, present = torch.zeros(parameters, dtype=torch.float64), torch.zeros(parameters, dtype=torch.bool)
-        for values, part in self.of_kind("norms"):
-            put(norms, part.where, values)
-            put(present, part.where, torch.ones(part.length, dtype=torch.bool))
+        norms, present = self.placed("norms", parameters)
         for scale, _ in self.of_kind("scale"):
             norms /= scale
         return norms, present
@@ -82,7 +87,7 @@ class Row:
 
 def put(target: Tensor, where: Sequence[int], values: Tensor) -> None:
     """target[where] = values. Positions of −1 are left out."""
-    positions = torch.tensor(where, dtype=torch.long)
+    positions = torch.tensor(where, dtype=torch.long, device="cpu")
     wanted = positions >= 0
     target[positions[wanted]] = values[wanted]
 

@@ -76,7 +76,7 @@ def _stacked(tensors: Any) -> Tensor:
 def _measure_input(
     watch: ForwardWatch, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
-    x = args[0] if args else next(iter(kwargs.values()))
+    x: Any = args[0] if args else kwargs.get("input")
     if isinstance(module, (AddLayerNorm, AddRMSNorm)):
         x = output[1]  # the norm is of x + residual
     if type(x) in PLAIN and x.layout is torch.strided and not x.is_nested:

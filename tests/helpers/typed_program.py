@@ -42,6 +42,7 @@ def mistakes(x: Tensor) -> None:
     fastnorm.use("cuda")  # type: ignore[arg-type]
     fastnorm.adaptive_clip_grad_([x], unit_dims="rows")  # type: ignore[arg-type]
     fastnorm.clip_grad_norm_(x)  # type: ignore[call-arg]
+    fastnorm.Monitor(x)  # type: ignore[arg-type]
 
 
 def train(model: torch.nn.Module, x: Tensor) -> None:
@@ -56,7 +57,10 @@ def train(model: torch.nn.Module, x: Tensor) -> None:
     fastnorm.adaptive_clip_grad_(model, unit_dims="nfnets", exclude="0.weight")
     fastnorm.adaptive_clip_grad_(model.named_parameters(), exclude=[model, "0"])
     assert_type(fastnorm.clip_grad_norm_in_optimizer(optimizer, 1.0, skip_nonfinite=False), Tensor)
-    optimizer.step()
+    with assert_type(fastnorm.Monitor(model, optimizer, groups=str.upper, on_spike=print), fastnorm.Monitor) as monitor:
+        optimizer.step()
+    assert_type(monitor.last(wait=False), dict[str, Any])
+    assert_type(monitor.report(), str)
 
 
 def main() -> None:
