@@ -23,11 +23,11 @@ from fastnorm import monitor as package
 from fastnorm.clip import observers
 from fastnorm.monitor import rows
 
-CLIPS = {
+CLIPS = {  # what they return is the caller's, to be overwritten
     "none": lambda model, optimizer: None,
-    "clip_grad_norm_": lambda model, optimizer: fastnorm.clip_grad_norm_(model.parameters(), 0.5),
+    "clip_grad_norm_": lambda model, optimizer: fastnorm.clip_grad_norm_(model.parameters(), 0.5).zero_(),
     "infinity norm": lambda model, optimizer: fastnorm.clip_grad_norm_(model.parameters(), 0.05, "inf"),
-    "in optimizer": lambda model, optimizer: fastnorm.clip_grad_norm_in_optimizer(optimizer, 0.5),
+    "in optimizer": lambda model, optimizer: fastnorm.clip_grad_norm_in_optimizer(optimizer, 0.5).zero_(),
     "with norm": lambda model, optimizer: fastnorm.clip_grads_with_norm_(
         model.parameters(), 0.5, fastnorm.get_total_norm([p.grad for p in model.parameters()])
     ),
@@ -172,18 +172,24 @@ def test_a_clip_counts_for_its_own_step_only(zero):
                 assert monitor.last()["gradient_norm"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_of_two_clips_the_last_counts():
+@pytest.mark.parametrize("in_optimizer", [False, True])
+def test_of_two_clips_the_last_counts(in_optimizer):
     model = small_model()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=True)
 
     def clip(model, optimizer):
-        totals.append(fastnorm.clip_grad_norm_(model.parameters(), 0.5).item())
-        totals.append(fastnorm.clip_grad_norm_(model.parameters(), 0.25).item())
+        for threshold in (0.25, 0.5):
+            if in_optimizer:
+                totals.append(fastnorm.clip_grad_norm_in_optimizer(optimizer, threshold).item())
+            else:
+                totals.append(fastnorm.clip_grad_norm_(model.parameters(), threshold).item())
 
     totals = []
     with fastnorm.Monitor(model, optimizer) as monitor:
         list(train(model, optimizer, 1, clip))
-        assert monitor.last()["total_norm"] == pytest.approx(totals[1]) and monitor.last()["threshold"] == 0.25
+        last = monitor.last()
+    assert (last["total_norm"], last["threshold"]) == (pytest.approx(totals[1]), 0.5)
+    assert last["coefficient"] == pytest.approx(min(1.0, 0.5 / (totals[1] + 1e-6)))
 
 
 def test_other_models_clips_are_ignored():
@@ -438,6 +444,10 @@ def test_report_of_a_threshold_that_always_clips():
     with fastnorm.Monitor(model, optimizer) as monitor:
         list(train(model, optimizer, 2))
         assert "no clip of fastnorm ran" in monitor.report()
+        assert "exploding first at step 0: " in monitor.report(exploding_above=1e-3)
+        for bounds in ({"vanishing_below": 2.0, "exploding_above": 1.0}, {"ratio_above": 0.5}):
+            with pytest.raises(ValueError, match=next(iter(bounds))):
+                monitor.report(**bounds)
 
 
 def test_errors_of_on_spike_come_out_of_the_step():
@@ -794,8 +804,6 @@ def test_compiled_models_and_clips(fresh_dynamo):
         ({"groups": lambda name: None}, TypeError, "groups must give names, but gave NoneType for '0.weight'"),
         ({"dead_neurons": 3}, TypeError, "dead_neurons must be True, False or a tuple of classes"),
         ({"dead_neurons": (nn.ReLU(),)}, TypeError, "dead_neurons must be True, False or a tuple of classes"),
-        ({"vanishing_below": 2.0, "exploding_above": 1.0}, ValueError, "vanishing_below"),
-        ({"ratio_above": 0.5}, ValueError, "ratio_above"),
     ],
 )
 def test_bad_arguments(arguments, error, message):

@@ -72,11 +72,11 @@ class Monitor:
             or a NaN or infinite one.
         on_spike: called with the spike's row, as from `last()`, once it has arrived: on a CPU in the same step, on a
             GPU some steps later. What it raises comes out of the optimizer's step, after the update.
-        vanishing_below, exploding_above, ratio_above: as in `gradient_health`.
         first_step: the number of the first step.
 
     Raises:
-        TypeError, ValueError: for arguments that don't fit, by name.
+        TypeError: for an argument of the wrong type, by name.
+        ValueError: for one out of range, an optimizer of other parameters, a model without any.
         RuntimeError: at a step that is captured in a CUDA graph, which replays no hook. Make the monitor without the
             optimizer after the capture, and call `step()` after each replay.
     """
@@ -94,9 +94,6 @@ class Monitor:
         dead_neurons: bool | tuple[type[nn.Module], ...] = False,
         spike_factor: float = 5.0,
         on_spike: Callable[[dict[str, Any]], object] | None = None,
-        vanishing_below: float = 1e-7,
-        exploding_above: float = 1e3,
-        ratio_above: float = 100.0,
         first_step: int = 0,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -110,12 +107,11 @@ class Monitor:
         if on_spike is not None and not callable(on_spike):
             raise TypeError(f"on_spike must be a function of a dict, but got {type(on_spike).__name__}")
         check_kinds("dead_neurons", dead_neurons)
-        check_bounds(vanishing_below, exploding_above, ratio_above)
         named = dict(model.named_parameters())
         if not named:
             raise ValueError(f"model: {type(model).__name__} has no parameters")
         self.every, self.keep, self.updates_every, self.on_spike = every, keep, updates_every, on_spike
-        self.spike_factor, self.bounds = float(spike_factor), (vanishing_below, exploding_above, ratio_above)
+        self.spike_factor = float(spike_factor)
         group_names = grouped(list(named), groups)
         order = {name: i for i, name in enumerate(dict.fromkeys(group_names))}
         self._measurements = Measurements(list(named.values()))
@@ -286,12 +282,25 @@ class Monitor:
         """
         return plots.draw(self._records(), self._names, figure)
 
-    def report(self) -> str:
-        """In words: what clipped, spiked, and which layer vanished or exploded first, at which step."""
+    def report(
+        self, *, vanishing_below: float = 1e-7, exploding_above: float = 1e3, ratio_above: float = 100.0
+    ) -> str:
+        """In words: what clipped, spiked, and which layer vanished or exploded first, at which step.
+
+        Args:
+            vanishing_below: lower bound of a healthy gradient norm of a group.
+            exploding_above: upper bound of it.
+            ratio_above: largest norm / smallest norm above which those of the last step are uneven.
+
+        Raises:
+            ValueError: for bounds out of order.
+        """
+        check_bounds(vanishing_below, exploding_above, ratio_above)
         sizes = [0] * len(self._names.groups)
         for parameter, group in zip(self._measurements.parameters, self._names.group_of.tolist(), strict=True):
             sizes[group] += parameter.numel()
-        return report.in_words(self._records(), self._names, sizes, self.bounds, self.spike_factor)
+        bounds = vanishing_below, exploding_above, ratio_above
+        return report.in_words(self._records(), self._names, sizes, bounds, self.spike_factor)
 
     def close(self) -> None:
         """Removes all hooks. What was recorded can still be read."""
