@@ -206,23 +206,34 @@ def test_other_models_clips_are_ignored():
         assert monitor.last()["total_norm"] > 1.01 * alone and monitor.last()["threshold"] == 1.0
 
 
-def test_a_coefficient_for_each_gradient_and_a_threshold_on_the_device():
-    """As a clip by tensors tells."""
+@pytest.mark.parametrize("deferred", [False, True])
+def test_clip_policies(deferred):
+    """Their thresholds move on the device: AdaGC has a coefficient for each gradient, SpikeSkip skips steps."""
     model = small_model()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    state = torch.tensor([0.0, 3.0], dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, fused=True)
+    policy = fastnorm.SpikeSkip(factor=3.0, warmup=2) if deferred else fastnorm.AdaGC(warmup=2, lambda_rel=0.9)
+    expected = []
 
     def clip(model, optimizer):
-        grads = [p.grad for p in model.parameters()]
-        norms = torch.arange(1.0, 7.0)
-        observers.tell(grads, 2.0, norms, norms.norm(), state[1], torch.tensor([1, 1, 0.5, 1, 0.25, 1]))
-        state.zero_()
+        before = [norm(p.grad) for p in model.parameters()]
+        if deferred:
+            fastnorm.clip_grad_norm_in_optimizer(optimizer, policy)
+        else:
+            fastnorm.clip_grad_norm_(model.parameters(), policy)
+        after = [norm(p.grad) for p in model.parameters()]
+        factors = [b / a for a, b in zip(before, after, strict=True)]
+        expected.append((before, min(factors), policy.threshold, policy.skipped))
 
     with fastnorm.Monitor(model, optimizer) as monitor:
-        list(train(model, optimizer, 1, clip))
-        last = monitor.last()
-    assert list(last["gradient_norm"].values()) == [1, 2, 3, 4, 5, 6]
-    assert (last["coefficient"], last["threshold"], last["clipped"]) == (0.25, 3.0, True)
+        for i in train(model, optimizer, 6, clip, lambda i: i == 4 and model[0].weight.grad.mul_(1e3)):
+            before, smallest, threshold, skipped = expected[i]
+            last = monitor.last()
+            assert list(last["gradient_norm"].values()) == pytest.approx(before, rel=1e-5)
+            assert last["threshold"] == pytest.approx(threshold)
+            assert last["coefficient"] == pytest.approx(1.0 if deferred else min(smallest, 1.0), rel=1e-4)
+            assert last["skipped"] == (deferred and i == 4) and skipped == (deferred and i >= 4)
+        if not deferred:
+            assert monitor.to_numpy()["clipped"][2:].all() and monitor.to_numpy()["coefficient"][4] < 0.01
 
 
 @pytest.mark.parametrize(
@@ -675,7 +686,7 @@ def test_a_captured_step_is_refused(monkeypatch):
     model = small_model()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with fastnorm.Monitor(model, optimizer) as monitor:
-        monkeypatch.setattr(package, "is_capturing", lambda tensors: True)
+        monkeypatch.setattr(package, "is_capturing", lambda device: True)
         with pytest.raises(RuntimeError, match="a CUDA graph captures"):
             list(train(model, optimizer, 1))
         assert monitor.last() == {}

@@ -15,9 +15,10 @@ from torch.optim import Optimizer
 from ..clip import observers
 from ..clip.activations import RELU_LIKE
 from ..clip.health import check_bounds
+from ..clip.policy_base import is_capturing
 from . import plots, records, report
 from .arguments import check_count, check_kinds, grouped, innermost
-from .measurements import Measurements, is_capturing
+from .measurements import Measurements
 from .records import Names, Record, RunningMedian
 from .rows import Piece, Row, Transfer
 from .watch import ForwardWatch
@@ -141,7 +142,7 @@ class Monitor:
         self._pieces = self._measurements.weights = None  # of a step that raised
         if not self._measurements.is_due:
             return
-        if is_capturing(self._measurements.parameters):
+        if is_capturing(self._measurements.parameters[0].device):
             raise RuntimeError("Monitor can't record a step that a CUDA graph captures: its hooks are not replayed. "
                                "Close it, and make one without the optimizer after the capture: call its step() after "
                                "each replay")  # fmt: skip

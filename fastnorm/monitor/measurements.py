@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils.weak import TensorWeakRef
 from ..clip.health import dense
 from ..clip.norms import measure
 from ..clip.observers import Clip
+from ..clip.policy_base import is_capturing
 from .rows import Piece
 
 _GRAD = attrgetter("grad")
@@ -59,7 +60,7 @@ class Measurements:
 
     def clipping(self, clip: Clip) -> None:
         """Keeps what a clip tells, if it is of these parameters' gradients."""
-        if not self.is_due or is_capturing(clip.gradients):
+        if not self.is_due or is_capturing(clip.gradients[0].device):
             return
         positions = {id(g): i for i, g in enumerate(map(_GRAD, self.parameters)) if g is not None}
         where = [positions.get(id(gradient), -1) for gradient in clip.gradients]
@@ -124,8 +125,3 @@ def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
 def _version(tensor: Tensor) -> int:
     """It grows with every write; tensors of inference mode have none."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-def is_capturing(tensors: Iterable[Tensor]) -> bool:
-    """Whether a CUDA graph records what is done."""
-    return next(iter(tensors)).device.type == "cuda" and torch.cuda.is_current_stream_capturing()
