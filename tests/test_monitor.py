@@ -200,8 +200,10 @@ def test_other_models_clips_are_ignored():
         list(train(model, optimizer, 1, lambda *_: fastnorm.clip_grad_norm_(other.parameters(), 1.0)))
         assert monitor.last()["threshold"] is None and len(monitor.last()["gradient_norm"]) == 6
         # one clip of both: the total norm is that of the clip
-        both = lambda *_: fastnorm.clip_grad_norm_([*other.parameters(), *model.parameters()], 1.0)  # noqa: E731
-        next(train(model, optimizer, 1, both))
+        both = lambda *_: fastnorm.clip_grad_norm_([*model.parameters(), *other.parameters()], 1.0)  # noqa: E731
+        seen = []
+        next(train(model, optimizer, 1, both, lambda i: seen.extend(norm(p.grad) for p in model.parameters())))
+        assert list(monitor.last()["gradient_norm"].values()) == pytest.approx(seen)
         alone = math.sqrt(sum(x * x for x in monitor.last()["gradient_norm"].values()))
         assert monitor.last()["total_norm"] > 1.01 * alone and monitor.last()["threshold"] == 1.0
 
@@ -416,11 +418,16 @@ def test_skipped_steps_and_scaled_gradients():
 
 
 def explosion(factor):
-    """A training in which one layer's gradient explodes at step 25."""
+    """A training in which one layer's gradient explodes at step 25, and a little of that of the layer before."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(4)), nn.Linear(6, 1))
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
-    change = lambda i: i == 25 and model[2][0].weight.grad.mul_(factor)  # noqa: E731
+
+    def change(i):
+        if i == 25:
+            model[1][0].weight.grad.mul_(factor**0.9)
+            model[2][0].weight.grad.mul_(factor)
+
     return model, optimizer, train(model, optimizer, 30, CLIPS["clip_grad_norm_"], change)
 
 
@@ -437,6 +444,7 @@ def test_report_names_layer_and_step(factor, flag, number):
         report = monitor.report()
     line = next(line for line in report.splitlines() if line.startswith(flag))
     assert line.startswith(f"{flag} first at step 25: 2.0.weight (norm ") and number in line, report
+    assert "), and 1 more; in " in line
     if flag != "non-finite":  # whose clip makes all weights NaN
         assert "in 1 of 30 steps" in line and "last step: " in report.splitlines()[-1]
     if flag == "exploding":
@@ -718,8 +726,11 @@ def test_a_step_that_raises_leaves_no_row():
         with pytest.raises(ZeroDivisionError):
             list(train(model, optimizer, 1))
         handle.remove()
-        list(train(model, optimizer, 1))
-        assert monitor.to_numpy()["step"].tolist() == [0]
+        optimizer.step(lambda: model(torch.full((3, 6), 1e3)).sum().backward())
+        found = monitor.to_numpy()
+        assert found["step"].tolist() == [0] and found["total_norm"][0] == pytest.approx(
+            math.sqrt(sum(norm(p.grad) ** 2 for p in model.parameters()))
+        )
 
 
 def test_nothing_is_kept_alive_and_no_copy_of_the_model_reports():
@@ -728,6 +739,7 @@ def test_nothing_is_kept_alive_and_no_copy_of_the_model_reports():
     monitor = fastnorm.Monitor(model, optimizer, updates_every=1)
     copied, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     for other in (copied, pickled):
+        assert [hook.watch for hook in other[1]._forward_hooks.values()] == [None]
         other(torch.full((3, 6), 1e6)).sum().backward()
     list(train(model, optimizer, 3))
     assert all(rms < 100 for rms in monitor.last()["input_rms"].values())
