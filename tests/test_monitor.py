@@ -33,6 +33,7 @@ CLIPS = {  # what they return is the caller's, to be overwritten
     ),
     "torch's": lambda model, optimizer: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5),
     "torch's, patched": None,
+    "groups": lambda model, optimizer: fastnorm.clip_grad_groups_(model, {"0": 0.2, "*": 0.2}),
     "by layer": lambda model, optimizer: [fastnorm.clip_grad_norm_(p, 0.2) for p in model.parameters()],
 }
 
@@ -102,8 +103,10 @@ def test_values(name):
             assert last["total_norm"] == pytest.approx(total, rel=1e-5)
             if name in ("none", "torch's"):
                 assert last["coefficient"] is last["threshold"] is None and not last["clipped"]
-            elif name == "by layer":
-                coefficient = min(1.0, *(0.2 / (x + 1e-6) for x in expected.values()))
+            elif name in ("by layer", "groups"):
+                values = list(expected.values())
+                largest = max(values) if name == "by layer" else max(math.hypot(*values[:2]), math.hypot(*values[2:]))
+                coefficient = min(1.0, 0.2 / (largest + 1e-6))
                 assert last["coefficient"] == pytest.approx(coefficient, rel=1e-5)
                 assert last["threshold"] == pytest.approx(0.2)
             else:
