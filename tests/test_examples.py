@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_kernels")]
@@ -55,6 +56,17 @@ def test_norm_that_depends_on_the_batch_fails_its_claim(tmp_path, capsys, monkey
     assert script.main(["--quick", "--output", str(tmp_path)]) == 1
     failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILS")]
     assert len(failed) == 1 and "GroupNorm" in failed[0]
+
+
+@pytest.mark.parametrize("eigenvalues", [(3.0, 1.0, -5.0), (-1.0, -2.0, -4.0), (4.0, 2.0, -1.0)])
+def test_power_iteration_finds_the_largest_eigenvalue_even_if_another_has_the_largest_modulus(eigenvalues):
+    random = torch.Generator().manual_seed(0)
+    basis, _ = torch.linalg.qr(torch.randn(3, 3, generator=random, dtype=torch.float64))
+    parameters = [torch.nn.Parameter(torch.randn(n, generator=random, dtype=torch.float64)) for n in (1, 2)]
+    x = torch.cat(parameters)
+    loss = x @ basis @ torch.diag(torch.tensor(eigenvalues, dtype=torch.float64)) @ basis.T @ x / 2
+    found = load("learning_rate").largest_eigenvalue(loss, parameters, random)
+    assert found == pytest.approx(max(eigenvalues), rel=1e-3)
 
 
 @pytest.mark.parametrize("outcomes", [(True, False), (False,), ()])

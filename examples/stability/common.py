@@ -155,6 +155,7 @@ def fit(
     generator: torch.Generator,
     label: str,
     before_step: Callable[[], object] = lambda: None,
+    batch: int = BATCH,
 ) -> Training:
     """Trains on random batches and stops at the first loss that is not finite.
 
@@ -162,7 +163,7 @@ def fit(
     """
     training = Training()
     for step in progress(range(1, steps + 1), label):
-        index = torch.randint(len(data.train_x), (BATCH,), generator=generator)
+        index = torch.randint(len(data.train_x), (batch,), generator=generator)
         loss = cross_entropy(model(data.train_x[index]), data.train_y[index])
         training.losses.append(loss.item())
         if step % EVALUATE_EVERY == 0 or step == steps or training.diverged:
@@ -203,6 +204,12 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
     log_x, log_y = torch.tensor(x, dtype=torch.float64).log(), torch.tensor(y, dtype=torch.float64).log()
     centred = log_x - log_x.mean()
     return ((centred * log_y).sum() / centred.square().sum()).item()
+
+
+def means(values: Sequence[float], count: int = 10) -> tuple[list[int], list[float]]:
+    """The last step and the mean of each `count` steps, for a plot that noise would fill."""
+    last = range(count, len(values) + 1, count)
+    return list(last), [sum(values[step - count : step]) / count for step in last]
 
 
 def table(title: str, headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
