@@ -44,7 +44,7 @@ class Plain(nn.Module):
 
 
 class Residual(nn.Module):
-    """As many ReLU layers, each behind a norm that adds the layer before it to the stream."""
+    """As many ReLU layers, each behind a norm that adds the layer before it to the residual: h = branch + residual."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,11 +57,11 @@ class Residual(nn.Module):
         self.head = nn.Linear(WIDTH, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        branch, stream = torch.relu(self.inlet(x)), None
+        branch, residual = torch.relu(self.inlet(x)), None
         for layer in self.layers:
-            y, stream = layer["norm"](branch, stream)
+            y, residual = layer["norm"](branch, residual)
             branch = torch.relu(layer["linear"](y))
-        y, _ = self.norm(branch, stream)
+        y, _ = self.norm(branch, residual)
         return self.head(y)
 
 

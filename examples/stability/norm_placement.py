@@ -48,7 +48,7 @@ class Block(nn.Module):
 
 
 class PostNorm(nn.Module):
-    """h ← norm(h + f(h)): of the pair that the fused norm returns, the normalised one is the stream."""
+    """h ← norm(h + f(h)): of the pair that the fused norm returns, the first, which is normalised, goes on."""
 
     def __init__(self, depth: int, norm: type[nn.Module]) -> None:
         super().__init__()
@@ -71,11 +71,11 @@ class PreNorm(PostNorm):
         self.norm = norm(WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        branch, stream = self.inlet(x), None
+        branch, residual = self.inlet(x), None
         for block in self.blocks:
-            y, stream = block.norm(branch, stream)
+            y, residual = block.norm(branch, residual)
             branch = block.branch(y)
-        y, _ = self.norm(branch, stream)
+        y, _ = self.norm(branch, residual)
         return self.head(y)
 
 
