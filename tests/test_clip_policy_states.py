@@ -89,6 +89,19 @@ def test_a_full_history_grows_after_loading(served_by):
     assert policy.threshold == 1, "the oldest norm was overwritten"
 
 
+def test_a_history_without_bound_refuses_one_that_has_lost_norms(served_by):
+    """Places that were never written would count as norms of zero, and clip every gradient to zero."""
+    window, everything = fastnorm.AutoClip(0.0, 3), fastnorm.AutoClip(0.0)
+    for norm in (5.0, 6.0, 7.0, 8.0):
+        apply(window, [torch.tensor(norm)])
+        if norm == 7.0:
+            everything.load_state_dict(window.state_dict())  # none lost yet
+    with pytest.raises(ValueError, match=r"the last 3 of 4 norms, .* give history=3"):
+        everything.load_state_dict(window.state_dict())
+    apply(everything, [torch.tensor(9.0)])
+    assert everything.threshold == 5
+
+
 def test_states_that_do_not_fit(served_by):
     states = {}
     for name, make in EVERY.items():

@@ -133,7 +133,10 @@ class AutoClip(ClipPolicy):
     def _loaded(self, state_dict: Mapping[str, Any]) -> Memory | None:
         memory = super()._loaded(state_dict)
         if memory is not None:
-            memory.calls = int(memory.state[rules.COUNT])
+            memory.calls, capacity = int(memory.state[rules.COUNT]), memory.state.numel() - rules.HEADER
+            if self.history is None and memory.calls > capacity:  # what it grows by would count as norms of zero
+                raise ValueError(f"state has the last {capacity} of {memory.calls} norms, but AutoClip(history=None) "
+                                 f"needs all of them: give history={capacity}")  # fmt: skip
         return memory
 
     def _sizes(self, state_dict: Mapping[str, Any]) -> range:
