@@ -38,12 +38,13 @@ class ZClip(ClipPolicy):
 
     which is the lower, the larger the spike. Other steps are left alone. Then v = g, or v = threshold after a spike,
     enters: mean ← alpha · mean + (1 − alpha) · v, variance ← alpha · variance + (1 − alpha) · (v − mean)². The first
-    `warmup` norms are not clipped, and enter as they are: mean and variance are theirs.
+    `warmup` norms are not clipped, and enter as they are: mean and variance are theirs. After a warm-up of one norm the
+    variance is 0, so that larger norms are scaled to it until a smaller one comes.
 
     Args:
         alpha: share of the old average, in (0, 1].
         z_threshold: in standard deviations.
-        warmup: finite norms before the first clip, at least 1.
+        warmup: norms before the first clip, at least 1.
         eps: keeps z finite while all norms are equal.
         spikes_enter: whether a spike's threshold enters; False leaves the average as it was.
         max_norm: a cap on the threshold, in warm-up too; inf is none.
@@ -88,8 +89,9 @@ class AutoClip(ClipPolicy):
     Args:
         percentile: in [0, 100].
         history: how many of the latest norms count; None is all of them, as in the paper: the state then doubles its
-            memory where the number of calls reaches it, which a CUDA graph can't, and torch.compile compiles again for.
-        warmup: finite norms before the first clip.
+            memory where the number of calls reaches it. A CUDA graph can't, and torch.compile compiles again for it;
+            for a policy in a global variable at each of the first calls, and then no more.
+        warmup: norms before the first clip.
         max_norm: a cap on the threshold, in warm-up too; inf is none.
 
     Raises:
@@ -155,7 +157,7 @@ class AdaGC(ClipPolicy):
 
         hᵢ = min(lambda_rel · γᵢ / gᵢ, 1),    γᵢ ← beta · γᵢ + (1 − beta) · hᵢ · gᵢ,
 
-    and the tensor is multiplied by hᵢ. During the first `warmup` finite steps all tensors share
+    and the tensor is multiplied by hᵢ. During the first `warmup` steps all tensors share
     h = min(lambda_abs / (g + 1e-6), 1) with the total norm g, and γᵢ ← min(γᵢ, h · gᵢ). Beyond the paper: a norm of
     zero never enters γᵢ, as a tensor whose first gradients are zero, such as LoRA's A, would be frozen; and a tensor
     whose first norm comes after the warm-up starts its average with it.
@@ -167,7 +169,7 @@ class AdaGC(ClipPolicy):
         lambda_rel: bound on gᵢ / γᵢ.
         lambda_abs: bound on the total norm during warm-up.
         beta: share of the old average, in (0, 1].
-        warmup: finite steps before each tensor has its own bound.
+        warmup: steps before each tensor has its own bound.
         max_norm: a cap on the total norm after that, by one factor for all; inf is none. γᵢ takes norms from before it.
 
     Raises:
@@ -259,12 +261,12 @@ class SpikeSkip(ClipPolicy):
     If more than `max_consecutive` spikes follow one another, the norms have moved for good, or the model has diverged.
     "resume" takes that step, whose norm enters the mean, and counts anew. "raise" raises RuntimeError: on the CPU at
     once; elsewhere at a later call, as the count travels to the host while training goes on, and not from within a CUDA
-    graph.
+    graph. A NaN or infinite norm is no spike: its step is skipped, but neither counts here nor ends the row.
 
     Args:
         factor: of the mean, above which a norm is a spike; at least 1.
         beta: share of the old mean, in (0, 1].
-        warmup: finite norms before the first skip, at least 1.
+        warmup: norms before the first skip, at least 1.
         max_consecutive: spikes in a row that are skipped; None is any number.
         on_limit: "resume" or "raise", what to do with one more.
         max_norm: clips the steps that are taken, as a number does; inf is no clip.

@@ -53,7 +53,8 @@ class PolicyCall(NamedTuple):
 class ClipPolicy:
     """The base of `ZClip`, `AutoClip`, `AdaGC` and `SpikeSkip`, which stand where `max_norm` does.
 
-    A policy learns from every call, so one policy belongs to one model, and to one norm_type. Its constants can't be
+    A policy learns from every call, so one policy belongs to one model, and to one norm_type. Norms of zero, NaN and
+    infinity enter no statistics and don't count for a warm-up. Its constants can't be
     changed; for others, make a new policy and load the state. Copies and pickles have a state of their own.
 
     The state is made at the first call, on the device of the first gradient, and is changed in place, so that CUDA
