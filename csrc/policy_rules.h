@@ -40,6 +40,9 @@ struct Statistics {
 
 FASTNORM_RULE bool is_finite(double x) { return x - x == 0; }
 
+// Whether a total norm moves the statistics. Averages of zeros would scale all that follows to zero.
+FASTNORM_RULE bool enters(double norm) { return is_finite(norm) && norm != 0; }
+
 // min(ratio, 1); NaN stays NaN.
 FASTNORM_RULE double bounded(double ratio) { return ratio > 1 ? 1 : ratio; }
 
@@ -98,7 +101,7 @@ template <class Team>
 FASTNORM_RULE double autoclip(const Policy& policy, Team& team, Statistics& s) {
   const double percentile = policy.constants[1], warmup = policy.constants[2];
   double* const ring = policy.state + HEADER;
-  if (is_finite(team.total())) {
+  if (enters(team.total())) {
     if (team.is_first()) {
       ring[static_cast<int64_t>(s.count) % policy.size] = team.total();
     }
@@ -139,7 +142,7 @@ FASTNORM_RULE bool adagc(const Policy& policy, Team& team, bool is_warm) {
   team.each(team.tensors(), [&](int64_t i) {
     const double own = factor(i), norm = team.norm(i), average = averages[i];
     clips |= team.write(i, own * cap);
-    if (!is_finite(total) || norm == 0) {
+    if (!enters(total) || norm == 0) {
       return;  // a tensor whose first gradients are zero would be frozen for ever
     }
     if (!is_warm) {
@@ -151,8 +154,8 @@ FASTNORM_RULE bool adagc(const Policy& policy, Team& team, bool is_warm) {
   return clips;
 }
 
-// Writes the coefficients and whether to skip the step, and moves the state. A norm that isn't finite moves nothing but
-// what is counted of the calls.
+// Writes the coefficients and whether to skip the step, and moves the state. A norm that is zero or not finite moves
+// nothing but what is counted of the calls.
 template <class Team>
 FASTNORM_RULE void decide(const Policy& policy, Team& team) {
   double* const state = policy.state;
@@ -188,7 +191,7 @@ FASTNORM_RULE void decide(const Policy& policy, Team& team) {
   }
   const bool skips = is_spike || !is_finite(total);
   team.write_skip(skips);
-  if (is_finite(total)) {
+  if (enters(total)) {
     state[COUNT] = s.count;
     state[MEAN] = s.mean;
     state[VARIANCE] = s.variance;

@@ -21,7 +21,7 @@ ZCLIP, AUTOCLIP, ADAGC, SPIKE_SKIP = range(4)
 
 
 class _Ruling(NamedTuple):
-    """moved: the state if the norm is finite, but for the fields that all rules share. threshold: 0-d, before the cap.
+    """moved: the state if the norm enters it, but for the fields that all rules share. threshold: 0-d, before the cap.
 
     factors: (tensors,), where each tensor has its own. spike: 0-d, whether the step is to be skipped.
     """
@@ -42,7 +42,8 @@ def decide(
 ) -> tuple[Tensor, Tensor]:
     """Moves the state in place. Returns coefficient, () or (tensors,), like total_norm, and skip, (), float32.
 
-    A norm that is not finite enters no statistics: it is counted, and skipped.
+    A norm that is zero or not finite enters no statistics: averages of zeros would scale all that follows to zero. Both
+    are counted, and what isn't finite is skipped.
 
     Args:
         total_norm: ().
@@ -60,13 +61,18 @@ def decide(
     factors = clip_coefficient(norm, threshold) if ruling.factors is None else ruling.factors
     coefficient = factors.to(total_norm.dtype)
     skip = ~finite if ruling.spike is None else ~finite | ruling.spike
-    after = torch.where(finite, ruling.moved, state)
+    enters = _enters(norm)
+    after = torch.where(enters, ruling.moved, state)
     after[THRESHOLD] = threshold
     after[STEPS] += 1
-    after[CLIPPED] += finite & (coefficient < 1).any()
+    after[CLIPPED] += enters & (coefficient < 1).any()
     after[SKIPPED] += skip
     state.copy_(after)
     return coefficient, skip.float()
+
+
+def _enters(norm: Tensor) -> Tensor:
+    return norm.isfinite() & (norm != 0)
 
 
 def _zclip(
@@ -100,7 +106,7 @@ def _autoclip(
     moved = state.clone()
     moved[HEADER:] = torch.where(places == state[COUNT] % capacity, norm, state[HEADER:])
     moved[COUNT] += 1
-    with_norm = torch.where(norm.isfinite(), moved, state)
+    with_norm = torch.where(_enters(norm), moved, state)
     count = with_norm[COUNT]
     filled = count.clamp(max=capacity)
     ordered = torch.where(places < filled, with_norm[HEADER:], torch.inf).sort().values

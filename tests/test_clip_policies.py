@@ -120,6 +120,28 @@ def test_zeros_do_not_freeze_a_tensor(served_by):
     assert torch.equal(after[0], first)
 
 
+ZEROS = {
+    "zclip": lambda: fastnorm.ZClip(warmup=2),
+    "autoclip": lambda: fastnorm.AutoClip(10.0),
+    "autoclip_window": lambda: fastnorm.AutoClip(50.0, 4),
+    "adagc": lambda: fastnorm.AdaGC(warmup=2, lambda_abs=inf),
+    "spikeskip": lambda: fastnorm.SpikeSkip(warmup=2),
+}
+
+
+@pytest.mark.parametrize("name", ZEROS)
+def test_norms_of_zero_enter_nothing(name, clip_device):
+    """Such as those of a group of LoRA's A alone: with averages of zeros, each step after them would be zero."""
+    policy, without = ZEROS[name](), ZEROS[name]()
+    grad = torch.tensor([3.0, 4.0], device=clip_device)
+    for factor in (0.0, 0.0, 0.0, 1.0, 0.0, 1.5, 0.5, 6.0):
+        after = apply(policy, [factor * grad])
+        if factor:
+            assert torch.equal(after[0], apply(without, [factor * grad])[0])
+            assert policy.threshold == without.threshold
+    assert (policy.steps, without.steps, policy.skipped) == (8, 4, without.skipped)
+
+
 @on_a_card_too
 @pytest.mark.parametrize("name", ["zclip", "autoclip_window"])
 def test_a_fused_step_clips_as_clip_then_step(name, served_by):

@@ -37,6 +37,12 @@ def _is_finite(x):
 
 
 @triton.jit
+def _enters(norm):
+    """Whether a total norm moves the statistics. Averages of zeros would scale all that follows to zero."""
+    return _is_finite(norm) & (norm != 0.0)
+
+
+@triton.jit
 def _bounded(ratio):
     """min(ratio, 1); NaN stays NaN."""
     return tl.where(ratio > 1.0, 1.0, ratio)
@@ -120,7 +126,7 @@ def _neighbours(ring_ptr, filled, place, norm, rank, BLOCK: tl.constexpr):
 @triton.jit
 def _autoclip(ring_ptr, size, norm, count, percentile, warmup, BLOCK: tl.constexpr):
     """AutoClip's threshold, count after the norm, and the norm's place in the ring, or −1 if it doesn't enter."""
-    enters = _is_finite(norm)
+    enters = _enters(norm)
     place = tl.where(enters, count.to(tl.int64) % size, -1)
     count = tl.where(enters, count + 1.0, count)
     threshold = tl.cast(_INFINITY, tl.float64)
@@ -173,7 +179,7 @@ def _adagc(
         clips |= (mask & (coefficients < 1.0)).to(tl.int32)
         early = tl.where(factors * norms < averages, factors * norms, averages)
         late = tl.where(averages == _INFINITY, norms, beta * averages + (1.0 - beta) * (factors * norms))
-        if _is_finite(total):
+        if _enters(total):
             # without zeros: a tensor whose first gradients are zero would be frozen for ever
             tl.store(averages_ptr + places, tl.where(is_warm, late, early), mask=mask & (norms != 0.0))
     return tl.max(clips, axis=0) != 0
@@ -202,7 +208,7 @@ def _policy_kernel(
     rounded = root(fold(sums_ptr, 0, count, KIND, BLOCK), KIND, P).to(dtype)
     tl.store(total_ptr, rounded)
     total = rounded.to(tl.float64)
-    is_finite = _is_finite(total)
+    enters = _enters(total)
     is_spike = total < 0.0  # no norm is
     new_mean, new_variance, new_consecutive = old_mean, old_variance, old_consecutive
     if RULE == _ZCLIP:
@@ -211,7 +217,7 @@ def _policy_kernel(
         )  # fmt: skip
     elif RULE == _AUTOCLIP:
         threshold, new_count, place = _autoclip(state_ptr + _HEADER, size, total, old_count, a, b, BLOCK)
-        tl.store(state_ptr + _HEADER + place, total, mask=is_finite)
+        tl.store(state_ptr + _HEADER + place, total, mask=enters)
     elif RULE == _ADAGC:
         is_warm = old_count >= d
         clips = _adagc(
@@ -232,13 +238,13 @@ def _policy_kernel(
         clips = coefficient < 1.0
     skips = is_spike | (total - total != 0.0)
     tl.store(skip_ptr, skips.to(tl.float32))
-    tl.store(state_ptr + _COUNT, new_count, mask=is_finite)
-    tl.store(state_ptr + _MEAN, new_mean, mask=is_finite)
-    tl.store(state_ptr + _VARIANCE, new_variance, mask=is_finite)
-    tl.store(state_ptr + _CONSECUTIVE, new_consecutive, mask=is_finite)
+    tl.store(state_ptr + _COUNT, new_count, mask=enters)
+    tl.store(state_ptr + _MEAN, new_mean, mask=enters)
+    tl.store(state_ptr + _VARIANCE, new_variance, mask=enters)
+    tl.store(state_ptr + _CONSECUTIVE, new_consecutive, mask=enters)
     tl.store(state_ptr + _THRESHOLD, threshold)
     tl.store(state_ptr + _STEPS, steps + 1.0)
-    tl.store(state_ptr + _CLIPPED, clipped + (is_finite & clips).to(tl.float64))
+    tl.store(state_ptr + _CLIPPED, clipped + (enters & clips).to(tl.float64))
     tl.store(state_ptr + _SKIPPED, skipped + skips.to(tl.float64))
 
 
