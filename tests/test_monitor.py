@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastnorm
 from fastnorm import monitor as package
 from fastnorm.clip import observers
-from fastnorm.monitor import rows
+from fastnorm.monitor import measurements, rows
 
 CLIPS = {  # what they return is the caller's, to be overwritten
     "none": lambda model, optimizer: None,
@@ -211,6 +211,16 @@ def test_other_models_clips_are_ignored():
         assert monitor.last()["total_norm"] > 1.01 * alone and monitor.last()["threshold"] == 1.0
 
 
+@pytest.mark.parametrize("name", ["clip_grad_norm_", "in optimizer", "with norm", "groups"])
+def test_other_models_clips_read_none_of_the_gradients(name, monkeypatch):
+    """Another thread may write them meanwhile, in its backward pass."""
+    model, other = small_model(), small_model()
+    optimizer = torch.optim.AdamW(other.parameters(), 0.05, fused=True)
+    with fastnorm.Monitor(model):
+        monkeypatch.setattr(measurements, "_GRAD", pytest.fail)
+        list(train(other, optimizer, 1, CLIPS[name]))
+
+
 @pytest.mark.parametrize("deferred", [False, True])
 def test_clip_policies(deferred):
     """Their thresholds move on the device: AdaGC has a coefficient for each gradient, SpikeSkip skips steps."""
@@ -381,6 +391,19 @@ def test_a_plain_loop():
             else:
                 assert monitor.last()["update_ratio"] == {}
             assert set(monitor.last()["input_rms"]) == ({"1"} if i % 2 == 0 else set())
+
+
+def test_unfreezing_between_two_steps():
+    """One layer frozen and one of the same shape unfrozen, as in training layer by layer."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False))
+    with fastnorm.Monitor(model, updates_every=1) as monitor:
+        monitor.step()
+        model[0].requires_grad_(False)
+        model[1].requires_grad_(True)
+        monitor.step()
+        assert monitor.last()["update_ratio"] == {"0.weight": 0, "0.bias": 0}
+        monitor.step()
+        assert monitor.last()["update_ratio"] == {"1.weight": 0, "1.bias": 0}
 
 
 def test_closures_compute_gradients_inside_the_step():

@@ -107,7 +107,7 @@ def clip_grad_norm_in_optimizer(
         limit.finish()
     if not gradients:
         return total_norm
-    observers.tell(gradients, norm_type, norms, total_norm, limit, coefficient)
+    observers.tell(params, gradients, norm_type, norms, total_norm, limit, coefficient)
     grad_scale = coefficient.reciprocal().to(torch.float32)
     found_inf: Tensor | None = skip
     if not skip_nonfinite:

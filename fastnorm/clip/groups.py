@@ -119,7 +119,7 @@ def _clip(
         if isinstance(limit, PolicyCall):
             limit.finish()
         total_norm, coefficient, _, norms = measured[key]
-        observers.tell(grads[key], norm_type, norms, total_norm, limit, coefficient)
+        observers.tell(groups[key].owners, grads[key], norm_type, norms, total_norm, limit, coefficient)
         scale_(grads[key], coefficient)
     return {key: measured[key].total_norm if key in measured else torch.tensor(0.0) for key in groups}
 

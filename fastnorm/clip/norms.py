@@ -95,7 +95,8 @@ def clip_grads_with_norm_(
     Raises:
         RuntimeError: for foreach=True on a device without torch._foreach operations.
     """
-    grads = lists.gradients(lists.listed(parameters)[0])
+    params, _ = lists.listed(parameters)
+    grads = lists.gradients(params)
     max_norm = float(max_norm)
     if not grads:
         return
@@ -103,7 +104,7 @@ def clip_grads_with_norm_(
     total_norm = total_norm.full_tensor() if distributed.is_dtensor(total_norm) else total_norm
     total_norm = total_norm.float() if total_norm.dtype in _HALVES else total_norm
     coefficient = policy_rules.clip_coefficient(total_norm, max_norm)
-    observers.tell(grads, 2.0, None, total_norm, max_norm, coefficient)
+    observers.tell(params, grads, 2.0, None, total_norm, max_norm, coefficient)
     scale_(grads, coefficient)
 
 
@@ -171,7 +172,7 @@ def clip_grad_norm_(
         raise_if_nonfinite(measured, norm_type, names, over)
     if isinstance(limit, PolicyCall):
         limit.finish()
-    observers.tell(grads, norm_type, measured.norms, measured.total_norm, limit, measured.coefficient)
+    observers.tell(params, grads, norm_type, measured.norms, measured.total_norm, limit, measured.coefficient)
     if kept:
         scale_(grads, measured.coefficient, [id(p) in kept for p in owners])
     elif values is grads and len(parts) == 1:

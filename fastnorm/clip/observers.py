@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,10 +16,11 @@ from .policy_base import PolicyCall
 class Clip(NamedTuple):
     """A clip that has measured, and not written yet.
 
-    norms: (gradients,), of the order norm_type; None if the clip was given the total norm. threshold: what total_norm,
+    parameters: whose gradients; some may have none. norms: (gradients,), of the order norm_type; None if the clip was given the total norm. threshold: what total_norm,
     (), is clipped to. coefficient: (), or (gradients,), one for each.
     """
 
+    parameters: Sequence[Tensor]
     gradients: list[Tensor]
     norm_type: float
     norms: Tensor | None
@@ -41,12 +43,14 @@ def add(observer: Observer) -> None:
 
 
 def remove(observer: Observer) -> None:
-    _observers[:] = [reference for reference in _observers if reference() is not observer]
+    for reference in list(_observers):  # which another thread may lengthen meanwhile
+        if reference() is observer:
+            _observers.remove(reference)
 
 
 def tell(
-    gradients: list[Tensor], norm_type: float, norms: Tensor | None, total_norm: Tensor, limit: float | PolicyCall,
-    coefficient: Tensor,
+    parameters: Sequence[Tensor], gradients: list[Tensor], norm_type: float, norms: Tensor | None, total_norm: Tensor,
+    limit: float | PolicyCall, coefficient: Tensor,
 ) -> None:  # fmt: skip
     """Tells all observers of a clip, before it writes. limit: max_norm, or the policy's call that has decided."""
     if not _observers or not gradients or torch.compiler.is_compiling():
@@ -55,4 +59,4 @@ def tell(
     for reference in list(_observers):
         observer = reference()
         if observer is not None:
-            observer.clipping(Clip(gradients, norm_type, norms, total_norm, threshold, coefficient))
+            observer.clipping(Clip(parameters, gradients, norm_type, norms, total_norm, threshold, coefficient))

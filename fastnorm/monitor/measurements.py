@@ -50,6 +50,7 @@ class Measurements:
 
     def __init__(self, parameters: list[Tensor]) -> None:
         self.parameters = parameters
+        self.ids = set(map(id, parameters))
         self.is_due = True  # whether clips are listened to
         self.positions: list[list[int]] = []  # those of the last rows, which share them
         self.forget()
@@ -57,10 +58,15 @@ class Measurements:
     def forget(self) -> None:
         self.told: list[_Told] = []  # by clips since the last step
         self.weights: list[Tensor] | None = None  # copies of those before the step
+        self.copied: list[int] = []  # their positions
 
     def clipping(self, clip: Clip) -> None:
         """Keeps what a clip tells, if it is of these parameters' gradients."""
-        if not self.is_due or is_capturing(clip.gradients[0].device):
+        # Gradients of others are not looked at: another thread may be in their backward pass, which writes .grad
+        # without the GIL.
+        if not self.is_due or self.ids.isdisjoint(map(id, clip.parameters)):
+            return
+        if is_capturing(clip.gradients[0].device):
             return
         positions = {id(g): i for i, g in enumerate(map(_GRAD, self.parameters)) if g is not None}
         where = [positions.get(id(gradient), -1) for gradient in clip.gradients]
@@ -92,13 +98,14 @@ class Measurements:
         return pieces
 
     def copy_weights(self) -> None:
-        self.weights = [p.detach().clone() for p in self.parameters if p.requires_grad]
+        self.copied = [i for i, p in enumerate(self.parameters) if p.requires_grad]
+        self.weights = [self.parameters[i].detach().clone() for i in self.copied]
 
     def measure_updates(self) -> list[Piece]:
         """Norms of the copied weights, and of what has changed since."""
-        where = self._shared([i for i, p in enumerate(self.parameters) if p.requires_grad])
+        where = self._shared(self.copied)
         before, after = self.weights, [self.parameters[i] for i in where]
-        if not before or list(map(_kind, before)) != list(map(_kind, after)):  # unfrozen, moved or cast since
+        if not before or list(map(_kind, before)) != list(map(_kind, after)):  # moved or cast since
             return []
         weights = _norms(before)
         torch._foreach_sub_(before, after)
