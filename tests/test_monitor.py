@@ -15,6 +15,7 @@ from typing import ClassVar
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -288,6 +289,14 @@ def test_groups(groups):
             assert math.isnan(monitor.to_numpy()["gradient_norm"][0, 3])
 
 
+def test_groups_know_all_names_of_a_tied_parameter():
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    model["b"].weight = model["a"].weight
+    for groups in ({"b.weight": "tied"}, {"a.weight": "tied", "b.weight": "other"}):
+        with fastnorm.Monitor(model, groups=groups) as monitor:
+            assert monitor.names == ("tied", "a.bias", "b.bias")
+
+
 def test_frozen_tied_sparse_and_unused_parameters():
     model = nn.ModuleDict({"embed": nn.Embedding(9, 4, sparse=True), "a": nn.Linear(4, 4), "unused": nn.Linear(4, 4)})
     model["b"] = nn.Linear(4, 4, bias=False)
@@ -479,6 +488,15 @@ def test_report_names_layer_and_step(factor, flag, number):
         assert "update ratios |Δw|/|w| at step 20: from " in report
 
 
+def test_report_of_a_first_step():
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    with fastnorm.Monitor(model, optimizer, first_step=7) as monitor:
+        list(train(model, optimizer, 1, lambda m, o: fastnorm.clip_grad_norm_(m.parameters(), 1e-4)))
+        assert monitor.report().startswith("1 step recorded, step 7: total norm ")
+        assert "clipped 1 of 1 steps" in monitor.report() and "safety net" not in monitor.report()
+
+
 def test_report_of_a_threshold_that_always_clips():
     model = small_model()
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
@@ -559,6 +577,17 @@ def test_tensorboard_gets_each_row_once():
         other = Writer()
         monitor.to_tensorboard(other)
         assert len(other.scalars) == len(writer.scalars) and other.scalars[0][0] == "fastnorm/total_norm"
+
+
+def test_any_writer_will_do():
+    """One without weak references or a hash, too."""
+    model, written = small_model(), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    writer = types.SimpleNamespace(add_scalar=lambda tag, number, step: written.append((tag, step)))
+    with fastnorm.Monitor(model, optimizer) as monitor:
+        for _ in train(model, optimizer, 3):
+            monitor.to_tensorboard(writer)
+    assert [step for tag, step in written if tag == "fastnorm/total_norm"] == [0, 1, 2]
 
 
 def test_plot(monkeypatch):
@@ -833,6 +862,23 @@ def test_compiled_models_and_clips(fresh_dynamo):
         assert monitor.last()["input_rms"] == {} and len(monitor.last()["gradient_norm"]) == 6
 
 
+def test_compiled_steps(fresh_dynamo):
+    """The hooks are not traced: one graph, and all rows."""
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    counter = CompileCounter()
+    step, totals = torch.compile(optimizer.step, backend=counter), []
+    with fastnorm.Monitor(model, optimizer, updates_every=2) as monitor:
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(torch.randn(16, 6)).square().mean().backward()
+            totals.append(fastnorm.clip_grad_norm_(model.parameters(), 0.5).item())
+            step()
+        found = monitor.to_numpy()
+    assert found["total_norm"].tolist() == totals and (found["update_ratio"][::2] > 0).all()
+    assert counter.frame_count == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -846,6 +892,7 @@ def test_compiled_models_and_clips(fresh_dynamo):
         ({"flush_every": -1}, ValueError, "flush_every must be at least 1"),
         ({"first_step": -1}, ValueError, "first_step must be at least 0"),
         ({"spike_factor": 1}, ValueError, "spike_factor must be a number above 1, but got 1"),
+        ({"spike_factor": "5"}, TypeError, "spike_factor must be a number above 1, but got str"),
         ({"spike_factor": math.nan}, ValueError, "spike_factor must be a number above 1"),
         ({"on_spike": "log"}, TypeError, "on_spike must be a function"),
         ({"groups": 3}, TypeError, "groups must be a dict or a function of names, but got int"),

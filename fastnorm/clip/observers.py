@@ -16,8 +16,8 @@ from .policy_base import PolicyCall
 class Clip(NamedTuple):
     """A clip that has measured, and not written yet.
 
-    parameters: whose gradients; some may have none. norms: (gradients,), of the order norm_type; None if the clip was given the total norm. threshold: what total_norm,
-    (), is clipped to. coefficient: (), or (gradients,), one for each.
+    parameters: whose gradients; some may have none. norms: (gradients,), of the order norm_type; None if the clip was
+    given the total norm. threshold: what total_norm, (), is clipped to. coefficient: (), or (gradients,), one for each.
     """
 
     parameters: Sequence[Tensor]

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -103,7 +102,9 @@ class Monitor:
         for name, count in counts.items():
             check_count(name, count)
         check_count("first_step", first_step, least=0)
-        if not isinstance(spike_factor, (int, float)) or not spike_factor > 1:
+        if not isinstance(spike_factor, (int, float)):
+            raise TypeError(f"spike_factor must be a number above 1, but got {type(spike_factor).__name__}")
+        if not spike_factor > 1:
             raise ValueError(f"spike_factor must be a number above 1, but got {spike_factor!r}")
         if on_spike is not None and not callable(on_spike):
             raise TypeError(f"on_spike must be a function of a dict, but got {type(on_spike).__name__}")
@@ -113,7 +114,7 @@ class Monitor:
             raise ValueError(f"model: {type(model).__name__} has no parameters")
         self.every, self.keep, self.updates_every, self.on_spike = every, keep, updates_every, on_spike
         self.spike_factor = float(spike_factor)
-        group_names = grouped(list(named), groups)
+        group_names = grouped(model, list(named), groups)
         order = {name: i for i, name in enumerate(dict.fromkeys(group_names))}
         self._measurements = Measurements(list(named.values()))
         self._optimizer = None if optimizer is None else innermost(optimizer, self._measurements.parameters)
@@ -124,14 +125,15 @@ class Monitor:
         self._pieces: list[Piece] | None = None  # between the optimizer's hooks
         self._transfer, self._median = Transfer(flush_every), RunningMedian()
         self._rows: deque[Row] = deque(maxlen=keep)
-        self._written: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # the last step, by TensorBoard writer
+        self._written: dict[int, tuple[Any, int]] = {}  # TensorBoard writers and their last steps, by the writer's id
         self._step, self._next_updates = first_step, first_step
         self._handles: list[Any] = []
         if self._optimizer is not None:
+            # A compiled step calls them as they are: traced, they would be a dozen graphs.
+            before, after = map(torch.compiler.disable, (self._before_step, self._after_step))
             self._handles += [
-                self._optimizer.register_step_pre_hook(self._before_step),
-                self._optimizer.register_step_post_hook(self._after_step),
-            ]
+                self._optimizer.register_step_pre_hook(before), self._optimizer.register_step_post_hook(after)
+            ]  # fmt: skip
         self._prepare()
         observers.add(self._measurements)
 
@@ -267,10 +269,11 @@ class Monitor:
             prefix: of the tags, which go on as in gradient_norm/layer.weight.
             wait: for the device. Without it, only rows that have arrived are written: for a call in the loop.
         """
-        for record in self._records(wait, self._written.get(writer, -1)):
+        _, last = self._written.get(id(writer), (writer, -1))
+        for record in self._records(wait, last):
             for name, number in record.scalars(self._names):
                 writer.add_scalar(prefix + name, number, record.step)
-            self._written[writer] = record.step
+            self._written[id(writer)] = writer, record.step
 
     def plot(self, figure: Figure | None = None) -> Figure:
         """Draws the total norm over the steps, with threshold, clipped steps and spikes, and the norms of all groups.

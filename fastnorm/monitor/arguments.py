@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
@@ -35,15 +35,17 @@ def innermost(optimizer: Any, parameters: Sequence[Tensor]) -> Optimizer:
     return optimizer
 
 
-def grouped(names: list[str], groups: Any) -> list[str]:
-    """The group of each parameter."""
+def grouped(model: nn.Module, names: list[str], groups: Any) -> list[str]:
+    """The group of each parameter. Of the names of a tied parameter, the first in the dict counts."""
     if groups is None:
         return names
     if isinstance(groups, Mapping):
-        unknown = [key for key in groups if key not in names]
+        named = dict(model.named_parameters(remove_duplicate=False))
+        unknown = [key for key in groups if key not in named]
         if unknown:
             raise ValueError(f"groups: no parameter is called {unknown[0]!r}")
-        found = [groups.get(name, name) for name in names]
+        given = {id(named[key]): group for key, group in reversed(list(groups.items()))}
+        found = [given.get(id(named[name]), name) for name in names]
     elif callable(groups):
         found = list(map(groups, names))
     else:

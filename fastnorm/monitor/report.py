@@ -11,6 +11,7 @@ from .records import Names, Record
 
 _SHOWN = 5  # how many steps a list names
 _ALWAYS = 0.9  # the share of clipped steps above which a threshold is a learning rate
+_FEW = 10  # with fewer clips, such as those of a warm-up's start, the share says nothing
 
 
 def in_words(
@@ -34,7 +35,8 @@ def _norms(record: Record) -> list[float | None]:
 
 
 def _totals(records: Sequence[Record]) -> str:
-    line = f"{len(records)} steps recorded, {records[0].step} to {records[-1].step}"
+    first, last = records[0].step, records[-1].step
+    line = f"{len(records)} steps recorded, {first} to {last}" if len(records) > 1 else f"1 step recorded, step {first}"
     finite = [r for r in records if math.isfinite(r.total_norm)]
     if not finite:
         return f"{line}: no total norm is finite"
@@ -52,7 +54,7 @@ def _clips(records: Sequence[Record]) -> str:
     line = f"clipped {len(clipped)} of {len(with_clip)} steps ({share:.0%})"
     if clipped:
         line += f", the smallest coefficient is {min(r.coefficient for r in clipped):.2g}"
-    if share > _ALWAYS:
+    if share > _ALWAYS and len(with_clip) >= _FEW:
         line += "; a threshold that always clips is no safety net: it sets the size of the steps"
     return line
 
