@@ -506,7 +506,7 @@ def test_report_of_a_threshold_that_always_clips():
         assert "no safety net" in monitor.report() and "last step: healthy" in monitor.report()
     with fastnorm.Monitor(model, optimizer) as monitor:
         list(train(model, optimizer, 2))
-        assert "no clip of fastnorm ran" in monitor.report()
+        assert "no clip of fastnorm counted" in monitor.report()
         assert "exploding first at step 0: " in monitor.report(exploding_above=1e-3)
         for bounds in ({"vanishing_below": 2.0, "exploding_above": 1.0}, {"ratio_above": 0.5}):
             with pytest.raises(ValueError, match=next(iter(bounds))):
@@ -805,6 +805,27 @@ def test_nothing_is_kept_alive_and_no_copy_of_the_model_reports():
     del model, monitor, optimizer, copied, pickled, other
     gc.collect()
     assert [reference() for reference in gone] == [None] * 4
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_a_module_with_its_monitor_can_be_copied(copied):
+    """As a LightningModule has it. The copy's monitor has the rows, and records nothing."""
+    module = nn.Module()
+    module.model = model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with fastnorm.Monitor(model, optimizer, dead_neurons=True, on_spike=lambda row: None) as monitor:
+        module.monitor = monitor
+        list(train(model, optimizer, 3, CLIPS["clip_grad_norm_"]))
+        model(torch.ones(2, 6)).sum().backward()
+        fastnorm.clip_grad_norm_(model.parameters(), 0.1)
+        other = copied(module)
+        fastnorm.clip_grad_norm_(other.model.parameters(), 0.1)
+        optimizer.step()
+        assert other.monitor.last()["step"] == 2 and other.monitor.names == monitor.names
+        other.monitor.close()
+        list(train(model, optimizer, 1, CLIPS["clip_grad_norm_"]))
+        assert monitor.last()["step"] == 4 and monitor.last()["threshold"] == 0.5
+        assert other.monitor.report().startswith("3 steps recorded, 0 to 2")
 
 
 def test_training_is_unchanged():

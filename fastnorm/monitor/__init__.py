@@ -314,6 +314,13 @@ class Monitor:
         observers.remove(self._measurements)
         self._measurements.forget()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has what was recorded, and no hooks: a module that has its monitor can be copied and saved."""
+        self._transfer.flush()
+        self._collect(wait=True)
+        nothing = {"_handles": [], "_written": {}, "_pieces": None, "_optimizer": None, "on_spike": None}
+        return {**self.__dict__, **nothing}
+
     def __enter__(self) -> Monitor:
         return self
 

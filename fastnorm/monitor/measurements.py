@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,9 @@ class Measurements:
         self.told: list[_Told] = []  # by clips since the last step
         self.weights: list[Tensor] | None = None  # copies of those before the step
         self.copied: list[int] = []  # their positions
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "ids": set(), "told": [], "weights": None}
 
     def clipping(self, clip: Clip) -> None:
         """Keeps what a clip tells, if it is of these parameters' gradients."""

@@ -48,7 +48,7 @@ def _totals(records: Sequence[Record]) -> str:
 def _clips(records: Sequence[Record]) -> str:
     with_clip = [r for r in records if r.has_clip]
     if not with_clip:
-        return "no clip of fastnorm ran"
+        return "no clip of fastnorm counted: none ran, or the gradients changed after it"
     clipped = [r for r in with_clip if r.clipped]
     share = len(clipped) / len(with_clip)
     line = f"clipped {len(clipped)} of {len(with_clip)} steps ({share:.0%})"

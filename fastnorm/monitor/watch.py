@@ -63,6 +63,9 @@ class ForwardWatch:
     def add_output(self, name: str, output: Tensor) -> None:
         self._zeros.add(name, output)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handles": []}
+
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
