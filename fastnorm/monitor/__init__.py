@@ -318,8 +318,8 @@ class Monitor:
         """A copy has what was recorded, and no hooks: a module that has its monitor can be copied and saved."""
         self._transfer.flush()
         self._collect(wait=True)
-        nothing = {"_handles": [], "_written": {}, "_pieces": None, "_optimizer": None, "on_spike": None}
-        return {**self.__dict__, **nothing}
+        state = {**self.__dict__, "_handles": [], "_written": {}}
+        return {**state, "_pieces": None, "_optimizer": None, "on_spike": None}
 
     def __enter__(self) -> Monitor:
         return self
