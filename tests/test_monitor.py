@@ -497,6 +497,22 @@ def test_report_of_a_first_step():
         assert "clipped 1 of 1 steps" in monitor.report() and "safety net" not in monitor.report()
 
 
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_clip_counts_for_the_gradients_that_it_measured(place):
+    """One that changed after it, wherever it is in the list, makes the row that of the gradients at the step."""
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+
+    def clip_and_change(model, optimizer):
+        fastnorm.clip_grad_norm_(model.parameters(), 1e3)
+        list(model.parameters())[place].grad.mul_(100).add_(1)
+
+    with fastnorm.Monitor(model, optimizer) as monitor:
+        for _ in train(model, optimizer, 1, clip_and_change):
+            expected = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+            assert monitor.last()["total_norm"] == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_report_of_a_threshold_that_always_clips():
     model = small_model()
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)

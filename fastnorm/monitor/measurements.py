@@ -35,15 +35,20 @@ class _Told:
         self.pieces = [
             Piece("norms", norms, where), Piece("coefficient", clip.coefficient), Piece("threshold", threshold.clone())
         ]  # fmt: skip
-        place = next(i for i, position in enumerate(where) if position >= 0)
-        self.position = where[place]
-        self.gradient = TensorWeakRef(clip.gradients[place])
-        self.version = _version(clip.gradients[place])
+        self.gradients = [(position, id(g), _version(g)) for position, g in zip(where, clip.gradients, strict=True)
+                          if position >= 0]  # fmt: skip
+        first = next(i for i, position in enumerate(where) if position >= 0)
+        self.first = TensorWeakRef(clip.gradients[first])  # without it another list might have the same ids
 
     def holds(self, gradients: list[Tensor | None]) -> bool:
-        gradient = gradients[self.position]
-        # The clip itself writes once, after it has told.
-        return gradient is not None and gradient is self.gradient() and _version(gradient) <= self.version + 1
+        if self.first() is None:
+            return False
+        for position, identity, version in self.gradients:
+            gradient = gradients[position]
+            # The clip itself writes once, after it has told.
+            if gradient is None or id(gradient) != identity or _version(gradient) > version + 1:
+                return False
+        return True
 
 
 class Measurements:
