@@ -75,12 +75,10 @@ FASTNORM_RULE bool is_skipped(const double* constants, double norm, Statistics& 
   const bool resumes = constants[5] != 0 && max_consecutive > 0 && s.consecutive >= max_consecutive;
   const bool is_warm = s.count >= warmup;
   if (is_warm && norm > factor * s.mean && !resumes) {
-    s.consecutive += 1;
     return true;
   }
   s.count += 1;
   s.mean = is_warm ? beta * s.mean + (1 - beta) * norm : s.mean + (norm - s.mean) / s.count;
-  s.consecutive = 0;
   return false;
 }
 
@@ -195,9 +193,9 @@ FASTNORM_RULE void decide(const Policy& policy, Team& team) {
     state[COUNT] = s.count;
     state[MEAN] = s.mean;
     state[VARIANCE] = s.variance;
-    state[CONSECUTIVE] = s.consecutive;
     state[CLIPPED] += clips;
   }
+  state[CONSECUTIVE] = skips ? s.consecutive + 1 : 0;
   state[THRESHOLD] = threshold;
   state[STEPS] += 1;
   state[SKIPPED] += skips;

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Fields of the header. COUNT: norms that entered the statistics. CONSECUTIVE: spikes skipped in a row. THRESHOLD: that
+# Fields of the header. COUNT: norms that entered the statistics. CONSECUTIVE: steps skipped in a row. THRESHOLD: that
 # of the last call. STEPS: calls. CLIPPED: calls that return a coefficient below 1. SKIPPED: calls that return skip = 1.
 COUNT, MEAN, VARIANCE, CONSECUTIVE, THRESHOLD, STEPS, CLIPPED, SKIPPED = range(8)
 HEADER = 8
@@ -63,6 +63,7 @@ def decide(
     skip = ~finite if ruling.spike is None else ~finite | ruling.spike
     enters = _enters(norm)
     after = torch.where(enters, ruling.moved, state)
+    after[CONSECUTIVE] = torch.where(skip, state[CONSECUTIVE] + 1, 0)
     after[THRESHOLD] = threshold
     after[STEPS] += 1
     after[CLIPPED] += enters & (coefficient < 1).any()
@@ -156,10 +157,7 @@ def _spike_skip(
     moved = state.clone()
     moved[COUNT] = count + 1
     moved[MEAN] = torch.where(warm, beta * mean + (1 - beta) * norm, mean + (norm - mean) / (count + 1))
-    moved[CONSECUTIVE] = 0
-    skipped = state.clone()
-    skipped[CONSECUTIVE] += 1
-    return _Ruling(torch.where(spike, skipped, moved), torch.full_like(norm, max_norm), None, spike)
+    return _Ruling(torch.where(spike, state, moved), torch.full_like(norm, max_norm), None, spike)
 
 
 _RULES = {ZCLIP: _zclip, AUTOCLIP: _autoclip, ADAGC: _adagc, SPIKE_SKIP: _spike_skip}

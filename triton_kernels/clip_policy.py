@@ -72,15 +72,12 @@ def _zclip(norm, count, mean, variance, alpha, z_threshold, warmup, eps, spikes_
 
 @triton.jit
 def _spike_skip(norm, count, mean, consecutive, factor, beta, warmup, max_consecutive, resume):
-    """Whether SpikeSkip skips the step, and count, mean and consecutive after the norm."""
+    """Whether SpikeSkip skips the step, and count and mean after the norm."""
     is_warm = count >= warmup
     may_skip = (resume == 0.0) | (max_consecutive <= 0.0) | (consecutive < max_consecutive)
     is_spike = is_warm & (norm > factor * mean) & may_skip
     average = tl.where(is_warm, beta * mean + (1.0 - beta) * norm, mean + (norm - mean) / (count + 1.0))
-    return (
-        is_spike, tl.where(is_spike, count, count + 1.0), tl.where(is_spike, mean, average),
-        tl.where(is_spike, consecutive + 1.0, 0.0),
-    )  # fmt: skip
+    return is_spike, tl.where(is_spike, count, count + 1.0), tl.where(is_spike, mean, average)
 
 
 @triton.jit
@@ -210,7 +207,7 @@ def _policy_kernel(
     total = rounded.to(tl.float64)
     enters = _enters(total)
     is_spike = total < 0.0  # no norm is
-    new_mean, new_variance, new_consecutive = old_mean, old_variance, old_consecutive
+    new_mean, new_variance = old_mean, old_variance
     if RULE == _ZCLIP:
         threshold, new_count, new_mean, new_variance = _zclip(
             total, old_count, old_mean, old_variance, a, b, c, d, e
@@ -228,9 +225,7 @@ def _policy_kernel(
         new_count = old_count + 1.0
     else:
         threshold = max_norm
-        is_spike, new_count, new_mean, new_consecutive = _spike_skip(
-            total, old_count, old_mean, old_consecutive, a, b, c, d, e
-        )
+        is_spike, new_count, new_mean = _spike_skip(total, old_count, old_mean, old_consecutive, a, b, c, d, e)
     threshold = tl.where(threshold > max_norm, max_norm, threshold)
     if RULE != _ADAGC:
         coefficient = _bounded(threshold / (total + 1e-6)).to(dtype)
@@ -241,7 +236,7 @@ def _policy_kernel(
     tl.store(state_ptr + _COUNT, new_count, mask=enters)
     tl.store(state_ptr + _MEAN, new_mean, mask=enters)
     tl.store(state_ptr + _VARIANCE, new_variance, mask=enters)
-    tl.store(state_ptr + _CONSECUTIVE, new_consecutive, mask=enters)
+    tl.store(state_ptr + _CONSECUTIVE, tl.where(skips, old_consecutive + 1.0, 0.0))
     tl.store(state_ptr + _THRESHOLD, threshold)
     tl.store(state_ptr + _STEPS, steps + 1.0)
     tl.store(state_ptr + _CLIPPED, clipped + (enters & clips).to(tl.float64))

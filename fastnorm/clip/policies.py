@@ -258,16 +258,16 @@ class SpikeSkip(ClipPolicy):
     Only `clip_grad_norm_in_optimizer` can skip a step without waiting for the device, so `clip_grad_norm_` refuses this
     policy.
 
-    If more than `max_consecutive` spikes follow one another, the norms have moved for good, or the model has diverged.
-    "resume" takes that step, whose norm enters the mean, and counts anew. "raise" raises RuntimeError: on the CPU at
-    once; elsewhere at a later call, as the count travels to the host while training goes on, and not from within a CUDA
-    graph. A NaN or infinite norm is no spike: its step is skipped, but neither counts here nor ends the row.
+    If more than `max_consecutive` steps in a row are skipped, the norms have moved for good, or the model has diverged.
+    "resume" takes the next spike's step, whose norm enters the mean, and counts anew. "raise" raises RuntimeError: on
+    the CPU at once; elsewhere at a later call, as the count travels to the host while training goes on, and not from
+    within a CUDA graph. A NaN or infinite norm is skipped, too, and counts; its step is never taken.
 
     Args:
         factor: of the mean, above which a norm is a spike; at least 1.
         beta: share of the old mean, in (0, 1].
         warmup: norms before the first skip, at least 1.
-        max_consecutive: spikes in a row that are skipped; None is any number.
+        max_consecutive: steps in a row that are skipped; None is any number.
         on_limit: "resume" or "raise", what to do with one more.
         max_norm: clips the steps that are taken, as a number does; inf is no clip.
 
@@ -343,9 +343,9 @@ class SpikeSkip(ClipPolicy):
         count = int(header[rules.CONSECUTIVE])
         if self.max_consecutive is not None and count > self.max_consecutive:
             raise RuntimeError(f"SpikeSkip has skipped {count} steps in a row, more than max_consecutive="
-                               f"{self.max_consecutive}: the norms stay above {self.factor} times their mean of "
-                               f"{header[rules.MEAN]:.3g}. Go on from an earlier checkpoint or with a lower learning "
-                               "rate, or call reset() to learn a new mean")  # fmt: skip
+                               f"{self.max_consecutive}: the norms are NaN, infinite, or above {self.factor} times "
+                               f"their mean of {header[rules.MEAN]:.3g}. Go on from an earlier checkpoint or with a "
+                               "lower learning rate, or call reset() to learn a new mean")  # fmt: skip
 
     def reset(self) -> None:
         super().reset()

@@ -86,10 +86,11 @@ class Spikes:
     def __call__(self, total):
         factor, beta, warmup, limit = self.constants
         if not math.isfinite(total):
+            self.row += 1
             return True
         if len(self.early) < warmup:
             self.early.append(total)
-            self.mean = float(np.mean(self.early))
+            self.row, self.mean = 0, float(np.mean(self.early))
             return False
         if total > factor * self.mean and (limit is None or self.row < limit):
             self.row += 1
