@@ -38,8 +38,9 @@ def tool(name: str) -> ModuleType:
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_python_of_a_page_runs(page):
-    """Block by block, in one namespace, as a reader pastes them."""
+def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
+    """Block by block, in one namespace, as a reader pastes them; what they write goes to a folder of the test's."""
+    monkeypatch.chdir(tmp_path)
     text = page.read_text(encoding="utf-8")
     names: dict = {"__name__": "page"}
     for block in BLOCK.finditer(text):

@@ -51,7 +51,8 @@ def chosen(request: pytest.FixtureRequest, marker: str) -> list[tuple[str, dict[
     """Name, parameters and cell of each test with the marker. A run of some of the files collects all in another
     process; of several workers one does it, and the others wait."""
     found = request.config.stash[FOUND]
-    if not all(Path(argument).absolute() in (TESTS, TESTS.parent) for argument in request.config.args):
+    start = request.config.invocation_params.dir
+    if not all(start / argument in (TESTS, TESTS.parent) for argument in request.config.args):
         report = shared_folder(request.getfixturevalue("tmp_path_factory")) / "collected.json"
         environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
         environment["PYTHONPATH"] = str(TESTS)
