@@ -42,8 +42,8 @@ OPERATIONS = {
     "group_norm": Operation("channel norm", ("GroupNorm",)),
     "clip_grad_norm": Operation(
         "clip",
-        ("clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "clip_grad_norm_in_optimizer",
-         "get_total_norm", "gradient_health"),
+        ("clip_grad_norm_", "clip_grad_value_", "clip_grad_groups_", "clip_grads_with_norm_",
+         "clip_grad_norm_in_optimizer", "get_total_norm", "gradient_health"),
         has_formula=False,
     ),
     "adaptive_clip_grad": Operation("clip", ("adaptive_clip_grad_",), has_formula=False),
