@@ -20,7 +20,7 @@ from .labels import duration
 from .real_model import contrastive_loss, load
 from .timing import Runner, interleave, paired_ratio, quartiles, timer_for
 
-STEPS = 10
+STEPS = 20
 CLIPS = {
     "clip_grad_norm_": lambda model: fastnorm.clip_grad_norm_(model.parameters(), 1.0),
     "no clip": lambda model: None,

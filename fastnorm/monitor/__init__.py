@@ -89,7 +89,7 @@ class Monitor:
         keep: int = 1000,
         *,
         groups: Mapping[str, str] | Callable[[str], str] | None = None,
-        updates_every: int = 10,
+        updates_every: int = 20,
         flush_every: int = 10,
         dead_neurons: bool | tuple[type[nn.Module], ...] = False,
         spike_factor: float = 5.0,
