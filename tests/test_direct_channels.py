@@ -332,6 +332,7 @@ def test_plain_evaluation_is_the_same_both_ways(monkeypatch):
                 assert_same(found, through_python(monkeypatch, lambda c=case, t=tensors: everything(c, t)))
 
 
+@pytest.mark.slow
 @pytest.mark.triton
 @operations
 def test_both_ways_launch_the_same_kernels(op, monkeypatch):
