@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnorm
 from helpers.environment import SIMULATED, TORCH
+from helpers.syncs import Syncs
 
 SHAPES = {"BatchNorm1d": (4, 6), "BatchNorm2d": (4, 6, 3, 2), "BatchNorm3d": (2, 6, 2, 3, 2),
           "SyncBatchNorm": (3, 6, 5), "GroupNorm": (3, 6, 4, 2)}  # fmt: skip
@@ -129,22 +129,10 @@ def test_tracking_is_switched_off_and_on(device):
     assert_same(ours, stock, x_for("BatchNorm2d").to(device))
 
 
-class ReadsOfTheDevice(TorchDispatchMode):
-    """Counts the numbers that are taken off tensors, for each of which a GPU is waited for."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {}))
-
-
 def test_the_cumulative_average_does_not_wait_for_the_device(device):
     counts = []
     for module in pair("BatchNorm2d", momentum=None):
-        with ReadsOfTheDevice() as reads:
+        with Syncs() as reads:
             module.to(device)(x_for("BatchNorm2d").to(device))
         counts.append(reads.count)
     assert counts == [0, 1], "stock's module shows that the count counts"

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fastnorm
-from helpers.clipping import Syncs
+from helpers.syncs import Syncs
 
 pytestmark = pytest.mark.usefixtures("users_backend")
 inf, nan = math.inf, math.nan

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import fastnorm
-from helpers.clipping import Syncs, give_gradient
+from helpers.clipping import give_gradient
 from helpers.environment import TORCH
+from helpers.syncs import Syncs
 
 OPTIMIZERS = {
     "adam": (torch.optim.Adam, {"lr": 1e-2}),

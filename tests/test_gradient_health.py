@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnorm
 from helpers.drawing import examples
+from helpers.syncs import Syncs
 
 
 def named(**norms):
@@ -119,30 +119,18 @@ def test_a_net_whose_gradients_vanish():
     assert len({len(line) for line in printed.splitlines()[2:-2] if line.endswith("vanishing")}) == 1
 
 
-class Calls(TorchDispatchMode):
-    """Counts what reads numbers back to the host."""
-
-    def __init__(self):
-        super().__init__()
-        self.items = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.items += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {}))
-
-
 def test_one_host_sync(monkeypatch):
     net = deep_sigmoid_net()
     net(torch.randn(8, 16)).sum().backward()
     lists = []
     stock = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: lists.append(self.numel()) or stock(self))
-    with Calls() as calls:
+    with Syncs() as calls:
         fastnorm.gradient_health(net)
-    assert (calls.items, lists) == (0, [1 + 26])
-    with Calls() as calls:
+    assert (calls.count, lists) == (0, [1 + 26])
+    with Syncs() as calls:
         fastnorm.dead_neurons(net, torch.randn(8, 16), layers=(nn.Sigmoid,))
-    assert (calls.items, lists[1:]) == (0, [12])
+    assert (calls.count, lists[1:]) == (0, [12])
 
 
 def test_sparse_gradients_are_added_up():

@@ -4,24 +4,11 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnorm
 
 inf, nan = math.inf, math.nan
 HALVES = (torch.float16, torch.bfloat16)
-
-
-class Syncs(TorchDispatchMode):
-    """Counts what makes the host wait for a device."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {}))
 
 
 def parameters_with(grads) -> list[nn.Parameter]:
