@@ -300,6 +300,13 @@ def all_readable(tensors: Sequence[torch.Tensor]) -> bool | None:
     return bool(_native.all_readable(tensors))
 
 
+def have_shapes(tensors: Sequence[torch.Tensor], shapes: list[torch.Size]) -> bool:
+    """Whether the tensors have these shapes, one for each, in order."""
+    if _native is not None and not torch.compiler.is_compiling() and _native.have_shapes(tensors, shapes):
+        return True
+    return [tensor.shape for tensor in tensors] == shapes  # also what is not plain
+
+
 def _choose(op: str, x: torch.Tensor) -> tuple[str, str]:
     forced = _forced
     if forced == "reference":

@@ -41,18 +41,26 @@ def _older_build(difference: str) -> ImportError:
     return ImportError(f"{reason}: build it again as it was built, or delete it and run: {build.COMMAND}")
 
 
+def _function(name: str) -> Any:
+    """What the extension has by this name beside the operators."""
+    if not hasattr(_C, name):
+        raise _older_build(f"without {name}")
+    return getattr(_C, name)
+
+
 globals().update({name: _define(operator) for name, operator in operators.OPERATORS.items()})
-# Checks of lists of tensors: whether kernels can read them, and a key of their addresses and sizes (csrc/lists.h).
-all_readable, list_key = _C.all_readable, _C.list_key
+# Checks of lists of tensors: whether kernels can read them, whether they have the shapes of a list, and a key of their
+# addresses and sizes (csrc/lists.h).
+all_readable, have_shapes, list_key = map(_function, ("all_readable", "have_shapes", "list_key"))
 
 # Whole calls with autograd (csrc/calls.h); they return NotImplemented for wrong or unusual arguments.
 _row_norms = enumerate(("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"))
-calls = {name: partial(_C.row_norm, number) for number, name in _row_norms}
-calls |= {"batch_norm": _C.batch_norm, "group_norm": _C.group_norm}
+calls = {name: partial(_function("row_norm"), number) for number, name in _row_norms}
+calls |= {name: _function(name) for name in ("batch_norm", "group_norm")}
 # call_operator(name, *arguments) runs an operator of the Triton backend by its launch plan; plan_count() counts them.
-call_operator, plan_count = _C.call_operator, _C.plan_count
+call_operator, plan_count = map(_function, ("call_operator", "plan_count"))
 # The address of a C function with the parameters of cuLaunchKernel that does nothing, to measure the host's time.
-LAUNCH_NOTHING = _C.LAUNCH_NOTHING
+LAUNCH_NOTHING = _function("LAUNCH_NOTHING")
 
 
 def build_info() -> dict[str, object]:

@@ -177,19 +177,23 @@ def test_the_steps_add_an_operation(tmp_path):
 
 
 CHANGES = {
-    "an argument more": ("operators.py", "float eps, bool subtract_mean", "int count, ", "row_norm_forward"),
+    "an argument more": (
+        "operators.py", "float eps, bool subtract_mean", "int count, ", "with another signature of row_norm_forward",
+    ),
+    "a function more": ("native.py", "^_library =", "del _C.have_shapes\n", "without have_shapes"),
     "definitions of its own": (
         "native.py", "^_library =", "_older = torch.library.Library('fastnorm', 'DEF')\n"
-        "_older.define('batch_norm_statistics(Tensor x, MemoryFormat format) -> Tensor')\n", "batch_norm_statistics",
+        "_older.define('batch_norm_statistics(Tensor x, MemoryFormat format) -> Tensor')\n",
+        "with another signature of batch_norm_statistics",
     ),
 }  # fmt: skip
 
 
 @needs_extension
-@pytest.mark.parametrize("file, place, text, operator", CHANGES.values(), ids=CHANGES)
-def test_another_build_is_not_used(file, place, text, operator, tmp_path):
+@pytest.mark.parametrize("file, place, text, difference", CHANGES.values(), ids=CHANGES)
+def test_another_build_is_not_used(file, place, text, difference, tmp_path):
     """The dispatcher compares signatures when the operators are defined; the formula serves, and the reason is told."""
     insert(copy_of_the_package(tmp_path) / "fastnorm" / file, place, text)
     code = "import torch, fastnorm; print(fastnorm.backend.statuses()['native'].detail);"
     said = run(tmp_path, code + "print(fastnorm.RMSNorm(8)(torch.ones(2, 8)))")
-    assert f"is an older build, with another signature of {operator}: " in said and build.COMMAND in said
+    assert f"is an older build, {difference}: " in said and build.COMMAND in said

@@ -15,6 +15,29 @@ inf, nan = math.inf, math.nan
 NORM_TYPES = (2.0, 1.0, inf, -inf, 0.0, -1.0, 0.5, 3.0, 1.7, -2.5)
 
 
+def test_shapes_of_lists():
+    tensors = [torch.ones(()), torch.ones(3), torch.ones(2, 0, 5), torch.ones(300, 2).T, torch.eye(3).to_sparse()]
+    shapes = [t.shape for t in tensors]
+    assert native.have_shapes(tensors, shapes) and native.have_shapes(tuple(tensors), list(map(tuple, shapes)))
+    assert native.have_shapes([], [])
+    others = (0, (1,)), (1, ()), (1, (4,)), (1, (2**70,)), (1, [3]), (1, (3.0,)), (2, (2, 0)), (3, (300, 2))
+    for place, shape in others:
+        assert not native.have_shapes(tensors, [*shapes[:place], shape, *shapes[place + 1 :]])
+    assert not native.have_shapes(tensors, shapes[:4]) and not native.have_shapes(tensors[:4], shapes)
+    with pytest.raises(TypeError, match="expected tensors, but got int"):
+        native.have_shapes([3], [(3,)])
+    with pytest.raises(TypeError):
+        native.have_shapes(tensors, tuple(shapes))
+
+
+def test_only_clipped_tensors_are_touched():
+    """A write would make the copy that these clones have put off."""
+    tensors = [torch.ones(70)._lazy_clone() for _ in range(4)]
+    native.multi_tensor_scale_(tensors, torch.tensor([1.0, 0.5, 2.0, nan]))
+    assert [torch._C._is_cow_tensor(t) for t in tensors] == [True, False, True, False]
+    assert tensors[1].eq(0.5).all() and tensors[3].isnan().all()
+
+
 def norm_of(tensors, norm_type=2.0):
     return native.multi_tensor_norm(tensors, norm_type, 1.0)[0].item()
 

@@ -183,28 +183,21 @@ void multi_tensor_scale_(at::TensorList tensors, const Tensor& coefficient) {
   const Dtype dtype = dtype_from(coefficient.scalar_type());
   TORCH_CHECK_TYPE(dtype == Dtype::f32 || dtype == Dtype::f64, "fastnorm: expected coefficient in float32 or float64");
   const Tensor values = coefficient.contiguous();
-  const auto factor = [&](int64_t i) -> double {
-    return dtype == Dtype::f64 ? values.const_data_ptr<double>()[i] : values.const_data_ptr<float>()[i];
-  };
-  if (!is_per_tensor && factor(0) >= 1) {
-    return;
-  }
-  std::vector<Span> spans = spans_of(tensors, "tensors", Access::write);
+  const double* const wide = dtype == Dtype::f64 ? values.const_data_ptr<double>() : nullptr;
+  const float* const narrow = wide == nullptr ? values.const_data_ptr<float>() : nullptr;
+  std::vector<Span> spans;
   std::vector<double> factors;
-  if (!is_per_tensor) {
-    factors.push_back(factor(0));
-  } else {
-    for (size_t i = 0; i < spans.size(); ++i) {
-      if (!(factor(i) >= 1)) {
-        spans[factors.size()] = spans[i];
-        factors.push_back(factor(i));
-      }
+  spans.reserve(tensors.size());
+  factors.reserve(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const size_t place = is_per_tensor ? i : 0;
+    const double factor = wide != nullptr ? wide[place] : narrow[place];
+    if (!(factor >= 1)) {
+      spans.push_back(span_of(tensors[i], "tensors", Access::write));
+      factors.push_back(factor);
     }
-    spans.resize(factors.size());
   }
-  change(spans, [&](const Span& run, int64_t span) {
-    kernels(run.dtype).scale(run.data, run.n, factors[is_per_tensor ? span : 0]);
-  });
+  change(spans, [&](const Span& run, int64_t span) { kernels(run.dtype).scale(run.data, run.n, factors[span]); });
 }
 
 void multi_tensor_clamp_(at::TensorList tensors, double bound) {
@@ -214,17 +207,21 @@ void multi_tensor_clamp_(at::TensorList tensors, double bound) {
 
 }  // namespace
 
+Span span_of(const Tensor& tensor, const char* name, Access access) {
+  TORCH_CHECK(tensor.device().is_cpu(), "fastnorm: expected ", name, " on the CPU, got ", tensor.device());
+  TORCH_CHECK(tensor.is_non_overlapping_and_dense(), "fastnorm: expected ", name,
+              " without gaps and overlaps, got strides ", tensor.strides(), " for the shape ", tensor.sizes());
+  const Dtype dtype = dtype_from(tensor.scalar_type());
+  // mutable_data_ptr also makes the copy that a lazily cloned (copy-on-write) tensor needs before a write
+  void* data = access == Access::write ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
+  return {static_cast<char*>(data), tensor.numel(), dtype};
+}
+
 std::vector<Span> spans_of(at::TensorList tensors, const char* name, Access access) {
   std::vector<Span> spans;
   spans.reserve(tensors.size());
   for (const Tensor& tensor : tensors) {
-    TORCH_CHECK(tensor.device().is_cpu(), "fastnorm: expected ", name, " on the CPU, got ", tensor.device());
-    TORCH_CHECK(tensor.is_non_overlapping_and_dense(), "fastnorm: expected ", name,
-                " without gaps and overlaps, got strides ", tensor.strides(), " for the shape ", tensor.sizes());
-    const Dtype dtype = dtype_from(tensor.scalar_type());
-    // mutable_data_ptr also makes the copy that a lazily cloned (copy-on-write) tensor needs before a write
-    void* data = access == Access::write ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
-    spans.push_back({static_cast<char*>(data), tensor.numel(), dtype});
+    spans.push_back(span_of(tensor, name, access));
   }
   return spans;
 }

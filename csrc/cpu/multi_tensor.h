@@ -24,7 +24,10 @@ inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype ==
 
 enum class Access { read, write };
 
-// Each tensor's span, in storage order. Raises unless all are on the CPU, dense, and of one of the four dtypes.
+// A tensor's span, in storage order. Raises unless it is on the CPU, dense, and of one of the four dtypes.
+Span span_of(const at::Tensor& tensor, const char* name, Access access);
+
+// Each tensor's span.
 std::vector<Span> spans_of(at::TensorList tensors, const char* name, Access access);
 
 // Whether two spans share memory, as those of a tensor that is listed twice.

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import backend
 from .. import policy_rules as rules
 from .policy_base import (
     ClipPolicy,
@@ -217,18 +218,18 @@ class AdaGC(ClipPolicy):
         self, memory: Memory, tensors: Sequence[Tensor], names: list[str] | None, norm_type: float
     ) -> None:
         super()._require_same(memory, tensors, names, norm_type)
-        shapes, known = [t.shape for t in tensors], memory.shapes or []
+        known = memory.shapes or []
         remedy = "AdaGC needs the same gradients at every call: call reset() to begin anew"
-        if len(shapes) != len(known):
-            raise RuntimeError(f"AdaGC's state is of {len(known)} gradients, but got {len(shapes)}. {remedy}")
+        if len(tensors) != len(known):
+            raise RuntimeError(f"AdaGC's state is of {len(known)} gradients, but got {len(tensors)}. {remedy}")
         if names is not None and memory.names is not None and names != memory.names:
             one, other = next((a, b) for a, b in zip(memory.names, names, strict=True) if a != b)
             raise RuntimeError(f"AdaGC's state is of {one}, where the list now has {other}. {remedy}")
-        if shapes != known:
-            place = next(i for i, (a, b) in enumerate(zip(shapes, known, strict=True)) if a != b)
+        if not backend.have_shapes(tensors, known):
+            place = next(i for i, (t, shape) in enumerate(zip(tensors, known, strict=True)) if t.shape != shape)
             culprit = names[place] if names else f"gradient {place}"
             raise RuntimeError(f"AdaGC's state is of {culprit} with the shape {tuple(known[place])}, but it has "
-                               f"{tuple(shapes[place])}. {remedy}")  # fmt: skip
+                               f"{tuple(tensors[place].shape)}. {remedy}")  # fmt: skip
 
     def _loaded(self, state_dict: Mapping[str, Any]) -> Memory | None:
         memory = super()._loaded(state_dict)
