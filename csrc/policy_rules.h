@@ -46,22 +46,25 @@ FASTNORM_RULE bool enters(double norm) { return is_finite(norm) && norm != 0; }
 // min(ratio, 1); NaN stays NaN.
 FASTNORM_RULE double bounded(double ratio) { return ratio > 1 ? 1 : ratio; }
 
-// The threshold of ZClip. A spike enters the statistics as its threshold, or not at all.
+// The threshold of ZClip. A spike enters the statistics as its threshold, or not at all; nor does what has no finite
+// square, as an infinite variance would stay for ever.
 FASTNORM_RULE double zclip(const double* constants, double norm, Statistics& s) {
   const double alpha = constants[1], z_threshold = constants[2], warmup = constants[3], eps = constants[4];
   const bool spikes_enter = constants[5] != 0;
   const double deviation = norm - s.mean;
   if (s.count < warmup) {
-    s.count += 1;
-    s.mean += deviation / s.count;
-    s.variance += (deviation * (norm - s.mean) - s.variance) / s.count;
+    if (norm * norm < INFINITY) {
+      s.count += 1;
+      s.mean += deviation / s.count;
+      s.variance += (deviation * (norm - s.mean) - s.variance) / s.count;
+    }
     return INFINITY;
   }
   const double std = std::sqrt(s.variance), z = deviation / (std + eps);
   const bool is_spike = z > z_threshold;
   const double threshold = is_spike ? s.mean + z_threshold * std / (z / z_threshold) : INFINITY;
-  if (!is_spike || spikes_enter) {
-    const double entering = is_spike ? threshold : norm;
+  const double entering = is_spike ? threshold : norm;
+  if ((!is_spike || spikes_enter) && entering * entering < INFINITY) {
     s.count += 1;
     s.mean = alpha * s.mean + (1 - alpha) * entering;
     s.variance = alpha * s.variance + (1 - alpha) * ((entering - s.mean) * (entering - s.mean));
@@ -140,8 +143,10 @@ FASTNORM_RULE bool adagc(const Policy& policy, Team& team, bool is_warm) {
   team.each(team.tensors(), [&](int64_t i) {
     const double own = factor(i), norm = team.norm(i), average = averages[i];
     clips |= team.write(i, own * cap);
-    if (!enters(total) || norm == 0) {
-      return;  // a tensor whose first gradients are zero would be frozen for ever
+    // A tensor whose first gradients are zero would be frozen for ever. Norms of a negative order may have a finite
+    // total although one of them is infinite.
+    if (!enters(total) || !enters(norm)) {
+      return;
     }
     if (!is_warm) {
       averages[i] = own * norm < average ? own * norm : average;

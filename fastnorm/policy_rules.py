@@ -95,7 +95,8 @@ def _zclip(
     moved[COUNT] = count + 1
     moved[MEAN] = average
     moved[VARIANCE] = torch.where(warm, moving, streaming)
-    return _Ruling(moved if spikes_enter else torch.where(spike, state, moved), threshold)
+    stays = entering.square() == torch.inf  # an infinite variance would stay for ever
+    return _Ruling(torch.where(stays if spikes_enter else stays | spike, state, moved), threshold)
 
 
 def _autoclip(
@@ -137,8 +138,10 @@ def _adagc(
     clipped = factors * norms
     moving = torch.where(is_new, norms, beta * averages + (1 - beta) * clipped)
     moved = state.clone()
-    # A norm of zero never enters: a tensor whose first gradients are zero would be frozen for ever.
-    moved[HEADER:] = torch.where(is_zero, averages, torch.where(warm, moving, torch.minimum(averages, clipped)))
+    # A norm of zero never enters: a tensor whose first gradients are zero would be frozen for ever. Norms of a negative
+    # order may have a finite total although one of them is infinite.
+    entering = torch.where(warm, moving, torch.minimum(averages, clipped))
+    moved[HEADER:] = torch.where(_enters(norms), entering, averages)
     moved[COUNT] += 1
     if max_norm < torch.inf:
         factors = factors * clip_coefficient(torch.linalg.vector_norm(clipped, norm_type), max_norm)

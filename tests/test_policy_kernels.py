@@ -68,7 +68,7 @@ def decision(kernels, norms: Tensor, p: float, state: Tensor, rule: int, constan
         from fastnorm.triton_kernels import clip_policy
 
         wide = norms.double()
-        sums = wide if p in (1.0, INF) else wide**p if p else (wide != 0).double()
+        sums = wide if p in (1.0, INF, -INF) else wide**p if p else (wide != 0).double()
         return *clip_policy.decide(norms, sums, p, state, rule, constants), norms
     return kernels.multi_tensor_policy(list(norms.clone().view(-1, 1).unbind()), p, state, rule, constants)
 
@@ -185,6 +185,35 @@ def test_zero_norms_never_enter(kernels):
     assert state[HEADER] == INF and coefficient[0] == 1
     _, coefficient, _, _ = decision(kernels, torch.tensor([9.0, 0.5, 0.25]), 2.0, state, ADAGC, own)
     assert state[HEADER] == 9 and coefficient[0] == 1
+
+
+@pytest.mark.parametrize("warmup", (1, 3))
+def test_norms_without_a_finite_square_never_enter(kernels, warmup):
+    """An infinite variance would stay for ever, and ZClip would never clip again."""
+    own = (INF, 0.9, 1.5, warmup, 1e-6, 1)
+    for norms, left_out in (  # after the warm-up, spikes enter as their threshold
+        ((1e200, 1.0, 1e300, 1.2, 1.1, 2e154, 1.3), 1 if warmup == 1 else 2),
+        ((1e154, 1.34e154, 1e100, 1.5e154, 1.7e308, 1.34e154, 1.0, 1.3e154), 0 if warmup == 1 else 1),
+    ):
+        state = new_state(ZCLIP, 1)
+        expected = state.clone()
+        for norm in norms:
+            found = decision(kernels, torch.tensor([norm], dtype=F64), 1.0, state, ZCLIP, own)
+            assert_decides(found, 1.0, state, expected, ZCLIP, own)
+            assert state[:THRESHOLD].isfinite().all()
+        assert state[COUNT] == len(norms) - left_out
+
+
+def test_infinite_norms_of_tensors_never_enter(kernels):
+    """The smallest norm is finite although another is infinite."""
+    state, own = new_state(ADAGC, 3), (INF, 1.0, 1.05, 0.98, 0)
+    state[HEADER], state[HEADER + 1] = 2.0, 0.5
+    for warmup in (0, 5):
+        expected, own = state.clone(), (INF, 1.0, 1.05, 0.98, warmup)
+        found = decision(kernels, torch.tensor([INF, 0.5, INF]), -INF, state, ADAGC, own)
+        assert_decides(found, -INF, state, expected, ADAGC, own)
+        assert state[HEADER:].tolist() == [2.0, 0.5, INF] and state[COUNT] > 0
+        state[COUNT] = 0
 
 
 @pytest.mark.parametrize("dtype", (F32, F64), ids=str)

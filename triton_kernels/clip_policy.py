@@ -62,7 +62,8 @@ def _zclip(norm, count, mean, variance, alpha, z_threshold, warmup, eps, spikes_
     distance = entering - average
     moving = alpha * variance + (1.0 - alpha) * (distance * distance)
     streaming = variance + (deviation * distance - variance) / (count + 1.0)
-    stays = is_spike & (spikes_enter == 0.0)
+    # an infinite variance would stay for ever
+    stays = (is_spike & (spikes_enter == 0.0)) | (entering * entering == _INFINITY)
     new_variance = tl.where(is_warm, moving, streaming)
     return (
         threshold, tl.where(stays, count, count + 1.0), tl.where(stays, mean, average),
@@ -177,8 +178,9 @@ def _adagc(
         early = tl.where(factors * norms < averages, factors * norms, averages)
         late = tl.where(averages == _INFINITY, norms, beta * averages + (1.0 - beta) * (factors * norms))
         if _enters(total):
-            # without zeros: a tensor whose first gradients are zero would be frozen for ever
-            tl.store(averages_ptr + places, tl.where(is_warm, late, early), mask=mask & (norms != 0.0))
+            # without zeros: a tensor whose first gradients are zero would be frozen for ever; norms of a negative order
+            # may have a finite total although one of them is infinite
+            tl.store(averages_ptr + places, tl.where(is_warm, late, early), mask=mask & _enters(norms))
     return tl.max(clips, axis=0) != 0
 
 
