@@ -129,11 +129,57 @@ def test_states_that_do_not_fit(served_by):
         fastnorm.AdaGC().load_state_dict(states["adagc"] | {"state": torch.zeros(11)})
     with pytest.raises(ValueError, match="lacks shapes"):
         fastnorm.AdaGC().load_state_dict({"policy": "AdaGC", "state": torch.zeros(12), "norm_type": 2.0})
-    for damaged in (-1.0, 0.5, nan, inf):
-        state = states["autoclip"]["state"].clone()
-        state[0] = damaged
-        with pytest.raises(ValueError, match=r"state\[0\] must be a number of norms"):
-            fastnorm.AutoClip().load_state_dict(states["autoclip"] | {"state": state})
+
+
+def zeros_but(size, **values):
+    state = torch.zeros(size, dtype=torch.float64)
+    for place, value in values.items():
+        state[int(place.removeprefix("at"))] = value
+    return state
+
+
+DAMAGED = {
+    "none": ("zclip", None, TypeError, "state_dict must be a mapping, as .*, but is NoneType"),
+    "a list": ("adagc", [1], TypeError, "but is list"),
+    "a state": ("zclip", torch.zeros(8), TypeError, "but is Tensor"),
+    "no state": ("zclip", {"policy": "ZClip", "norm_type": 2.0}, ValueError, "lacks state"),
+    "shapes alone": ("adagc", {"policy": "AdaGC", "shapes": [(3,)]}, ValueError, "lacks state, norm_type"),
+    "no order": ("zclip", {"norm_type": None}, TypeError, "norm_type must be a number, but is NoneType"),
+    "a word": ("zclip", {"norm_type": "two"}, TypeError, "norm_type must be a number, but is str"),
+    "no order at all": ("zclip", {"norm_type": nan}, ValueError, "norm_type must be a number, but is nan"),
+    "sparse": ("zclip", {"state": torch.zeros(8).to_sparse()}, TypeError, "a dense tensor .*, but is torch.sparse_coo"),
+    "meta": ("zclip", {"state": torch.zeros(8, device="meta")}, TypeError, "with values, but is torch.strided on meta"),
+    "no shapes": ("adagc", {"shapes": None}, TypeError, "shapes must be a list of tuples of integers"),
+    "sizes": ("adagc", {"shapes": [3, 7, 1, 5]}, TypeError, "shapes must be a list of tuples of integers"),
+    "half a size": ("adagc", {"shapes": [(1.5,)] * 4}, TypeError, "shapes must be a list of tuples of integers"),
+    "one name": ("adagc", {"names": "abcd"}, TypeError, "names must be a list of strings"),
+    "numbers": ("adagc", {"names": [0, 1, 2, 3]}, TypeError, "names must be a list of strings"),
+    "three names": ("adagc", {"names": ["a", "b", "c"]}, ValueError, "one for each of the 4 shapes, but are 3"),
+    "γ of NaN": ("adagc", {"state": zeros_but(12, at9=nan)}, ValueError, "norms that are negative or NaN"),
+    "γ below 0": ("adagc", {"state": zeros_but(12, at11=-1.0)}, ValueError, "norms that are negative or NaN"),
+    "history": ("autoclip", {"state": zeros_but(20, at12=inf)}, ValueError, "norms that are not finite"),
+    "mean": ("spikeskip", {"state": zeros_but(8, at1=nan)}, ValueError, r"state\[1\] must be finite"),
+    "variance": ("zclip", {"state": zeros_but(8, at2=inf)}, ValueError, r"state\[2\] must be finite"),
+    "calls": ("zclip", {"state": zeros_but(8, at5=-1.0)}, ValueError, r"state\[5\] must be .* not negative, but is -1"),
+} | {
+    f"{count} norms": ("autoclip", {"state": zeros_but(20, at0=count)}, ValueError, r"state\[0\] must be a number of")
+    for count in (-1.0, 0.5, nan, inf, 1e30)
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_states_change_nothing(case, served_by):
+    name, wrong, error, message = DAMAGED[case]
+    policy = EVERY[name]()
+    for grads in recorded(2):
+        apply(policy, grads)
+    before = policy.state_dict()
+    if isinstance(wrong, dict) and "policy" not in wrong:
+        wrong = before | wrong
+    with pytest.raises(error, match=message):
+        policy.load_state_dict(wrong)
+    after = policy.state_dict()
+    assert torch.equal(after.pop("state"), before.pop("state")) and after == before
 
 
 def test_a_state_moves_to_the_gradients_device():
@@ -267,6 +313,9 @@ def test_policies_where_they_cannot_work(served_by):
     with pytest.raises(TypeError, match=r"AdaGC.*factor of its own.*use fastnorm\.clip_grad_norm_"):
         fastnorm.clip_grad_norm_in_optimizer(optimizer, fastnorm.AdaGC())
     assert not hasattr(optimizer, "grad_scale")
+    for clip, given in ((fastnorm.clip_grad_norm_, parameters), (fastnorm.clip_grad_norm_in_optimizer, optimizer)):
+        with pytest.raises(TypeError, match=r"max_norm .* is the class ZClip: create one .*fastnorm\.ZClip\(\)"):
+            clip(given, fastnorm.ZClip)
     with pytest.raises(TypeError, match="ClipPolicy is the base of"):
         fastnorm.ClipPolicy()
     policy = fastnorm.ZClip()

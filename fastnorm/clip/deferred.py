@@ -15,7 +15,7 @@ from torch.utils.weak import TensorWeakRef
 from . import distributed, lists, observers
 from .norms import begin, measure
 from .policies import SpikeSkip
-from .policy_base import ClipPolicy, PolicyCall
+from .policy_base import ClipPolicy, PolicyCall, threshold_of
 
 if TYPE_CHECKING:
     from .distributed import ProcessGroups
@@ -91,7 +91,7 @@ def clip_grad_norm_in_optimizer(
             has set its scale, or the gradients don't fit a policy's state; or for too many spikes of a `SpikeSkip`.
             `optimizer.step()` raises it for a closure, a GradScaler, or gradients changed since.
     """
-    norm_type, max_norm = float(norm_type), max_norm if isinstance(max_norm, ClipPolicy) else float(max_norm)
+    norm_type, max_norm = float(norm_type), threshold_of(max_norm)
     _drop(optimizer)
     _require_fused(optimizer)
     params, names = lists.of_optimizer(optimizer)

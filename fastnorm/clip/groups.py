@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from . import distributed, lists, observers
 from .norms import begin, measure, raise_if_nonfinite, scale_
-from .policy_base import ClipPolicy, PolicyCall
+from .policy_base import ClipPolicy, PolicyCall, refuse_class, threshold_of
 
 if TYPE_CHECKING:
     from .distributed import ProcessGroups
@@ -172,13 +172,12 @@ def _by_selection(
 
 
 def _checked(threshold: float | Tensor | ClipPolicy, key: Any) -> float | ClipPolicy:
-    if isinstance(threshold, ClipPolicy):
-        return threshold
+    argument = f"max_norms: the threshold of {key!r}"
+    refuse_class(threshold, argument)
     try:
-        return float(threshold)
+        return threshold_of(threshold)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"max_norms: the threshold of {key!r} must be a number or a ClipPolicy, but is "
-                        f"{threshold!r}") from error  # fmt: skip
+        raise TypeError(f"{argument} must be a number or a ClipPolicy, but is {threshold!r}") from error
 
 
 def _require_own_policies(groups: dict[Any, _Group]) -> None:

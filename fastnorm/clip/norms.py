@@ -20,7 +20,7 @@ from ..operators import list_dtype
 from . import distributed, lists, observers
 from .lists import Parameters, Part
 from .policies import AdaGC
-from .policy_base import ClipPolicy, PolicyCall
+from .policy_base import ClipPolicy, PolicyCall, threshold_of
 
 if TYPE_CHECKING:
     from .distributed import ProcessGroups, Reduction
@@ -153,7 +153,7 @@ def clip_grad_norm_(
         TypeError: for anything else in them; for a `SpikeSkip`, which only `clip_grad_norm_in_optimizer` takes.
     """
     params, names = lists.listed(parameters, warning_level=2)
-    norm_type, max_norm = float(norm_type), max_norm if isinstance(max_norm, ClipPolicy) else float(max_norm)
+    norm_type, max_norm = float(norm_type), threshold_of(max_norm)
     kept = lists.selected(params, names, exempt, "exempt")
     over = distributed.reductions(process_groups, params, names)
     grads = lists.gradients(params)

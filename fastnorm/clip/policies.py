@@ -40,7 +40,8 @@ class ZClip(ClipPolicy):
     which is the lower, the larger the spike. Other steps are left alone. Then v = g, or v = threshold after a spike,
     enters: mean ← alpha · mean + (1 − alpha) · v, variance ← alpha · variance + (1 − alpha) · (v − mean)². The first
     `warmup` norms are not clipped, and enter as they are: mean and variance are theirs. After a warm-up of one norm the
-    variance is 0, so that larger norms are scaled to it until a smaller one comes.
+    variance is 0, so that larger norms are scaled to it until a smaller one comes. What has no finite square in
+    float64, from 1.35e154 on, doesn't enter and doesn't count for the warm-up.
 
     Args:
         alpha: share of the old average, in (0, 1].
@@ -85,7 +86,8 @@ class AutoClip(ClipPolicy):
 
         threshold = the history's percentile, interpolated linearly as numpy.percentile does.
 
-    The paper's percentile of 10 clips nine steps of ten.
+    The paper's percentile of 10 clips nine steps of ten. As in the authors' code, the threshold is a max_norm of
+    `clip_grad_norm_`, so that a norm that equals it is scaled by norm / (norm + 1e-6).
 
     Args:
         percentile: in [0, 100].
@@ -137,6 +139,8 @@ class AutoClip(ClipPolicy):
         memory = super()._loaded(state_dict)
         if memory is not None:
             memory.calls, capacity = int(memory.state[rules.COUNT]), memory.state.numel() - rules.HEADER
+            if not memory.state[rules.HEADER :].isfinite().all():
+                raise ValueError("state has norms that are not finite: it is damaged")
             if self.history is None and memory.calls > capacity:  # what it grows by would count as norms of zero
                 raise ValueError(f"state has the last {capacity} of {memory.calls} norms, but AutoClip(history=None) "
                                  f"needs all of them: give history={capacity}")  # fmt: skip
@@ -235,12 +239,28 @@ class AdaGC(ClipPolicy):
         memory = super()._loaded(state_dict)
         if memory is not None:
             memory.shapes = list(map(torch.Size, state_dict["shapes"]))
-            memory.names = list(state_dict["names"]) if "names" in state_dict else None
+            memory.names = _names(state_dict["names"], len(memory.shapes)) if "names" in state_dict else None
         return memory
 
     def _sizes(self, state_dict: Mapping[str, Any]) -> range:
-        size = rules.HEADER + len(state_dict["shapes"])
+        shapes = state_dict["shapes"]
+        if not _is_list(shapes) or not all(_is_list(s) and all(isinstance(n, int) for n in s) for s in shapes):
+            raise TypeError("shapes must be a list of tuples of integers")
+        size = rules.HEADER + len(shapes)
         return range(size, size + 1)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _names(names: Any, count: int) -> list[str]:
+    """The names of a state_dict, checked."""
+    if not _is_list(names) or not all(isinstance(name, str) for name in names):
+        raise TypeError("names must be a list of strings")
+    if len(names) != count:
+        raise ValueError(f"names must be one for each of the {count} shapes, but are {len(names)}")
+    return list(names)
 
 
 class _Header(NamedTuple):

@@ -18,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import policy_rules as rules
 
+_MOST_NORMS = 2**53  # a float64 that counts to more would stand still
+
 
 @dataclass
 class Memory:
@@ -124,7 +126,7 @@ class ClipPolicy:
         Raises:
             ValueError: for another policy's state, a missing entry, a state of another shape than this policy has, or
                 a damaged one.
-            TypeError: for a state that is no floating-point tensor.
+            TypeError: for what is no mapping, or an entry of another type. After an error the policy is as it was.
         """
         memory = self._loaded(state_dict)
         mine = self._memory
@@ -219,32 +221,64 @@ class ClipPolicy:
 
     def _loaded(self, state_dict: Mapping[str, Any]) -> Memory | None:
         """What a state_dict says, checked; None if it was made before the first call."""
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a mapping, as state_dict() returns it, but is "
+                            f"{type(state_dict).__name__}")  # fmt: skip
         name, found = type(self).__name__, state_dict.get("policy")
         if found != name:
             raise ValueError(f"state_dict is not {name}'s, but " + (f"{found}'s" if found else "no policy's"))
-        if "state" not in state_dict:
+        needed = ("state", "norm_type", *self._kept)
+        missing = [key for key in needed if key not in state_dict]
+        if len(missing) == len(needed):
             return None
-        missing = [key for key in ("norm_type", *self._kept) if key not in state_dict]
         if missing:
             raise ValueError(f"state_dict lacks {', '.join(missing)}")
-        state = state_dict["state"]
+        state, norm_type = state_dict["state"], state_dict["norm_type"]
         if not isinstance(state, Tensor) or not state.is_floating_point():
             kind = state.dtype if isinstance(state, Tensor) else type(state).__name__
             raise TypeError(f"state must be a floating-point tensor, but is {kind}")
+        if state.layout != torch.strided or state.is_meta:
+            raise TypeError(f"state must be a dense tensor with values, but is {state.layout} on {state.device}")
+        if isinstance(norm_type, bool) or not isinstance(norm_type, Real):
+            raise TypeError(f"norm_type must be a number, but is {type(norm_type).__name__}")
+        if math.isnan(norm_type):
+            raise ValueError("norm_type must be a number, but is nan")
         wanted = self._sizes(state_dict)
         if state.dim() != 1 or state.numel() not in wanted:
             size = wanted.start if len(wanted) == 1 else f"at least {wanted.start}"
             raise ValueError(f"state must have the shape ({size},) for {self!r}, but has {tuple(state.shape)}")
-        count = float(state[rules.COUNT])
-        if not (count >= 0 and count.is_integer()):  # kernels take it for a place in AutoClip's ring
+        header = state[: rules.HEADER].tolist()
+        count = header[rules.COUNT]
+        if not (0 <= count <= _MOST_NORMS and count.is_integer()):  # kernels take it for a place in AutoClip's ring
             raise ValueError(f"state[{rules.COUNT}] must be a number of norms, but is {count}: the state is damaged")
+        for place in (rules.MEAN, rules.VARIANCE, rules.CONSECUTIVE, rules.STEPS, rules.CLIPPED, rules.SKIPPED):
+            if not 0 <= header[place] < math.inf:
+                raise ValueError(f"state[{place}] must be finite and not negative, but is {header[place]}: the state "
+                                 "is damaged")  # fmt: skip
+        if not (state[rules.HEADER :] >= 0).all():
+            raise ValueError("state has norms that are negative or NaN: it is damaged")
         with torch.inference_mode(False):
             state = state.detach().clone()
-        return Memory(state, float(state_dict["norm_type"]), is_placed=False)
+        return Memory(state, float(norm_type), is_placed=False)
 
     def _sizes(self, state_dict: Mapping[str, Any]) -> range:
         """The numbers of elements that a loaded state may have."""
         return range(rules.HEADER, rules.HEADER + 1)
+
+
+def threshold_of(max_norm: float | Tensor | ClipPolicy) -> float | ClipPolicy:
+    """What stands for max_norm, as a number or a policy. Raises what float() does, and TypeError for a class."""
+    if isinstance(max_norm, ClipPolicy):
+        return max_norm
+    refuse_class(max_norm, "max_norm")
+    return float(max_norm)
+
+
+def refuse_class(value: object, argument: str) -> None:
+    if isinstance(value, type) and issubclass(value, ClipPolicy):
+        name = value.__name__
+        raise TypeError(f"{argument} must be a number or a ClipPolicy, but is the class {name}: create one before the "
+                        f"loop, policy = fastnorm.{name}(), and give the same one to every call")  # fmt: skip
 
 
 def is_capturing(device: torch.device) -> bool:
