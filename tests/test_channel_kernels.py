@@ -62,12 +62,12 @@ def test_tiles_of_pixels(vectors):
     assert tiling.vectors <= 4 or launch.padding(vectors, tiling.vectors) <= launch.MAX_PADDING
 
 
-@given(items=lengths, units=lengths)
-def test_tiles_of_partials(items, units):
-    """Few units are spread over many programs; of many, programs read whole sectors."""
-    rows, width = launch.join_tile(items, units)
+@given(items=lengths, units=lengths, programs=st.sampled_from([launch.INTERPRETER_PROGRAMS, 256]))
+def test_tiles_of_partials(items, units, programs):
+    """Few units are spread over many programs, in the interpreter over a few; of many, programs read whole sectors."""
+    rows, width = launch.join_tile(items, units, programs)
     assert rows * width <= launch.JOINED and rows & (rows - 1) == width & (width - 1) == 0
-    assert width == 1 if units < 512 else width >= min(32, units // 256)
+    assert width == 1 if units < 2 * programs else width >= min(32, units // programs)
 
 
 @pytest.mark.parametrize("channels", [64, 128, 256, 320, 512, 640, 960, 1024, 1280, 1920, 2048, 2560])

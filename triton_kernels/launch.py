@@ -387,10 +387,12 @@ def channel_vectors(vectors: int) -> ChannelVectors:
 
 
 JOINED = 1024  # partials in the tile of a program that joins them: 8 for each thread, whose loads don't wait
+# of few units each has a program, as the card is idle but for these; the interpreter runs one after the other
+JOINING_PROGRAMS = INTERPRETER_PROGRAMS if INTERPRETED else 256
 
 
-def join_tile(items: int, units: int) -> tuple[int, int]:
-    """The tile of a program that joins `items` partials of each of `units` adjacent units: (items, units). Of few units
-    it takes one, as the card is idle but for these programs; of many up to 32, a cache line."""
-    width = min(32, next_power_of_2(max(1, units // 256)))
+def join_tile(items: int, units: int, programs: int = JOINING_PROGRAMS) -> tuple[int, int]:
+    """The tile of a program that joins `items` partials of each of `units` adjacent units: (items, units). One unit, if
+    that makes fewer than twice as many programs as `programs`; of many up to 32, a cache line."""
+    width = min(32, next_power_of_2(max(1, units // programs)))
     return min(JOINED // width, next_power_of_2(max(1, items))), width

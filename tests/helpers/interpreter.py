@@ -1,5 +1,7 @@
 """Triton's interpreter, made to round as a GPU does, and faster."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 import triton.language as tl
@@ -10,6 +12,10 @@ def install() -> None:
     _round_bfloat16()
     _fuse_multiply_add()
     _patch_once()
+    _remember_types()
+    # what a sum would be in 64 bits is computed for an assertion, which stands only with `debug`
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
 
 
 def _round_bfloat16() -> None:
@@ -54,3 +60,33 @@ def _patch_once() -> None:
         return self.rewrite()(*args, **kwargs)
 
     interpreter.InterpretedFunction.__call__ = call
+
+
+def _remember_types() -> None:
+    """Triton's interpreter makes a type, and wraps its shape anew, for every value of an expression, which takes longer
+    than its arithmetic; there are few types."""
+    numpy_types, blocks, tensors = {}, {}, {}
+    numpy_type, make_block, make_tensor = interpreter._get_np_dtype, tl.block_type.__init__, tl.tensor.__init__
+
+    def numpy_type_of(dtype):
+        scalar = dtype.scalar
+        if scalar.name not in numpy_types:
+            numpy_types[scalar.name] = numpy_type(scalar)
+        return numpy_types[scalar.name]
+
+    def init_block(self, element_ty, shape):
+        key = element_ty.name, *(getattr(n, "value", n) for n in shape)
+        if key not in blocks:
+            make_block(self, element_ty, shape)
+            blocks[key] = vars(self).copy()
+        vars(self).update(blocks[key], element_ty=element_ty)
+
+    def init_tensor(self, handle, type):
+        key = (*type.shape,) if type.is_block() else None
+        if key not in tensors:
+            make_tensor(self, handle, type)
+            tensors[key] = {"shape": self.shape, "numel": self.numel}
+        vars(self).update(tensors[key], handle=handle, type=type, dtype=type.scalar)
+
+    interpreter._get_np_dtype = numpy_type_of
+    tl.block_type.__init__, tl.tensor.__init__ = init_block, init_tensor
