@@ -289,5 +289,6 @@ def special(target: str) -> dict:
 
 
 if __name__ == "__main__":
-    what, target = sys.argv[1:]
-    print(json.dumps(compared(target, 66) if what == "compared" else special(target)))
+    target = sys.argv[1]
+    found = {"special": special(target)} if target == "sm_90" else {}
+    print(json.dumps(found | {"compared": compared(target, 66)}))

@@ -134,5 +134,4 @@ def previous(kernel, i: int, otherwise):
 
 
 if __name__ == "__main__":
-    what, target = sys.argv[1:]
-    print(json.dumps(repeated(target) if what == "repeated" else agreements(target, 3000)))
+    print(json.dumps({"repeated": repeated(sys.argv[1]), "agreements": agreements(sys.argv[1], 3000)}))

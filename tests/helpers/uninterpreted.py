@@ -10,11 +10,12 @@ from typing import Any
 FOLDER = Path(__file__).parent
 
 
-def told(script: str, what: str, target: str, cache: Path) -> Any:
-    """What the script of this folder prints, which is JSON; Triton's compiled kernels go to the cache."""
+def told(script: str, target: str, cache: Path) -> Any:
+    """What the script of this folder prints, which is JSON; Triton's compiled kernels go to the cache. All that it has
+    to tell of a target, as torch and Triton take seconds to import."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(FOLDER.parents[1])}
-    command = [sys.executable, FOLDER / script, what, target]
+    command = [sys.executable, FOLDER / script, target]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
