@@ -62,7 +62,7 @@ def test_tiles_of_pixels(vectors):
     assert tiling.vectors <= 4 or launch.padding(vectors, tiling.vectors) <= launch.MAX_PADDING
 
 
-@given(items=lengths, units=lengths, programs=st.sampled_from([launch.INTERPRETER_PROGRAMS, 256]))
+@given(items=lengths, units=lengths, programs=st.sampled_from([launch.SUMMING_PROGRAMS, launch.JOINING_PROGRAMS]))
 def test_tiles_of_partials(items, units, programs):
     """Few units are spread over many programs, in the interpreter over a few; of many, programs read whole sectors."""
     rows, width = launch.join_tile(items, units, programs)

@@ -387,8 +387,9 @@ def channel_vectors(vectors: int) -> ChannelVectors:
 
 
 JOINED = 1024  # partials in the tile of a program that joins them: 8 for each thread, whose loads don't wait
-# of few units each has a program, as the card is idle but for these; the interpreter runs one after the other
-JOINING_PROGRAMS = INTERPRETER_PROGRAMS if INTERPRETED else 256
+JOINING_PROGRAMS = 256  # of few units each has a program, as the card is idle but for these
+# The same of sums over all rows, whose bits no batch shares; the interpreter runs one program after the other.
+SUMMING_PROGRAMS = INTERPRETER_PROGRAMS if INTERPRETED else JOINING_PROGRAMS
 
 
 def join_tile(items: int, units: int, programs: int = JOINING_PROGRAMS) -> tuple[int, int]:

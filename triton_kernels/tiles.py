@@ -295,7 +295,7 @@ def column_sums(
     if means is not None or any(s is not None for s in sums):
         n_rows, n_cols = pairs[0][0].shape
         first, second = pairs[0], pairs[1] if len(pairs) > 1 else (None, None)
-        rows, cols = launch.join_tile(n_rows, n_cols)
+        rows, cols = launch.join_tile(n_rows, n_cols, launch.SUMMING_PROGRAMS)
         # grid: one program for each block of columns
         _column_sum_kernel[(launch.ceil_div(n_cols, cols),)](
             *first, *second, means, n_rows, n_cols, count, ROWS=rows, COLS=cols, **launch.options(4)
