@@ -201,11 +201,13 @@ def _group_means_kernel(
 
 def _geometry(partials: Partials, groups: int | None) -> tuple[tuple[int, ...], dict[str, int]]:
     """n_units, n_chunks, n_inner and span (inner ones that make a unit); and the tile. Units are channels where groups
-    is None, else the groups of each sample."""
+    is None, else the groups of each sample. The tile decides the order of a sum: of groups it follows from one sample's.
+    """
     _, outer, chunks, inner = partials.values.shape
     span = 1 if groups is None else inner // groups
-    items, units = launch.join_tile(chunks * span, outer * inner // span)
-    return (outer * inner // span, chunks, inner, span), dict(ITEMS=items, UNITS=units)
+    n_units = outer * inner // span
+    items, units = launch.join_tile(chunks * span, n_units if groups is None else groups)
+    return (n_units, chunks, inner, span), dict(ITEMS=items, UNITS=units)
 
 
 def join_moments(partials, mean, rstd_or_m2, count, eps, groups=None, running=(None, None), factor=None, momentum=0.0):
