@@ -5,6 +5,7 @@ ratios is much steadier than the ratio of two medians taken minutes apart.
 """
 
 import itertools
+import math
 import statistics
 import time
 import timeit
@@ -104,7 +105,7 @@ def timer_for(device: torch.device) -> CpuTimer | CudaTimer:
 
 
 def interleave(runners: dict[str, Runner], timer: CpuTimer | CudaTimer, budget: Budget) -> dict[str, list[float]]:
-    """Seconds per call of every runner in every round; the runner that goes first changes from round to round."""
+    """Seconds per call of every runner in every round. Rounds come in pairs, there and back: ABBA BAAB of two."""
     samples: dict[str, list[float]] = {name: [] for name in runners}
     if not runners:
         return samples
@@ -117,8 +118,9 @@ def interleave(runners: dict[str, Runner], timer: CpuTimer | CudaTimer, budget: 
             break
         if done >= FEWEST_ROUNDS and elapsed >= budget.max_time:
             break
-        first = done % len(names)
-        for name in names[first:] + names[:first]:
+        first = done // 2 % len(names)
+        order = names[first:] + names[:first]
+        for name in order[::-1] if done % 2 else order:
             with runners[name].activate():
                 samples[name].append(timer.sample(runners[name].call, calls[name]))
     return samples
@@ -143,3 +145,19 @@ def quartiles(samples: list[float]) -> tuple[float, float, float]:
 def paired_ratio(baseline: list[float], samples: list[float]) -> float:
     """Median over the rounds of baseline / sample: above one, `samples` are faster."""
     return statistics.median(base / sample for base, sample in zip(baseline, samples, strict=True))
+
+
+Interval = tuple[float | None, float, float | None]
+
+
+def median_interval(samples: list[float], confidence: float = 0.95) -> Interval:
+    """(low, median, high): the true median is from low to high with this confidence, whatever the distribution.
+
+    That is the sign test's interval, from the k-th smallest to the k-th largest sample: fewer than k of n tosses of a
+    coin are heads with a probability of (1 − confidence) / 2 at most. None where the samples are too few.
+    """
+    n, ordered = len(samples), sorted(samples)
+    probability, k = 0.0, 0  # of fewer than k heads
+    while (probability := probability + math.comb(n, k) / 2**n) <= (1 - confidence) / 2:
+        k += 1
+    return ordered[k - 1] if k else None, statistics.median(ordered), ordered[n - k] if k else None

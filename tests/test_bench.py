@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import ceiling, check, cli, labels, plots, providers, report, run, timing
+from bench import ceiling, check, cli, labels, monitor, plots, providers, report, run, timing
 from bench.operations import OPERATIONS
 from bench.workload import Workload
 
@@ -342,6 +342,22 @@ def test_ratios_are_paired_by_round():
     assert timing.quartiles([7.0]) == (7.0, 7.0, 7.0)
 
 
+def test_intervals_of_medians():
+    """Against tables of the sign test: of 10 samples the second to the ninth, of 25 the eighth to the eighteenth."""
+    for n, k in ((6, 1), (10, 2), (25, 8), (100, 40)):
+        assert timing.median_interval([float(x) for x in range(n, 0, -1)]) == (k, (n + 1) / 2, n + 1 - k)
+    assert timing.median_interval([3.0, 1.0, 2.0]) == (None, 2.0, None)
+
+
+def test_what_a_monitor_adds_is_weighted():
+    """It measures the weights in one step of twenty: a median over all steps would not see that."""
+    samples = {"plain": [1.0, 2.0, 4.0] * 4, "ordinary": [1.01, 2.02, 4.04] * 4, "measuring": [1.41, 2.82, 5.64] * 4}
+    found = monitor.summary(samples)
+    assert found["plain_s"] == 2.0
+    for name, share in (("ordinary", 0.01), ("measuring", 0.41), ("added", 0.03)):
+        assert found[name] == pytest.approx((share, share, share))
+
+
 def test_runners_take_turns_and_change_who_goes_first():
     class FakeTimer:
         most_calls = 1
@@ -353,7 +369,7 @@ def test_runners_take_turns_and_change_who_goes_first():
 
     runners = {name: timing.Runner(lambda name=name: name) for name in "abc"}
     samples = timing.interleave(runners, FakeTimer(), timing.Budget(repeats=3, min_time=0))
-    assert FakeTimer.order == "abc" + "abc" + "bca" + "cab"  # calibration, then three rounds
+    assert FakeTimer.order == "abc" + "abc" + "cba" + "bca"  # calibration, then three rounds
     assert samples == {name: [1.0] * 3 for name in "abc"}
 
 
