@@ -123,7 +123,7 @@ def check_monitor(monitor: fastnorm.Monitor, norms: list[float], threshold: floa
     assert found["total_norm"].tolist() == pytest.approx(norms, rel=1e-4)
     assert found["threshold"].tolist() == pytest.approx([threshold] * STEPS)
     assert found["clipped"].tolist() == [total > threshold for total in norms]
-    assert (found["update_ratio"][::10] >= 0).all() and (found["input_rms"][::10] > 0).all()
+    assert (found["update_ratio"][::20] >= 0).all() and (found["input_rms"] > 0).all()
     monitor.close()
 
 
