@@ -18,6 +18,7 @@
 #include "cpu/channel_norms.h"
 #include "node.h"
 #include "plans.h"
+#include "statistics.h"
 
 namespace fastnorm {
 namespace {
@@ -62,6 +63,7 @@ struct GroupNormFunction : torch::autograd::Function<GroupNormFunction> {
 
   static Tensor forward(const GroupCall& call) {
     const auto [y, mean, rstd] = group_forward(call);
+    tell_statistics(call.x, mean, rstd, call.options.eps);
     const auto save = [&, mean = mean, rstd = rstd](AutogradContext& ctx) {
       const GroupOptions& o = call.options;
       ctx.save_for_backward({call.x, call.weight, call.bias, mean, rstd});
@@ -191,6 +193,9 @@ struct BatchNormFunction : torch::autograd::Function<BatchNormFunction> {
 
   static Tensor forward(const BatchCall& call) {
     const BatchForward result = batch_forward(call, true);
+    if (call.options.training) {
+      tell_statistics(call.x, result.mean, result.scale, call.options.eps);
+    }
     const auto save = [&](AutogradContext& ctx) {
       const BatchOptions& o = call.options;
       ctx.save_for_backward({call.x, call.weight, call.bias, result.mean, result.scale, result.mask});

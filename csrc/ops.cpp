@@ -10,6 +10,7 @@
 #include "cuda/build_info.h"
 #include "lists.h"
 #include "plans.h"
+#include "statistics.h"
 
 namespace {
 
@@ -60,7 +61,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_covers", &fastnorm::cuda_covers, "Whether the CUDA kernels run on the device of this index.");
 #endif
   if (fastnorm::add_row_norm_calls(m.ptr()) != 0 || fastnorm::add_channel_norm_calls(m.ptr()) != 0 ||
-      fastnorm::add_list_functions(m.ptr()) != 0 || fastnorm::plans::add_functions(m.ptr()) != 0) {
+      fastnorm::add_list_functions(m.ptr()) != 0 || fastnorm::plans::add_functions(m.ptr()) != 0 ||
+      fastnorm::add_statistics_functions(m.ptr()) != 0) {
     throw pybind11::error_already_set();
   }
 }

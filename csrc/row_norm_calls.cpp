@@ -19,6 +19,7 @@
 #include "cpu/row_norm.h"
 #include "node.h"
 #include "plans.h"
+#include "statistics.h"
 
 namespace fastnorm {
 namespace {
@@ -95,6 +96,7 @@ struct RowNormFunction : torch::autograd::Function<RowNormFunction> {
 
   static cpu::ForwardResult forward(const Call& call) {
     cpu::ForwardResult result = fastnorm::forward(call, true);
+    tell_statistics(call.x, result.mean, result.rstd, call.options.eps);
     const auto save = [&](AutogradContext& ctx) {
       ctx.save_for_backward({result.h.defined() ? result.h : call.x, call.weight, call.bias, result.mean, result.rstd});
       ctx.saved_data["options"] = call.options.packed();

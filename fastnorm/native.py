@@ -59,6 +59,8 @@ calls = {name: partial(_function("row_norm"), number) for number, name in _row_n
 calls |= {name: _function(name) for name in ("batch_norm", "group_norm")}
 # call_operator(name, *arguments) runs an operator of the Triton backend by its launch plan; plan_count() counts them.
 call_operator, plan_count = map(_function, ("call_operator", "plan_count"))
+# Statistics of the norms' inputs, as they are computed (csrc/statistics.h).
+listen, heard = map(_function, ("listen", "heard"))
 # The address of a C function with the parameters of cuLaunchKernel that does nothing, to measure the host's time.
 LAUNCH_NOTHING = _function("LAUNCH_NOTHING")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +17,16 @@ from ..clip.activations import RELU_LIKE
 from ..clip.health import check_bounds
 from ..clip.policy_base import is_capturing
 from . import plots, records, report
-from .arguments import check_count, check_kinds, grouped, innermost
+from .arguments import (
+    check_count,
+    check_kinds,
+    check_numbers,
+    check_path,
+    check_string,
+    check_writer,
+    grouped,
+    innermost,
+)
 from .measurements import Measurements
 from .records import Names, Record, RunningMedian
 from .rows import Piece, Row, Transfer
@@ -39,11 +49,14 @@ class Monitor:
       copies the weights that require gradients, for as long as the optimizer runs (a closure included), and reads
       weights and copy.
 
+    For each of fastnorm's norms: `input_rms`, √mean(x²) over what the forward passes since the last step gave to it
+    (x + residual, where it adds one). It follows from the mean and rstd that the norm computes for its backward: no
+    input is read. That of a norm which computes none, such as a batch norm in evaluation, is read every `updates_every`
+    steps. A forward pass without gradients, or compiled, isn't seen.
+
     For the step: `total_norm`, `coefficient` and `threshold` of the clip, whether it `clipped`, and whether it was
     `skipped` by `found_inf`, as a fused optimizer does for `clip_grad_norm_in_optimizer` and for a GradScaler. Every
-    `updates_every` steps also `input_rms`, √mean(x²) over what the forward passes since the last step gave to each of
-    fastnorm's norms (x + residual, where it adds one), in one read; and, with `dead_neurons`, `zero_share`, the share
-    of exact zeros after each ReLU-like module. A forward pass without gradients, or compiled, isn't seen.
+    `updates_every` steps also, with `dead_neurons`, `zero_share`, the share of exact zeros after each ReLU-like module.
 
     `clip_grad_norm_` and `clip_grad_norm_in_optimizer` measure every norm: the monitor takes these, and reads no
     gradient. For `clip_grads_with_norm_` and for another norm_type than 2 it reads the gradients once, before they are
@@ -55,7 +68,8 @@ class Monitor:
     `first_step` if the numbers are to go on.
 
     Make it after the model is on its device, sharded and wrapped. It records until `close()` or the end of a `with`
-    block.
+    block. Parameters that are replaced, as by load_state_dict(assign=True), are followed under their names, with a
+    warning if the optimizer still has the old ones. Modules that are added later are not seen.
 
     Args:
         model: whose parameters, each once. Those that are frozen or have no gradient have no numbers.
@@ -65,7 +79,7 @@ class Monitor:
         keep: how many rows to keep.
         groups: maps parameters' names to groups' names: a dict, in which names may be missing, or a function. Norms of
             a group are of all its tensors together.
-        updates_every: steps between two measurements of weights, updates and activations.
+        updates_every: steps between two measurements of weights, updates, zeros, and inputs that must be read.
         flush_every: rows that a GPU collects before they are copied.
         dead_neurons: whether to count zeros, or after which classes of modules.
         spike_factor: a spike is a total norm above so many times the running median (of up to 100 norms, at least 10),
@@ -109,14 +123,14 @@ class Monitor:
         if on_spike is not None and not callable(on_spike):
             raise TypeError(f"on_spike must be a function of a dict, but got {type(on_spike).__name__}")
         check_kinds("dead_neurons", dead_neurons)
-        named = dict(model.named_parameters())
-        if not named:
+        self._measurements = Measurements(model)
+        names = self._measurements.current.names
+        if not names:
             raise ValueError(f"model: {type(model).__name__} has no parameters")
         self.every, self.keep, self.updates_every, self.on_spike = every, keep, updates_every, on_spike
         self.spike_factor = float(spike_factor)
-        group_names = grouped(model, list(named), groups)
+        group_names = grouped(model, names, groups)
         order = {name: i for i, name in enumerate(dict.fromkeys(group_names))}
-        self._measurements = Measurements(list(named.values()))
         self._optimizer = None if optimizer is None else innermost(optimizer, self._measurements.parameters)
         kinds = dead_neurons if isinstance(dead_neurons, tuple) else RELU_LIKE if dead_neurons else ()
         self._watch = ForwardWatch(model, kinds)
@@ -144,6 +158,7 @@ class Monitor:
         self._pieces = self._measurements.weights = None  # of a step that raised
         if not self._measurements.is_due:
             return
+        self._follow()
         if is_capturing(self._measurements.parameters[0].device):
             raise RuntimeError("Monitor can't record a step that a CUDA graph captures: its hooks are not replayed. "
                                "Close it, and make one without the optimizer after the capture: call its step() after "
@@ -170,9 +185,28 @@ class Monitor:
         if self._optimizer is not None:
             raise RuntimeError("Monitor.step() is for loops without an optimizer: this monitor records the optimizer's "
                                "steps by itself")  # fmt: skip
+        self._follow()
         self._finish()
         if self._has_updates:
             self._measurements.copy_weights()
+
+    def _follow(self) -> None:
+        """Goes on with the parameters that the model has now, and warns if the optimizer doesn't."""
+        self._measurements.follow()
+        if not self._measurements.replaced:
+            return
+        replaced, self._measurements.replaced = self._measurements.replaced, []
+        if self._optimizer is None:
+            return
+        trained = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        left = [name for name, before, now in replaced if id(before) in trained and id(now) not in trained]
+        if left:
+            others = f" and {len(left) - 1} more" if len(left) > 1 else ""
+            warnings.warn(
+                f"Monitor: the optimizer doesn't train {left[0]!r}{others}: the model has other parameters there, as "
+                "after load_state_dict(assign=True). Make the optimizer after such a load",
+                stacklevel=2,
+            )
 
     def _finish(self) -> None:
         """Makes the step's row, and sees what has arrived of those before."""
@@ -180,8 +214,9 @@ class Monitor:
             pieces = self._pieces
             if pieces is None:
                 pieces = self._measurements.read_gradients(self._optimizer)
+            pieces += self._watch.take()
             if self._has_updates:
-                pieces += self._measurements.measure_updates() + self._watch.take()
+                pieces += self._measurements.measure_updates()
                 self._next_updates = self._step + self.updates_every
             self._transfer.put(Row.of(self._step, pieces))
         self._pieces = None
@@ -192,8 +227,8 @@ class Monitor:
 
     def _prepare(self) -> None:
         """For the step of the number self._step."""
-        due = self._measurements.is_due = self._step % self.every == 0
-        self._has_updates = self._watch.is_on = due and self._step >= self._next_updates
+        due = self._measurements.is_due = self._watch.is_on = self._step % self.every == 0
+        self._has_updates = self._watch.reads = due and self._step >= self._next_updates
 
     def _collect(self, wait: bool) -> None:
         """Takes over the rows that have arrived, and calls on_spike."""
@@ -255,10 +290,12 @@ class Monitor:
 
     def to_csv(self, path: str | Path) -> None:
         """Writes a line for each row. Columns are named as in gradient_norm/layer.weight."""
+        check_path("path", path)
         Path(path).write_text(records.as_csv(self._records(), self._names), encoding="utf-8")
 
     def to_jsonl(self, path: str | Path) -> None:
         """Writes a line of JSON for each row, as from `last`. Numbers that are not finite are null."""
+        check_path("path", path)
         Path(path).write_text(records.as_jsonl(self._records(), self._names), encoding="utf-8")
 
     def to_tensorboard(self, writer: Any, prefix: str = "fastnorm/", *, wait: bool = True) -> None:
@@ -269,6 +306,8 @@ class Monitor:
             prefix: of the tags, which go on as in gradient_norm/layer.weight.
             wait: for the device. Without it, only rows that have arrived are written: for a call in the loop.
         """
+        check_writer("writer", writer)
+        check_string("prefix", prefix)
         _, last = self._written.get(id(writer), (writer, -1))
         for record in self._records(wait, last):
             for name, number in record.scalars(self._names):
@@ -283,6 +322,7 @@ class Monitor:
 
         Raises:
             ImportError: without matplotlib.
+            TypeError: for anything else, such as a file's name: the figure's savefig writes a file.
         """
         return plots.draw(self._records(), self._names, figure)
 
@@ -297,8 +337,10 @@ class Monitor:
             ratio_above: largest norm / smallest norm above which those of the last step are uneven.
 
         Raises:
+            TypeError: for bounds that are no numbers.
             ValueError: for bounds out of order.
         """
+        check_numbers(vanishing_below=vanishing_below, exploding_above=exploding_above, ratio_above=ratio_above)
         check_bounds(vanishing_below, exploding_above, ratio_above)
         sizes = [0] * len(self._names.groups)
         for parameter, group in zip(self._measurements.parameters, self._names.group_of.tolist(), strict=True):

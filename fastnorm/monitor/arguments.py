@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,28 @@ def check_kinds(name: str, kinds: Any) -> None:
     """Of modules."""
     if not isinstance(kinds, bool) and not (isinstance(kinds, tuple) and all(isinstance(k, type) for k in kinds)):
         raise TypeError(f"{name} must be True, False or a tuple of classes, but got {kinds!r}")
+
+
+def check_path(name: str, path: Any) -> None:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a file's path, a str or a pathlib.Path, but got {type(path).__name__}")
+
+
+def check_writer(name: str, writer: Any) -> None:
+    if not callable(getattr(writer, "add_scalar", None)):
+        raise TypeError(f"{name} must have a method add_scalar(tag, number, step), such as a "
+                        f"torch.utils.tensorboard.SummaryWriter, but got {type(writer).__name__}")  # fmt: skip
+
+
+def check_string(name: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"{name} must be a str, but got {type(text).__name__}")
+
+
+def check_numbers(**numbers: Any) -> None:
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise TypeError(f"{name} must be a number, but got {type(number).__name__}")
 
 
 def innermost(optimizer: Any, parameters: Sequence[Tensor]) -> Optimizer:

@@ -7,7 +7,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import TensorWeakRef
 
@@ -15,7 +15,8 @@ from ..clip.health import dense
 from ..clip.norms import measure
 from ..clip.observers import Clip
 from ..clip.policy_base import is_capturing
-from .rows import Piece
+from .parameters import CurrentParameters, Replaced
+from .rows import Piece, Shared
 
 _GRAD = attrgetter("grad")
 
@@ -27,7 +28,7 @@ class _Told:
         self.where = where  # positions of the gradients among the parameters; −1: not among them
         norms, threshold = clip.norms, clip.threshold
         if norms is None or clip.norm_type != 2:
-            norms = _norms(clip.gradients)
+            norms = norms_of(clip.gradients)
         if not isinstance(threshold, Tensor):
             threshold = torch.full((), threshold, dtype=norms.dtype, device=norms.device)
         # Copies: a policy's threshold lies in its state, and the total norm is the caller's.
@@ -52,13 +53,15 @@ class _Told:
 
 
 class Measurements:
-    """Of a list of parameters. Nothing waits for the device. Gradients and weights are known by their positions."""
+    """Of a model's parameters. Nothing waits for the device. Gradients and weights are known by their positions."""
 
-    def __init__(self, parameters: list[Tensor]) -> None:
-        self.parameters = parameters
-        self.ids = set(map(id, parameters))
+    def __init__(self, model: nn.Module) -> None:
+        self.current = CurrentParameters(model)
+        self.parameters = self.current.tensors
+        self.ids = set(map(id, self.parameters))
+        self.replaced: list[Replaced] = []  # for the monitor to look at
         self.is_due = True  # whether clips are listened to
-        self.positions: list[list[int]] = []  # those of the last rows, which share them
+        self.shared = Shared()
         self.forget()
 
     def forget(self) -> None:
@@ -67,13 +70,24 @@ class Measurements:
         self.copied: list[int] = []  # their positions
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "ids": set(), "told": [], "weights": None}
+        return {**self.__dict__, "ids": set(), "told": [], "weights": None, "replaced": []}
+
+    def follow(self) -> None:
+        """Goes on with the parameters that the model has now."""
+        replaced = self.current.follow()
+        if replaced:
+            self.replaced += replaced
+            self.ids = set(map(id, self.parameters))
+            self.weights = None  # the change is no update
 
     def clipping(self, clip: Clip) -> None:
         """Keeps what a clip tells, if it is of these parameters' gradients."""
         # Gradients of others are not looked at: another thread may be in their backward pass, which writes .grad
         # without the GIL.
-        if not self.is_due or self.ids.isdisjoint(map(id, clip.parameters)):
+        if not self.is_due:
+            return
+        self.follow()
+        if self.ids.isdisjoint(map(id, clip.parameters)):
             return
         if is_capturing(clip.gradients[0].device):
             return
@@ -81,7 +95,7 @@ class Measurements:
         where = [positions.get(id(gradient), -1) for gradient in clip.gradients]
         mine = {position for position in where if position >= 0}
         if mine:
-            where = self._shared(where)
+            where = self.shared(where)
             self.told = [told for told in self.told if mine.isdisjoint(told.where)]
             self.told.append(_Told(clip, where))
 
@@ -96,8 +110,8 @@ class Measurements:
         if len(told) == 1 and not rest:
             pieces.append(told[0].total)
         if rest:
-            norms = _norms([g for i in rest if (g := gradients[i]) is not None])
-            pieces.append(Piece("norms", norms, self._shared(rest)))
+            norms = norms_of([g for i in rest if (g := gradients[i]) is not None])
+            pieces.append(Piece("norms", norms, self.shared(rest)))
         # Set by a deferred clip, or by a GradScaler whose gradients are still scaled.
         scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
         if scale is not None and not told:
@@ -112,24 +126,16 @@ class Measurements:
 
     def measure_updates(self) -> list[Piece]:
         """Norms of the copied weights, and of what has changed since."""
-        where = self._shared(self.copied)
+        where = self.shared(self.copied)
         before, after = self.weights, [self.parameters[i] for i in where]
         if not before or list(map(_kind, before)) != list(map(_kind, after)):  # moved or cast since
             return []
-        weights = _norms(before)
+        weights = norms_of(before)
         torch._foreach_sub_(before, after)
-        return [Piece("weights", weights, where), Piece("updates", _norms(before), where)]
-
-    def _shared(self, where: list[int]) -> list[int]:
-        """An equal list that other rows have already: a thousand rows shall not have a thousand lists."""
-        for known in self.positions:
-            if known == where:
-                return known
-        self.positions = [where, *self.positions[:7]]
-        return where
+        return [Piece("weights", weights, where), Piece("updates", norms_of(before), where)]
 
 
-def _norms(tensors: Sequence[Tensor]) -> Tensor:
+def norms_of(tensors: Sequence[Tensor]) -> Tensor:
     """(tensors,): their L2 norms."""
     return measure([dense(tensor) for tensor in tensors], 2.0, float("inf")).norms
 

@@ -23,6 +23,9 @@ def draw(records: Sequence[Record], names: Names, figure: Figure | None) -> Figu
     """Total norm above, the norms of all groups as a heat map below, over the same steps."""
     if figure is None:
         figure = pyplot_for("Monitor.plot").figure(figsize=(9, 7), layout="constrained")
+    elif not hasattr(figure, "add_subplot"):
+        raise TypeError(f"figure must be a matplotlib Figure or None, but got {type(figure).__name__}; to save a file, "
+                        'call savefig("run.png") of the figure that plot() returns')  # fmt: skip
     totals, heat = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2))
     _draw_totals(records, totals)
     _draw_heat(records, names, heat)

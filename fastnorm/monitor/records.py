@@ -109,17 +109,25 @@ def decode(row: Row, names: Names) -> Record:
         "nonfinite": summed((~norms.isfinite()).double(), present),
         "weight_norm": lengths("weights"),
         "update_ratio": lengths("updates") / lengths("weights"),
-        "input_rms": torch.full((len(names.norms),), math.nan, dtype=torch.float64, device="cpu"),
+        "input_rms": _input_rms(row, len(names.norms)),
         "zero_share": torch.full((len(names.layers),), math.nan, dtype=torch.float64, device="cpu"),
     }
-    for values, part in row.of_kind("inputs"):
-        put(series["input_rms"], part.where, values / values.new_tensor(part.sizes).sqrt())
     for values, part in row.of_kind("nonzero"):
         shares = [zero_share(number, size) for number, size in zip(values.tolist(), part.sizes, strict=True)]
         put(series["zero_share"], part.where, values.new_tensor(shares))
     coefficient, threshold = row.number("coefficient"), row.number("threshold")
     skipped = row.number("skipped") > 0
     return Record(row.step, row.total_norm(count), coefficient, threshold, skipped, row.spike, series)
+
+
+def _input_rms(row: Row, count: int) -> Tensor:
+    """(count,): of everything that each norm was given; NaN for one that was given nothing."""
+    squares, sizes = torch.zeros(2, count, dtype=torch.float64, device="cpu")
+    for values, part in row.of_kind("inputs"):
+        where = torch.tensor(part.where, device="cpu")
+        squares.index_add_(0, where, values.square() - values.new_tensor(part.offsets))
+        sizes.index_add_(0, where, values.new_tensor(part.sizes))
+    return (squares.clamp(min=0) / sizes).sqrt()  # below 0 by rounding, where eps is far above x²
 
 
 class RunningMedian:

@@ -17,12 +17,14 @@ from torch import Tensor
 
 
 class Piece(NamedTuple):
-    """Numbers of one kind, on the device. where: what they belong to, by position; sizes: of how many elements."""
+    """Numbers of one kind, on the device. where: what they belong to, by position; sizes: of how many elements;
+    offsets: what is too much in their squares."""
 
     kind: str
     values: Tensor
     where: Sequence[int] = ()
     sizes: Sequence[int] = ()
+    offsets: Sequence[float] = ()
 
 
 class Part(NamedTuple):
@@ -32,6 +34,21 @@ class Part(NamedTuple):
     length: int
     where: Sequence[int]
     sizes: Sequence[int]
+    offsets: Sequence[float]
+
+
+class Shared:
+    """Gives an equal list that other rows have already: a thousand rows shall not have a thousand lists."""
+
+    def __init__(self) -> None:
+        self.known: list[list[Any]] = []  # the newest first
+
+    def __call__(self, numbers: list[Any]) -> list[Any]:
+        for known in self.known:
+            if known == numbers:
+                return known
+        self.known = [numbers, *self.known[:7]]
+        return numbers
 
 
 @dataclass
@@ -46,9 +63,9 @@ class Row:
     @classmethod
     def of(cls, step: int, pieces: Sequence[Piece]) -> Row:
         """Reads and copies the pieces' numbers, to the first of their devices that is no CPU."""
-        parts = [Part(kind, values.numel(), where, sizes) for kind, values, where, sizes in pieces]
+        parts = [Part(p.kind, p.values.numel(), p.where, p.sizes, p.offsets) for p in pieces]
         flat = [piece.values.reshape(-1) for piece in pieces]
-        return cls(step, parts, _concatenated(flat) if flat else torch.empty(0, device="cpu"))
+        return cls(step, parts, concatenated(flat) if flat else torch.empty(0, device="cpu"))
 
     def of_kind(self, kind: str) -> list[tuple[Tensor, Part]]:
         """The parts of one kind, with their numbers in float64."""
@@ -92,7 +109,7 @@ def put(target: Tensor, where: Sequence[int], values: Tensor) -> None:
     target[positions[wanted]] = values[wanted]
 
 
-def _concatenated(tensors: Sequence[Tensor]) -> Tensor:
+def concatenated(tensors: Sequence[Tensor]) -> Tensor:
     device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
     return torch.cat([t.to(device, non_blocking=True) for t in tensors])
 
@@ -113,7 +130,7 @@ class Transfer:
     def flush(self) -> None:
         """Starts the copy of the rows that are still on the device."""
         if self.staged:
-            done, host = start_copy(_concatenated([row.values for row in self.staged]))
+            done, host = start_copy(concatenated([row.values for row in self.staged]))
             self.in_flight.append((done, host, self.staged))
             self.staged = []
 

@@ -1,74 +1,133 @@
-"""Forward hooks that measure, at some steps, the inputs of norms and the zeros after ReLU-like modules."""
+"""Forward hooks on norms, whose statistics tell the size of their inputs, and on ReLU-like modules."""
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..clip.activations import ZeroCounts, layers_of
 from ..clip.lists import PLAIN
+from ..clip.policy_base import is_capturing
+from ..ops import statistics
 from ..ops.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from ..ops.group_norm import GroupNorm
 from ..ops.layer_norm import AddLayerNorm
 from ..ops.rms_norm import AddRMSNorm
 from ..ops.row_norm import RowNorm
+from ..ops.statistics import Statistics
 from ..ops.sync_batch_norm import SyncBatchNorm
 from ..reference import stat_dtype
-from .rows import Piece
+from .measurements import norms_of
+from .rows import Piece, Shared, concatenated
 
+PAIRS = AddLayerNorm, AddRMSNorm  # norms of x + residual, which they return too
 _NORMS = (RowNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, GroupNorm)
-Action = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
+Action = Callable[["ForwardWatch", str, nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
+
+
+class _Inputs(NamedTuple):
+    """The inputs of some norms in all passes so far. lengths: their L2 norms, with eps for each element added to the
+    squares; offsets: the sums of these eps."""
+
+    lengths: Tensor
+    sizes: list[int]
+    offsets: list[float]
+
+    def joined(self, others: _Inputs) -> _Inputs:
+        sizes = [a + b for a, b in zip(self.sizes, others.sizes, strict=True)]
+        offsets = [a + b for a, b in zip(self.offsets, others.offsets, strict=True)]
+        return _Inputs(torch.hypot(self.lengths, others.lengths), sizes, offsets)
 
 
 class ForwardWatch:
-    """The hooks of one model. They do nothing unless `is_on`."""
+    """The hooks of one model. is_on: whether norms are listened to. reads: whether tensors may be read, too."""
 
     def __init__(self, model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
-        self.is_on = False
+        self.is_on = self.reads = False
         norms, layers = layers_of(model, _NORMS), layers_of(model, kinds) if kinds else {}
         self.norms, self.layers = list(norms), list(layers)
+        self._shared = Shared()
         self._clear()
-        self._handles = [
-            module.register_forward_hook(_Hook(self, action, name), with_kwargs=True)
-            for action, found in ((_measure_input, norms), (_count_zeros, layers))
-            for name, module in found.items()
-        ]
+        self._handles = []
+        for name, module in norms.items():
+            before, after = _Hook(self, _listen, name), _Hook(self, _measure_input, name)
+            self._handles += [
+                module.register_forward_pre_hook(before, with_kwargs=True),
+                module.register_forward_hook(after, with_kwargs=True, always_call=True),  # it ends the listening
+            ]
+        for name, module in layers.items():
+            self._handles.append(module.register_forward_hook(_Hook(self, _count_zeros, name), with_kwargs=True))
 
     def _clear(self) -> None:
-        self._input_norms: dict[str, tuple[Tensor, int]] = {}
+        self._told: dict[str, Statistics] = {}  # of one pass
+        self._inputs: dict[tuple[str, ...], _Inputs] = {}
         self._zeros = ZeroCounts()
 
     def take(self) -> list[Piece]:
         """What was measured since the last call."""
-        inputs, zeros = self._input_norms, self._zeros
+        self._reduce()
+        inputs, zeros = self._inputs, self._zeros
         self._clear()
         pieces = []
         if inputs:
-            norms, sizes = zip(*inputs.values(), strict=True)
-            pieces.append(Piece("inputs", _stacked(norms), [self.norms.index(name) for name in inputs], sizes))
+            where = [self.norms.index(name) for name in chain.from_iterable(inputs)]
+            sizes = list(chain.from_iterable(found.sizes for found in inputs.values()))
+            offsets = list(chain.from_iterable(found.offsets for found in inputs.values()))
+            lengths = concatenated([found.lengths for found in inputs.values()])
+            pieces.append(Piece("inputs", lengths, self._shared(where), self._shared(sizes), self._shared(offsets)))
         if zeros.sizes:
             where = [self.layers.index(name) for name in zeros.sizes]
             pieces.append(Piece("nonzero", _stacked(zeros.nonzero.values()), where, list(zeros.sizes.values())))
         return pieces
 
+    def add_statistics(self, name: str, found: Statistics) -> None:
+        if name in self._told:  # the next pass: only one pass's are kept
+            with _disable_current_modes():  # a checkpoint's mode would expect the same again
+                self._reduce()
+        self._told[name] = found
+
+    def _reduce(self) -> None:
+        """Σx² of a part of x is (1/rstd² + mean²) · its size, less eps for each element. All norms at once: a few
+        launches."""
+        if not self._told:
+            return
+        told, self._told = self._told, {}
+        names = tuple(sorted(told, key=lambda name: told[name].mean is None))  # those with means first
+        found = [told[name] for name in names]
+        scales = [math.sqrt(f.size / f.rstd.numel()) for f in found]
+        means = [f.mean for f in found if f.mean is not None]
+        terms = [*torch._foreach_reciprocal([f.rstd for f in found]), *means]
+        lengths = norms_of(torch._foreach_mul(terms, scales + scales[: len(means)]))
+        own, of_means = lengths[: len(found)], lengths[len(found) :]
+        if means:
+            own[: len(means)].copy_(torch.hypot(own[: len(means)], of_means))
+        self._add(names, _Inputs(own, [f.size for f in found], [f.eps * f.size for f in found]))
+
     def add_input(self, name: str, x: Tensor) -> None:
-        norm = torch.linalg.vector_norm(x, dtype=stat_dtype(x.dtype))
-        before, size = self._input_norms.get(name, (None, 0))
-        self._input_norms[name] = norm if before is None else torch.hypot(before, norm), size + x.numel()
+        length = torch.linalg.vector_norm(x, dtype=stat_dtype(x.dtype)).view(1)
+        self._add((name,), _Inputs(length, [x.numel()], [0.0]))
+
+    def _add(self, names: tuple[str, ...], inputs: _Inputs) -> None:
+        before = self._inputs.get(names)
+        self._inputs[names] = inputs if before is None else before.joined(inputs)
 
     def add_output(self, name: str, output: Tensor) -> None:
         self._zeros.add(name, output)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": []}
+        return {**self.__dict__, "_handles": [], "_told": {}, "_inputs": {}}
 
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
+        self._clear()
 
 
 def _stacked(tensors: Any) -> Tensor:
@@ -76,34 +135,49 @@ def _stacked(tensors: Any) -> Tensor:
     return torch.stack([tensor.to(tensors[0].device, non_blocking=True) for tensor in tensors])
 
 
+def _listen(
+    watch: ForwardWatch, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    statistics.listen()
+
+
 def _measure_input(
     watch: ForwardWatch, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
-    x: Any = args[0] if args else kwargs.get("input")
-    if isinstance(module, (AddLayerNorm, AddRMSNorm)):
-        x = output[1]  # the norm is of x + residual
-    if type(x) in PLAIN and x.layout is torch.strided and not x.is_nested:
-        watch.add_input(name, x)
+    found = statistics.heard()
+    if found is not None:
+        if _is_usable(found.rstd):
+            watch.add_statistics(name, found)
+    elif watch.reads and output is not None:  # None: the forward has raised
+        # x + residual, where the norm adds one
+        is_pair = isinstance(module, PAIRS)
+        x: Any = output[1] if is_pair else args[0] if args else kwargs.get("input", kwargs.get("x"))
+        if _is_usable(x):
+            watch.add_input(name, x)
 
 
 def _count_zeros(
     watch: ForwardWatch, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
-    if type(output) in PLAIN:
+    if watch.reads and _is_usable(output):
         watch.add_output(name, output)
+
+
+def _is_usable(x: Any) -> bool:
+    return type(x) in PLAIN and x.layout is torch.strided and not x.is_nested and not is_capturing(x.device)
 
 
 class _Hook:
     """A hook on a module. Its reference to the watch is weak, and a copy of it, in a copied model, does nothing."""
 
-    def __init__(self, watch: ForwardWatch | None = None, action: Any = None, name: str = "") -> None:
+    def __init__(self, watch: ForwardWatch | None = None, action: Action | None = None, name: str = "") -> None:
         self.watch, self.action, self.name = None if watch is None else weakref.ref(watch), action, name
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
         if torch.compiler.is_compiling() or self.watch is None:
             return
         watch = self.watch()
-        if watch is None or not watch.is_on or not torch.is_grad_enabled():
+        if watch is None or self.action is None or not watch.is_on or not torch.is_grad_enabled():
             return
         with torch.no_grad():
             self.action(watch, self.name, module, args, kwargs, output)

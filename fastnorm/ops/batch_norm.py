@@ -25,6 +25,7 @@ from .channels import (
     values_per_channel,
 )
 from .scripting import scriptable
+from .statistics import tell
 from .symbolic import Overridden, module_node, refuse_overridden
 
 
@@ -46,6 +47,7 @@ class BatchNormFunction(torch.autograd.Function):
                 x, residual, weight, bias, *statistics, factor,
                 0.0 if factor is not None else momentum, eps, memory_format, relu, out_dtype,
             )  # fmt: skip
+            tell(x, mean, scale, eps)
             for statistic, moved in zip(running or (), statistics, strict=False):
                 if moved is not None and moved is not statistic:  # it was not contiguous
                     statistic.copy_(moved)

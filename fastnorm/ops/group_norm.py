@@ -20,6 +20,7 @@ from .channels import (
     check_vector,
 )
 from .scripting import scriptable
+from .statistics import tell
 from .symbolic import Overridden
 
 
@@ -33,6 +34,7 @@ class GroupNormFunction(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         memory_format = suggested_format(x)
         y, mean, rstd = impl.group_norm_forward(x, groups, weight, bias, eps, memory_format, silu, out_dtype)
+        tell(x, mean, rstd, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.impl, ctx.memory_format, ctx.options = impl, memory_format, (groups, eps, silu)
         return y

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import backend, reference
 from .arguments import apply, check, check_dtype, options_repr, result_dtype
 from .scripting import scriptable
+from .statistics import tell
 
 ROUNDINGS = ("torch", "llama")
 Gradients = tuple[Tensor | None, ...]
@@ -27,6 +28,7 @@ class RowNormFunction(torch.autograd.Function):
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """options: eps, subtract_mean, zero_centered, cast_dtype. dtypes: those of y and h."""
         y, h, mean, rstd = impl.row_norm_forward(x, residual, len(shape), weight, bias, *options, *dtypes)
+        tell(x, mean, rstd, options[0])
         ctx.save_for_backward(x if residual is None else h, weight, bias, mean, rstd)
         ctx.impl, ctx.shape, ctx.options = impl, shape, options
         ctx.dtypes = x.dtype, None if residual is None else residual.dtype

@@ -13,6 +13,7 @@ from .. import backend, reference
 from ..views import batch_norm_format
 from .batch_norm import FusedBatchNorm, as_precise_as, check_batch_norm
 from .channels import as_vector, check_activation, checked_eps, values_per_channel
+from .statistics import tell
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
@@ -35,6 +36,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         mean, rstd = mean.to(dtype), torch.rsqrt(variance + eps).to(dtype)
         y, mask = x.new_empty(x.shape, dtype=out_dtype), None
         if x.numel():
+            tell(x, mean, rstd, eps)
             y, mask = impl.batch_norm_normalize(
                 x, residual, weight, bias, mean, rstd, memory_format, relu, out_dtype
             )
