@@ -30,6 +30,7 @@ from .clip import (
 from .convert import ConversionReport, convert, revert
 from .monitor import Monitor
 from .ops.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .ops.gated_norm import GatedLayerNorm, GatedRMSNorm
 from .ops.group_norm import GroupNorm
 from .ops.layer_norm import AddLayerNorm, LayerNorm
 from .ops.rms_norm import AddRMSNorm, RMSNorm
@@ -45,6 +46,8 @@ __all__ = [
     "BatchNorm3d",
     "ClipPolicy",
     "ConversionReport",
+    "GatedLayerNorm",
+    "GatedRMSNorm",
     "GradientHealth",
     "GroupNorm",
     "LayerNorm",

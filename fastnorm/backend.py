@@ -36,6 +36,8 @@ OPERATIONS = {
     "rms_norm": Operation("row norm", ("RMSNorm",)),
     "add_layer_norm": Operation("row norm", ("AddLayerNorm",)),
     "add_rms_norm": Operation("row norm", ("AddRMSNorm",)),
+    "gated_layer_norm": Operation("row norm", ("GatedLayerNorm",)),
+    "gated_rms_norm": Operation("row norm", ("GatedRMSNorm",)),
     "batch_norm": Operation("channel norm", ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")),
     "batch_norm_evaluation": Operation("channel norm"),
     "sync_batch_norm": Operation("channel norm", ("SyncBatchNorm",), has_formula=False),

@@ -54,7 +54,9 @@ globals().update({name: _define(operator) for name, operator in operators.OPERAT
 all_readable, have_shapes, list_key = map(_function, ("all_readable", "have_shapes", "list_key"))
 
 # Whole calls with autograd (csrc/calls.h); they return NotImplemented for wrong or unusual arguments.
-_row_norms = enumerate(("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"))
+_row_norms = enumerate(
+    ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "gated_layer_norm", "gated_rms_norm")
+)
 calls = {name: partial(_function("row_norm"), number) for number, name in _row_norms}
 calls |= {name: _function(name) for name in ("batch_norm", "group_norm")}
 # call_operator(name, *arguments) runs an operator of the Triton backend by its launch plan; plan_count() counts them.

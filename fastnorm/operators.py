@@ -73,32 +73,38 @@ def _parameter(x: torch.Tensor, dims: int, dtype: torch.dtype | None) -> torch.T
 
 
 @operator(
-    "(Tensor x, Tensor? residual, int dims, Tensor? weight, Tensor? bias, float eps, bool subtract_mean, "
-    "bool zero_centered, ScalarType? cast_dtype, ScalarType out_dtype, ScalarType? residual_dtype)"
-    " -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)"
+    "(Tensor x, Tensor? residual, Tensor? gate, int dims, int groups, Tensor? weight, Tensor? bias, float eps, "
+    "bool subtract_mean, bool zero_centered, bool silu, bool norm_before_gate, ScalarType? cast_dtype, "
+    "ScalarType out_dtype, ScalarType? residual_dtype) -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)"
 )
 def row_norm_forward(
-    x, residual, dims, weight, bias, eps, subtract_mean, zero_centered, cast_dtype, out_dtype, residual_dtype
-):
-    """y, h (None without a residual), mean (None if it is not subtracted), rstd."""
-    dtypes = (x.dtype,) if residual is None else (x.dtype, residual.dtype, residual_dtype)
+    x, residual, gate, dims, groups, weight, bias, eps, subtract_mean, zero_centered, silu, norm_before_gate,
+    cast_dtype, out_dtype, residual_dtype,
+):  # fmt: skip
+    """y, h (None without a residual), mean (None if it is not subtracted), rstd. A row has `groups` equal groups of
+    columns with statistics of their own. silu: the gate's activation, else it is the sigmoid."""
+    dtypes = [t.dtype for t in (x, residual, gate) if t is not None]
+    in_float64 = torch.float64 in (dtypes if residual is None else [*dtypes, residual_dtype])
     rows = math.prod(x.shape[: x.dim() - dims])
-    rstd = x.new_empty(rows, dtype=torch.float64 if torch.float64 in dtypes else torch.float32)
+    rstd = x.new_empty(rows * groups, dtype=torch.float64 if in_float64 else torch.float32)
     h = None if residual is None else _like(x, residual_dtype)
     return _like(x, out_dtype), h, torch.empty_like(rstd) if subtract_mean else None, rstd
 
 
 @operator(
-    "(Tensor dy, Tensor? dh, Tensor h, int dims, Tensor? weight, Tensor? mean, Tensor rstd, bool zero_centered, "
-    "ScalarType? cast_dtype, ScalarType x_dtype, ScalarType? residual_dtype, ScalarType? dweight_dtype, "
-    "ScalarType? dbias_dtype) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
+    "(Tensor dy, Tensor? dh, Tensor h, Tensor? gate, int dims, int groups, Tensor? weight, Tensor? bias, Tensor? mean, "
+    "Tensor rstd, bool zero_centered, bool silu, bool norm_before_gate, ScalarType? cast_dtype, ScalarType x_dtype, "
+    "ScalarType? residual_dtype, ScalarType? dweight_dtype, ScalarType? dbias_dtype)"
+    " -> (Tensor dx, Tensor dresidual, Tensor dgate, Tensor dweight, Tensor dbias)"
 )
 def row_norm_backward(
-    dy, dh, h, dims, weight, mean, rstd, zero_centered, cast_dtype, x_dtype, residual_dtype, dweight_dtype, dbias_dtype
-):
-    """dx, dresidual (None where dx serves, in its dtype), dweight, dbias."""
+    dy, dh, h, gate, dims, groups, weight, bias, mean, rstd, zero_centered, silu, norm_before_gate, cast_dtype, x_dtype,
+    residual_dtype, dweight_dtype, dbias_dtype,
+):  # fmt: skip
+    """dx, dresidual (None where dx serves, in its dtype), dgate, dweight, dbias. bias: for a norm before its gate."""
     dresidual = None if residual_dtype == x_dtype else _like(h, residual_dtype)
-    return _like(h, x_dtype), dresidual, _parameter(h, dims, dweight_dtype), _parameter(h, dims, dbias_dtype)
+    dgate = None if gate is None else _like(h, gate.dtype)
+    return _like(h, x_dtype), dresidual, dgate, _parameter(h, dims, dweight_dtype), _parameter(h, dims, dbias_dtype)
 
 
 def _channels(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,23 @@ def row_norm(
         # Rounds with the gradient of the identity; .to() alone would round the gradient as well.
         x_hat = x_hat + (x_hat.to(cast_dtype).to(dtype) - x_hat).detach()
     return _scaled(x_hat, weight, bias).to(out_dtype)
+
+
+def gated_row_norm(
+    x: Tensor, gate: Tensor | None, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float,
+    subtract_mean: bool, zero_centered: bool, cast_dtype: torch.dtype | None, groups: int, silu: bool,
+    norm_before_gate: bool, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """y = (x̂ · w + b) · act(gate), or with x · act(gate) for x; each group of columns has statistics of its own."""
+    if gate is None and groups == 1:
+        return row_norm(x, shape, weight, bias, eps, subtract_mean, zero_centered, cast_dtype, out_dtype)
+    dtype = stat_dtype(torch.promote_types(x.dtype, out_dtype if gate is None else gate.dtype))
+    factor = None if gate is None else (F.silu if silu else torch.sigmoid)(gate.to(dtype))
+    h = x.to(dtype) if factor is None or norm_before_gate else x.to(dtype) * factor
+    h = h.reshape(*x.shape[: x.dim() - len(shape)], groups, math.prod(shape) // groups)
+    x_hat = row_norm(h, h.shape[-1:], None, None, eps, subtract_mean, False, cast_dtype, dtype).reshape(x.shape)
+    y = _scaled(x_hat, _applied(weight, zero_centered, dtype), None if bias is None else bias.to(dtype))
+    return (y * factor if factor is not None and norm_before_gate else y).to(out_dtype).contiguous()
 
 
 def _stock_row_norm(
@@ -273,13 +291,15 @@ def gradients(formula: Callable[..., Tensor], inputs: Sequence[Tensor | None], d
 
 
 def row_norm_gradients(
-    inputs: Sequence[Tensor | None], dy: Tensor, shape: Sequence[int], eps: float, subtract_mean: bool,
-    zero_centered: bool, cast_dtype: torch.dtype | None,
-) -> list[Tensor | None]:  # fmt: skip
-    """`gradients` of row_norm for `inputs`: x (or h), weight and bias. csrc calls it too."""
+    inputs: Sequence[Tensor | None], dy: Tensor, shape: Sequence[int], *options: Any
+) -> list[Tensor | None]:
+    """`gradients` of gated_row_norm for `inputs`: x (or h), weight, bias and gate. csrc calls it too.
 
-    def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return row_norm(x, shape, weight, bias, eps, subtract_mean, zero_centered, cast_dtype, dy.dtype)
+    options: eps, subtract_mean, zero_centered, cast_dtype, groups, silu, norm_before_gate.
+    """
+
+    def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None) -> Tensor:
+        return gated_row_norm(x, gate, shape, weight, bias, *options, dy.dtype)
 
     # Views, because h is an output of the node whose backward runs, and autograd locks that node meanwhile.
     with torch.enable_grad():

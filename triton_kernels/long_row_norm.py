@@ -13,6 +13,7 @@ import triton.language as tl
 
 from . import launch
 from .compiler import materialize
+from .gates import activated, activation_slope
 from .jit import jit
 from .tiles import (
     factors,
@@ -48,15 +49,21 @@ def _join_lanes(lane_mean, lane_m2, n_cols, TILE: tl.constexpr):
 
 @jit
 def _row_norm_long_forward_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr, n_cols, x_stride, residual_stride,
-    EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr, CAST: tl.constexpr, TILE: tl.constexpr,
+    x_ptr, residual_ptr, gate_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr,
+    n_cols, x_stride, residual_stride, gate_stride,
+    EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr,
+    CAST: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """y = (h − mean) · rstd · w + b with h = x + residual, rstd = 1/√(mean((h − mean)²) + eps); RMSNorm has mean 0.
-    LayerNorm's lanes keep Welford's mean and m2. h is read again for y.
+    A gate multiplies y, or x before all. LayerNorm's lanes keep Welford's mean and m2. h is read again for y.
 
-    Grid: (rows,)."""
+    Grid: (rows, GROUPS of n_cols columns)."""
     stat = rstd_ptr.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64)
+    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1) if GROUPS > 1 else 0
+    first = group * n_cols
+    x_row, y_row = x_ptr + (row * x_stride + first), y_ptr + (row * (GROUPS * n_cols) + first)
+    if gate_ptr is not None:
+        gate_row = gate_ptr + (row * gate_stride + first)
     inv_n = 1.0 / tl.cast(n_cols, stat)
     lane_mean = tl.zeros((TILE,), stat)
     lane_m2 = tl.zeros((TILE,), stat)  # of RMSNorm: Σ h² / n
@@ -64,7 +71,9 @@ def _row_norm_long_forward_kernel(
     for start in range(0, n_cols, TILE):
         cols = start + tl.arange(0, TILE)
         col_mask = cols < n_cols
-        h = load_tile(x_ptr + row * x_stride + cols, col_mask, stat)
+        h = load_tile(x_row + cols, col_mask, stat)
+        if gate_ptr is not None and not NORM_BEFORE_GATE:
+            h *= activated(load_tile(gate_row + cols, col_mask, stat), SILU)
         if residual_ptr is not None:
             h += load_tile(residual_ptr + row * residual_stride + cols, col_mask, stat)
             h = store_h(h, h_ptr + row * n_cols + cols, col_mask)
@@ -79,10 +88,10 @@ def _row_norm_long_forward_kernel(
     if mean_ptr is not None:
         mean, shift, var = _join_lanes(lane_mean, lane_m2, n_cols, TILE)
         rstd = reciprocal_sqrt(var + EPS)
-        tl.store(mean_ptr + row, mean + shift)
+        tl.store(mean_ptr + row * GROUPS + group, mean + shift)
     else:
         rstd = reciprocal_sqrt(tl.sum(lane_m2, axis=0, keep_dims=True) + EPS)
-    store_tile(rstd_ptr + row + tl.arange(0, 1), rstd, None)
+    store_tile(rstd_ptr + row * GROUPS + group + tl.arange(0, 1), rstd, None)
     last = tl.multiple_of(n_cols - 1 - (n_cols - 1) % TILE, TILE)
     for back in range(0, n_cols, TILE):
         cols = last - back + tl.arange(0, TILE)
@@ -91,33 +100,49 @@ def _row_norm_long_forward_kernel(
             # needs no barrier: each thread reads what it wrote itself, the same lanes of the same tile
             h = load_tile(h_ptr + row * n_cols + cols, col_mask, stat)
         else:
-            h = load_tile(x_ptr + row * x_stride + cols, col_mask, stat)
+            h = load_tile(x_row + cols, col_mask, stat)
+        if gate_ptr is not None:
+            factor = activated(load_tile(gate_row + cols, col_mask, stat), SILU)
+            if not NORM_BEFORE_GATE:
+                h *= factor
         if mean_ptr is not None:
             h = h - mean - shift
         y = rounded_to(h * rstd, CAST)
         if weight_ptr is not None:
-            y *= load_weight(weight_ptr + cols, col_mask, stat, ZERO_CENTERED)
+            y *= load_weight(weight_ptr + first + cols, col_mask, stat, ZERO_CENTERED)
         if bias_ptr is not None:
-            y += load_tile(bias_ptr + cols, col_mask, stat)
-        store_tile(y_ptr + row * n_cols + cols, y, col_mask)
+            y += load_tile(bias_ptr + first + cols, col_mask, stat)
+        if gate_ptr is not None and NORM_BEFORE_GATE:
+            y *= factor
+        store_tile(y_row + cols, y, col_mask)
 
 
 @triton.jit
 def _coefficient_sums(
-    h_row, dy_row, weight_ptr, statistics, lanes, n_cols, ZERO_CENTERED: tl.constexpr, TILE: tl.constexpr
+    h_row, dy_row, gate_row, weight_ptr, statistics, lanes, n_cols,
+    ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Each lane's Σ x_factor · w·dy_factor and Σ w·dy_factor over the row, (1, TILE): see `gradient_coefficients`.
-    Two tiles are loaded before either is used."""
-    c1_sums, c2_sums = tl.zeros((1, TILE), statistics[0].dtype), tl.zeros((1, TILE), statistics[0].dtype)
+    Two tiles are loaded before either is used. gate_row: () without a gate."""
+    stat = statistics[0].dtype
+    c1_sums, c2_sums = tl.zeros((1, TILE), stat), tl.zeros((1, TILE), stat)
     for start in range(0, n_cols, 2 * TILE):
-        h_tiles, dy_tiles = (), ()
+        h_tiles, dy_tiles, gate_tiles = (), (), ()
         for t in tl.static_range(2):
             first = start + t * TILE
             h_tiles = h_tiles + (tl.load(h_row + first, mask=lanes < n_cols - first, other=0.0),)
             dy_tiles = dy_tiles + (tl.load(dy_row + first, mask=lanes < n_cols - first, other=0.0),)
+            if len(gate_row) > 0:
+                gate_tiles = gate_tiles + (tl.load(gate_row[0] + first, mask=lanes < n_cols - first, other=0.0),)
         for t in tl.static_range(2):
             first = start + t * TILE
-            x_factor, wdy_factor = factors(h_tiles[t], dy_tiles[t], statistics)
+            h, dy = h_tiles[t].to(stat), dy_tiles[t].to(stat)
+            if len(gate_row) > 0:
+                if NORM_BEFORE_GATE:
+                    dy *= activated(gate_tiles[t].to(stat), SILU)
+                else:
+                    h *= activated(gate_tiles[t].to(stat), SILU)
+            x_factor, wdy_factor = factors(h, dy, statistics)
             if weight_ptr is not None:
                 col_mask = lanes < n_cols - first
                 wdy_factor *= load_weight(weight_ptr + lanes + first, col_mask, wdy_factor.dtype, ZERO_CENTERED)
@@ -127,25 +152,35 @@ def _coefficient_sums(
 
 @jit(do_not_specialize=["n_rows"])  # the same code for every batch: the same bits
 def _row_norm_long_backward_kernel(
-    dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr,
-    n_rows, n_cols, dy_stride, dh_stride, h_stride,
-    ZERO_CENTERED: tl.constexpr, CAST: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr,
+    dy_ptr, dh_ptr, h_ptr, gate_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, dx_ptr, dresidual_ptr, dgate_ptr,
+    dweight_ptr, dbias_ptr, n_rows, n_cols, dy_stride, dh_stride, h_stride, gate_stride,
+    ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, CAST: tl.constexpr,
+    GROUPS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr,
 ):  # fmt: skip
-    """dx = (w·dy − c2 − x̂ · c1) · rstd + dh with c1 = mean(x̂ · w·dy), c2 = mean(w·dy); RMSNorm has no c2.
-    dweight = Σ dy · x̂ and dbias = Σ dy over this program's rows.
+    """dx, dweight, dbias and dgate by the formulas of `_row_norm_backward_kernel`.
 
-    Grid: (chunks of N_TILES tiles of columns, programs that share the rows)."""
+    Grid: (chunks of N_TILES tiles of columns, programs that share the rows, GROUPS of n_cols columns)."""
     stat = rstd_ptr.dtype.element_ty
     lanes, chunk_start = tl.arange(0, TILE)[None, :], tl.program_id(0).to(tl.int64) * (N_TILES * TILE)
+    group = tl.program_id(2) if GROUPS > 1 else 0
+    group_start, row_length = group * n_cols, GROUPS * n_cols
+    if weight_ptr is not None:
+        weight_ptr += group_start
+    if bias_ptr is not None:
+        bias_ptr += group_start
     dweight_sums, dbias_sums = zero_sums(dweight_ptr, 1, TILE, N_TILES), zero_sums(dbias_ptr, 1, TILE, N_TILES)
     for r in range(tl.program_id(1), n_rows, tl.num_programs(1)):
         row = tl.cast(r, tl.int64)
-        h_row, dy_row = h_ptr + (row * h_stride + lanes), dy_ptr + (row * dy_stride + lanes)
-        statistics = (tl.load(rstd_ptr + row),)
+        h_row = h_ptr + (row * h_stride + group_start + lanes)
+        dy_row = dy_ptr + (row * dy_stride + group_start + lanes)
+        gate_row = ()
+        if gate_ptr is not None:
+            gate_row = (gate_ptr + (row * gate_stride + group_start + lanes),)
+        statistics = (tl.load(rstd_ptr + row * GROUPS + group),)
         if mean_ptr is not None:
-            statistics = statistics + (tl.load(mean_ptr + row),)
+            statistics = statistics + (tl.load(mean_ptr + row * GROUPS + group),)
         c1_sums, c2_sums = _coefficient_sums(
-            h_row, dy_row, weight_ptr, statistics, lanes, n_cols, ZERO_CENTERED, TILE
+            h_row, dy_row, gate_row, weight_ptr, statistics, lanes, n_cols, ZERO_CENTERED, SILU, NORM_BEFORE_GATE, TILE
         )  # fmt: skip
         if dh_ptr is not None:
             # a tile ahead: before the store of dx, which might alias it
@@ -158,12 +193,22 @@ def _row_norm_long_backward_kernel(
         for t in tl.static_range(N_TILES - 1, -1, -1):
             first = chunk_start + t * TILE
             col_mask = lanes < n_cols - first
-            dy = tl.load(dy_row + first, mask=col_mask, other=0.0)
-            x_factor, dy_factor = factors(tl.load(h_row + first, mask=col_mask, other=0.0), dy, statistics)
+            offsets = row * row_length + group_start + first + lanes
+            dy = tl.load(dy_row + first, mask=col_mask, other=0.0).to(stat)
+            h = tl.load(h_row + first, mask=col_mask, other=0.0).to(stat)
+            if gate_ptr is not None:
+                gate = tl.load(gate_row[0] + first, mask=col_mask, other=0.0).to(stat)
+                factor = activated(gate, SILU)
+                ungated = dy if NORM_BEFORE_GATE else h
+                if NORM_BEFORE_GATE:
+                    dy *= factor
+                else:
+                    h *= factor
+            x_factor, dy_factor = factors(h, dy, statistics)
             if dweight_ptr is not None:
                 dweight_sums = (tl.fma(dy_factor, rounded_to(x_factor, CAST), old_dweight_sums[t]),) + dweight_sums
             if dbias_ptr is not None:
-                dbias_sums = (old_dbias_sums[t] + dy.to(stat),) + dbias_sums
+                dbias_sums = (old_dbias_sums[t] + dy,) + dbias_sums
             dweight_sums, dbias_sums, statistics = materialize(dweight_sums, dbias_sums, statistics, r - t, n_rows)
             wdy_factor = dy_factor
             if weight_ptr is not None:
@@ -174,10 +219,22 @@ def _row_norm_long_backward_kernel(
                 dx = gradient(x_factor, wdy_factor, coefficients, statistics[0], dh)
                 if t > 0:
                     dh = tl.load(dh_row + first - TILE, mask=lanes < n_cols - first + TILE, other=0.0)
-            store_gradient(dx_ptr, dresidual_ptr, row * n_cols + first + lanes, dx, col_mask)
+            if gate_ptr is not None:
+                z = dx  # before its gate: the norm's input has the gradient dx, and y = norm(h · factor)
+                if NORM_BEFORE_GATE:
+                    z = rounded_to(x_factor, CAST) if len(statistics) == 1 else x_factor * statistics[0]
+                    if weight_ptr is not None:
+                        z *= load_weight(weight_ptr + lanes + first, col_mask, stat, ZERO_CENTERED)
+                    if bias_ptr is not None:
+                        z += load_tile(bias_ptr + lanes + first, col_mask, stat)
+                else:
+                    dx *= factor
+                store_tile(dgate_ptr + offsets, ungated * z * activation_slope(gate, SILU), col_mask)
+            store_gradient(dx_ptr, dresidual_ptr, offsets, dx, col_mask)
     for t in tl.static_range(N_TILES):
         first = chunk_start + t * TILE
-        offsets, col_mask = tl.program_id(1).to(tl.int64) * n_cols + first + lanes, lanes < n_cols - first
+        offsets = tl.program_id(1).to(tl.int64) * row_length + group_start + first + lanes
+        col_mask = lanes < n_cols - first
         if dweight_ptr is not None:
             store_tile(dweight_ptr + offsets, dweight_sums[t], col_mask)
         if dbias_ptr is not None:
@@ -186,18 +243,21 @@ def _row_norm_long_backward_kernel(
 
 def forward(arguments, strides, itemsize, features):
     """Fills y, h, mean and rstd; h and mean may be None. arguments: the forward kernel's pointers, in its order."""
-    rows, cols = arguments[0].shape
+    (rows, cols), groups = arguments[0].shape, features["GROUPS"]
     tile, warps = launch.long_tile(itemsize)
-    # grid: one program for each row
-    _row_norm_long_forward_kernel[(rows,)](*arguments, cols, *strides, **features, TILE=tile, **launch.options(warps))
+    # grid: one program for each group of each row
+    _row_norm_long_forward_kernel[(rows, groups)](
+        *arguments, cols // groups, *strides, **features, TILE=tile, **launch.options(warps)
+    )
 
 
 def backward(arguments, partials, strides, tiles, programs, features):
-    """Fills dx, dresidual and the (programs, cols) partials of dweight and dbias; all but dx may be None. arguments:
-    the backward kernel's pointers up to dresidual."""
-    rows, cols = arguments[2].shape
-    # grid: (chunks of the columns, programs that share the rows)
-    _row_norm_long_backward_kernel[(launch.column_chunks(cols, tiles), programs)](
+    """Fills dx, dresidual, dgate and the (programs, cols) partials of dweight and dbias; all but dx may be None.
+    arguments: the backward kernel's pointers up to dgate."""
+    (rows, cols), groups = arguments[2].shape, features["GROUPS"]
+    cols //= groups
+    # grid: (chunks of the columns, programs that share the rows, groups)
+    _row_norm_long_backward_kernel[(launch.column_chunks(cols, tiles), programs, groups)](
         *arguments, *partials, rows, cols, *strides,
         **features, TILE=tiles.tile, N_TILES=tiles.count, **launch.options(tiles.warps),
     )  # fmt: skip

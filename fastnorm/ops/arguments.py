@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,11 +45,11 @@ def check(
     normalized_shape: Sequence[int],
     eps: float | None,
     *parameters: Tensor | None,
-    residual: Tensor | None = None,
+    **alike: Tensor | None,
 ) -> tuple[tuple[int, ...], float | None]:
     """Returns normalized_shape and eps in Python's types. Raises what torch raises for the same mistake, or Overridden.
 
-    parameters: weight and bias, in this order.
+    parameters: weight and bias, in this order; alike: tensors of x's shape, by their names.
     """
     try:
         shape = _as_shape(normalized_shape)
@@ -60,13 +60,13 @@ def check(
             and (x.is_floating_point() or x.is_complex())
             and x.dtype.itemsize > 1
             and all(p is None or _fits(p, shape, x) for p in parameters)
-            and (residual is None or _fits(residual, x.shape, x))
+            and all(t is None or _fits(t, x.shape, x) for t in alike.values())
         )
     except (TypeError, AttributeError, ValueError):  # ValueError: torch.fx's proxies have no truth value
         right = False
     if not right:
-        refuse_overridden(x, residual, *parameters)
-        raise _mistake(op, x, normalized_shape, parameters, residual)
+        refuse_overridden(x, *alike.values(), *parameters)
+        raise _mistake(op, x, normalized_shape, parameters, alike)
     return shape, None if eps is None and op.endswith("rms_norm") else as_float(op, "eps", eps)
 
 
@@ -114,7 +114,9 @@ def _fits(tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> bool:
     return tensor.shape == shape and tensor.device == x.device and (tensor.dtype in DTYPES or x.is_complex())
 
 
-def _mistake(op: str, x: Any, normalized_shape: Any, parameters: Sequence[Any], residual: Any) -> Exception:
+def _mistake(
+    op: str, x: Any, normalized_shape: Any, parameters: Sequence[Any], alike: Mapping[str, Any]
+) -> Exception:
     """The first mistake in the arguments, as the exception that torch raises for it."""
     if not isinstance(x, Tensor):
         return TypeError(f"{op}(): argument 'input' must be Tensor, not {type(x).__name__}")
@@ -137,11 +139,10 @@ def _mistake(op: str, x: Any, normalized_shape: Any, parameters: Sequence[Any], 
         return NotImplementedError(
             f"{op}(): input must be float32, bfloat16, float16 or float64, but got {x.dtype}; convert it first"
         )
-    for name, p in zip(("weight", "bias"), parameters, strict=False):
-        error = _tensor_mistake(op, name, p, x, shape)
-        if error is not None:
-            return error
-    return _tensor_mistake(op, "residual", residual, x, tuple(x.shape)) or AssertionError("the arguments are right")
+    wanted = [(name, p, shape) for name, p in zip(("weight", "bias"), parameters, strict=False)]
+    wanted += [(name, t, tuple(x.shape)) for name, t in alike.items()]
+    errors = (_tensor_mistake(op, name, tensor, x, sizes) for name, tensor, sizes in wanted)
+    return next((e for e in errors if e is not None), AssertionError("the arguments are right"))
 
 
 def _tensor_mistake(op: str, name: str, tensor: Any, x: Tensor, shape: tuple[int, ...]) -> Exception | None:

@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import backend, reference
-from .arguments import apply, check, check_dtype, options_repr, result_dtype
+from .arguments import apply, as_int, check, check_dtype, options_repr, result_dtype
 from .scripting import scriptable
 from .statistics import tell
 
 ROUNDINGS = ("torch", "llama")
+ACTIVATIONS = ("silu", "sigmoid")
 Gradients = tuple[Tensor | None, ...]
 
 
+class Options(NamedTuple):
+    """What a row norm computes. silu and norm_before_gate mean nothing without a gate."""
+
+    eps: float
+    subtract_mean: bool
+    zero_centered: bool
+    cast_dtype: torch.dtype | None  # x̂ is rounded to it
+    groups: int = 1  # of columns, with statistics of their own
+    silu: bool = True  # else the gate's activation is the sigmoid
+    norm_before_gate: bool = True
+
+
 class RowNormFunction(torch.autograd.Function):
-    """h = x + residual; y = (h − mean) · rstd · w + b. Returns (y, h), or y alone without a residual."""
+    """h = x + residual; y = (h − mean) · rstd · w + b. Returns (y, h), or y alone without a residual. A gate multiplies
+    y, or x; it never comes with a residual."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, impl: Any,
-        shape: tuple[int, ...], options: tuple[float, bool, bool, torch.dtype | None],
-        dtypes: tuple[torch.dtype, torch.dtype | None],
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None,
+        impl: Any, shape: tuple[int, ...], options: Options, dtypes: tuple[torch.dtype, torch.dtype | None],
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-        """options: eps, subtract_mean, zero_centered, cast_dtype. dtypes: those of y and h."""
-        y, h, mean, rstd = impl.row_norm_forward(x, residual, len(shape), weight, bias, *options, *dtypes)
-        tell(x, mean, rstd, options[0])
-        ctx.save_for_backward(x if residual is None else h, weight, bias, mean, rstd)
+        """dtypes: those of y and h."""
+        eps, subtract_mean, zero_centered, cast_dtype, groups, silu, norm_before_gate = options
+        y, h, mean, rstd = impl.row_norm_forward(
+            x, residual, gate, len(shape), groups, weight, bias, eps, subtract_mean, zero_centered,
+            silu, norm_before_gate, cast_dtype, *dtypes,
+        )  # fmt: skip
+        tell(x, mean, rstd, eps)
+        ctx.save_for_backward(x if residual is None else h, weight, bias, gate, mean, rstd)
         ctx.impl, ctx.shape, ctx.options = impl, shape, options
         ctx.dtypes = x.dtype, None if residual is None else residual.dtype
         ctx.set_materialize_grads(False)  # the last block's h is unused: no kernel reads zeros as its gradient
@@ -39,25 +57,38 @@ class RowNormFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> Gradients:
         if dy is None or backend.backward_needs_formula(dy, dh):
             return *_gradients_by_formula(ctx, dy, dh), None, None, None, None
-        h, weight, bias, mean, rstd = ctx.saved_tensors
+        h, weight, bias, gate, mean, rstd = ctx.saved_tensors
         _, wants_dresidual, wants_dweight, wants_dbias, *_ = ctx.needs_input_grad
-        _, _, zero_centered, cast_dtype = ctx.options
-        dx, dresidual, dweight, dbias = ctx.impl.row_norm_backward(
-            dy, dh, h, len(ctx.shape), weight, mean, rstd, zero_centered, cast_dtype, *ctx.dtypes,
-            weight.dtype if wants_dweight else None, bias.dtype if wants_dbias else None,
+        _, _, zero_centered, cast_dtype, groups, silu, norm_before_gate = ctx.options
+        dx, dresidual, dgate, dweight, dbias = ctx.impl.row_norm_backward(
+            dy, dh, h, gate, len(ctx.shape), groups, weight, bias, mean, rstd, zero_centered, silu, norm_before_gate,
+            cast_dtype, *ctx.dtypes, weight.dtype if wants_dweight else None, bias.dtype if wants_dbias else None,
         )  # fmt: skip
         if dresidual is None and wants_dresidual:
             dresidual = dx
-        return dx, dresidual, dweight, dbias, None, None, None, None
+        return dx, dresidual, dweight, dbias, dgate, None, None, None, None
 
 
 def _gradients_by_formula(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> Gradients:
-    """(dx, dresidual, dweight, dbias) in PyTorch's operations. dy is None where y is unused."""
-    total, dweight, dbias = dh, None, None
+    """(dx, dresidual, dweight, dbias, dgate) in PyTorch's operations. dy is None where y is unused."""
+    total, dweight, dbias, dgate = dh, None, None, None
     if dy is not None:
-        total, dweight, dbias = reference.row_norm_gradients(ctx.saved_tensors[:3], dy, ctx.shape, *ctx.options)
+        inputs = ctx.saved_tensors[:4]
+        total, dweight, dbias, dgate = reference.row_norm_gradients(inputs, dy, ctx.shape, *ctx.options)
         total = total if dh is None else total + dh  # type: ignore[operator]  # an h with dh has a gradient
-    return *reference.residual_gradients(total, *ctx.dtypes), dweight, dbias
+    return *reference.residual_gradients(total, *ctx.dtypes), dweight, dbias, dgate
+
+
+class Gate(NamedTuple):
+    """The arguments that gated norms have beside the others'. tensor: x's shape, or None; group_size: None is a row."""
+
+    tensor: Tensor | None
+    activation: str
+    norm_before_gate: bool
+    group_size: int | None
+
+
+_NO_GATE = Gate(None, "silu", True, None)
 
 
 def row_norm(
@@ -72,40 +103,49 @@ def row_norm(
     out_dtype: torch.dtype | None,
     residual_dtype: torch.dtype | None = None,
     rounding: str = "torch",
+    gate: Gate | tuple[()] = (),
 ) -> Any:
     """The functional of the name `op`: returns y, or (y, h) for add_*. Raises Overridden, as `check` does."""
     outputs = backend.call_directly(
-        op, x, residual, normalized_shape, weight, bias, eps, zero_centered, out_dtype, residual_dtype, rounding
+        op, x, residual, normalized_shape, weight, bias, eps, zero_centered, out_dtype, residual_dtype, rounding, *gate
     )
     if outputs is not NotImplemented:
         return outputs
+    is_gated, gate = bool(gate), gate or _NO_GATE
     stock = op.removeprefix("add_")
-    subtract_mean, cast_dtype = stock == "layer_norm", None
-    is_readable = not backend.needs_formula(op, x, residual, weight, bias)
+    subtract_mean, cast_dtype = stock.endswith("layer_norm"), None
+    is_readable = not backend.needs_formula(op, x, residual, gate.tensor, weight, bias)
     if is_readable:
-        normalized_shape, eps = check(op, x, normalized_shape, eps, weight, bias, residual=residual)
+        normalized_shape, eps = check(op, x, normalized_shape, eps, weight, bias, residual=residual, gate=gate.tensor)
     check_options(op, out_dtype, residual_dtype, rounding)
+    groups = count_groups(op, gate.activation, normalized_shape, gate.group_size)
     if rounding == "torch":
-        out_dtype = result_dtype(stock, x, out_dtype)
+        out_dtype = (out_dtype or x.dtype) if is_gated else result_dtype(stock, x, out_dtype)
     else:
         cast_dtype = x.dtype
-        out_dtype = out_dtype or (x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype))
+        multiplies_last = weight is not None and not (is_gated and gate.norm_before_gate)
+        out_dtype = out_dtype or (torch.promote_types(x.dtype, weight.dtype) if multiplies_last else x.dtype)
     if residual is not None:
         residual_dtype = residual_dtype or torch.promote_types(x.dtype, residual.dtype)
     elif residual_dtype is not None:
         x, residual_dtype = x.to(residual_dtype), None
     if eps is None and not subtract_mean:
         eps = torch.finfo(reference.stat_dtype(residual_dtype or x.dtype)).eps
-    options, dtypes = (eps, subtract_mean, zero_centered, cast_dtype), (out_dtype, residual_dtype)
+    options = Options(
+        eps, subtract_mean, zero_centered, cast_dtype,  # type: ignore[arg-type]
+        groups, gate.activation == "silu", bool(gate.norm_before_gate),
+    )  # fmt: skip
+    dtypes = out_dtype, residual_dtype
     impl = backend.pick(stock if residual is None else op, x) if is_readable else None
     if impl is None or x.numel() == 0:
         h = reference.add_residual(x, residual, residual_dtype)
-        y = reference.row_norm(h, normalized_shape, weight, bias, *options, out_dtype)  # type: ignore[arg-type]
+        y = reference.gated_row_norm(h, gate.tensor, normalized_shape, weight, bias, *options, out_dtype)
     elif residual is None:
-        h, y = x, apply(RowNormFunction, x, None, weight, bias, impl, normalized_shape, options, dtypes)
+        inputs = x, None, weight, bias, gate.tensor
+        h, y = x, apply(RowNormFunction, *inputs, impl, normalized_shape, options, dtypes)
     else:
-        return apply(RowNormFunction, x, residual, weight, bias, impl, normalized_shape, options, dtypes)
-    return y if stock == op else (y, h)
+        return apply(RowNormFunction, x, residual, weight, bias, None, impl, normalized_shape, options, dtypes)
+    return (y, h) if op.startswith("add_") else y
 
 
 def check_options(op: str, out_dtype: Any, residual_dtype: Any = None, rounding: str = "torch") -> None:
@@ -116,6 +156,21 @@ def check_options(op: str, out_dtype: Any, residual_dtype: Any = None, rounding:
         raise ValueError(f"{op}(): rounding must be one of {', '.join(ROUNDINGS)}, but got {rounding!r}")
     check_dtype(op, "out_dtype", out_dtype)
     check_dtype(op, "residual_dtype", residual_dtype)
+
+
+def count_groups(op: str, activation: Any, shape: Sequence[int], group_size: Any) -> int:
+    """How many groups a row has. Raises ValueError for an unknown activation or a group_size that doesn't divide a row,
+    TypeError for one that is no integer."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}(): activation must be one of {', '.join(ACTIVATIONS)}, but got {activation!r}")
+    if group_size is None:
+        return 1
+    size, cols = as_int(op, "group_size", group_size), math.prod(shape)
+    if size < 1 or cols % size:
+        raise ValueError(
+            f"{op}(): group_size must divide the {cols} elements of normalized_shape={list(shape)}, but got {size}"
+        )
+    return cols // size
 
 
 class RowNorm(torch.nn.Module):
@@ -132,5 +187,6 @@ class RowNorm(torch.nn.Module):
     __prepare_scriptable__ = scriptable
 
     def extra_repr(self) -> str:
-        defaults = {"zero_centered": False, "out_dtype": None, "rounding": "torch", "residual_dtype": None}
+        defaults = {"zero_centered": False, "out_dtype": None, "rounding": "torch", "residual_dtype": None,
+                    "activation": "silu", "norm_before_gate": True, "group_size": None}  # fmt: skip
         return super().extra_repr() + options_repr(self, **{k: v for k, v in defaults.items() if k in vars(self)})
