@@ -119,33 +119,34 @@ def _narrow_tiles(cols: int, vector: int, width: int, sums: int) -> RowTiles:
 
 
 @remembered
-def backward_tiles(cols: int, itemsize: int, sums: int, adds: bool, widest: int) -> tuple[RowTiles, bool]:
+def backward_tiles(cols: int, itemsize: int, sums: int, streams: int, widest: int) -> tuple[RowTiles, bool]:
     """The tiling of the backward, and whether a program keeps whole rows in registers.
 
-    If it does not, it reads a row twice, and the tiles are those of a chunk of the row. sums: parameter sums; adds:
-    whether a gradient of the residual stream is added; widest: like `itemsize`, but with the weight among the tensors.
+    If it does not, it reads a row twice, and the tiles are those of a chunk of the row. sums: parameter sums; streams:
+    tensors beside h and dy whose tiles a program holds: a gradient of the residual stream, a gate, and x, which is not
+    h, where a gate comes before the norm; widest: like `itemsize`, but with the weight among the tensors.
     """
     tiles = row_tiles(cols, itemsize, sums)
+    if tiles.warps < 16 and tiles.registers == 32 and streams + sums > 2 and (tiles.rows > 1 or streams > 1):
+        # they take registers too: twice the threads a row, each with half of it
+        halved = tiles._replace(tile=2 * tiles.tile, count=tiles.count // 2)
+        tiles = halved._replace(rows=tiles.rows // 2) if tiles.rows > 1 else halved._replace(warps=2 * tiles.warps)
     if tiles.warps < 16:
-        if adds and sums == 2 and tiles.rows > 1 and tiles.registers == 32:
-            # dh takes registers too: twice the threads a row, each with half of it
-            tiles = tiles._replace(tile=2 * tiles.tile, count=tiles.count // 2, rows=tiles.rows // 2)
         return tiles, True
     # x̂, w·dy and a sum; with two sums, dy as well. Elements of more than 16 bits take more registers while loaded.
     kept = tiles.registers * (2 * sums + 1) + 8 * (widest > 2)
-    if adds:
-        kept += tiles.registers * min(itemsize, 4) // 4 + 8
+    kept += streams * (tiles.registers * min(itemsize, 4) // 4 + 8)
     if kept <= KEPT_REGISTERS:
         return tiles, True
-    return chunk_tiles(cols, itemsize, sums, adds), False
+    return chunk_tiles(cols, itemsize, sums, streams), False
 
 
-def chunk_tiles(cols: int, itemsize: int, sums: int, adds: bool) -> RowTiles:
+def chunk_tiles(cols: int, itemsize: int, sums: int, streams: int) -> RowTiles:
     """The tiling of a row's chunks, for programs that keep only the parameter sums in registers: as many tiles as
     CHUNK_REGISTERS allow, up to 8, and chunks of one size, up to a tile."""
     vector, width = ACCESS_BYTES // itemsize, max(1, itemsize // 4)
     tile = 16 * WARP * vector
-    most = min(8, CHUNK_REGISTERS // (max(sums, 1 + adds) * vector * width))
+    most = min(8, CHUNK_REGISTERS // (max(sums, 1 + min(streams, 1)) * vector * width))
     count = ceil_div(cols, tile)
     return RowTiles(tile, ceil_div(count, ceil_div(count, most)), 1, 16, width)
 

@@ -199,7 +199,7 @@ def _row_norm_long_backward_kernel(
             if gate_ptr is not None:
                 gate = tl.load(gate_row[0] + first, mask=col_mask, other=0.0).to(stat)
                 factor = activated(gate, SILU)
-                ungated = dy if NORM_BEFORE_GATE else h
+                dgate_factor = (dy if NORM_BEFORE_GATE else h) * activation_slope(gate, SILU)
                 if NORM_BEFORE_GATE:
                     dy *= factor
                 else:
@@ -229,7 +229,7 @@ def _row_norm_long_backward_kernel(
                         z += load_tile(bias_ptr + lanes + first, col_mask, stat)
                 else:
                     dx *= factor
-                store_tile(dgate_ptr + offsets, ungated * z * activation_slope(gate, SILU), col_mask)
+                store_tile(dgate_ptr + offsets, dgate_factor * z, col_mask)
             store_gradient(dx_ptr, dresidual_ptr, offsets, dx, col_mask)
     for t in tl.static_range(N_TILES):
         first = chunk_start + t * TILE

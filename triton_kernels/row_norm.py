@@ -308,8 +308,9 @@ def row_norm_backward(
     # LayerNorm has registers for two sums, whichever gradients are wanted, so that dx does not depend on that
     sums = 1 if mean is None and dbias_dtype is None else 2
     widest = launch.access_bytes((dy, dh, h, gate, weight, dx, dresidual))
-    reads_more = dh is not None or gate is not None
-    tiles, is_kept = launch.backward_tiles(cols, itemsize, sums, reads_more, widest)
+    # of a gate before the norm, x and the gate are held until du is there
+    streams = (dh is not None) + (gate is not None) + (gate is not None and not norm_before_gate)
+    tiles, is_kept = launch.backward_tiles(cols, itemsize, sums, streams, widest)
     multiprocessors = launch.multiprocessors() // (launch.column_chunks(cols, tiles) * groups)
     wanted = sum(d is not None for d in dtypes)
     passes = 3 + (dh is not None) + 2 * (gate is not None)
