@@ -18,6 +18,9 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     # from one short call to 1/2 GiB of fp32
     "grid": tuple((rows, cols) for rows in (8, 64, 512, 2048, 8192) for cols in (64, 256, 1024, 4096, 16384)),
     "quick": ((512, 768), (1024, 4096)),
+    # 2048 tokens: Qwen3-Next's 32 value heads of 128 columns; Mamba 2's inner width at 2.7 B parameters, and at 7 B
+    "gated": ((65536, 128), (2048, 5120), (2048, 8192)),
+    "gated-quick": ((1024, 4096),),
     # what the batch norms of a ResNet-50 get from 224 x 224 images: the stem, then each stage's narrow and wide ones
     "resnet50": (
         (32, 64, 112, 112),

@@ -233,7 +233,7 @@ def test_bytes_are_those_of_the_design(name):
 
 def small(name, layout="contiguous", dtype=torch.float32):
     """A workload of any operation with five slices of 192 elements of x, more in a group norm."""
-    shape = {"row_norms": (5, 192), "batch_norm": (4, 5, 6, 8), "group_norm": (5, 64, 2, 3)}
+    shape = {"row_norms": (5, 192), "gated_norms": (5, 192), "batch_norm": (4, 5, 6, 8), "group_norm": (5, 64, 2, 3)}
     return Workload.make(OPERATIONS[name], shape[OPERATIONS[name].family.name], layout, dtype, CPU)
 
 
