@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from itertools import product
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 import fastnorm
@@ -20,7 +21,8 @@ import fastnorm
 from . import report
 from .commands import Outcome
 
-OPERATIONS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
+GATED = ("gated_rms_norm", "gated_rms_norm_gate_first")
+OPERATIONS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", *GATED)
 DIRECTIONS = ("forward", "backward")
 TARGETS = {"sm_80": "A100", "sm_90": "H100", "sm_100": "B200"}
 WIDTHS = (128, 768, 1024, 2048, 2560, 4096, 5120, 7168, 8192, 12288, 16384, 32768)
@@ -57,9 +59,29 @@ def _predict(cell: tuple) -> dict[str, Any]:
     operation, direction, dtype, target, millions, cols, latency = cell
     machine = machine_of(target, latency)
     rows = max(1, (millions << 20) // cols)
-    call = predict_problem(Problem(target, operation, direction, dtype, rows, cols), machine)
+    if operation in GATED:
+        call = _gated_call(operation, direction, dtype, rows, cols, machine)
+    else:
+        call = predict_problem(Problem(target, operation, direction, dtype, rows, cols), machine)
     return {
         "operation": operation, "direction": direction, "dtype": dtype, "target": target, "millions": millions,
         "cols": cols, "us": round(call.us, 1), "percent_of_copy": round(100 * call.share), "bound": call.bound,
         "spilled": max(kernel.spilled for kernel in call.kernels),
     }  # fmt: skip
+
+
+def _gated_call(operation: str, direction: str, dtype: str, rows: int, cols: int, machine: Any) -> Any:
+    """A gated norm's prediction from its launches; the model has no name for the call."""
+    from gputime.capture import recording
+    from gputime.model import predict
+    from gputime.problem import DTYPES
+
+    with recording(machine.target, machine.multiprocessors) as launches, fastnorm.use("triton"):
+        types, shape = DTYPES[dtype], (rows, cols)
+        x, gate, dy = (torch.empty(shape, dtype=types.x, device="meta", requires_grad=True) for _ in range(3))
+        weight = torch.empty(cols, dtype=types.parameters, device="meta", requires_grad=True)
+        y = fastnorm.functional.gated_rms_norm(x, gate, (cols,), weight, norm_before_gate=operation == GATED[0])
+        if direction == "backward":
+            launches.clear()
+            torch.autograd.backward(y, dy)
+    return predict(launches, machine)
