@@ -20,11 +20,11 @@ def random_rows(rows, cols, dtype=torch.float32):
 def everything(op, rows, cols, dtype):
     """All results of one forward and backward on inputs that depend on the seed alone."""
     torch.manual_seed(1)
-    x, residual, dy, dh = (random_rows(rows, cols, dtype) for _ in range(4))
+    x, other, dy, dh = (random_rows(rows, cols, dtype) for _ in range(4))
     weight, bias = (random_rows(1, cols, dtype)[0] for _ in range(2))
-    y, h, *moments = forward(native, op, x, residual, weight, bias)
+    y, h, *moments = forward(native, op, x, other, weight, bias)
     h = x if h is None else h
-    gradients = backward(native, op, dy, dh, h, weight, *moments)
+    gradients = backward(native, op, dy, dh, h, weight, *moments, gate=other, bias=bias)
     return [t for t in (y, h, *moments, *gradients) if t is not None]
 
 

@@ -1,4 +1,4 @@
-"""What layer_norm, rms_norm, add_layer_norm and add_rms_norm have in common: values, gradients, shapes, strides."""
+"""What the row norms have in common: values, gradients, shapes, strides."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastnorm
-from fastnorm import backend
 from fastnorm.backend import ROW_NORMS
 from helpers.drawing import examples
 from helpers.environment import SIMULATED
@@ -40,11 +39,14 @@ if SIMULATED:  # every shape and dtype is a compilation
     LONG = LONG[4:14]
     GRID = [(dtype, shape) for dtype in DTYPES[1:3] for shape in [(3, 1), (33, 128), (2, 1025), (7, 2560)]]
     GRID += [(torch.float32, (33, 128)), (torch.float32, (7, 2560)), (torch.float64, (33, 128))]
+# one row, one column, odd columns, several rows a program, a row in several tiles; test_gated_norms.py has the variants
+GATED_SHAPES = [(3, 1), (1, 7), (33, 128), (2, 1025)]
+GATED_GRID = [(dtype, shape) for dtype, shape in GRID if shape in GATED_SHAPES]
+VALUES = [(op, *case) for op in ROW_NORMS for case in (GATED_GRID if op.startswith("gated_") else GRID)]
 operations = pytest.mark.parametrize("op", ROW_NORMS)
 
 
-@operations
-@pytest.mark.parametrize("dtype, shape", GRID, ids=str)
+@pytest.mark.parametrize("op, dtype, shape", VALUES, ids=lambda value: str(value).removeprefix("torch."))
 def test_values_and_gradients(op, dtype, shape, device):
     case = plain_case(op, shape, dtype)
     check(case, inputs(case, device))
@@ -72,6 +74,12 @@ RMS_OPTIONS = [
     dict(options={"rounding": "llama", "zero_centered": True}, dtype=torch.bfloat16, weight=torch.bfloat16),
     dict(options={"rounding": "llama"}, weight=None, dtype=torch.bfloat16),
 ]
+GATED_OPTIONS = [
+    dict(bias=None),
+    dict(gate=None),
+    dict(gate=torch.float32, dtype=torch.bfloat16, bias=torch.float16),
+    dict(gate=torch.float64, dtype=torch.bfloat16, options={"norm_before_gate": False}),
+]
 ADD_OPTIONS = [
     dict(residual=torch.float32, dtype=torch.bfloat16),
     dict(residual=torch.bfloat16, dtype=torch.float32),
@@ -83,7 +91,8 @@ ADD_OPTIONS = [
 
 def option_cases(op: str) -> list[Case]:
     case = plain_case(op, (6, 200), torch.float32)
-    options = OPTIONS + (LAYER_OPTIONS if case.centers else RMS_OPTIONS) + (ADD_OPTIONS if case.adds else [])
+    options = OPTIONS + (LAYER_OPTIONS if case.centers else RMS_OPTIONS)
+    options = options + (ADD_OPTIONS if case.adds else GATED_OPTIONS if case.gated else [])
     return [case.alike(**changes) for changes in options]
 
 
@@ -105,7 +114,7 @@ def test_many_dimensions(op, shape, normalized, device):
 def test_layouts_of_input_and_gradient(op, layout, dtype, device):
     case = plain_case(op, (4, 3, 72), dtype)
     tensors = inputs(case, device)
-    tensors |= {name: relaid(t, layout) for name, t in tensors.items() if name in ("x", "residual")}
+    tensors |= {name: relaid(t, layout) for name, t in tensors.items() if name in ("x", "residual", "gate")}
     dy = relaid(torch.randn(case.shape, device=device).to(dtype), layout)
     dh = relaid(torch.randn(case.shape, device=device).to(dtype), layout) if case.adds else None
     before = {name: t.clone() for name, t in tensors.items()}
@@ -142,7 +151,8 @@ def test_kernels_take_zero_rows(op, triton_device):
     tensors = inputs(case, triton_device)
     kernels = fastnorm.backend._triton
     affine = tensors["weight"], tensors.get("bias")
-    results = forward(kernels, op, tensors["x"], tensors.get("residual"), *affine, residual_dtype=torch.float32)
+    other = tensors.get("residual", tensors.get("gate"))
+    results = forward(kernels, op, tensors["x"], other, *affine, residual_dtype=torch.float32)
     shapes = [(0, 40), (0, 40) if case.adds else None, (0,) if case.centers else None, (0,)]
     assert [None if t is None else tuple(t.shape) for t in results] == shapes
 
@@ -211,9 +221,9 @@ def test_rows_do_not_depend_on_the_batch(op, dtype, cols, kernel_device):
     whole = results_of(case, tensors, dy)
     for rows in (slice(0, 1), slice(5, 6), slice(30, 37), slice(2, 20)):
         part = case.alike(shape=(rows.stop - rows.start, cols))
-        some = {name: t[rows] if name in ("x", "residual") else t for name, t in tensors.items()}
+        some = {name: t[rows] if t.dim() == 2 else t for name, t in tensors.items()}
         for name, value in results_of(part, some, dy[rows]).items():
-            if name in ("y", "h", "x", "residual"):
+            if name in ("y", "h", "x", "residual", "gate"):
                 assert torch.equal(value, whole[name][rows]), name
 
 
@@ -235,7 +245,9 @@ def results_of(case: Case, tensors: dict, dy: torch.Tensor) -> dict:
 
 
 @operations
-@pytest.mark.parametrize("frozen", [("weight",), ("bias",), ("weight", "bias"), ("x", "residual"), ("residual",)])
+@pytest.mark.parametrize(
+    "frozen", [("weight",), ("bias",), ("weight", "bias"), ("x", "residual"), ("residual", "gate")], ids="-".join
+)
 def test_frozen_parameters_get_no_gradient_and_change_no_other(op, frozen, device):
     case = plain_case(op, (6, 80), torch.float32)
     tensors = inputs(case, device)
@@ -329,10 +341,15 @@ if not SIMULATED:  # hypothesis draws shapes at will, and each would be compiled
         lead = draw(st.lists(st.integers(1, 5), min_size=0, max_size=3))
         cols = draw(st.integers(1, 70) | st.sampled_from([127, 129, 255, 300, 777]))
         case = Case(op, (*lead, cols), draw(st.sampled_from(DTYPES)), eps=draw(st.sampled_from([1e-5, 1e-12, 0.1])))
-        case = case.alike(**subsets(draw, *(["weight", "bias"] if case.centers else ["weight"])))
+        names = ["weight", *(["bias"] if case.has_bias else []), *(["gate"] if case.gated else [])]
+        case = case.alike(**subsets(draw, *names))
         if case.adds:
             case.residual = draw(st.sampled_from(DTYPES))
             case.options["residual_dtype"] = draw(st.sampled_from([None, *DTYPES]))
+        if case.gated:
+            case.options["activation"] = draw(st.sampled_from(["silu", "sigmoid"]))
+            case.options["norm_before_gate"] = draw(st.booleans())
+            case.options["group_size"] = draw(st.sampled_from([None, *(n for n in range(1, cols + 1) if cols % n == 0)]))
         case.options["zero_centered"] = draw(st.booleans())
         case.options["out_dtype"] = draw(st.sampled_from([None, *DTYPES]))
         if not case.centers:
@@ -344,24 +361,5 @@ if not SIMULATED:  # hypothesis draws shapes at will, and each would be compiled
     def test_any_shape_layout_dtype_and_option(drawn, device):
         case, layout = drawn
         tensors = inputs(case, device)
-        tensors |= {name: relaid(t, layout) for name, t in tensors.items() if name in ("x", "residual")}
+        tensors |= {name: relaid(t, layout) for name, t in tensors.items() if name in ("x", "residual", "gate")}
         check(case, tensors)
-
-
-@pytest.mark.triton
-@pytest.mark.parametrize("cols", [96, 7168, 8193], ids=["held", "read again", "long"])
-def test_rms_norm_with_a_bias(cols, triton_device):
-    """The launchers take one, although no operation has it."""
-    dtype, kernels = torch.float64, backend._triton
-    x, dy = (torch.randn(2, cols, dtype=dtype, device=triton_device) for _ in range(2))
-    weight, bias = (torch.randn(cols, dtype=dtype, device=triton_device) for _ in range(2))
-    y, h, mean, rstd = kernels.row_norm_forward(x, None, 1, weight, bias, 1e-6, False, False, None, dtype, None)
-    assert h is None and mean is None
-    dx, dresidual, *gradients = kernels.row_norm_backward(
-        dy, None, x, 1, weight, None, rstd, False, None, dtype, None, dtype, dtype
-    )
-    assert dresidual is None
-    leaves = [t.requires_grad_() for t in (x, weight, bias)]
-    expected = torch.nn.functional.rms_norm(x, (cols,), weight, 1e-6) + bias
-    torch.testing.assert_close(y, expected)
-    torch.testing.assert_close([dx, *gradients], list(torch.autograd.grad(expected, leaves, dy)))

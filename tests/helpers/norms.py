@@ -1,4 +1,4 @@
-"""The four row norms as the tests see them: inputs, the float64 oracle, and the error that is allowed."""
+"""The row norms as the tests see them: inputs, the float64 oracle, and the error that is allowed."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -23,6 +23,7 @@ class Case:
     weight: torch.dtype | None = None
     bias: torch.dtype | None = None
     residual: torch.dtype | None = None
+    gate: torch.dtype | None = None
     eps: float = 1e-5
     options: dict = field(default_factory=dict)
 
@@ -31,8 +32,26 @@ class Case:
         return self.op.startswith("add_")
 
     @property
+    def gated(self) -> bool:
+        return self.op.startswith("gated_")
+
+    @property
     def centers(self) -> bool:
         return self.op.endswith("layer_norm")
+
+    @property
+    def has_bias(self) -> bool:
+        return self.centers or self.gated
+
+    @property
+    def multiplies_x(self) -> bool:
+        """The gate comes before the norm."""
+        return self.gate is not None and not self.options.get("norm_before_gate", True)
+
+    @property
+    def size(self) -> int:
+        """How many elements have statistics in common."""
+        return self.options.get("group_size") or math.prod(self.normalized_shape)
 
     @property
     def normalized_shape(self) -> tuple[int, ...]:
@@ -43,16 +62,17 @@ class Case:
 
 
 def plain_case(op: str, shape: tuple[int, ...], dtype: torch.dtype, **changes) -> Case:
-    """Weight, and bias and residual where the operation has them, all of one dtype."""
+    """Weight, and bias, residual and gate where the operation has them, all of one dtype."""
     case = Case(op, shape, dtype, weight=dtype)
-    case.bias = dtype if case.centers else None
+    case.bias = dtype if case.has_bias else None
     case.residual = dtype if case.adds else None
+    case.gate = dtype if case.gated else None
     return case.alike(**changes)
 
 
 def inputs(case: Case, device: str = "cpu", mean: float = 0.0, std: float = 1.0) -> dict[str, Tensor]:
     """Random tensors for a case; those that it leaves out are absent."""
-    shapes = {"x": (case.shape, case.dtype), "residual": (case.shape, case.residual)}
+    shapes = {"x": (case.shape, case.dtype), "residual": (case.shape, case.residual), "gate": (case.shape, case.gate)}
     shapes |= {"weight": (case.normalized_shape, case.weight), "bias": (case.normalized_shape, case.bias)}
     tensors = {}
     for name, (shape, dtype) in shapes.items():
@@ -65,51 +85,85 @@ def inputs(case: Case, device: str = "cpu", mean: float = 0.0, std: float = 1.0)
 def call(case: Case, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """(y, h) by fastnorm; h is x for the operations that do not add."""
     function = getattr(fastnorm.functional, case.op)
-    affine = [tensors.get("weight"), tensors.get("bias")] if case.centers else [tensors.get("weight")]
+    affine = [tensors.get("weight"), tensors.get("bias")] if case.has_bias else [tensors.get("weight")]
     if case.adds:
         inputs = (tensors["x"], tensors.get("residual"))
         return function(*inputs, case.normalized_shape, *affine, case.eps, **case.options)
+    if case.gated:
+        inputs = (tensors["x"], tensors.get("gate"))
+        return function(*inputs, case.normalized_shape, *affine, case.eps, **case.options), tensors["x"]
     return function(tensors["x"], case.normalized_shape, *affine, case.eps, **case.options), tensors["x"]
 
 
 def forward(
-    kernels, op: str, x, residual=None, weight=None, bias=None, eps=1e-5, dims=1, out_dtype=None, residual_dtype=None
+    kernels, op: str, x, other=None, weight=None, bias=None, eps=1e-5, dims=1, out_dtype=None, residual_dtype=None
 ) -> tuple[Tensor | None, ...]:
-    """(y, h, mean, rstd) by a backend's operator as `op` calls it, without what `op` hasn't; None is x's dtype."""
-    adds, centers = op.startswith("add_"), op.endswith("layer_norm")
-    residual, residual_dtype = (residual, residual_dtype or x.dtype) if adds else (None, None)
-    types = out_dtype or x.dtype, residual_dtype
+    """(y, h, mean, rstd) by a backend's operator as `op` calls it, without what `op` hasn't; None is x's dtype.
+    other: the residual, or a gate behind the norm."""
+    adds, gated, centers = op.startswith("add_"), op.startswith("gated_"), op.endswith("layer_norm")
+    residual, residual_dtype = (other, residual_dtype or x.dtype) if adds else (None, None)
     return kernels.row_norm_forward(
-        x, residual, dims, weight, bias if centers else None, eps, centers, False, None, *types
-    )
+        x, residual, other if gated else None, dims, 1, weight, bias if centers or gated else None, eps, centers, False,
+        True, True, None, out_dtype or x.dtype, residual_dtype,
+    )  # fmt: skip
 
 
-def backward(kernels, op: str, dy, dh, h, weight, mean, rstd, *wanted) -> tuple[Tensor | None, ...]:
-    """(dx, dresidual, dweight, dbias), like `forward`, in h's dtype; wanted: the dtypes of dweight and dbias."""
-    adds, (dweight_dtype, dbias_dtype) = op.startswith("add_"), wanted or (h.dtype, h.dtype)
-    types = h.dtype, h.dtype if adds else None, dweight_dtype, None if mean is None else dbias_dtype
-    return kernels.row_norm_backward(dy, dh if adds else None, h, 1, weight, mean, rstd, False, None, *types)
+def backward(kernels, op: str, dy, dh, h, weight, mean, rstd, *wanted, gate=None, bias=None) -> list[Tensor | None]:
+    """(dx, dresidual, dweight, dbias), like `forward`, in h's dtype, and for a gated norm dgate at the end; wanted: the
+    dtypes of dweight and dbias."""
+    adds, gated, (dweight_dtype, dbias_dtype) = op.startswith("add_"), op.startswith("gated_"), wanted or [h.dtype] * 2
+    types = h.dtype, h.dtype if adds else None, dweight_dtype, dbias_dtype if gated or mean is not None else None
+    given = dy, dh if adds else None, h, gate if gated else None, 1, 1, weight, bias if gated else None
+    dx, dresidual, dgate, *sums = kernels.row_norm_backward(*given, mean, rstd, False, True, True, None, *types)
+    assert gated or dgate is None
+    return [dx, dresidual, *sums, *([dgate] if gated else [])]
 
 
-def formula(case: Case, h: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def activated(case: Case, gate: Tensor | None) -> Tensor | float:
+    """What multiplies x or y; 1 without a gate."""
+    if gate is None:
+        return 1.0
+    return torch.sigmoid(gate) * (1.0 if case.options.get("activation") == "sigmoid" else gate)
+
+
+def formula(
+    case: Case, h: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None = None
+) -> Tensor:
     """y from h by stock PyTorch, in the dtype of its arguments."""
     if weight is not None and case.options.get("zero_centered"):
         weight = 1 + weight
+    if case.gated:
+        factor = activated(case, gate)
+        u = h * factor if case.multiplies_x else h
+        z = affine(normalized(case, u), weight, bias)
+        return z if case.multiplies_x else z * factor
     if case.centers:
         return F.layer_norm(h, case.normalized_shape, weight, bias, case.eps)
     if case.options.get("rounding") == "llama":
-        x_hat = F.rms_norm(h, case.normalized_shape, None, case.eps)
-        # rounded, with the gradient of the identity
-        x_hat = x_hat + (x_hat.to(case.dtype).to(x_hat.dtype) - x_hat).detach()
-        return x_hat if weight is None else x_hat * weight
+        return affine(normalized(case, h), weight, None)
     return F.rms_norm(h, case.normalized_shape, weight, case.eps)
 
 
+def normalized(case: Case, u: Tensor) -> Tensor:
+    """x̂, of each group by itself, and with rounding="llama" rounded with the gradient of the identity."""
+    groups = u.reshape(-1, case.size)
+    norm = F.layer_norm if case.centers else F.rms_norm
+    x_hat = norm(groups, (case.size,), eps=case.eps).view(u.shape)
+    if case.options.get("rounding") == "llama":
+        x_hat = x_hat + (x_hat.to(case.dtype).to(x_hat.dtype) - x_hat).detach()
+    return x_hat
+
+
+def affine(x_hat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    z = x_hat if weight is None else x_hat * weight
+    return z if bias is None else z + bias
+
+
 def gradients_by_formula(case: Case, h: Tensor, tensors: dict[str, Tensor], dy: Tensor, dh: Tensor | None, dtype):
-    """y and the gradients of h, weight and bias, computed by stock PyTorch in a dtype."""
-    leaves = {"x": h} | {name: tensors[name] for name in ("weight", "bias") if name in tensors}
+    """y and the gradients of h, weight, bias and gate, computed by stock PyTorch in a dtype."""
+    leaves = {"x": h} | {name: tensors[name] for name in ("weight", "bias", "gate") if name in tensors}
     leaves = {name: t.detach().to(dtype).requires_grad_() for name, t in leaves.items()}
-    y = formula(case, leaves["x"], leaves.get("weight"), leaves.get("bias"))
+    y = formula(case, leaves["x"], *(leaves.get(name) for name in ("weight", "bias", "gate")))
     found = dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy.to(dtype)), strict=True))
     if dh is not None:
         found["x"] = found["x"] + dh.to(dtype)
@@ -122,18 +176,28 @@ def scales(case: Case, h: Tensor, tensors: dict[str, Tensor], dy: Tensor) -> dic
     """The largest of the terms that are added or subtracted for each result: where they cancel, as with one or two
     columns, no unit of the result itself can be kept."""
     h, dy = h.detach().double(), dy.double()
-    dims = tuple(range(-case.normalized, 0))
-    centered = h - h.mean(dims, keepdim=True) if case.centers else h
-    weight = tensors["weight"].double() + case.options.get("zero_centered", False) if "weight" in tensors else 1.0
-    rstd = (centered.square().mean(dims, keepdim=True) + case.eps).rsqrt()
+    gate = tensors["gate"].detach().double() if "gate" in tensors else None
+    factor = activated(case, gate)
+    x, upstream = h, dy
+    h, dy = (h * factor, dy) if case.multiplies_x else (h, dy * factor)  # of the norm alone
+    groups = h.reshape(-1, case.size)
+    centered = groups - groups.mean(1, keepdim=True) if case.centers else groups
+    rstd = (centered.square().mean(1, keepdim=True) + case.eps).rsqrt()
+    centered, rstd = centered.view(h.shape), rstd.expand_as(groups).reshape(h.shape)
+    weight = tensors["weight"].detach().double() + case.options.get("zero_centered", False) if "weight" in tensors else 1
     # of one or two columns dx is what rstd and its third power differ by: the last unit of rstd counts twice
-    powers = 2 if math.prod(h.shape[-case.normalized :]) <= 2 else 1
+    powers = 2 if case.size <= 2 else 1
     found = {"dx": powers * dy * weight * rstd, "dweight": dy * centered * rstd, "dbias": dy, "y": h.new_zeros(1)}
-    if torch.float64 in (case.dtype, case.residual, case.weight):
+    if torch.float64 in (case.dtype, case.residual, case.weight, case.gate):
         # here the oracle's own rounding shows: h and the mean that is taken off it are rounded alike
         found |= {"y": h * rstd * weight, "dweight": dy * h * rstd, "dx": dy * weight * rstd * (1 + (h * rstd).abs())}
     elif case.centers:
         found["dweight"] = dy * h * rstd  # the mean is saved in float32, as stock's is, and rounded like h
+    if case.multiplies_x:
+        found |= {"dgate": found["dx"] * x, "dx": found["dx"] * factor}
+    elif gate is not None:
+        bias = tensors["bias"].detach().double().abs() if "bias" in tensors else 0
+        found |= {"dgate": upstream * ((h * rstd * weight).abs() + bias), "y": found["y"] * factor}
     found["dresidual"] = found["dx"]
     return {name: term.abs().max() for name, term in found.items()}
 
@@ -185,21 +249,21 @@ def check(case: Case, tensors: dict[str, Tensor], dy: Tensor | None = None, dh: 
     is_reference = fastnorm.explain(h, case.op).backend == "reference"
     for name, value in actual.items():
         unit = unit_of(name, value, h, computed, is_reference)
-        if case.options.get("rounding") == "llama" and name in ("y", "dweight"):
+        if case.options.get("rounding") == "llama" and name in ("y", "dweight", "dgate"):
             unit = max(unit, torch.finfo(case.dtype).eps)  # a float32 unit decides to which side x̂ is rounded
         # each row's term is off by a unit, to either side, and their sum by the root of their number
-        is_sum, rows = name in ("dweight", "dbias"), h.numel() // math.prod(h.shape[-case.normalized :])
+        is_sum, rows = name in ("dweight", "dbias"), h.numel() // math.prod(case.normalized_shape)
         walk = math.sqrt(rows) * torch.finfo(torch.promote_types(computed, torch.float32)).eps if is_sum else 0.0
         assert_as_good_as_stock(f"{case} {name}", value, stock[name], oracle[name], unit, largest[name], walk)
 
 
 def stock_dtype(case: Case, h: Tensor, y: Tensor) -> torch.dtype:
     """Kernels are held to stock's error in float32, rounded once, which is the smaller one; the reference is stock."""
-    if fastnorm.explain(h, case.op).backend == "reference":
+    if fastnorm.explain(h, case.op).backend == "reference" and case.gate is None:
         if {h.dtype, case.weight, y.dtype} <= {h.dtype, None}:
             return h.dtype
         return torch.float64 if torch.float64 in (h.dtype, y.dtype) else torch.float32
-    return torch.float64 if torch.float64 in (case.dtype, case.residual, h.dtype) else torch.float32
+    return torch.float64 if torch.float64 in (case.dtype, case.residual, case.gate, h.dtype) else torch.float32
 
 
 def check_residual(case: Case, tensors: dict[str, Tensor], h: Tensor) -> None:
