@@ -37,8 +37,9 @@ def _call_with_rows(problem: Problem) -> None:
     if problem.direction == "forward":
         residual = rows(residual_dtype) if adds else None
         triton_kernels.row_norm_forward(
-            rows(types.x), residual, 1, parameter, bias, 1e-6, centers, False, None, types.x, residual_dtype
-        )
+            rows(types.x), residual, None, 1, 1, parameter, bias, 1e-6, centers, False, True, True, None, types.x,
+            residual_dtype,
+        )  # fmt: skip
     else:
         dh, h, mean = (
             rows(residual_dtype) if adds else None,
@@ -46,7 +47,9 @@ def _call_with_rows(problem: Problem) -> None:
             statistic if centers else None,
         )
         dtypes = types.x, residual_dtype, types.parameters, types.parameters if centers else None
-        triton_kernels.row_norm_backward(rows(types.x), dh, h, 1, parameter, mean, statistic, False, None, *dtypes)
+        triton_kernels.row_norm_backward(
+            rows(types.x), dh, h, None, 1, 1, parameter, None, mean, statistic, False, True, True, None, *dtypes
+        )
 
 
 def _call_with_image(problem: Problem) -> None:

@@ -96,7 +96,7 @@ def test_a_named_backend_refuses_other_devices(op, fake_kernels):
 
 
 @operations
-@pytest.mark.parametrize("which", ["x", "weight", "residual", "bias"])
+@pytest.mark.parametrize("which", ["x", "weight", "residual", "bias", "gate"])
 def test_a_named_backend_refuses_tensor_subclasses(op, which, fake_kernels):
     """Wherever the subclass stands; without a name, the call takes PyTorch's operations and keeps the subclass."""
     case = plain_case(op, (3, 8), torch.float32)
@@ -218,7 +218,7 @@ def test_explain_knows_what_users_call():
 
 
 def test_explain_rejects_unknown_operations():
-    with pytest.raises(ValueError, match="layer_norm, rms_norm, add_layer_norm, add_rms_norm"):
+    with pytest.raises(ValueError, match="layer_norm, rms_norm, add_layer_norm, add_rms_norm, gated_layer_norm, gated_rms_norm"):
         fastnorm.explain(op="softmax")
 
 

@@ -19,7 +19,9 @@ from helpers.graphs import NAMESPACES, Graphs, called, ours
 from helpers.norms import Case, call, inputs, plain_case
 
 MODULES = {"layer_norm": fastnorm.LayerNorm, "rms_norm": fastnorm.RMSNorm,
-           "add_layer_norm": fastnorm.AddLayerNorm, "add_rms_norm": fastnorm.AddRMSNorm}  # fmt: skip
+           "add_layer_norm": fastnorm.AddLayerNorm, "add_rms_norm": fastnorm.AddRMSNorm,
+           "gated_layer_norm": fastnorm.GatedLayerNorm, "gated_rms_norm": fastnorm.GatedRMSNorm}  # fmt: skip
+ONE_INPUT = ("layer_norm", "rms_norm")
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_dynamo")]
 operations = pytest.mark.parametrize("op", ROW_NORMS)
 f32, bf16 = torch.float32, torch.bfloat16
@@ -55,6 +57,9 @@ def compile_cases(op: str) -> list[Case]:
         cases.append(case.alike(residual=bf16, options={"residual_dtype": torch.float64}))
     if not case.centers:
         cases.append(case.alike(dtype=bf16, weight=bf16, eps=None, options={"rounding": "llama"}))
+    if case.gated:
+        options = {"activation": "sigmoid", "norm_before_gate": False, "group_size": 8}
+        cases.append(case.alike(dtype=bf16, gate=f32, options=options))
     return cases[-1:] if SIMULATED else cases  # each is a compilation
 
 
@@ -141,7 +146,7 @@ def test_other_row_counts_do_not_compile_again(op, name):
     for rows in (5, 2, 31):
         case = plain_case(op, (rows, 24), f32)
         tensors = {key: t.requires_grad_() for key, t in inputs(case, device).items()}
-        for key in ("x", "residual"):
+        for key in ("x", "residual", "gate"):
             if key in tensors:
                 torch._dynamo.mark_dynamic(tensors[key], 0)
         case = case.alike(shape=(0, 24))  # the number of rows is a guard if the function sees it in Python
@@ -183,7 +188,7 @@ def test_modules_compile_between_their_neighbours(op):
     norm = MODULES[op](24)
 
     def block(x):
-        result = norm(torch.relu(x), x) if op.startswith("add_") else norm(torch.relu(x))
+        result = norm(torch.relu(x)) if op in ONE_INPUT else norm(torch.relu(x), x)
         return torch.tanh(result[0] if isinstance(result, tuple) else result)
 
     x = torch.randn(4, 24)
@@ -196,7 +201,7 @@ def test_export(op, strict, device):
     """The program holds the operators of the backend that is named, and takes other batch sizes."""
     module = MODULES[op](24).to(device)
     x = torch.randn(4, 3, 24, device=device)
-    arguments = (x, torch.randn_like(x)) if op.startswith("add_") else (x,)
+    arguments = (x,) if op in ONE_INPUT else (x, torch.randn_like(x))
     shapes = tuple({0: torch.export.Dim("batch")} for _ in arguments)
     # Before 2.11 no autograd.Function that saves an output can be exported so, unless gradients are off.
     with torch.set_grad_enabled(TORCH >= (2, 11) or strict or not op.startswith("add_")):
@@ -209,7 +214,7 @@ def test_export(op, strict, device):
 @operations
 def test_export_takes_the_formula_by_default(op):
     x = torch.randn(4, 24)
-    arguments = (x, x) if op.startswith("add_") else (x,)
+    arguments = (x,) if op in ONE_INPUT else (x, x)
     program = torch.export.export(MODULES[op](24), arguments)
     assert called([program.graph_module]) and not ours([program.graph_module])
 
@@ -242,18 +247,21 @@ def operator_calls(op: str, shape: tuple, dims: int, device: str):
     weight, bias = torch.randn(2, *shape[-dims:]).to(device)
     x = torch.stack((x, x), -dims - 1).to(bf16).select(-dims - 1, 0)  # its rows are not adjacent
     rows = math.prod(shape[:-dims])
-    rstd, mean = torch.rand(rows, device=device) + 0.5, torch.randn(rows, device=device)
-    adds, centers = op.startswith("add_"), op.endswith("layer_norm")
-    h = residual if adds else x
+    adds, gated, centers = op.startswith("add_"), op.startswith("gated_"), op.endswith("layer_norm")
+    h, groups = residual if adds else x, 2 if gated else 1
+    rstd, mean = torch.rand(rows * groups, device=device) + 0.5, torch.randn(rows * groups, device=device)
+    has_bias = centers or gated
     for full in (True, False):
-        w, b = (weight, bias if centers else None) if full else (None, None)
+        w, b = (weight, bias if has_bias else None) if full else (None, None)
         cast = bf16 if full and not centers else None
         stream, types = (residual if adds else None), (bf16, f32 if adds else None)
-        yield "row_norm_forward", (x, stream, dims, w, b, 1e-5, centers, full, cast, *types)
+        gate = (residual, dims, groups) if gated else (None, dims, 1)
+        gating = full, full  # silu, norm_before_gate
+        yield "row_norm_forward", (x, stream, *gate, w, b, 1e-5, centers, full, *gating, cast, *types)
         moments, dstream = (mean if centers else None, rstd), (dh if full and adds else None)
         types = (bf16, f32 if full else bf16) if adds else (h.dtype, None)
-        wanted = (f32, f32 if centers else None) if full else (None, None)
-        yield "row_norm_backward", (dy, dstream, h, dims, w, *moments, full, cast, *types, *wanted)
+        wanted = (f32, f32 if has_bias else None) if full else (None, None)
+        yield "row_norm_backward", (dy, dstream, h, *gate, w, b, *moments, full, *gating, cast, *types, *wanted)
 
 
 @operations

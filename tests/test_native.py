@@ -151,6 +151,8 @@ def test_wrong_arguments_raise():
     x, w = random_rows(3, 8), random_rows(1, 8)[0]
     with pytest.raises(RuntimeError, match="weight of shape"):
         forward(native, "rms_norm", x, weight=w[:7])
+    with pytest.raises(RuntimeError, match="gate of shape"):
+        forward(native, "gated_rms_norm", x, x[:2])
     with pytest.raises(RuntimeError, match="rstd without gaps"):
         backward(native, "rms_norm", x, None, x, w, None, torch.ones(6)[::2])
     for dims in (0, 3, -1):
@@ -168,17 +170,20 @@ def test_features_without_a_kernel_raise():
     """The schema has them, and no functional asks for them."""
     x, w = random_rows(3, 8), random_rows(1, 8)[0]
     bf16, f32 = torch.bfloat16, torch.float32
-    for bias, subtract_mean, cast_dtype, residual_dtype, message in (
-        (w, False, None, None, "bias without subtract_mean"),
-        (w, True, bf16, None, "cast_dtype with subtract_mean"),
-        (w, True, None, f32, "residual_dtype with a residual"),
+    for residual, gate, groups, cast_dtype, residual_dtype, message in (
+        (None, None, 1, bf16, None, "cast_dtype with subtract_mean"),
+        (None, None, 1, None, f32, "residual_dtype with a residual"),
+        (x, x, 1, None, f32, "a gate with a residual"),
+        (None, None, 3, None, None, "a number of groups that divides 8, got 3"),
+        (None, None, 0, None, None, "a number of groups that divides 8, got 0"),
     ):
-        options = 1e-5, subtract_mean, False, cast_dtype, f32, residual_dtype
+        options = 1e-5, True, False, True, True, cast_dtype, f32, residual_dtype
         with pytest.raises(RuntimeError, match=message):
-            native.row_norm_forward(x, None, 1, w, bias, *options)
-    options = False, None, f32, None, None, f32
-    with pytest.raises(RuntimeError, match="bias without subtract_mean"):
-        native.row_norm_backward(x, None, x, 1, w, None, torch.ones(3), *options)
+            native.row_norm_forward(x, residual, gate, 1, groups, w, w, *options)
+    options = False, True, True, None, f32, None, None, None
+    for dh, gate, groups, message in ((x, x, 1, "a gate with a residual"), (None, None, 3, "that divides 8, got 3")):
+        with pytest.raises(RuntimeError, match=message):
+            native.row_norm_backward(x, dh, x, gate, 1, groups, w, None, None, torch.ones(3), *options)
 
 
 def test_build_info():

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import norms
+
 native = pytest.importorskip("fastnorm.native", exc_type=ImportError)
 SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems make their pages themselves")
@@ -29,7 +31,7 @@ def test_a_new_output_has_the_pages_that_are_said(op, monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # which makes pages as well
     x = torch.randn(1, 4096, 4096).expand(2, -1, -1)
     if op == "rms_norm":
-        y, *_ = native.row_norm_forward(x, None, 1, None, None, 1e-6, False, False, None, torch.float32, None)
+        y, *_ = norms.forward(native, "rms_norm", x, eps=1e-6)
     else:
         y, *_ = native.batch_norm_forward(x, *[None] * 6, 0.1, 1e-5, torch.contiguous_format, False, torch.float32)
     if native.new_pages().startswith("huge"):

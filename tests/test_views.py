@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastnorm import backend, operators, reference, use
-from fastnorm.functional import batch_norm, group_norm, layer_norm, rms_norm
+from fastnorm.functional import batch_norm, gated_rms_norm, group_norm, layer_norm, rms_norm
 from fastnorm.views import ChannelView, as_rows, batch_norm_format, suggested_format
 from helpers.channel_norms import format_of
 from helpers.drawing import examples
@@ -54,6 +54,20 @@ def test_rows_that_are_read_in_place(name):
 
 
 @native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("norm_before_gate", [True, False])
+def test_a_gate_that_is_read_in_place(norm_before_gate, dtype):
+    """Half of the columns of a wider projection, as Mamba's models have it; x is the other half."""
+    projection = torch.randn(4, 6, 48).to(dtype)
+    x, gate, dy = projection[..., :16], projection[..., 24:40], torch.randn(4, 6, 16).to(dtype)
+    leaves = [t.detach().requires_grad_() for t in (x, gate)]
+    with use("native"), torch.profiler.profile() as profile:
+        y = gated_rms_norm(*leaves, (16,), norm_before_gate=norm_before_gate, group_size=8)
+        torch.autograd.grad(y, leaves, dy)
+    assert not {event.key for event in profile.key_averages()} & {"aten::clone", "aten::copy_", "aten::contiguous"}
+
+
+@native
 @pytest.mark.parametrize("name", IMAGES)
 def test_images_that_are_read_in_place(name):
     x, channels_last = IMAGES[name]
@@ -94,7 +108,7 @@ if not SIMULATED:  # hypothesis draws shapes at will, and each would be compiled
         x, residual = (t.to(kernel_device) for t in tensors)
         dims = data.draw(st.integers(1, x.dim()))
         kernels = getattr(backend, f"_{backend._forced}")
-        options = dims, None, None, 1e-5, False, False, None, f32, f32
+        options = None, dims, 1, None, None, 1e-5, False, False, True, True, None, f32, f32
         results = kernels.row_norm_forward(x, residual, *options)
         y, h, *_ = results
         assert torch.equal(h, x + residual)
@@ -103,6 +117,25 @@ if not SIMULATED:  # hypothesis draws shapes at will, and each would be compiled
             assert actual is expected is None or (
                 actual.shape == expected.shape and actual.stride() == expected.stride()
             )
+
+    @given(tensors=ugly_tensors(3, 1), data=st.data())
+    @examples(40)
+    def test_gates_of_any_strides(tensors, data, kernel_device):
+        x, gate, dy = (t.to(kernel_device) for t in tensors)
+        dims = data.draw(st.integers(1, x.dim()))
+        kernels = getattr(backend, f"_{backend._forced}")
+        forward = x, None, gate, dims, 1, None, None, 1e-5, False, False, True, True, None, f32, None
+        y, _, _, rstd = results = kernels.row_norm_forward(*forward)
+        backward = dy, None, x, gate, dims, 1, None, None, None, rstd, False, True, True, None, f32, None, None, None
+        gradients = kernels.row_norm_backward(*backward)
+        leaves = [t.detach().clone().requires_grad_() for t in (x, gate)]
+        expected = F.rms_norm(leaves[0], x.shape[-dims:], None, 1e-5) * F.silu(leaves[1])
+        dx, dgate = torch.autograd.grad(expected, leaves, dy)
+        for actual, right in zip((y, gradients[0], gradients[2]), (expected, dx, dgate), strict=True):
+            assert torch.allclose(actual, right, rtol=1e-4, atol=1e-4 * max(1.0, rstd.max().item()))
+        fakes = *operators.row_norm_forward(*forward), *operators.row_norm_backward(*backward)
+        for actual, fake in zip((*results, *gradients), fakes, strict=True):
+            assert actual is fake is None or (actual.shape, actual.stride()) == (fake.shape, fake.stride())
 
     @given(tensors=ugly_tensors(2, 2))
     @examples(40)

@@ -139,20 +139,26 @@ def row_norm_arguments(choose: random.Random) -> tuple[str, tuple]:
     flat = torch.zeros(2 * cols_of(x) + 1, dtype=choose.choice((torch.float32, dtype)))[PLACES.choice((0, 1)) :]
     # neighbours in one buffer, as FSDP lays parameters out
     weight, bias = (choose.choice((None, flat[i * cols_of(x) : (i + 1) * cols_of(x)])) for i in range(2))
-    residual = choose.choice((None, like(x)))
+    residual, gate, groups = choose.choice(((None, None, 1), (like(x), None, 1), (None, like(x), 1), (None, like(x), 5)))
+    groups = groups if cols_of(x) % groups == 0 else 2
     subtract_mean, zero_centered = choose.random() < 0.5, choose.random() < 0.5
-    cast = choose.choice((None, dtype))
+    silu, norm_before_gate = choose.random() < 0.5, choose.random() < 0.5
+    cast = None if subtract_mean else choose.choice((None, dtype))
     if choose.random() < 0.5:
-        return "row_norm_forward", (x, residual, 1, weight, bias, choose.choice((1e-5, 1e-6)), subtract_mean,
-                                    zero_centered, None if subtract_mean else cast, dtype,
-                                    None if residual is None else dtype)  # fmt: skip
-    rows = x.numel() // x.shape[-1]
+        return "row_norm_forward", (
+            x, residual, gate, 1, groups, weight, bias, choose.choice((1e-5, 1e-6)), subtract_mean, zero_centered, silu,
+            norm_before_gate, cast, dtype, None if residual is None else dtype,
+        )  # fmt: skip
+    rows = groups * x.numel() // x.shape[-1]
     mean, rstd = torch.zeros(rows, dtype=stat) if subtract_mean else None, torch.ones(rows, dtype=stat)
     dy = like(x)
+    dh = None if gate is not None else choose.choice((None, like(dy)))
     dtypes = [choose.choice((None, torch.float32)) for _ in range(2)]
     dtypes = [d if p is not None else None for d, p in zip(dtypes, (weight, bias), strict=True)]
-    return "row_norm_backward", (dy, choose.choice((None, like(dy))), x, 1, weight, mean, rstd,
-                                 zero_centered, None if subtract_mean else cast, dtype, None, *dtypes)  # fmt: skip
+    return "row_norm_backward", (
+        dy, dh, x, gate, 1, groups, weight, bias, mean, rstd, zero_centered, silu, norm_before_gate, cast, dtype, None,
+        *dtypes,
+    )  # fmt: skip
 
 
 def channel_norm_arguments(choose: random.Random) -> tuple[str, tuple]:
@@ -210,7 +216,7 @@ def special(target: str) -> dict:
     """Whatever is not a plain repeated launch."""
     driver, written = start(target)
     x, w = torch.zeros(4, 64), torch.ones(64)
-    arguments = (x, None, 1, w, None, 1e-5, False, False, None, torch.float32, None)
+    arguments = (x, None, None, 1, 1, w, None, 1e-5, False, False, True, True, None, torch.float32, None)
     found = {}
 
     def launches() -> list[int]:
