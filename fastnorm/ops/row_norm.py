@@ -130,7 +130,9 @@ def row_norm(
     elif residual_dtype is not None:
         x, residual_dtype = x.to(residual_dtype), None
     if eps is None and not subtract_mean:
-        eps = torch.finfo(reference.stat_dtype(residual_dtype or x.dtype)).eps
+        dtype = residual_dtype or x.dtype
+        dtype = dtype if gate.tensor is None else torch.promote_types(dtype, gate.tensor.dtype)
+        eps = torch.finfo(reference.stat_dtype(dtype)).eps
     options = Options(
         eps, subtract_mean, zero_centered, cast_dtype,  # type: ignore[arg-type]
         groups, gate.activation == "silu", bool(gate.norm_before_gate),
