@@ -251,6 +251,8 @@ def check(case: Case, tensors: dict[str, Tensor], dy: Tensor | None = None, dh: 
         unit = unit_of(name, value, h, computed, is_reference)
         if case.options.get("rounding") == "llama" and name in ("y", "dweight", "dgate"):
             unit = max(unit, torch.finfo(case.dtype).eps)  # a float32 unit decides to which side x̂ is rounded
+        if case.gate is not None:  # the exponential, the sum below it and the quotient are rounded, too
+            unit += torch.finfo(torch.promote_types(computed, torch.float32)).eps
         # each row's term is off by a unit, to either side, and their sum by the root of their number
         is_sum, rows = name in ("dweight", "dbias"), h.numel() // math.prod(case.normalized_shape)
         walk = math.sqrt(rows) * torch.finfo(torch.promote_types(computed, torch.float32)).eps if is_sum else 0.0
