@@ -39,6 +39,23 @@ def test_rows_of_one_element(op, dtype, device):
         assert torch.equal(found["x"], dh if case.adds else torch.zeros_like(dh))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("norm_before_gate", [True, False])
+def test_groups_of_one_column_beside_a_gate(norm_before_gate, dtype, device):
+    """x̂ is 0: y is the bias, behind the norm times its gate, and no gradient reaches x or the weight."""
+    options = {"group_size": 1, "norm_before_gate": norm_before_gate, "activation": "sigmoid"}
+    case = norms.plain_case("gated_layer_norm", (5, 8), dtype, options=options)
+    leaves = {name: t.requires_grad_() for name, t in norms.inputs(case, device, mean=1000.0, std=100.0).items()}
+    with torch.no_grad():
+        leaves["weight"].fill_(123.0)
+        leaves["gate"].zero_()  # of which the sigmoid is one half
+    y, _ = norms.call(case, leaves)
+    assert torch.equal(y, (leaves["bias"] * (0.5 if norm_before_gate else 1.0)).expand_as(y))
+    y.backward(torch.randn(5, 8).to(dtype).to(device))
+    assert not leaves["x"].grad.any() and not leaves["weight"].grad.any()
+    assert leaves["gate"].grad.any() == norm_before_gate
+
+
 def assert_without_the_mean(dx: torch.Tensor, along: torch.Tensor) -> None:
     """dx is `along` less its mean in each row, to two units of the largest."""
     assert ((along - along.mean(1, keepdim=True)) - dx).abs().max() <= 2 * torch.finfo(dx.dtype).eps * along.abs().max()
@@ -51,6 +68,25 @@ CONSTANT_ROWS = [
                           (torch.float16, (7, 1000, 9001)), (torch.float64, (7, 1000, 8200)))
     for cols in widths[: 2 if SIMULATED else None]
 ]  # fmt: skip
+
+
+# of a group in registers, in several tiles, and read again
+@pytest.mark.parametrize("dtype, size", [(torch.float32, 7), (torch.float64, 17000), (torch.bfloat16, 1000),
+                                         (torch.float16, 7)][: 1 if SIMULATED else None], ids=str)  # fmt: skip
+@pytest.mark.parametrize("norm_before_gate", [True, False])
+def test_constant_groups_beside_a_gate(norm_before_gate, dtype, size, exact_device):
+    """A gate that is alike along a group leaves it constant; σ(0) = ½ loses no digit."""
+    options = {"group_size": size, "norm_before_gate": norm_before_gate, "activation": "sigmoid"}
+    case = norms.plain_case("gated_layer_norm", (2, 2 * size), dtype, options=options)
+    leaves = norms.inputs(case, exact_device)
+    values = torch.tensor([0.1, 1001.3, -6e4, 3.0 if dtype == torch.float16 else 1e20])
+    leaves["x"].copy_(values.repeat_interleave(size).view(case.shape))
+    leaves["gate"].zero_()
+    leaves = {name: t.requires_grad_() for name, t in leaves.items()}
+    y, _ = norms.call(case, leaves)
+    assert torch.equal(y, (leaves["bias"] * (0.5 if norm_before_gate else 1.0)).expand_as(y))
+    y.backward((1e-3 * torch.randn(case.shape)).to(dtype).to(exact_device))
+    assert not leaves["weight"].grad.any()
 
 
 @pytest.mark.parametrize("dtype, cols", CONSTANT_ROWS, ids=lambda v: str(v).removeprefix("torch."))

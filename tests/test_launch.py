@@ -168,9 +168,10 @@ def test_offsets_beyond_31_bits(op, cols, triton_device, card_memory):
     weight = torch.randn(cols, device=triton_device).bfloat16()
     gradient = torch.bfloat16 if cols < 1000 else None  # sums over the rows take Triton's interpreter seconds
 
-    def both_directions(x, residual, dy, dh):
-        y, h, *moments = forward(kernels, op, x, residual, weight, weight, 1e-6)
-        gradients = backward(kernels, op, dy, dh, x, weight, *moments, gradient, gradient)  # h, too, may be strided
+    def both_directions(x, other, dy, dh):
+        y, h, *moments = forward(kernels, op, x, other, weight, weight, 1e-6)
+        # h, too, may be strided
+        gradients = backward(kernels, op, dy, dh, x, weight, *moments, gradient, gradient, gate=other, bias=weight)
         return y, h, *moments, *gradients
 
     for far, near in zip(both_directions(*inputs), both_directions(*inputs.contiguous()), strict=True):

@@ -6,7 +6,7 @@ import torch
 
 import fastnorm
 from fastnorm.backend import ROW_NORMS
-from helpers.norms import DTYPES, backward, forward
+from helpers.norms import DTYPES, backward, check, forward, inputs, plain_case
 
 native = pytest.importorskip("fastnorm.native", exc_type=ImportError)
 ALL_BITS = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
@@ -66,6 +66,44 @@ def test_every_vector_tail(cols):
     for actual, value in zip((y, dx, dw, db), expected, strict=True):
         scale = rstd.max().item() * 5 if value.shape == x.shape else 1.0  # one or two columns cancel to nearly nothing
         torch.testing.assert_close(actual.double(), value, rtol=3e-6, atol=3e-6 * max(1.0, scale))
+
+
+@pytest.mark.instruction_sets
+@pytest.mark.parametrize("op", ["gated_layer_norm", "gated_rms_norm"])
+@pytest.mark.parametrize("norm_before_gate", [True, False])
+@pytest.mark.parametrize("cols", [*range(1, 36), 63, 64, 65, 127, 129, 1041])
+def test_every_vector_tail_beside_a_gate(op, norm_before_gate, cols):
+    """Of groups, whose rows begin anywhere; both activations."""
+    for activation in ("silu", "sigmoid"):
+        case = plain_case(op, (3, 2 * cols), torch.float32)
+        case.options |= {"norm_before_gate": norm_before_gate, "activation": activation, "group_size": cols}
+        with fastnorm.use("native"):
+            check(case, inputs(case))
+
+
+@pytest.mark.instruction_sets
+@pytest.mark.parametrize("silu", [True, False], ids=["silu", "sigmoid"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("computed", [torch.float32, torch.float64], ids=str)
+def test_activations_of_every_16_bit_gate(silu, dtype, computed):
+    """x̂ is 1, so that y is the activation and dgate its slope: to a few units in the last place, and NaN where
+    PyTorch's are."""
+    gate = ALL_BITS.view(dtype).view(512, 128)
+    x, options = torch.ones(512, 128, dtype=computed), (False, silu, True, None)
+    y, _, _, rstd = native.row_norm_forward(x, None, gate, 1, 1, None, None, 0.0, False, *options, computed, None)
+    given = x, None, x, gate.to(computed), 1, 1, None, None, None, rstd, *options, computed, None, None, None
+    dgate = native.row_norm_backward(*given)[2]
+    exact = gate.double().requires_grad_()
+    expected = torch.nn.functional.silu(exact) if silu else torch.sigmoid(exact)
+    slope = torch.autograd.grad(expected.sum(), exact)[0]
+    unit = torch.finfo(computed).eps
+    # of the slope, gate · (1 − σ) has an error of half a unit times the gate, until that has no more digits at 17 or 37
+    for actual, right, units, scale in ((y, expected.detach(), 4, 0.0), (dgate, slope, 20, 1.0)):
+        assert torch.equal(actual.isnan(), right.isnan())
+        error = (actual.double() - right).nan_to_num(0.0, 0.0, 0.0).abs()
+        allowed = units * unit * torch.maximum(right.abs().nan_to_num(1.0, 1.0, 1.0), torch.tensor(scale))
+        # 0 where the exponential overflows, a little before gate · σ is itself too small
+        assert (error <= allowed + torch.finfo(computed).smallest_normal * 512).all()
 
 
 @pytest.mark.instruction_sets

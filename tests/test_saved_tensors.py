@@ -14,6 +14,8 @@ NORMS = {
     "rms_norm": lambda x, w: F.rms_norm(x, (8,), w),
     "add_layer_norm": lambda x, w: F.add_layer_norm(x, x, (8,), w)[0],
     "add_rms_norm": lambda x, w: F.add_rms_norm(x, x, (8,), w)[0],
+    "gated_layer_norm": lambda x, w: F.gated_layer_norm(x, x, (8,), w),
+    "gated_rms_norm": lambda x, w: F.gated_rms_norm(x, x, (8,), w, norm_before_gate=False, group_size=4),
     "batch_norm": lambda x, w: F.batch_norm(x, None, None, w, None, True),
     "batch_norm, relu": lambda x, w: F.batch_norm(x, None, None, w, None, True, residual=x, activation="relu"),
     "group_norm": lambda x, w: F.group_norm(x, 2, w),

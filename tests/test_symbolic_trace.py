@@ -182,6 +182,10 @@ CALLS = {
     "rms_norm": lambda f, x, r, w, b: f(x, (8,), w, 1e-3, rounding="llama", out_dtype=torch.float64),
     "add_layer_norm": lambda f, x, r, w, b: f(x, r, (8,), w, b, 1e-3, residual_dtype=torch.float64)[0],
     "add_rms_norm": lambda f, x, r, w, b: f(x, r, (8,), w, 1e-3, zero_centered=True, residual_dtype=torch.float64)[0],
+    "gated_layer_norm": lambda f, x, r, w, b: f(x, r, (8,), w, b, 1e-3, activation="sigmoid", out_dtype=torch.float64),
+    "gated_rms_norm": lambda f, x, r, w, b: f(
+        x, r, (8,), w, b, 1e-3, norm_before_gate=False, group_size=4, zero_centered=True, rounding="llama"
+    ),
     "batch_norm": lambda f, x, r, w, b: f(
         x, W.abs(), W.square(), w, b, eps=1e-3, residual=r, activation="relu", training=False
     ),
@@ -190,11 +194,11 @@ CALLS = {
 
 
 def tensors_of(name: str) -> dict[str, torch.Tensor]:
-    """Those that the call uses, out of four."""
+    """Those that the call uses, out of four; r is the residual, or the gate."""
     tensors = {"x": torch.randn(2, 8), "w": W}
-    if "rms" not in name:
+    if "rms" not in name or "gated" in name:
         tensors["b"] = B
-    if "add" in name or name == "batch_norm":
+    if "add" in name or "gated" in name or name == "batch_norm":
         tensors["r"] = torch.randn(2, 8)
     return tensors
 
@@ -287,7 +291,9 @@ def test_tensor_subclasses_see_torchs_operations(name):
         with fastnorm.use(None):
             y = call(name, tensors | {key: tensors[key].as_subclass(Labelled)})
         assert type(y) is Labelled
-        assert getattr(nn.functional, name.removeprefix("add_")) in Labelled.called or (key == "w" and "rms" in name)
+        stock = getattr(nn.functional, name.removeprefix("add_").removeprefix("gated_"))
+        # a weight that is multiplied by afterwards
+        assert stock in Labelled.called or (key == "w" and ("rms" in name or "gated" in name))
         torch.testing.assert_close(y.as_subclass(torch.Tensor), expected)
 
 

@@ -7,6 +7,7 @@ from torch.func import functional_call
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 
 import fastnorm
+from helpers.norms import call, formula, inputs, plain_case
 from helpers.stock import modules, pair, y_of
 
 
@@ -63,6 +64,23 @@ def test_transforms(name, transform):
 
     actual, expected = (TRANSFORMS[transform](with_weight(m), x, w) for m in (ours, stock))
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("op, norm_before_gate", [("gated_layer_norm", False), ("gated_rms_norm", True)])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_of_a_gate(op, norm_before_gate, transform):
+    """In the weight's place above, with groups."""
+    case = plain_case(op, (6,), torch.float64, options={"norm_before_gate": norm_before_gate, "group_size": 3})
+    tensors = inputs(case)
+    x, gate = torch.randn(4, 6, dtype=torch.float64), tensors.pop("gate")
+
+    def ours(x, gate):
+        return call(case, tensors | {"x": x, "gate": gate.expand(x.shape)})[0]
+
+    def stocks(x, gate):
+        return formula(case, x, tensors["weight"], tensors["bias"], gate.expand(x.shape))
+
+    torch.testing.assert_close(*(TRANSFORMS[transform](f, x, gate) for f in (ours, stocks)))
 
 
 @modules

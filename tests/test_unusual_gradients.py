@@ -16,10 +16,23 @@ KINDS = {
     "batched": lambda dy: torch.stack([dy, 2 * dy, -dy]),
     "expanded": lambda dy: dy.flatten()[0].expand(dy.shape),
 }
+
+
+def gated(module, norm: str, x, w, b):
+    """x is its own gate, before the norm. The sigmoid's, because torch has no forward mode of SiLU's backward."""
+    if module is functional:
+        options = {"activation": "sigmoid", "norm_before_gate": False}
+        return getattr(module, f"gated_{norm}")(x, x, (6,), w, b, 1e-5, **options)
+    affine = (w, b) if norm == "layer_norm" else (w,)
+    return getattr(module, norm)(x * torch.sigmoid(x), (6,), *affine, eps=1e-5)
+
+
 STATISTICS = torch.linspace(-1, 1, 6), torch.linspace(0.5, 2, 6)
 CALLS = {
     "layer_norm": lambda module, x, w, b: module.layer_norm(x, (6,), w, b),
     "rms_norm": lambda module, x, w, b: module.rms_norm(x, (6,), w),
+    "gated_layer_norm": lambda module, x, w, b: gated(module, "layer_norm", x, w, b),
+    "gated_rms_norm": lambda module, x, w, b: gated(module, "rms_norm", x, w, None),
     "group_norm": lambda module, x, w, b: module.group_norm(x.mT, 2, w, b),
     "batch_norm": lambda module, x, w, b: module.batch_norm(x.mT, None, None, w, b, True),
     "batch_norm_evaluation": lambda module, x, w, b: module.batch_norm(x.mT, *(s.to(x) for s in STATISTICS), w, b),
