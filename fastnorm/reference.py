@@ -299,7 +299,7 @@ def row_norm_gradients(
     """
 
     def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None) -> Tensor:
-        return gated_row_norm(x, gate, shape, weight, bias, *options, dy.dtype)
+        return gated_row_norm(x, gate, shape, weight, bias, *(*options, dy.dtype))
 
     # Views, because h is an output of the node whose backward runs, and autograd locks that node meanwhile.
     with torch.enable_grad():

@@ -268,7 +268,8 @@ def row_norm_forward(
         else:
             tiles = launch.row_tiles(cols, itemsize)
             is_product = gate is not None and not norm_before_gate  # of 16-bit numbers: not itself one
-            refines = subtract_mean and launch.refines(cols, rstd.dtype if is_product else (x if h is None else h).dtype)
+            dtype = rstd.dtype if is_product else (x if h is None else h).dtype
+            refines = subtract_mean and launch.refines(cols, dtype)
             # grid: one program for each group of each block of tiles.rows rows
             _row_norm_forward_kernel[(launch.ceil_div(rows, tiles.rows), groups)](
                 *arguments, rows, *strides,

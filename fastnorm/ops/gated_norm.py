@@ -150,9 +150,7 @@ class GatedRMSNorm(RMSNorm):
         if getattr(self, "bias", None) is not None:  # torch.nn's constructor resets before there is one
             torch.nn.init.zeros_(self.bias)  # type: ignore[arg-type]
 
-    def forward(  # type: ignore[override]  # it has another input than RMSNorm's
-        self, x: Tensor, gate: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         return gated_rms_norm(
             x, gate, self.normalized_shape, self.weight, self.bias, self.eps,
             activation=self.activation, norm_before_gate=self.norm_before_gate, group_size=self.group_size,
@@ -186,9 +184,7 @@ class GatedLayerNorm(LayerNorm):
         )  # fmt: skip
         count_groups("GatedLayerNorm", activation, self.normalized_shape, group_size)
 
-    def forward(  # type: ignore[override]  # it has another input than LayerNorm's
-        self, x: Tensor, gate: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         return gated_layer_norm(
             x, gate, self.normalized_shape, self.weight, self.bias, self.eps,
             activation=self.activation, norm_before_gate=self.norm_before_gate, group_size=self.group_size,

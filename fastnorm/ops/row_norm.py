@@ -123,15 +123,16 @@ def row_norm(
         out_dtype = (out_dtype or x.dtype) if is_gated else result_dtype(stock, x, out_dtype)
     else:
         cast_dtype = x.dtype
-        multiplies_last = weight is not None and not (is_gated and gate.norm_before_gate)
-        out_dtype = out_dtype or (torch.promote_types(x.dtype, weight.dtype) if multiplies_last else x.dtype)
+        last = None if is_gated and gate.norm_before_gate else weight  # what x̂ is multiplied by at the end
+        out_dtype = out_dtype or (x.dtype if last is None else torch.promote_types(x.dtype, last.dtype))
     if residual is not None:
         residual_dtype = residual_dtype or torch.promote_types(x.dtype, residual.dtype)
     elif residual_dtype is not None:
         x, residual_dtype = x.to(residual_dtype), None
     if eps is None and not subtract_mean:
         dtype = residual_dtype or x.dtype
-        dtype = dtype if gate.tensor is None else torch.promote_types(dtype, gate.tensor.dtype)
+        if gate.tensor is not None:
+            dtype = torch.promote_types(dtype, gate.tensor.dtype)
         eps = torch.finfo(reference.stat_dtype(dtype)).eps
     options = Options(
         eps, subtract_mean, zero_centered, cast_dtype,  # type: ignore[arg-type]
