@@ -41,6 +41,8 @@ def positional(op: str, shape=(3, 8), dtype=F32, **changes) -> list:
     given = dict.fromkeys(("x", "residual", "normalized_shape", "weight", "bias")) | inputs(case)
     given |= {"normalized_shape": case.normalized_shape, "eps": 1e-5}
     given |= {"zero_centered": False, "out_dtype": None, "residual_dtype": None, "rounding": "torch"}
+    if case.gated:  # last of all
+        given |= {"gate": given.pop("gate"), "activation": "silu", "norm_before_gate": True, "group_size": None}
     assert given.keys() >= changes.keys()
     return list((given | changes).values())
 
@@ -76,6 +78,10 @@ def cases(op: str):
         yield plain_case(op, (5, 33), F32, residual=F64)
     if not mixed.centers:
         yield plain_case(op, (5, 33), BF16, eps=None)
+    if mixed.gated:
+        yield mixed.alike(gate=F32, bias=F16)
+        yield plain_case(op, (5, 33), F32, gate=F64, eps=1e-5 if mixed.centers else None)
+        yield plain_case(op, (5, 33), BF16, gate=None)
 
 
 def cases_with_options(op: str):
@@ -85,6 +91,10 @@ def cases_with_options(op: str):
         options += [llama, llama | {"zero_centered": True}, llama | {"out_dtype": F16}]
     if op.startswith("add_"):
         options += [*({"residual_dtype": dtype} for dtype in DTYPES), {"residual_dtype": BF16, "out_dtype": F32}]
+    if op.startswith("gated_"):
+        options += [{"activation": "sigmoid"}, {"norm_before_gate": False}, {"group_size": 11}]
+        options += [{"activation": "sigmoid", "norm_before_gate": False, "group_size": 1}]
+        options += [{"norm_before_gate": False, "rounding": "llama"}] * op.endswith("rms_norm")
     for option in options:
         mixed = plain_case(op, (5, 33), BF16, weight=F32, options=option)
         yield from (plain_case(op, (5, 33), F32, options=option), mixed, mixed.alike(weight=None, bias=None))
@@ -115,8 +125,8 @@ def test_options_give_the_same_bits(op, monkeypatch):
 def test_rows_that_are_not_adjacent(op, monkeypatch):
     case = plain_case(op, (4, 6, 8), F32)
     tensors = inputs(case)
-    if case.adds:
-        tensors["residual"] = torch.randn(4, 6, 16)[..., ::2]
+    for name in {"residual", "gate"} & set(tensors):
+        tensors[name] = torch.randn(4, 6, 16)[..., ::2]
     far, shifted = torch.zeros(4, 6, 24), torch.zeros(4 * 6 * 8 + 1)
     places = [
         torch.zeros(6, 4, 8).transpose(0, 1), far[..., 8:16], far[..., ::3], shifted[1:].view(4, 6, 8),
@@ -144,7 +154,7 @@ def test_autocast(op, autocast_dtype, monkeypatch):
                 with torch.autocast("cpu", autocast_dtype):
                     assert_both_ways_agree(case, inputs(case), monkeypatch)
                     y, _ = call(case, inputs(case))
-                is_cast = rule and case.dtype != F64
+                is_cast = rule and case.dtype != F64 and not case.gated
                 assert y.dtype == case.options.get("out_dtype", F32 if is_cast else case.dtype)
                 assert call(case, inputs(case))[0].dtype == case.options.get("out_dtype", case.dtype)
     finally:
@@ -193,6 +203,7 @@ def test_one_of_two_outputs_used(op, used, create_graph):
 def test_double_backward(op):
     plain = plain_case(op, (3, 5), F64)
     options = [{}, {"zero_centered": True}]
+    options += [{"norm_before_gate": False, "activation": "sigmoid"}] * plain.gated
     for case in (plain.alike(options=option) for option in options):
         leaves = {name: t.requires_grad_() for name, t in inputs(case).items()}
 
@@ -263,6 +274,12 @@ def test_what_is_not_plain_is_declined(op):
     wrong += [{"normalized_shape": s} for s in (
         8, None, (), [], (3,), (8.0,), (2, 3, 8), (1, 8), (2**70,), (-(2**70),), (True,), ("8",), torch.tensor([8]), "8"
     )]  # fmt: skip
+    if op.startswith("gated_"):
+        wrong += [{"gate": g} for g in (x[0], x[:2], x.T, *tensors_that_are_not_plain(x)[1:])]
+        wrong += [{"activation": a} for a in ("relu", "SiLU", "silu ", "", None, 1, b"silu", torch.sigmoid)]
+        wrong += [{"norm_before_gate": n} for n in (1, 0, None, "True", torch.tensor(True))]
+        wrong += [{"group_size": g} for g in (0, -4, 3, 16, 2**70, -(2**70), 4.0, True, "4", torch.tensor(4))]
+        wrong += [{"residual": torch.ones(3, 8)}]
     parameters = [torch.ones(7), torch.ones(1, 8), torch.ones(8).long(), 1.0, torch.ones(8, device="meta")]
     parameters += [t for t in tensors_that_are_not_plain(torch.ones(8)) if t is not None]
     wrong += [{name: p} for p in parameters for name in ("weight", "bias")]
@@ -280,8 +297,9 @@ def test_what_is_not_plain_is_declined(op):
     for served in (0, TRITON_ON_GPU, NATIVE_NAMED):
         assert direct(op, served) is NotImplemented
     assert direct(op) is not NotImplemented
-    for count in (0, 1, 12):
-        with pytest.raises(TypeError, match="takes 12 arguments"):
+    expected = len(positional(op)) + 2
+    for count in (0, 1, expected):
+        with pytest.raises(TypeError, match=f"takes {expected} arguments"):
             native.calls[op](*range(count))
 
 
@@ -295,6 +313,10 @@ def test_what_is_plain_is_not_declined(op):
     plain += [{"zero_centered": True}, {"out_dtype": F64}] + [{"rounding": "llama"}] * op.endswith("rms_norm")
     if op.startswith("add_"):
         plain += [{"residual_dtype": BF16}, {"residual": None}, {"residual": None, "residual_dtype": F32}]
+    if op.startswith("gated_"):
+        plain += [{"gate": None}, {"gate": torch.randn(3, 8).to(BF16)}, {"gate": torch.randn(3, 16)[:, 8:]}]
+        plain += [{"activation": "sigmoid"}, {"norm_before_gate": False}]
+        plain += [{"group_size": g} for g in (1, 4, 8)] + [{"gate": None, "group_size": 2}]
     for changes in plain:
         for served in (NATIVE_ON_CPU, NATIVE_ON_CPU | NATIVE_NAMED, NATIVE_ON_CPU | TRITON_ON_GPU):
             assert direct(op, served, **changes) is not NotImplemented, changes
@@ -353,6 +375,8 @@ def test_both_ways_launch_the_same_kernels(op, monkeypatch):
     """Triton's."""
     device = by_triton(monkeypatch)
     options = [{"zero_centered": True, "out_dtype": F32}] + [{"rounding": "llama"}] * op.endswith("rms_norm")
+    if op.startswith("gated_"):
+        options += [{"activation": "sigmoid", "norm_before_gate": False, "group_size": 11}]
     changes = [{}, {"weight": None, "bias": None}, *({"options": each} for each in options)]
     for change in changes:
         case = plain_case(op, (3, 33), BF16, **change)

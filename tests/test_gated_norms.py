@@ -227,7 +227,9 @@ def test_rows_do_not_depend_on_the_batch(op, norm_before_gate, cols, group_size,
 
 @operations
 @orders
-@pytest.mark.parametrize("shape, group_size", [((8, 4096), 1024), ((300, 1000), 8), ((300, 1000), None), ((2, 70000), None)])
+@pytest.mark.parametrize(
+    "shape, group_size", [((8, 4096), 1024), ((300, 1000), 8), ((300, 1000), None), ((2, 70000), None)]
+)
 def test_the_number_of_threads_changes_nothing(op, norm_before_gate, shape, group_size, threads):
     if not backend.statuses()["native"].available:
         pytest.skip("of native kernels")
@@ -356,7 +358,8 @@ def test_result_dtypes_and_autocast(op, device):
 
 MODULES = {"GatedLayerNorm": gated_layer_norm, "GatedRMSNorm": gated_rms_norm}
 modules = pytest.mark.parametrize("name", MODULES)
-EVERYTHING = {"activation": "sigmoid", "norm_before_gate": False, "group_size": 4, "zero_centered": True, "out_dtype": F64}
+EVERYTHING = {"activation": "sigmoid", "norm_before_gate": False, "group_size": 4, "zero_centered": True}
+EVERYTHING |= {"out_dtype": F64}
 
 
 def random_module(name: str, *args, **kwargs) -> torch.nn.Module:
@@ -420,7 +423,8 @@ def test_options_are_shown_where_they_are_set():
         "activation=sigmoid", "norm_before_gate=False", "group_size=4", "zero_centered=True", "out_dtype=torch.float64",
         "rounding=llama",
     }  # fmt: skip
-    assert fastnorm.GatedLayerNorm(8, group_size=2).extra_repr() == f"{torch.nn.LayerNorm(8).extra_repr()}, group_size=2"
+    stock = torch.nn.LayerNorm(8).extra_repr()
+    assert fastnorm.GatedLayerNorm(8, group_size=2).extra_repr() == f"{stock}, group_size=2"
 
 
 MISTAKES = {

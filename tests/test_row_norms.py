@@ -349,7 +349,8 @@ if not SIMULATED:  # hypothesis draws shapes at will, and each would be compiled
         if case.gated:
             case.options["activation"] = draw(st.sampled_from(["silu", "sigmoid"]))
             case.options["norm_before_gate"] = draw(st.booleans())
-            case.options["group_size"] = draw(st.sampled_from([None, *(n for n in range(1, cols + 1) if cols % n == 0)]))
+            divisors = [n for n in range(1, cols + 1) if cols % n == 0]
+            case.options["group_size"] = draw(st.sampled_from([None, *divisors]))
         case.options["zero_centered"] = draw(st.booleans())
         case.options["out_dtype"] = draw(st.sampled_from([None, *DTYPES]))
         if not case.centers:

@@ -139,8 +139,8 @@ def row_norm_arguments(choose: random.Random) -> tuple[str, tuple]:
     flat = torch.zeros(2 * cols_of(x) + 1, dtype=choose.choice((torch.float32, dtype)))[PLACES.choice((0, 1)) :]
     # neighbours in one buffer, as FSDP lays parameters out
     weight, bias = (choose.choice((None, flat[i * cols_of(x) : (i + 1) * cols_of(x)])) for i in range(2))
-    residual, gate, groups = choose.choice(((None, None, 1), (like(x), None, 1), (None, like(x), 1), (None, like(x), 5)))
-    groups = groups if cols_of(x) % groups == 0 else 2
+    residual, gate = choose.choice(((None, None), (like(x), None), (None, like(x))))
+    groups = 1 if gate is None or cols_of(x) % 4 else choose.choice((1, 4))
     subtract_mean, zero_centered = choose.random() < 0.5, choose.random() < 0.5
     silu, norm_before_gate = choose.random() < 0.5, choose.random() < 0.5
     cast = None if subtract_mean else choose.choice((None, dtype))

@@ -184,7 +184,8 @@ def scales(case: Case, h: Tensor, tensors: dict[str, Tensor], dy: Tensor) -> dic
     centered = groups - groups.mean(1, keepdim=True) if case.centers else groups
     rstd = (centered.square().mean(1, keepdim=True) + case.eps).rsqrt()
     centered, rstd = centered.view(h.shape), rstd.expand_as(groups).reshape(h.shape)
-    weight = tensors["weight"].detach().double() + case.options.get("zero_centered", False) if "weight" in tensors else 1
+    one = case.options.get("zero_centered", False)
+    weight = tensors["weight"].detach().double() + one if "weight" in tensors else 1.0
     # of one or two columns dx is what rstd and its third power differ by: the last unit of rstd counts twice
     powers = 2 if case.size <= 2 else 1
     found = {"dx": powers * dy * weight * rstd, "dweight": dy * centered * rstd, "dbias": dy, "y": h.new_zeros(1)}
