@@ -19,21 +19,28 @@ operations = pytest.mark.parametrize("op", ROW_NORMS)
 def arguments(op: str, **changes) -> dict:
     """A right call's arguments, by name, with some of them replaced."""
     case = plain_case(op, (4, 8), torch.float32)
-    right = {"x" if case.adds else "input": torch.randn(4, 8), "normalized_shape": (8,), "weight": torch.randn(8)}
+    first = "x" if case.adds or case.gated else "input"
+    right = {first: torch.randn(4, 8), "normalized_shape": (8,), "weight": torch.randn(8)}
     right |= {"residual": torch.randn(4, 8)} if case.adds else {}
+    right |= {"gate": torch.randn(4, 8)} if case.gated else {}
     right |= {"bias": torch.randn(8)} if case.centers else {}
-    if case.adds and "input" in changes:
-        changes["x"] = changes.pop("input")
+    if "input" in changes:
+        changes[first] = changes.pop("input")
     return right | changes
 
 
+def stock_name(op: str) -> str:
+    return op.removeprefix("add_").removeprefix("gated_")
+
+
 def stock_error(op: str, given: dict) -> Exception | None:
-    """What stock PyTorch raises for these arguments, an addition in front of it where the operation adds."""
+    """What stock PyTorch raises for these arguments, without the addition in front of it or the product behind it."""
     given = dict(given)
-    if op.startswith("add_"):
+    if "x" in given:
         given["input"] = given.pop("x")
-        del given["residual"]
-    return error_of(getattr(F, op.removeprefix("add_")), given)
+    for name in ("residual", "gate"):
+        given.pop(name, None)
+    return error_of(getattr(F, stock_name(op)), given)
 
 
 def check_mistake(op: str, name: str, given: dict, expected: type[Exception]) -> None:
@@ -96,22 +103,28 @@ def test_what_is_a_shape(op, shape):
 @pytest.mark.parametrize("name", ["weight", "bias"])
 @pytest.mark.parametrize("shape", [(7,), (1, 8), (), (8, 1), (4, 8)], ids=str)
 def test_parameter_of_another_shape(op, name, shape):
+    given = arguments(op, **{name: torch.ones(shape)})
     if name == "bias" and op.endswith("rms_norm"):
-        return check_unknown_bias(op)
-    like_stock(op, name, arguments(op, **{name: torch.ones(shape)}))
+        return check_bias_of_rms_norm(op, given)
+    like_stock(op, name, given)
 
 
-def check_unknown_bias(op: str) -> None:
-    given = arguments(op, bias=torch.ones(8))
-    assert type(error_of(getattr(functional, op), given)) is type(stock_error(op, given)) is TypeError
+def check_bias_of_rms_norm(op: str, given: dict) -> None:
+    """Stock's has none, and of ours the gated one alone."""
+    assert type(stock_error(op, given)) is TypeError
+    if op.startswith("gated_"):
+        check_mistake(op, "bias", given, RuntimeError)
+    else:
+        assert type(error_of(getattr(functional, op), given)) is TypeError
 
 
 @operations
 @pytest.mark.parametrize("name", ["weight", "bias"])
 def test_parameter_on_another_device(op, name):
+    given = arguments(op, **{name: torch.ones(8, device="meta")})
     if name == "bias" and op.endswith("rms_norm"):
-        return check_unknown_bias(op)
-    like_stock(op, name, arguments(op, **{name: torch.ones(8, device="meta")}))
+        return check_bias_of_rms_norm(op, given)
+    like_stock(op, name, given)
 
 
 @operations
@@ -207,9 +220,12 @@ def test_eps_that_stock_takes(op, eps, device):
         eps = eps.to(device) if isinstance(eps, torch.Tensor) else eps
     given = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments(op, eps=eps).items()}
     actual = getattr(functional, op)(**given)
+    factor = F.silu(given.pop("gate")) if op.startswith("gated_") else 1.0
     if op.startswith("add_"):
         actual, given["input"] = actual[0], given.pop("x") + given.pop("residual")
-    torch.testing.assert_close(actual, getattr(F, op.removeprefix("add_"))(**given), equal_nan=True)
+    elif op.startswith("gated_"):
+        given["input"] = given.pop("x")
+    torch.testing.assert_close(actual, getattr(F, stock_name(op))(**given) * factor, equal_nan=True)
 
 
 @operations
@@ -239,9 +255,9 @@ def test_result_dtypes(op, dtype, expected):
 @pytest.mark.parametrize("rounding", ["hf", "", None, 1, ["torch"]], ids=repr)
 def test_unknown_rounding(rounding):
     """As torch.nn.functional has it for an unknown word, such as gelu's or a loss's."""
-    for op in ("rms_norm", "add_rms_norm"):
+    for op in ("rms_norm", "add_rms_norm", "gated_rms_norm"):
         check_mistake(op, "rounding", arguments(op, rounding=rounding), ValueError)
-    for module in (fastnorm.RMSNorm, fastnorm.AddRMSNorm):
+    for module in (fastnorm.RMSNorm, fastnorm.AddRMSNorm, fastnorm.GatedRMSNorm):
         with pytest.raises(ValueError, match="rounding"):
             module(8, rounding=rounding)
     with pytest.raises(ValueError):
@@ -255,11 +271,12 @@ def test_unknown_and_missing_arguments(op):
     assert type(error_of(function, arguments(op, epsilon=1e-5))) is TypeError
     assert type(stock_error(op, arguments(op, epsilon=1e-5))) is TypeError
     given = arguments(op, eps=1e-5)
-    order = ["x", "residual", "input", "normalized_shape", "weight", "bias", "eps"]
+    given |= {"bias": None} if op == "gated_rms_norm" else {}
+    order = ["x", "residual", "gate", "input", "normalized_shape", "weight", "bias", "eps"]
     with pytest.raises(TypeError, match="positional"):
         function(*(given[name] for name in order if name in given), False)
     with pytest.raises(TypeError, match="normalized_shape"):
-        function(*[torch.randn(4, 8)] * (2 if op.startswith("add_") else 1))
+        function(*[torch.randn(4, 8)] * (1 if op in ("layer_norm", "rms_norm") else 2))
 
 
 MODULE_INPUTS = [torch.randn(4, 7), torch.randn(3), torch.tensor(1.0), torch.randn(8, device="meta"), None, [1.0]]

@@ -466,13 +466,6 @@ def test_mistakes(op, mistake, device):
     assert type(error) is expected and str(error).startswith(f"{op}(): ") and name in str(error)
 
 
-def test_mistakes_of_rounding():
-    for function, given in ((gated_rms_norm, {"rounding": "hf"}), (gated_rms_norm, {"rounding": None})):
-        error = error_of(function, {"x": torch.ones(2, 8), "gate": None, "normalized_shape": (8,), **given})
-        assert type(error) is ValueError and "rounding" in str(error)
-    assert type(error_of(gated_layer_norm, {"x": torch.ones(8), "rounding": "llama"})) is TypeError
-
-
 @modules
 def test_mistakes_of_constructors(name):
     cls = getattr(fastnorm, name)

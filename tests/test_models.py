@@ -305,6 +305,45 @@ def test_norms_of_transformers(path):
     torch.testing.assert_close(norm(x), expected)
 
 
+# gated norms of transformers: the options with which GatedRMSNorm computes the same
+MAMBA = {"norm_before_gate": False, "group_size": 16}
+GATED_NORMS_OF_TRANSFORMERS = {
+    "qwen3_next.Qwen3NextRMSNormGated": ({}, {}),
+    "qwen3_5.Qwen3_5RMSNormGated": ({}, {}),
+    "mamba2.MambaRMSNormGated": ({"group_size": 16}, MAMBA),
+    "zamba2.Zamba2RMSNormGated": ({"group_size": 8}, MAMBA | {"group_size": 8}),
+}
+
+
+@slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("path", GATED_NORMS_OF_TRANSFORMERS)
+def test_gated_norms_of_transformers(path, dtype):
+    """In value, from their state, with a weight in x's dtype and one in float32; and every gradient."""
+    pytest.importorskip("transformers", reason="`make test-models` installs it")
+    package, _, name = path.partition(".")
+    cls = getattr(importlib.import_module(f"transformers.models.{package}.modeling_{package}"), name)
+    own, options = GATED_NORMS_OF_TRANSFORMERS[path]
+    norm, ours = cls(48, eps=1e-3, **own), fastnorm.GatedRMSNorm(48, 1e-3, rounding="llama", **options)
+    nn.init.normal_(norm.weight)
+    ours.load_state_dict(norm.state_dict())
+    for weight in (torch.float32, dtype):
+        results = []
+        for module in (norm.to(weight), ours.to(weight)):
+            torch.manual_seed(0)
+            x, gate = (torch.randn(3, 5, 48).to(dtype).requires_grad_() for _ in range(2))
+            y = module(x, gate)
+            dy = torch.randn(3, 5, 48).to(y.dtype)
+            results.append([y, *torch.autograd.grad(y, [x, gate, module.weight], dy)])
+        (expected, *gradients), (y, *found) = results
+        # each of transformers' operations rounds where ours do, but for the square root and the sum below it
+        unit = torch.finfo(dtype).eps
+        torch.testing.assert_close(y, expected, rtol=unit, atol=1e-6)
+        for actual, right in zip(found, gradients, strict=True):
+            assert actual.dtype == right.dtype
+            torch.testing.assert_close(actual, right, rtol=0, atol=8 * unit * right.abs().max().item())
+
+
 @pytest.mark.parametrize("name, node", [("resnet18", "layer1.0.bn1"), ("vit_tiny", "blocks.1.norm2")])
 def test_feature_extraction(name, node):
     """torch.fx's tracing, which timm and torchvision take features out with, in training and in evaluation."""
