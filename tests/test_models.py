@@ -318,7 +318,7 @@ GATED_NORMS_OF_TRANSFORMERS = {
 @slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("path", GATED_NORMS_OF_TRANSFORMERS)
-def test_gated_norms_of_transformers(path, dtype):
+def test_gated_norms_of_transformers(path, dtype, device):
     """In value, from their state, with a weight in x's dtype and one in float32; and every gradient."""
     pytest.importorskip("transformers", reason="`make test-models` installs it")
     package, _, name = path.partition(".")
@@ -329,14 +329,14 @@ def test_gated_norms_of_transformers(path, dtype):
     ours.load_state_dict(norm.state_dict())
     for weight in (torch.float32, dtype):
         results = []
-        for module in (norm.to(weight), ours.to(weight)):
+        for module in (norm.to(device, weight), ours.to(device, weight)):
             torch.manual_seed(0)
-            x, gate = (torch.randn(3, 5, 48).to(dtype).requires_grad_() for _ in range(2))
+            x, gate = (torch.randn(3, 5, 48).to(device, dtype).requires_grad_() for _ in range(2))
             y = module(x, gate)
-            dy = torch.randn(3, 5, 48).to(y.dtype)
+            dy = torch.randn(3, 5, 48).to(y)
             results.append([y, *torch.autograd.grad(y, [x, gate, module.weight], dy)])
         (expected, *gradients), (y, *found) = results
-        # each of transformers' operations rounds where ours do, but for the square root and the sum below it
+        # with a 16-bit weight, transformers' round once more: the product with it
         unit = torch.finfo(dtype).eps
         torch.testing.assert_close(y, expected, rtol=unit, atol=1e-6)
         for actual, right in zip(found, gradients, strict=True):
