@@ -33,6 +33,8 @@ NORMS = {
     "layer_norm": (lambda: fastnorm.LayerNorm(24), (5, 7, 24)),
     "add_rms_norm": (lambda: fastnorm.AddRMSNorm(24, rounding="llama"), (5, 7, 24)),
     "add_layer_norm": (lambda: fastnorm.AddLayerNorm(24), (5, 7, 24)),
+    "gated_rms_norm": (lambda: fastnorm.GatedRMSNorm(24, group_size=8), (5, 7, 24)),
+    "gated_layer_norm": (lambda: fastnorm.GatedLayerNorm(24, activation="sigmoid"), (5, 7, 24)),
     "batch_norm": (lambda: fastnorm.BatchNorm2d(6, activation="relu"), (4, 6, 3, 5)),
     "batch_norm of rows": (lambda: fastnorm.BatchNorm1d(24, affine=False), (9, 24)),
     "group_norm": (lambda: fastnorm.GroupNorm(3, 6, activation="silu"), (4, 6, 3, 5)),
@@ -50,7 +52,10 @@ class Model(nn.Module):
 
     def forward(self, x):
         x = x * self.first
-        found = self.norm(x, x.detach()) if isinstance(self.norm, watch.PAIRS) else (self.norm(x), x)
+        if isinstance(self.norm, (fastnorm.GatedRMSNorm, fastnorm.GatedLayerNorm)):
+            found = self.norm(x, torch.ones_like(x)), x
+        else:
+            found = self.norm(x, x.detach()) if isinstance(self.norm, watch.PAIRS) else (self.norm(x), x)
         self.given = found[1].detach()
         return found[0]
 
@@ -108,6 +113,18 @@ def test_inputs_that_are_not_finite(name, value):
             monitor.step()
         found = monitor.to_numpy()["input_rms"][1, 0]
         assert not found < 1e30
+
+
+@pytest.mark.parametrize("cls", [fastnorm.GatedRMSNorm, fastnorm.GatedLayerNorm])
+def test_a_gate_before_the_norm(cls, device):
+    """Its statistics are those of x · act(gate), and tell nothing of x, which is read at a step that reads."""
+    model = nn.Sequential(nn.Identity(), cls(24, norm_before_gate=False)).to(device)
+    x, gate = (torch.randn(5, 24, device=device, requires_grad=True) for _ in range(2))
+    with fastnorm.Monitor(model, updates_every=2) as monitor:
+        for expected in ({"1": pytest.approx(rms(x.detach()), rel=1e-5)}, {}):
+            model[1](x, gate).sum().backward()
+            monitor.step()
+            assert monitor.last()["input_rms"] == expected
 
 
 @every_norm

@@ -46,7 +46,8 @@ class RowNormFunction(torch.autograd.Function):
             x, residual, gate, len(shape), groups, weight, bias, eps, subtract_mean, zero_centered,
             silu, norm_before_gate, cast_dtype, *dtypes,
         )  # fmt: skip
-        tell(x, mean, rstd, eps)
+        if gate is None or norm_before_gate:  # else they are not x's, but x · act(gate)'s
+            tell(x, mean, rstd, eps)
         ctx.save_for_backward(x if residual is None else h, weight, bias, gate, mean, rstd)
         ctx.impl, ctx.shape, ctx.options = impl, shape, options
         ctx.dtypes = x.dtype, None if residual is None else residual.dtype
