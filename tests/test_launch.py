@@ -18,11 +18,14 @@ HEAD_WIDTHS = (64, 80, 96, 128, 256)
 MODEL_WIDTHS = (768, 1024, 1280, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192, 12288, 16384)
 CHOICES = {
     "forward": launch.row_tiles,
-    "backward, one sum": lambda cols, itemsize: launch.backward_tiles(cols, itemsize, 1, False, itemsize)[0],
-    "backward, two sums": lambda cols, itemsize: launch.backward_tiles(cols, itemsize, 2, False, itemsize)[0],
-    "backward, two sums, adding": lambda cols, itemsize: launch.backward_tiles(cols, itemsize, 2, True, itemsize)[0],
+    "backward, one sum": lambda cols, itemsize: launch.backward_tiles(cols, itemsize, 1, 0, itemsize)[0],
+    "backward, two sums": lambda cols, itemsize: launch.backward_tiles(cols, itemsize, 2, 0, itemsize)[0],
+    "backward, two sums, adding": lambda cols, itemsize: launch.backward_tiles(cols, itemsize, 2, 1, itemsize)[0],
+    "backward, two sums, gate first": lambda cols, itemsize: launch.backward_tiles(cols, itemsize, 2, 2, itemsize)[0],
 }
 choices = pytest.mark.parametrize("choose", CHOICES.values(), ids=CHOICES)
+# nothing; dh, or a gate behind the norm; a gate before it, and x
+beside = pytest.mark.parametrize("streams", [0, 1, 2], ids=["plain", "adds", "gate first"])
 itemsizes = pytest.mark.parametrize("itemsize", [2, 4, 8])
 columns = st.integers(1, 32768) | st.sampled_from(MODEL_WIDTHS)
 rows_of_a_batch = st.integers(1, 2**40) | st.integers(1, 4096) | st.integers(4096, 8192)
@@ -88,15 +91,15 @@ def test_the_tiling_knows_nothing_of_the_batch():
 
 
 @itemsizes
-@pytest.mark.parametrize("adds", [False, True])
+@beside
 @given(
     cols=columns | st.integers(16385, 10**6), rows=rows_of_a_batch, multiprocessors=st.integers(1, 304),
     partials=st.integers(0, 2),
 )  # fmt: skip
-def test_backward_programs(itemsize, adds, cols, rows, multiprocessors, partials):
+def test_backward_programs(itemsize, streams, cols, rows, multiprocessors, partials):
     """All of them resident at once, each with a row, and few enough for their partial sums."""
-    passes = 4 if adds else 3
-    tiles, _ = launch.backward_tiles(cols, itemsize, max(1, partials), adds, itemsize)
+    passes = 3 + streams
+    tiles, _ = launch.backward_tiles(cols, itemsize, max(1, partials), streams, itemsize)
     parts = launch.column_chunks(cols, tiles)
     programs = launch.backward_programs(rows, tiles, multiprocessors // parts, itemsize, partials, passes)
     assert 1 <= programs <= -(-rows // tiles.rows)
@@ -114,7 +117,7 @@ def partial_share(rows: int, programs: int, partials: int, itemsize: int, passes
 
 def test_a_card_is_filled_by_a_training_batch():
     """As often as registers allow, and no program has to wait for another one's end."""
-    tiles, _ = launch.backward_tiles(4096, 2, sums=1, adds=False, widest=2)
+    tiles, _ = launch.backward_tiles(4096, 2, sums=1, streams=0, widest=2)
     assert launch.backward_programs(8192, tiles, 132, 2, 1, 3) == 132
 
 
@@ -124,32 +127,32 @@ def test_rows_of_64_registers_a_thread_are_kept_and_longer_ones_are_not(itemsize
     assert not launch.is_long(cols, itemsize)
     assert launch.is_long(cols + 1, itemsize)
     for sums in (1, 2):
-        assert not launch.backward_tiles(cols + 1, itemsize, sums, False, itemsize)[1]
+        assert not launch.backward_tiles(cols + 1, itemsize, sums, 0, itemsize)[1]
 
 
 @itemsizes
-@pytest.mark.parametrize("adds", [False, True])
+@beside
 @given(cols=st.integers(1, 10**5), sums=st.sampled_from([1, 2]), weight=st.sampled_from([2, 4, 8]))
-def test_what_a_thread_holds_fits_its_registers(itemsize, adds, cols, sums, weight):
+def test_what_a_thread_holds_fits_its_registers(itemsize, streams, cols, sums, weight):
     """Of a multiprocessor's registers, the resident programs' threads get equal parts, and at most 255 each."""
-    tiles, is_kept = launch.backward_tiles(cols, itemsize, sums, adds, max(itemsize, weight))
+    tiles, is_kept = launch.backward_tiles(cols, itemsize, sums, streams, max(itemsize, weight))
     kept = (2 + sums) * tiles.registers if is_kept else sums * tiles.registers
     assert kept < min(255, 65536 // (32 * tiles.warps * tiles.resident))
 
 
-# by the number of sums, whether a gradient of the stream is added, and the size of the elements
-READ_AGAIN = {(1, True, 2): [16384], (2, False, 2): [12288, 16384], (2, True, 2): [12288, 16384]}
-READ_AGAIN |= {(1, False, 4): [16384], (1, True, 4): [12288, 16384]}
-READ_AGAIN |= {(2, False, 4): [12288, 16384], (2, True, 4): [12288, 16384]}
+# by the number of sums, of tensors beside h and dy, and the size of the elements
+READ_AGAIN = {(1, 1, 2): [16384], (1, 2, 2): [12288, 16384], (1, 0, 4): [16384]}
+READ_AGAIN |= {(sums, 2, itemsize): [8192, 12288, 16384] for sums, itemsize in ((2, 2), (1, 4), (2, 4))}
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("adds", [False, True])
+@beside
 @pytest.mark.parametrize("sums", [1, 2], ids=["rms_norm", "layer_norm"])
-def test_rows_of_models_are_read_once(sums, adds, itemsize):
+def test_rows_of_models_are_read_once(sums, streams, itemsize):
     """But for those that registers have no room for."""
-    kept = {cols: launch.backward_tiles(cols, itemsize, sums, adds, itemsize)[1] for cols in MODEL_WIDTHS}
-    assert [cols for cols in kept if not kept[cols]] == READ_AGAIN.get((sums, adds, itemsize), [])
+    kept = {cols: launch.backward_tiles(cols, itemsize, sums, streams, itemsize)[1] for cols in MODEL_WIDTHS}
+    expected = READ_AGAIN.get((sums, streams, itemsize), [] if (sums, streams) == (1, 0) else [12288, 16384])
+    assert [cols for cols in kept if not kept[cols]] == expected
 
 
 def test_access_bytes_is_the_largest_element():

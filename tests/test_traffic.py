@@ -17,9 +17,11 @@ from helpers.traffic import kernels, virtual_gpu
 
 pytestmark = pytest.mark.triton
 
-OPERATIONS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
+# "gate first" is a gated norm of x · act(gate)
+OPERATIONS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "gated_rms_norm", "gated_layer_norm")
+OPERATIONS += ("gated_rms_norm, gate first",)
 # reads and writes of forward and backward, in passes over x; the forward reads x or h again where a row is longer
-PASSES = {"plain": ((1, 1), (2, 1)), "add": ((2, 2), (3, 1))}
+PASSES = {"plain": ((1, 1), (2, 1)), "add": ((2, 2), (3, 1)), "gated": ((2, 1), (3, 2))}
 # Thread instructions an element in bf16, forward and backward: what they take, rounded up.
 INSTRUCTIONS = {
     "rms_norm": (10.7, 16.5),
