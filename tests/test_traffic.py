@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from fastnorm.triton_kernels import launch
-from helpers import norms
 from helpers.traffic import kernels, virtual_gpu
 
 pytestmark = pytest.mark.triton
 
-# "gate first" is a gated norm of x · act(gate)
-OPERATIONS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "gated_rms_norm", "gated_layer_norm")
-OPERATIONS += ("gated_rms_norm, gate first",)
+GATED = ("gated_rms_norm", "gated_layer_norm", "gated_rms_norm, gate first")
+OPERATIONS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", *GATED)
 # reads and writes of forward and backward, in passes over x; the forward reads x or h again where a row is longer
 PASSES = {"plain": ((1, 1), (2, 1)), "add": ((2, 2), (3, 1)), "gated": ((2, 1), (3, 2))}
 # Thread instructions an element in bf16, forward and backward: what they take, rounded up.
@@ -28,6 +26,9 @@ INSTRUCTIONS = {
     "layer_norm": (16.9, 20.7),
     "add_rms_norm": (12.5, 19.6),
     "add_layer_norm": (18.6, 24.5),
+    "gated_rms_norm": (18.0, 32.3),
+    "gated_layer_norm": (24.3, 40.7),
+    "gated_rms_norm, gate first": (18.0, 32.3),
 }
 
 
@@ -39,7 +40,8 @@ class Run:
     x: Tensor
     weight: Tensor
     parameters: int  # weight, and bias where there is one
-    statistics: int  # rstd, and the mean where there is one
+    groups: int
+    statistics: int  # of a row: rstd, and the mean where there is one, of each group
     forward: Any
     backward: list[Any]
     sums: Any
@@ -47,36 +49,51 @@ class Run:
 
     @property
     def passes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        return PASSES["add" if self.op.startswith("add_") else "plain"]
+        return PASSES["add" if self.op.startswith("add_") else "gated" if self.op in GATED else "plain"]
+
+    @property
+    def backward_parameters(self) -> int:
+        """What the backward reads: the weight, and the bias where it computes what the gate multiplied."""
+        return 2 if self.op == "gated_layer_norm" else 1
 
     @property
     def tiles(self) -> launch.RowTiles:
         """Of the backward."""
         itemsize = self.x.element_size()
-        adds = self.op.startswith("add_")
-        return launch.backward_tiles(self.x.shape[1], itemsize, self.parameters, adds, itemsize)[0]
+        streams = self.op.startswith("add_") + (self.op in GATED) + self.op.endswith("gate first")
+        return launch.backward_tiles(self.x.shape[1] // self.groups, itemsize, self.parameters, streams, itemsize)[0]
 
 
 @functools.cache
-def run(op: str, rows: int, cols: int, dtype: torch.dtype = torch.bfloat16, bias: bool = True) -> Run:
-    """Forward and backward by the launchers, on random tensors."""
-    adds, centers = op.startswith("add_"), op.endswith("layer_norm")
-    x, residual, dy, dh = (torch.randn(rows, cols).to(dtype) for _ in range(4))
+def run(
+    op: str, rows: int, cols: int, dtype: torch.dtype = torch.bfloat16, bias: bool = True, groups: int = 1
+) -> Run:
+    """Forward and backward by the launchers, on random tensors. A gated norm's RMSNorm has no bias, as in models."""
+    name, _, order = op.partition(", ")
+    adds, gated, centers = name.startswith("add_"), op in GATED, name.endswith("layer_norm")
+    x, other, dy, dh = (torch.randn(rows, cols).to(dtype) for _ in range(4))
     weight, bias = torch.randn(cols).to(dtype), torch.randn(cols).to(dtype) if bias and centers else None
+    residual, gate, wanted = other if adds else None, other if gated else None, (dtype, None if bias is None else dtype)
+    row, gating, stream = (gate, 1, groups), (True, not order), dtype if adds else None
     with virtual_gpu() as gpu:
-        y, h, mean, rstd = norms.forward(kernels, op, x, residual, weight, bias, 1e-6)
-        wanted = dtype, None if bias is None else dtype
-        h = h if adds else x
-        dx, _, *others = norms.backward(kernels, op, dy, dh, h, weight, mean, rstd, *wanted)
+        y, h, mean, rstd = kernels.row_norm_forward(
+            x, residual, *row, weight, bias, 1e-6, centers, False, *gating, None, dtype, stream
+        )
+        dx, _, dgate, *others = kernels.row_norm_backward(
+            dy, dh if adds else None, h if adds else x, *row, weight, bias, mean, rstd, False, *gating, None, dtype,
+            stream, *wanted,
+        )  # fmt: skip
     forward, *backward, sums = gpu.launches
-    filled = {"forward": (y, h if adds else None, mean, rstd), "backward": (dx,), "sums": others}
+    filled = {"forward": (y, h, mean, rstd), "backward": (dx, dgate), "sums": others}
     filled = {name: [t for t in tensors if t is not None] for name, tensors in filled.items()}
-    return Run(op, x, weight, 2 - (bias is None), 1 + centers, forward, backward, sums, filled)
+    statistics = groups * (1 + centers)
+    return Run(op, x, weight, 2 - (bias is None), groups, statistics, forward, backward, sums, filled)
 
 
 # widths of which no program holds a row in bf16 beside its sums
 READ_AGAIN = [(op, cols) for op in ("layer_norm", "add_layer_norm") for cols in (12288, 16384)]
 READ_AGAIN += [("rms_norm", 32768), ("add_rms_norm", 16384), ("add_rms_norm", 32768)]
+READ_AGAIN += [(op, cols) for op in GATED for cols in (12288, 16384) if (op, cols) != ("gated_rms_norm", 12288)]
 operations = pytest.mark.parametrize("op", OPERATIONS)
 widths = pytest.mark.parametrize("cols", (2560, 4096))
 dtypes = pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
@@ -99,6 +116,7 @@ def test_bytes(op, cols, dtype):
     (backward,) = seen.backward
     tiles = seen.tiles
     threads = 32 * tiles.warps // tiles.rows  # of a row, each of which reads its statistics, and its weight
+    weight *= seen.backward_parameters
     assert backward.unique_read == backward_reads * size + weight + statistics
     assert backward.loads.bytes == backward_reads * size + rows * weight + threads * statistics
     assert backward.stores.bytes == backward_writes * size + 4 * seen.parameters * cols * backward.blocks
@@ -116,6 +134,21 @@ def test_every_output_is_written_and_no_sector_wasted(op, cols, dtype):
         # a program of one row stores its two statistics alone in their sectors
         assert counters.stores.efficiency >= 0.985, counters.hotspots(3)
         assert counters.local_bytes == 0
+
+
+@pytest.mark.parametrize("op", GATED)
+def test_groups_read_and_write_what_rows_do(op):
+    """But for statistics of their own."""
+    seen, rows = run(op, 128, 4096, groups=4), 128
+    (reads, writes), (backward_reads, backward_writes) = seen.passes
+    size, weight, statistics = seen.x.nbytes, seen.weight.nbytes, 4 * seen.statistics * rows
+    (backward,) = seen.backward
+    assert seen.forward.unique_read == reads * size + seen.parameters * weight
+    assert seen.forward.stores.bytes == writes * size + statistics
+    assert backward.unique_read == backward_reads * size + seen.backward_parameters * weight + statistics
+    assert backward.stores.bytes == backward_writes * size + 4 * seen.parameters * 1024 * backward.blocks
+    assert all(counters.local_bytes == 0 for counters in (seen.forward, backward))
+    assert all(backward.fully_written(t) for t in seen.filled["backward"])
 
 
 @operations
@@ -156,7 +189,8 @@ def test_wide_rows_are_read_once(op, cols):
     tiles, (backward,) = seen.tiles, seen.backward
     _, (reads, writes) = seen.passes
     statistics = 4 * 4 * seen.statistics * (32 * tiles.warps // tiles.rows)  # read by every thread
-    assert backward.loads.bytes == reads * seen.x.nbytes + 4 * seen.weight.nbytes + statistics
+    parameters = 4 * seen.backward_parameters * seen.weight.nbytes
+    assert backward.loads.bytes == reads * seen.x.nbytes + parameters + statistics
     assert backward.stores.bytes == writes * seen.x.nbytes + 4 * seen.parameters * cols * backward.blocks
     assert backward.local_bytes == 0
 
@@ -173,11 +207,12 @@ def test_wider_rows_are_read_again_from_the_cache_only(op, cols):
 
 @operations
 def test_long_rows(op):
-    """Over 32,768 columns: the forward reads x twice."""
+    """Over 32,768 columns: the forward reads x twice, and a gate before the norm."""
     seen = run(op, 3, 40000)
     size, weight = seen.x.nbytes, seen.weight.nbytes
     (reads, writes), _ = seen.passes
-    assert seen.forward.loads.bytes == (reads + 1) * size + 3 * seen.parameters * weight
+    again = 2 if op.endswith("gate first") else 1
+    assert seen.forward.loads.bytes == (reads + again) * size + 3 * seen.parameters * weight
     assert seen.forward.stores.bytes == writes * size + 3 * 4 * seen.statistics
     assert_read_once_from_memory(seen, 3)
     assert all(seen.forward.fully_written(t) for t in seen.filled["forward"])
@@ -186,12 +221,15 @@ def test_long_rows(op):
 
 
 def assert_read_once_from_memory(seen: Run, rows: int) -> None:
-    """By the backward of rows that are not held: each part's program reads h and dy of the whole row, all else once."""
+    """By the backward of rows that are not held: each part's program reads h, dy and the gate of the whole row, all
+    else once."""
     (backward,) = seen.backward
     _, (reads, writes) = seen.passes
     size, weight, cols = seen.x.nbytes, seen.weight.nbytes, seen.x.shape[1]
     parts = launch.column_chunks(cols, seen.tiles)
-    assert backward.unique_read == reads * size + weight + 4 * seen.statistics * rows
+    assert backward.unique_read == reads * size + seen.backward_parameters * weight + 4 * seen.statistics * rows
     statistics = 4 * seen.statistics * rows * parts * backward.threads_per_block  # read by every thread
-    assert backward.loads.bytes == (reads + 2 * parts) * size + (1 + parts) * rows * weight + statistics
+    whole = 3 if seen.op in GATED else 2
+    parameters = (seen.backward_parameters + parts) * rows * weight
+    assert backward.loads.bytes == (reads + whole * parts) * size + parameters + statistics
     assert backward.stores.bytes == writes * size + 4 * seen.parameters * cols * backward.grid[1]

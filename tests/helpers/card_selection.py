@@ -12,7 +12,7 @@ from itertools import combinations
 import pytest
 
 # in this order: the time may run out
-FIRST = ("test_row_norms.py", "test_channel_norms.py", "test_clip_kernels.py", "test_clip_backends.py", "test_agc.py",
+FIRST = ("test_row_norms.py", "test_gated_norms.py", "test_channel_norms.py", "test_clip_kernels.py", "test_clip_backends.py", "test_agc.py",
          "test_gpu.py", "test_gpu_large.py")  # fmt: skip
 # only on a card; and every case of them
 ON_A_CARD, WHOLE = ("test_gpu.py", "test_gpu_large.py"), ("test_gpu_large.py",)
@@ -42,6 +42,10 @@ LEFT_OUT = {
     "test_clip_policy_states.py": "what Python keeps",
     "test_compile.py": "torch.compile: test_gpu has Inductor",
     "test_exact_zeros.py::test_groups_of_one_element": "as test_constant_channels_leave_the_bias",
+    "test_gated_norms.py::test_kernels_read_slices_of_a_projection": "what the launchers are given",
+    "test_gated_norms.py::test_mistakes": "errors, which Python raises",
+    "test_gated_norms.py::test_result_dtypes_and_autocast": "as test_autocast.py",
+    "test_gated_norms.py::test_what_is_saved": "what autograd saves",
     "test_inplace_neighbours.py": "what autograd forbids",
     "test_modules.py::test_autocast": "as test_autocast.py",
     "test_modules.py::test_without_autograd": "what autograd records",
