@@ -3,6 +3,8 @@
 // matters: they build on each other.
 #include "vec.h"
 
+#include "exp.h"
+
 #include "run_kernels.h"
 
 #include "row_kernels.h"

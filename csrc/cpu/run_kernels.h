@@ -1,7 +1,5 @@
 // The kernels of norms and clipping: reductions of |x|^p, scaling and clamping of a run, which is a number of elements
-// that lie one after the other in memory. Included by instruction_set.h after vec.h.
-typedef uint64_t U64 __attribute__((vector_size(VECTOR_BYTES)));
-
+// that lie one after the other in memory. Included by instruction_set.h after exp.h.
 INLINE F32 magnitude(F32 v) { return reinterpret_cast<F32>(reinterpret_cast<U32>(v) & 0x7fffffffu); }
 INLINE F64 magnitude(F64 v) { return reinterpret_cast<F64>(reinterpret_cast<U64>(v) & 0x7fffffffffffffffull); }
 
@@ -134,17 +132,6 @@ INLINE F64 log2_of(F64 x) {
     series = series * square + 1.0 / k;
   }
   return whole + s * series * 2.8853900817779268147;  // 2 / ln 2
-}
-
-// e^x for |x| <= ½ ln 2, times 2^n, where `shifted` is n + 1.5 · 2^52.
-INLINE F64 scaled_exp(F64 x, F64 shifted) {
-  F64 series = F64{} + 1;
-#pragma GCC unroll 13
-  for (int k = 13; k > 0; --k) {
-    series = series * (x * (1.0 / k)) + 1;
-  }
-  const U64 scale = (reinterpret_cast<U64>(shifted) << 52) + 0x3ff0000000000000ull;
-  return series * reinterpret_cast<F64>(scale);
 }
 
 // 2^y; zero below the normal numbers and inf above them.

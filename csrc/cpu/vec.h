@@ -9,6 +9,7 @@ typedef float F32 __attribute__((vector_size(VECTOR_BYTES)));
 typedef double F64 __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint32_t U32 __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t I32 __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint64_t U64 __attribute__((vector_size(VECTOR_BYTES)));
 typedef int64_t I64 __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint16_t U16 __attribute__((vector_size(VECTOR_BYTES / 2)));
 
