@@ -3,6 +3,7 @@
 // kernel, or a launch plan of Triton's.
 #include <ATen/TensorOperators.h>
 #include <ATen/record_function.h>
+#include <c10/util/accumulate.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -30,15 +31,17 @@ using std::optional;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// The bits of an operation's number: whether it is an RMSNorm, and whether it adds a residual.
-enum Operation : int64_t { rms = 1, add = 2 };
-constexpr std::array names{"fastnorm::layer_norm", "fastnorm::rms_norm", "fastnorm::add_layer_norm",
-                           "fastnorm::add_rms_norm"};
+// The bits of an operation's number: whether it is an RMSNorm, adds a residual, has a gate.
+enum Operation : int64_t { rms = 1, add = 2, gated = 4 };
+constexpr std::array names{"fastnorm::layer_norm",   "fastnorm::rms_norm",         "fastnorm::add_layer_norm",
+                           "fastnorm::add_rms_norm", "fastnorm::gated_layer_norm", "fastnorm::gated_rms_norm"};
 
 // The options that the forward leaves to the backward.
 struct Options {
   bool on_triton, subtract_mean, zero_centered;
-  int64_t dims;  // how many trailing dimensions are normalised
+  bool silu, norm_before_gate;  // of the gate
+  int64_t dims;                 // how many trailing dimensions are normalised
+  int64_t groups;               // into which they are cut
   double eps;
   optional<ScalarType> cast_dtype;
   ScalarType x_dtype;
@@ -49,21 +52,23 @@ struct Options {
   // As integers, because ctx.saved_data holds no structs.
   std::vector<int64_t> packed() const {
     const auto type = [](const optional<ScalarType>& t) { return t ? static_cast<int64_t>(*t) : -1; };
-    return {on_triton,        subtract_mean, zero_centered,       dims, std::bit_cast<int64_t>(eps),
-            type(cast_dtype), type(x_dtype), type(residual_dtype)};
+    const int64_t flags = on_triton | subtract_mean << 1 | zero_centered << 2 | silu << 3 | norm_before_gate << 4;
+    return {flags, dims, groups, std::bit_cast<int64_t>(eps), type(cast_dtype), type(x_dtype), type(residual_dtype)};
   }
 
   static Options unpacked(const std::vector<int64_t>& values) {
+    const auto flag = [&](int bit) { return (values[0] >> bit & 1) != 0; };
     const auto type = [](int64_t t) { return t < 0 ? std::nullopt : optional(static_cast<ScalarType>(t)); };
-    return {values[0] != 0,  values[1] != 0,   values[2] != 0, values[3], std::bit_cast<double>(values[4]),
-            type(values[5]), *type(values[6]), type(values[7])};
+    return {flag(0),         flag(1),          flag(2),        flag(3),
+            flag(4),         values[1],        values[2],      std::bit_cast<double>(values[3]),
+            type(values[4]), *type(values[5]), type(values[6])};
   }
 };
 
-// residual, weight and bias are undefined where they were not given.
+// residual, weight, bias and gate are undefined where they were not given.
 struct Call {
   Options options;
-  Tensor x, residual, weight, bias;
+  Tensor x, residual, weight, bias, gate;
   ScalarType out_dtype;
   optional<ScalarType> h_dtype;  // of h; none without a residual
 
@@ -73,22 +78,25 @@ struct Call {
 cpu::ForwardResult forward(const Call& call, bool saves_statistics) {
   const Options& o = call.options;
   if (!o.on_triton) {
-    return cpu::norm_forward({o.norm(), call.x, o.dims, call.residual, as_optional(call.weight), as_optional(call.bias),
-                              o.eps, o.zero_centered, o.cast_dtype, call.out_dtype, call.h_dtype, saves_statistics});
+    return cpu::norm_forward({o.norm(), call.x, call.residual, call.gate, o.dims, o.groups, as_optional(call.weight),
+                              as_optional(call.bias), o.eps, o.zero_centered, o.silu, o.norm_before_gate, o.cast_dtype,
+                              call.out_dtype, call.h_dtype, saves_statistics});
   }
   const auto results =
-      plans::call("row_norm_forward", {call.x, call.residual, o.dims, call.weight, call.bias, o.eps, o.subtract_mean,
-                                       o.zero_centered, o.cast_dtype, optional(call.out_dtype), call.h_dtype});
+      plans::call("row_norm_forward",
+                  {call.x, call.residual, call.gate, o.dims, o.groups, call.weight, call.bias, o.eps, o.subtract_mean,
+                   o.zero_centered, o.silu, o.norm_before_gate, o.cast_dtype, optional(call.out_dtype), call.h_dtype});
   return {results.at(0), results.at(1), results.at(2), results.at(3)};
 }
 
-// The gradients of x or h, weight and bias by the formula in fastnorm.reference, which can be differentiated again.
+// The gradients of x or h, weight, bias and gate by the formula in fastnorm.reference, which can be differentiated
+// again.
 variable_list gradients_by_formula(const Options& o, const Tensor& x, const Tensor& weight, const Tensor& bias,
-                                   const Tensor& dy) {
+                                   const Tensor& gate, const Tensor& dy) {
   const pybind11::gil_scoped_acquire gil;
   const auto cast_dtype = o.cast_dtype ? pybind11::cast(*o.cast_dtype) : pybind11::none();
-  return reference_gradients("row_norm_gradients", {x, weight, bias}, dy, x.sizes().slice(x.dim() - o.dims).vec(),
-                             o.eps, o.subtract_mean, o.zero_centered, cast_dtype);
+  return reference_gradients("row_norm_gradients", {x, weight, bias, gate}, dy, x.sizes().slice(x.dim() - o.dims).vec(),
+                             o.eps, o.subtract_mean, o.zero_centered, cast_dtype, o.groups, o.silu, o.norm_before_gate);
 }
 
 struct RowNormFunction : torch::autograd::Function<RowNormFunction> {
@@ -98,36 +106,40 @@ struct RowNormFunction : torch::autograd::Function<RowNormFunction> {
     cpu::ForwardResult result = fastnorm::forward(call, true);
     tell_statistics(call.x, result.mean, result.rstd, call.options.eps);
     const auto save = [&](AutogradContext& ctx) {
-      ctx.save_for_backward({result.h.defined() ? result.h : call.x, call.weight, call.bias, result.mean, result.rstd});
+      const Tensor& x = result.h.defined() ? result.h : call.x;
+      ctx.save_for_backward({x, call.weight, call.bias, call.gate, result.mean, result.rstd});
       ctx.saved_data["options"] = call.options.packed();
     };
-    attach<RowNormFunction>({call.x, call.residual, call.weight, call.bias}, {result.y, result.h}, save);
+    attach<RowNormFunction>({call.x, call.residual, call.weight, call.bias, call.gate}, {result.y, result.h}, save);
     return result;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &weight = saved[1], &bias = saved[2];
+    const Tensor &x = saved[0], &weight = saved[1], &bias = saved[2], &gate = saved[3];
+    const Tensor &mean = saved[4], &rstd = saved[5];
     const auto options = Options::unpacked(ctx->saved_data["options"].toIntVector());
     const bool adds = options.residual_dtype.has_value();
     const Tensor dy = grads[0], dh = adds ? grads[1] : Tensor();
-    variable_list gradients(4);  // x, residual, weight, bias
-    if (dy.defined() && kernels_can_take({dy, dh, x, weight, bias, saved[3], saved[4]})) {
+    variable_list gradients(5);  // x, residual, weight, bias, gate
+    if (dy.defined() && kernels_can_take({dy, dh, x, weight, bias, gate, mean, rstd})) {
       const auto dweight_dtype = gradient_dtype(ctx, 2, weight), dbias_dtype = gradient_dtype(ctx, 3, bias);
-      const auto [dx, dresidual, dweight, dbias] =
-          by_kernels(options, dy, dh, x, weight, saved[3], saved[4], dweight_dtype, dbias_dtype);
+      const auto [dx, dresidual, dgate, dweight, dbias] =
+          by_kernels(options, dy, dh, x, weight, bias, gate, mean, rstd, dweight_dtype, dbias_dtype);
       gradients[0] = dx;
       gradients[1] = !adds ? Tensor() : dresidual.defined() ? dresidual : dx;
       gradients[2] = dweight;
       gradients[3] = dbias;
+      gradients[4] = dgate;
       return gradients;
     }
     Tensor dx = dh;
     if (dy.defined()) {
-      auto by_formula = gradients_by_formula(options, x, weight, bias, dy);
+      auto by_formula = gradients_by_formula(options, x, weight, bias, gate, dy);
       dx = dh.defined() ? by_formula[0] + dh : by_formula[0];
       gradients[2] = by_formula[1];
       gradients[3] = by_formula[2];
+      gradients[4] = by_formula[3];
     }
     if (dx.defined()) {
       gradients[0] = dx.to(options.x_dtype);
@@ -138,16 +150,19 @@ struct RowNormFunction : torch::autograd::Function<RowNormFunction> {
 
  private:
   static cpu::BackwardResult by_kernels(const Options& o, const Tensor& dy, const Tensor& dh, const Tensor& x,
-                                        const Tensor& weight, const Tensor& mean, const Tensor& rstd,
-                                        optional<ScalarType> dweight_dtype, optional<ScalarType> dbias_dtype) {
+                                        const Tensor& weight, const Tensor& bias, const Tensor& gate,
+                                        const Tensor& mean, const Tensor& rstd, optional<ScalarType> dweight_dtype,
+                                        optional<ScalarType> dbias_dtype) {
     if (!o.on_triton) {
-      return cpu::norm_backward({o.norm(), dy, dh, x, o.dims, as_optional(weight), mean, rstd, o.zero_centered,
-                                 o.cast_dtype, o.x_dtype, o.residual_dtype, dweight_dtype, dbias_dtype});
+      return cpu::norm_backward({o.norm(), dy, dh, x, gate, o.dims, o.groups, as_optional(weight), as_optional(bias),
+                                 mean, rstd, o.zero_centered, o.silu, o.norm_before_gate, o.cast_dtype, o.x_dtype,
+                                 o.residual_dtype, dweight_dtype, dbias_dtype});
     }
     const auto results =
-        plans::call("row_norm_backward", {dy, dh, x, o.dims, weight, mean, rstd, o.zero_centered, o.cast_dtype,
-                                          optional(o.x_dtype), o.residual_dtype, dweight_dtype, dbias_dtype});
-    return {results.at(0), results.at(1), results.at(2), results.at(3)};
+        plans::call("row_norm_backward", {dy, dh, x, gate, o.dims, o.groups, weight, bias, mean, rstd, o.zero_centered,
+                                          o.silu, o.norm_before_gate, o.cast_dtype, optional(o.x_dtype),
+                                          o.residual_dtype, dweight_dtype, dbias_dtype});
+    return {results.at(0), results.at(1), results.at(2), results.at(3), results.at(4)};
   }
 };
 
@@ -179,7 +194,42 @@ bool unpack_eps(PyObject* object, bool has_default, ScalarType type, double& eps
   return unpack_float(object, eps);
 }
 
-// Reads (operation, served, x, residual, shape, weight, bias, eps, zero_centered, out_dtype, residual_dtype, rounding).
+// Reads (gate, activation, norm_before_gate, group_size), after the other arguments; call.options.dims is known.
+constexpr Py_ssize_t n_gated_arguments = 4;
+bool read_gated(PyObject* const* args, Call& call) {
+  Options& o = call.options;
+  if (!unpack_optional(args[0], call.x.sizes(), call.x.device(), call.gate) || !PyUnicode_CheckExact(args[1]) ||
+      !unpack_bool(args[2], o.norm_before_gate) || call.residual.defined()) {
+    return false;
+  }
+  o.silu = PyUnicode_CompareWithASCIIString(args[1], "silu") == 0;
+  if (args[3] != Py_None) {
+    const int64_t width = c10::multiply_integers(call.shape());
+    const int64_t size = PyLong_CheckExact(args[3]) ? PyLong_AsLongLong(args[3]) : 0;
+    PyErr_Clear();  // a number beyond 64 bits
+    if (size < 1 || width % size != 0) {
+      return false;
+    }
+    o.groups = width / size;
+  }
+  return o.silu || PyUnicode_CompareWithASCIIString(args[1], "sigmoid") == 0;
+}
+
+// The dtype of y where the caller names none.
+ScalarType default_dtype(const Call& call, int64_t operation, bool is_llama) {
+  const Options& o = call.options;
+  const bool is_gated = operation & gated;
+  if (is_llama) {
+    const bool ends_with_weight = call.weight.defined() && !(is_gated && o.norm_before_gate);
+    return ends_with_weight ? c10::promoteTypes(o.x_dtype, call.weight.scalar_type()) : o.x_dtype;
+  }
+  // a gated norm has no stock operation whose autocast it would follow
+  const char* const stock = operation & rms ? "aten::rms_norm" : "aten::layer_norm";
+  return !is_gated && autocasts(stock, call.x) ? at::kFloat : o.x_dtype;
+}
+
+// Reads (operation, served, x, residual, shape, weight, bias, eps, zero_centered, out_dtype, residual_dtype, rounding),
+// and read_gated's where there is a gate.
 constexpr Py_ssize_t n_arguments = 12;
 bool read(PyObject* const* args, int64_t operation, Call& call) {
   Options& o = call.options;
@@ -196,6 +246,10 @@ bool read(PyObject* const* args, int64_t operation, Call& call) {
       !unpack_dtype(args[9], out_dtype) || !unpack_dtype(args[10], call.h_dtype) || !PyUnicode_CheckExact(args[11])) {
     return false;
   }
+  o.groups = 1;
+  if ((operation & gated) && !read_gated(args + n_arguments, call)) {
+    return false;
+  }
   o.on_triton = *triton;
   o.subtract_mean = !is_rms;
   o.x_dtype = call.x.scalar_type();
@@ -207,23 +261,24 @@ bool read(PyObject* const* args, int64_t operation, Call& call) {
   } else {
     call.h_dtype.reset();
   }
-  if (PyUnicode_CompareWithASCIIString(args[11], "llama") == 0 && is_rms) {
-    o.cast_dtype = o.x_dtype;
-    const auto promoted = call.weight.defined() ? c10::promoteTypes(o.x_dtype, call.weight.scalar_type()) : o.x_dtype;
-    call.out_dtype = out_dtype.value_or(promoted);
-  } else if (PyUnicode_CompareWithASCIIString(args[11], "torch") == 0) {
-    const char* const stock = is_rms ? "aten::rms_norm" : "aten::layer_norm";
-    call.out_dtype = out_dtype.value_or(autocasts(stock, call.x) ? at::kFloat : o.x_dtype);
-  } else {
+  const bool is_llama = PyUnicode_CompareWithASCIIString(args[11], "llama") == 0;
+  if (is_llama ? !is_rms : PyUnicode_CompareWithASCIIString(args[11], "torch") != 0) {
     return false;
   }
-  return unpack_eps(args[7], is_rms, call.h_dtype.value_or(o.x_dtype), o.eps) && is_not_intercepted();
+  if (is_llama) {
+    o.cast_dtype = o.x_dtype;
+  }
+  call.out_dtype = out_dtype ? *out_dtype : default_dtype(call, operation, is_llama);
+  const bool has_double_gate = call.gate.defined() && call.gate.scalar_type() == at::kDouble;
+  const auto computed = has_double_gate ? at::kDouble : call.h_dtype.value_or(o.x_dtype);
+  return unpack_eps(args[7], is_rms, computed, o.eps) && is_not_intercepted();
 }
 
 PyObject* row_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == n_arguments, "row_norm takes ", n_arguments, " arguments, but got ", count);
-  const int64_t operation = PyLong_AsLongLong(args[0]);
+  const int64_t operation = count > 0 ? PyLong_AsLongLong(args[0]) : 0;
+  const Py_ssize_t expected = n_arguments + (operation & gated ? n_gated_arguments : 0);
+  TORCH_CHECK_TYPE(count == expected, "row_norm takes ", expected, " arguments, but got ", count);
   Call call{};
   if (!read(args, operation, call)) {
     Py_RETURN_NOTIMPLEMENTED;
@@ -232,7 +287,7 @@ PyObject* row_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   {
     pybind11::gil_scoped_release no_gil;
     RECORD_FUNCTION(names.at(operation), std::vector<c10::IValue>({call.x}));
-    cpu::ForwardResult result = any_requires_grad({call.x, call.residual, call.weight, call.bias})
+    cpu::ForwardResult result = any_requires_grad({call.x, call.residual, call.weight, call.bias, call.gate})
                                     ? RowNormFunction::forward(call)
                                     : forward(call, false);
     y = std::move(result.y);
@@ -253,7 +308,8 @@ int add_row_norm_calls(PyObject* module) {
   static PyMethodDef methods[] = {
       {"row_norm", as_method(&row_norm), METH_FASTCALL,
        "row_norm(operation, served, x, residual, normalized_shape, weight, bias, eps, zero_centered, "
-       "out_dtype, residual_dtype, rounding): NotImplemented for what is wrong or not plain"},
+       "out_dtype, residual_dtype, rounding), for a gated one also (gate, activation, norm_before_gate, group_size): "
+       "NotImplemented for what is wrong or not plain"},
       {nullptr, nullptr, 0, nullptr}};
   return PyModule_AddFunctions(module, methods);
 }

@@ -238,7 +238,8 @@ INLINE void add_to_column(S* column, V value, bool first, ActiveLanes active) {
   store(column, first ? value : load(column, active) + zero_inactive(value, active), active);
 }
 
-// dx = (w·dy − x̂ · c1) · rstd + dh with c1 = mean(x̂ · w·dy);  dweight += dy · x̂.
+// dx = (w·dy − x̂ · c1) · rstd + dh with c1 = mean(x̂ · w·dy);  dweight += dy · x̂;
+// dbias += dy.
 template <typename T>
 void rms_norm_backward(const BackwardRow<ComputeType<T>>& row) {
   using S = ComputeType<T>;
@@ -271,6 +272,11 @@ void rms_norm_backward(const BackwardRow<ComputeType<T>>& row) {
       add_to_column(r.dweight + i, grad * round_to(x_hat, r.cast), r.first, active);
     }
   });
+  if (r.dbias) {  // on its own: few have a bias, and the loop above is faster without this
+    each_vector<V, 2>(0, r.n, [=](int64_t i, int, ActiveLanes active) ALWAYS_INLINE {
+      add_to_column(r.dbias + i, load(dy + i, active), r.first, active);
+    });
+  }
 }
 
 // x̂ = (x − mean) · rstd.
@@ -383,7 +389,3 @@ void layer_norm_backward(const BackwardRow<ComputeType<T>>& row) {
     }
   });
 }
-
-template <typename T>
-constexpr RowKernels<ComputeType<T>> kernels_of = {
-    {rms_norm_forward<T>, rms_norm_backward<T>}, {layer_norm_forward<T>, layer_norm_backward<T>}, add_rows<T>};

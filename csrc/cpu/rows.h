@@ -19,6 +19,13 @@ struct Half {
 enum class Dtype { f32, bf16, f16, f64 };
 constexpr int dtype_count = 4;
 
+enum class Norm { rms, layer };
+constexpr int norm_count = 2;
+
+// Where a gate multiplies: after the norm its y, before the norm its x.
+enum class Gate { none, after_norm, before_norm };
+constexpr int gate_count = 3;
+
 // S is the type that kernels compute in: double where an input is double, float otherwise.
 template <typename S>
 constexpr Dtype dtype_of = sizeof(S) == 8 ? Dtype::f64 : Dtype::f32;
@@ -28,33 +35,43 @@ struct Statistics {
   S mean, rstd;
 };
 
-// x and y point to n elements of the kernel's dtype. weight and bias are never null.
+// x, gate and y point to n elements of the kernel's dtype. weight is never null, bias only in an rms_norm without a bias
+// and a gate. A gate needs scratch memory for n elements.
 template <typename S>
 struct ForwardRow {
   const void* x;
+  const void* gate;
   const S* weight;
   const S* bias;
   void* y;
   int64_t n;
-  int64_t x_ahead, y_ahead;  // prefetch distance: bytes from this row to the next, or 0
+  S* scratch;
+  int64_t x_ahead, gate_ahead, y_ahead;  // prefetch distance: bytes from this row to the next, or 0
+  bool silu;                             // the gate's activation; false is the sigmoid
   double eps;
   Dtype cast;  // x̂ is rounded to it before the weight multiplies; dtype_of<S> means no rounding
 };
 
-// dh, dweight and dbias may be null. dweight and dbias are sums over rows: the first row writes them, the others add.
+// dh, dweight and dbias may be null; there is no dh with a gate. dweight and dbias are sums over rows: the first row
+// writes them, the others add.
 template <typename S>
 struct BackwardRow {
   const void* dy;
   const void* x;
   const void* dh;
+  const void* gate;
   const S* weight;
+  const S* bias;  // read by Gate::after_norm
   Statistics<S> statistics;
   void* dx;
+  void* dgate;
   S* dweight;
   S* dbias;
   bool first;
   int64_t n;
-  int64_t x_ahead, dy_ahead, dx_ahead;
+  S* scratch;
+  int64_t x_ahead, dy_ahead, gate_ahead, dx_ahead, dgate_ahead;
+  bool silu;
   Dtype cast;
 };
 
@@ -67,7 +84,8 @@ struct NormKernels {
 // The row kernels of one dtype; null where the dtype is not computed in S.
 template <typename S>
 struct RowKernels {
-  NormKernels<S> rms_norm, layer_norm;
+  NormKernels<S> norms[norm_count][gate_count];
+  Statistics<S> (*biased_rms_norm)(const ForwardRow<S>&);  // the forward with a bias, without a gate
   void (*add)(const void* x, const void* residual, void* h, int64_t n);
 };
 

@@ -62,11 +62,22 @@ class Rows2d {
       return;
     }
     data_ = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()));  // only fresh outputs are written to
-    stride_ = tensor.stride(0) * static_cast<int64_t>(tensor.element_size());
+    element_size_ = static_cast<int64_t>(tensor.element_size());
+    stride_ = tensor.stride(0) * element_size_;
     cols_ = tensor.size(1);
     dtype_ = dtype_from(tensor.scalar_type());
     converts_ = dtype_ != working;
     is_fresh_ = is_fresh(tensor);
+  }
+
+  // The columns [first, first + cols) of these rows.
+  Rows2d columns(int64_t first, int64_t cols) const {
+    Rows2d part = *this;
+    if (data_ != nullptr) {
+      part.data_ += first * element_size_;
+      part.cols_ = cols;
+    }
+    return part;
   }
 
   // The row itself, or a converted copy in scratch where its dtype is not the working dtype.
@@ -102,6 +113,7 @@ class Rows2d {
 
  private:
   char* data_ = nullptr;
+  int64_t element_size_ = 0;
   int64_t stride_ = 0;
   int64_t cols_ = 0;
   Dtype dtype_ = dtype_of<S>;
