@@ -104,7 +104,9 @@ struct RowNormFunction : torch::autograd::Function<RowNormFunction> {
 
   static cpu::ForwardResult forward(const Call& call) {
     cpu::ForwardResult result = fastnorm::forward(call, true);
-    tell_statistics(call.x, result.mean, result.rstd, call.options.eps);
+    if (!call.gate.defined() || call.options.norm_before_gate) {  // else they are not x's, but x · act(gate)'s
+      tell_statistics(call.x, result.mean, result.rstd, call.options.eps);
+    }
     const auto save = [&](AutogradContext& ctx) {
       const Tensor& x = result.h.defined() ? result.h : call.x;
       ctx.save_for_backward({x, call.weight, call.bias, call.gate, result.mean, result.rstd});
