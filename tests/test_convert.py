@@ -14,7 +14,7 @@ from torch import nn
 
 import fastnorm
 from helpers import foreign_norms as foreign
-from helpers.conversion import FOREIGN, MAPS, NORMS, RELU, assert_alike, randomised, results
+from helpers.conversion import FOREIGN, MAPS, NORMS, RELU, arguments_of, assert_alike, inputs_of, randomised, results
 
 NATIVE = fastnorm.backend.statuses()["native"].available
 pytestmark = pytest.mark.usefixtures("compiled_kernels")
@@ -26,7 +26,20 @@ LEFT = {
     "eps outside the root": (lambda: foreign.EpsOutside(16), "differs by"),
     "other dimension of maps": (lambda: foreign.FirstOfFour(16), "differs by"),
     "clamps its input": (lambda: foreign.Clamped(16), "differs by"),
-    "a gate": (lambda: foreign.Gated(16), "forward takes (x, gate=None)"),
+    "a gate without which it differs": (lambda: foreign.GatedOtherwise(16), "without a gate [2, 3, 16]"),
+    "clamps its gate": (lambda: foreign.GatedUpTo(16, 8.0), "with 'gate' as a gate, not GatedRMSNorm"),
+    "clamps a huge gate": (lambda: foreign.GatedUpTo(16, 1e3), "differs by"),
+    "another activation": (lambda: foreign.GatedByTanh(16), "differs by"),
+    "an activation module": (lambda: foreign.GatedByModule(16), "forward takes gate beside its input"),
+    "a gate by default": (lambda: foreign.GatedByDefault(16), "forward takes (x, gate=1.0)"),
+    "a gate by keyword": (lambda: foreign.GatedByKeyword(16), "forward takes (x, gate=None), not"),
+    "a gate and more": (lambda: foreign.GatedAndScaled(16), "forward takes (x, gate, scale=1.0)"),
+    "a gate and no weight": (lambda: foreign.GatedUnweightedNorm(), "no weight"),
+    "a gate of channels": (lambda: foreign.GroupNormWithGate(4, 16), "only row norms"),
+    "a residual": (lambda: foreign.AfterResidual(16), "with 'residual' as a gate, not GatedRMSNorm"),
+    "a mask": (lambda: foreign.Masked(16), "the original raises"),
+    "a mask without a gradient": (lambda: foreign.MaskedSilently(16), "doesn't depend on it"),
+    "a time embedding": (lambda: foreign.Timed(16), "with 'time' as a gate, not GatedRMSNorm"),
     "a weight per head": (lambda: foreign.PerHead(2, 16), "its weight has the shape [2, 16], not [16]"),
     "an eps that is nowhere": (lambda: foreign.UnusualEpsNorm(16), "differs by"),
     "two of them": (lambda: foreign.TwoEps(16), "several attributes named eps"),
@@ -46,8 +59,12 @@ class Holder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList([nn.ModuleDict({"norm": norm})])
 
-    def forward(self, x):
-        return self.layers[0]["norm"](x)
+    @property
+    def norm(self) -> nn.Module:
+        return self.layers[0]["norm"]
+
+    def forward(self, *inputs):
+        return self.norm(*inputs)
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -275,13 +292,62 @@ def test_calls_by_keyword_and_a_later_eps(name):
     model = copy.deepcopy(original)
     assert fastnorm.convert(model).swapped
     model = pickle.loads(pickle.dumps(model))
-    argument = list(inspect.signature(type(original).forward).parameters)[1]
-    assert list(inspect.signature(model.forward).parameters) == [argument]
+    arguments = arguments_of(original)
+    assert list(inspect.signature(model.forward).parameters) == arguments
     for key in [key for key in vars(original) if "eps" in key]:
         setattr(original, key, 0.5)
         setattr(model, key, 0.5)
-    x = torch.randn(shape)
-    torch.testing.assert_close(model(**{argument: x}), original(x))
+    inputs = inputs_of(original, torch.randn(shape))
+    torch.testing.assert_close(model(**dict(zip(arguments, inputs, strict=True))), original(*inputs))
+
+
+GATED = [name for name, (make, *_) in FOREIGN.items() if len(arguments_of(make())) == 2]
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_without_a_gate(name):
+    """As the original: the norm alone where the gate is optional, or an error where it isn't."""
+    make, shape, *_ = FOREIGN[name]
+    original, x = randomised(make()), torch.randn(shape)
+    model = copy.deepcopy(original)
+    assert fastnorm.convert(model).swapped
+    if name in ("gate behind", "Qwen3-Next"):
+        for norm in (original, model):
+            with pytest.raises(TypeError, match=r"missing 1 required positional argument: '(z|gate)'"):
+                norm(x)
+    else:
+        for absent in ((), (None,)):
+            torch.testing.assert_close(model(x, *absent), original(x, *absent))
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("groups", [1, 2, 16])
+def test_groups_and_orders(before, groups):
+    norm, x = randomised(foreign.GatedGroups(16, groups, before)), torch.randn(2, 5, 16)
+    expected = results(norm, x)
+    (swapped,) = fastnorm.convert(norm).swapped
+    assert (norm.group_size, norm.norm_before_gate) == (16 // groups if groups > 1 else None, before)
+    assert ("group_size" in swapped.replacement) == (groups > 1)
+    assert_alike(results(norm, x), expected, torch.float32)
+    norm.norm_before_gate = not before
+    changed = results(norm, x)
+    fastnorm.revert(norm)
+    assert norm.norm_before_gate is not before and not hasattr(norm, "group_size")
+    assert_alike(changed, results(norm, x), torch.float32)
+
+
+@pytest.mark.parametrize("make, rounding", [(foreign.GatedByQwen, "llama"), (foreign.GatedBehind, "torch")])
+def test_the_rounding_of_a_narrow_norm(make, rounding):
+    """Verification tells the roundings apart by what few elements there are."""
+    norm = make(4)
+    assert fastnorm.convert(norm).swapped and norm.rounding == rounding
+
+
+def test_what_is_no_gate_is_run_once():
+    norm, calls, x_hat = foreign.AfterResidual(16), [], foreign.AfterResidual.x_hat
+    with mock.patch.object(foreign.AfterResidual, "x_hat", lambda *args: calls.append(1) or x_hat(*args)):
+        assert fastnorm.convert(norm).left
+    assert len(calls) == 1
 
 
 def test_a_norm_alone_and_twice():

@@ -6,6 +6,8 @@ Only torch.nn's own classes are certain. For all others, subclasses included, a 
 from __future__ import annotations
 
 import inspect
+import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from ..ops.gated_norm import GatedLayerNorm, GatedRMSNorm
 from ..ops.group_norm import GroupNorm
 from ..ops.layer_norm import LayerNorm
 from ..ops.rms_norm import RMSNorm
+from ..ops.row_norm import ACTIVATIONS
 from ..ops.sync_batch_norm import SyncBatchNorm
 from . import adapted
 from .swap import Names, core_of
@@ -51,7 +55,14 @@ class Proposal:
 
     @property
     def operation(self) -> str:
-        return "sync_batch_norm" if issubclass(self.target, SyncBatchNorm) else OPERATIONS[self.kind]
+        if issubclass(self.target, SyncBatchNorm):
+            return "sync_batch_norm"
+        return f"gated_{OPERATIONS[self.kind]}" if self.takes_gate else OPERATIONS[self.kind]
+
+    @property
+    def takes_gate(self) -> bool:
+        """Whether its forward has a second input, a gate or None."""
+        return issubclass(self.target, (GatedLayerNorm, GatedRMSNorm))
 
     def __str__(self) -> str:
         options = ", ".join(f"{key}={value!r}" for key, value in self.options.items())
@@ -60,11 +71,15 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Proposals:
-    """is_certain: known by type, else to be verified. obstacle: why there are no proposals."""
+    """is_certain: known by type, else to be verified. obstacle: why there are no proposals.
+
+    gate: the name of the forward's second argument, which may be a gate.
+    """
 
     found: tuple[Proposal, ...] = ()
     is_certain: bool = False
     obstacle: str = ""
+    gate: str = ""
 
 
 class _Unfit(Exception):
@@ -96,8 +111,9 @@ def proposals(module: nn.Module, kinds: tuple[str, ...]) -> Proposals:
         _refuse_shards(module)
         kind = next((kind for kind, base in _BASES.items() if issubclass(core, base)), None)
         is_certain = core in (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, *_BATCH_NORMS)
-        if not is_certain:
-            _refuse_more_arguments(core)
+        gate = "" if is_certain else _second_argument(core)
+        if gate and (kind in ("batch", "group") or module._modules.keys() & {"act", "drop"}):
+            raise _Unfit(f"its forward takes {gate} beside its input; only row norms without children can have a gate")
         if kind is None and issubclass(core, _OTHER_NORMS):
             raise _Unfit(f"fastnorm has no {core.__name__}")
         if kind is None:
@@ -108,7 +124,7 @@ def proposals(module: nn.Module, kinds: tuple[str, ...]) -> Proposals:
             found = list(_PROPOSERS[kind](module, core))
     except _Unfit as unfit:
         return Proposals(obstacle=str(unfit))
-    return Proposals(tuple(found), is_certain, "" if found else "none of the norms asked for")
+    return Proposals(tuple(found), is_certain, "" if found else "none of the norms asked for", gate)
 
 
 def _refuse_changed_calls(module: nn.Module, core: type[Any]) -> None:
@@ -116,12 +132,17 @@ def _refuse_changed_calls(module: nn.Module, core: type[Any]) -> None:
         raise _Unfit("its forward or __call__ is replaced by other code")
 
 
-def _refuse_more_arguments(core: type[Any]) -> None:
+def _second_argument(core: type[Any]) -> str:
+    """The name of the forward's second argument, or "". Raises for more arguments, and for other kinds of them."""
     _, *arguments = inspect.signature(core.forward).parameters.values()
-    if len(arguments) != 1 or arguments[0].kind not in (
-        inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
-    ):  # fmt: skip
-        raise _Unfit(f"its forward takes ({', '.join(map(str, arguments))}), not the input alone")
+    positional = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    if len(arguments) not in (1, 2) or any(argument.kind not in positional for argument in arguments):
+        raise _Unfit(f"its forward takes ({', '.join(map(str, arguments))}), not the input, and perhaps a gate, alone")
+    if len(arguments) == 1:
+        return ""
+    if arguments[1].default not in (None, inspect.Parameter.empty):
+        raise _Unfit(f"its forward takes ({', '.join(map(str, arguments))}): a gate's default would be None")
+    return arguments[1].name
 
 
 def _refuse_shards(module: nn.Module) -> None:
@@ -197,21 +218,64 @@ def _layers(
     module: nn.Module, shape: tuple[int, ...], eps: float, has_weight: bool, has_bias: bool, names: Names = ()
 ) -> Iterator[Proposal]:
     choices: tuple[dict[str, Any], ...] = ({}, {"zero_centered": True})
+    if _second_argument(core_of(type(module))):
+        yield from _gated("layer", GatedLayerNorm, module, (shape, eps, has_weight, has_bias), choices, names)
+        return
     for options in choices:
         template = LayerNorm(shape, eps, has_weight, has_bias, device=_META, **options)
         yield from _placed("layer", template, module, names, options)
 
 
 def _rmses(
-    module: nn.Module, shape: tuple[int, ...], eps: float | None, has_weight: bool, names: Names = ()
-) -> Iterator[Proposal]:
+    module: nn.Module, shape: tuple[int, ...], eps: float | None, has_weight: bool, names: Names = (),
+    has_bias: bool = False,
+) -> Iterator[Proposal]:  # fmt: skip
+    """Those without a gate have no bias."""
     roundings: tuple[dict[str, Any], ...] = ({"rounding": "llama"}, {})
-    for options in (*roundings, *({"zero_centered": True} | rounding for rounding in roundings)):
+    choices = (*roundings, *({"zero_centered": True} | rounding for rounding in roundings))
+    if _second_argument(core_of(type(module))):
+        yield from _gated("rms", GatedRMSNorm, module, (shape, eps, has_weight, has_bias), choices, names)
+        return
+    if has_bias:
+        return
+    for options in choices:
         template = RMSNorm(shape, eps, has_weight, device=_META, **options)
         yield from _placed("rms", template, module, names, options)
     if has_weight and "act" not in module._modules:
         template = adapted.WeightTypedRMSNorm(shape, eps, device=_META)
         yield _proposal("rms", template, _row_shapes(shape), names=names)
+
+
+def _gated(
+    kind: str, target: type[Any], module: nn.Module, arguments: tuple[Any, ...],
+    choices: tuple[Mapping[str, Any], ...], names: Names,
+) -> Iterator[Proposal]:  # fmt: skip
+    """Row norms with a gate, in both orders, with both activations and the module's groups.
+
+    arguments: of the target's constructor. choices: of its other options.
+    """
+    shape = arguments[0]
+    orders = (False, True) if getattr(module, "norm_before_gate", True) is False else (True, False)
+    for options, size, before, activation in itertools.product(
+        choices, _group_sizes(module, math.prod(shape)), orders, ACTIVATIONS
+    ):
+        chosen = {"norm_before_gate": before, "activation": activation, "group_size": size, **options}
+        template = target(*arguments, device=_META, **chosen)
+        plain = {"norm_before_gate": True, "activation": "silu", "group_size": None}
+        shown = {key: value for key, value in chosen.items() if key not in plain or value != plain[key]}
+        if size == math.prod(shape):
+            del shown["group_size"]
+        yield _proposal(kind, template, _row_shapes(shape), names=names, options=shown)
+
+
+def _group_sizes(module: nn.Module, width: int) -> tuple[int | None, ...]:
+    """The sizes of groups that the module's attributes name, and the whole row, which is None."""
+    sizes = [getattr(module, "group_size", None)]
+    for count in (getattr(module, name, None) for name in ("n_groups", "num_groups")):
+        if type(count) is int and count > 1 and width % count == 0:
+            sizes.append(width // count)
+    found: list[int | None] = [size for size in sizes if type(size) is int and size > 0 and width % size == 0]
+    return tuple(found) if width in found else (*dict.fromkeys(found), None)
 
 
 def _placed(
@@ -297,6 +361,8 @@ def _with_eps(module: nn.Module, parameters: Mapping[str, Tensor], eps: float, b
     if len(parameters) > 2 or len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
         raise _Unfit("its parameters are not a weight, or a weight and a bias, of one dimension")
     if not parameters:
+        if gate := _second_argument(core_of(type(module))):
+            raise _Unfit(f"it has no weight, which would tell the width of its input and its {gate}")
         inputs: list[tuple[int, ...]] = [(2, 3, 24), (5, 40), (1, 6, 2, 6)]
         yield _proposal("rms", adapted.UnweightedRMSNorm(eps), inputs, names=beside)
         if type(shape := getattr(module, "normalized_shape", None)) is tuple:
@@ -308,8 +374,7 @@ def _with_eps(module: nn.Module, parameters: Mapping[str, Tensor], eps: float, b
         names = (*beside, *((o, n) for o, n in zip(("weight", "bias"), order, strict=False) if o != n))
         if set(dict(names)) & set(parameters):
             continue  # a parameter named weight is no bias
-        if len(order) == 1:
-            yield from _rmses(module, width, eps, True, names)
+        yield from _rmses(module, width, eps, True, names, len(order) == 2)
         yield from _layers(module, width, eps, True, len(order) == 2, names)
 
 

@@ -82,8 +82,7 @@ def combined(target: type[Any], core: type[Any], names: Names = ()) -> type:
     if issubclass(target, core):
         return target
     namespace: dict[str, Any] = {name: _alias(other) for name, other in names}
-    if (argument := argument_of(core.forward)) not in target.forward.__code__.co_varnames:
-        namespace["forward"] = _with_argument(target.forward, argument)
+    namespace |= _forward_with_arguments_of(core.forward, target.forward)
     if hasattr(core, "reset_parameters"):  # the original's initialisation, whatever fastnorm's is
         namespace["reset_parameters"] = core.reset_parameters
 
@@ -119,21 +118,24 @@ def _alias(name: str) -> property:
     return property(lambda self: getattr(self, name), lambda self, value: setattr(self, name, value))
 
 
-def argument_of(forward: Callable[..., Any]) -> str:
-    """The name of the forward's input."""
-    return list(inspect.signature(forward).parameters)[1]
+def _forward_with_arguments_of(original: Callable[..., Any], forward: FunctionType) -> dict[str, FunctionType]:
+    """{"forward": the function, with the original's names for its input and gate}; {} if it has them.
 
-
-def _with_argument(forward: FunctionType, name: str) -> FunctionType:
-    """The function with another name for its input. A wrapper would take time in every call."""
-    code = forward.__code__
-    own, _, *others = code.co_varnames
+    A gate that the original can't do without has no default. A wrapper would take time in every call.
+    """
+    code, (_, *arguments) = forward.__code__, inspect.signature(original).parameters.values()
+    given = tuple(argument.name for argument in arguments)
+    own, *names = code.co_varnames
+    needs_gate = len(given) == 2 and arguments[1].default is inspect.Parameter.empty
+    if given == tuple(names[: len(given)]) and not needs_gate:
+        return {}
+    others = (f"{name}_" if name in given else name for name in names[len(given) :])
     renamed: Any = FunctionType(
-        code.replace(co_varnames=(own, name, *others)), forward.__globals__, forward.__name__, forward.__defaults__,
-        forward.__closure__,
+        code.replace(co_varnames=(own, *given, *others)), forward.__globals__, forward.__name__,
+        None if needs_gate else forward.__defaults__, forward.__closure__,
     )  # fmt: skip
     renamed.renamed_from = forward
-    return renamed
+    return {"forward": renamed}
 
 
 def _rebuilt(cls: type, old: type, new: type) -> type:

@@ -23,13 +23,17 @@ from .swap import combined, core_of
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _HALVES = (torch.float16, torch.bfloat16)
 _HUGE = 1e4  # shows a clamp, or the handling of overflows
+_LARGE = 10.0  # shows the clamp of a gate before the activation, which is flat at _HUGE
 _CONTAINERS = (list, dict, set)
 _VALUES = (bool, int, float, str, torch.dtype, type(None))
 
 
 @dataclass(frozen=True)
 class _Probe:
-    """One run. input and parameters: dtypes; None keeps the module's own. scale: the factor of the random input."""
+    """One run. input and parameters: dtypes; None keeps the module's own. scale: the factor of the random input.
+
+    gate: the factor of the random gate, 0 for None in its place, None for a forward that takes the input alone.
+    """
 
     shape: tuple[int, ...]
     input: torch.dtype
@@ -39,12 +43,14 @@ class _Probe:
     autocast: bool = False
     is_optional: bool = False  # the original may refuse it
     is_activated: bool = False
+    gate: float | None = None
 
     def __str__(self) -> str:
         parameters = f" with {_short(self.parameters)} parameters" if self.parameters else ""
         autocast = " under autocast" if self.autocast else ""
         mode = "" if self.training else " in evaluation"
-        return f"{_short(self.input)} input {list(self.shape)}{parameters}{autocast}{mode}"
+        gate = "" if self.gate is None else " and gate" if self.gate else " without a gate"
+        return f"{_short(self.input)} input{gate} {list(self.shape)}{parameters}{autocast}{mode}"
 
 
 class _Disagreement(Exception):
@@ -82,7 +88,7 @@ def _verified(module: nn.Module, proposals: Proposals) -> tuple[Proposal | None,
     if best is not None:
         return best[1], ""
     assert closest is not None, "there is a proposal"
-    return None, f"not {closest[1]}"
+    return None, f"with {proposals.gate!r} as a gate, not {closest[1]}" if proposals.gate else f"not {closest[1]}"
 
 
 def fingerprint(module: nn.Module) -> tuple[Any, ...]:
@@ -110,7 +116,7 @@ def own_tensor(module: nn.Module) -> Tensor:
 def _total_error(
     module: nn.Module, proposal: Proposal, is_certain: bool, known: dict[_Probe, dict[str, Tensor] | str]
 ) -> float:
-    """The sum of each probe's largest error. Raises _Disagreement at the first probe that differs too much."""
+    """The sum of each probe's error. Raises _Disagreement at the first probe that differs too much."""
     core = core_of(type(module))
     reference = nn.BatchNorm2d if core is nn.SyncBatchNorm else core  # the same for one process
     ours = combined(proposal.target, core, proposal.names)  # type: ignore[arg-type]
@@ -126,7 +132,7 @@ def _total_error(
             if not isinstance(expected, str):
                 twin = _twin(module, ours, probe)
                 vars(twin).update(proposal.attributes)
-                total += _largest_error(expected, _tried(twin, probe), probe, is_certain)
+                total += _error(expected, _tried(twin, probe), probe, is_certain)
             elif not probe.is_optional:
                 raise _Disagreement(f"the original {expected}")
         except _Disagreement as disagreement:
@@ -145,7 +151,8 @@ def _tried(twin: nn.Module, probe: _Probe) -> dict[str, Tensor]:
 def _probes(module: nn.Module, proposal: Proposal, is_certain: bool) -> Iterator[_Probe]:
     first, *others = proposal.shapes
     own, eps = own_tensor(module).dtype, proposal.attributes["eps"]
-    probe = _Probe(first, own, is_activated="act" in module._modules)
+    gate = 1.0 if proposal.takes_gate else None
+    probe = _Probe(first, own, is_activated="act" in module._modules, gate=gate)
     synchronised = proposal.operation == "sync_batch_norm"  # its training would wait for other processes
     if not synchronised:
         yield probe
@@ -162,10 +169,14 @@ def _probes(module: nn.Module, proposal: Proposal, is_certain: bool) -> Iterator
     yield single
     yield replace(single, scale=tiny)
     yield replace(single, scale=_HUGE)
+    if gate:
+        yield from (replace(single, gate=_LARGE), replace(single, gate=_HUGE))
     # The dtypes of a cast model, or under autocast: they distinguish the kinds of rounding.
     half = replace(probe, input=torch.bfloat16, parameters=torch.bfloat16, is_optional=True)
     yield from (half, replace(half, input=torch.float32), replace(half, parameters=torch.float32))
     yield from (replace(single, autocast=True), replace(half, parameters=torch.float32, autocast=True))
+    if gate:
+        yield from (replace(single, gate=0.0, is_optional=True), replace(half, parameters=torch.float32, gate=0.0))
 
 
 def _twin(module: nn.Module, cls: type, probe: _Probe | None) -> nn.Module:
@@ -231,6 +242,11 @@ def _run(twin: nn.Module, probe: _Probe, may_change: bool) -> dict[str, Tensor]:
     device = next((t.device for t in (*twin._parameters.values(), *twin._buffers.values()) if t is not None),
                   torch.device("cpu"))  # fmt: skip
     x = _input(probe, generator).to(device, probe.input).requires_grad_()
+    gate = None
+    if probe.gate:
+        values = probe.gate * torch.randn(probe.shape, generator=generator, device="cpu")
+        gate = values.to(device, probe.input).requires_grad_()
+    arguments = (x,) if probe.gate is None else (x, gate)
     before = _attributes(twin)
     accelerators = [] if device.type == "cpu" else [device]
     with (
@@ -239,7 +255,7 @@ def _run(twin: nn.Module, probe: _Probe, may_change: bool) -> dict[str, Tensor]:
         torch.enable_grad(),
         torch.autocast(device.type, dtype=torch.bfloat16, enabled=probe.autocast),
     ):
-        y = type(twin).forward(twin, x)  # not __call__, which runs global hooks
+        y = type(twin).forward(twin, *arguments)  # not __call__, which runs global hooks
     if not isinstance(y, Tensor):
         raise TypeError(f"the result is a {type(y).__name__}, not a tensor")
     if y.shape != x.shape:
@@ -247,9 +263,14 @@ def _run(twin: nn.Module, probe: _Probe, may_change: bool) -> dict[str, Tensor]:
     if not may_change and before != _attributes(twin):
         raise RuntimeError("its forward changes its attributes")
     leaves = {"the input's gradient": x}
+    if gate is not None:
+        leaves["the gate's gradient"] = gate
     leaves |= {f"{name}'s gradient": p for name, p in twin._parameters.items() if p is not None}
     dy = torch.randn(y.shape, generator=generator, device="cpu").to(y)
-    grads = torch.autograd.grad(y, list(leaves.values()), dy)
+    grads = torch.autograd.grad(y, list(leaves.values()), dy, allow_unused=True)
+    for name, grad in zip(leaves, grads, strict=True):
+        if grad is None:
+            raise TypeError(f"{name} is missing: the result doesn't depend on it")
     buffers = {name: b for name, b in twin._buffers.items() if b is not None}
     return {"the output": y.detach(), **dict(zip(leaves, grads, strict=True)), **buffers}
 
@@ -268,14 +289,14 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     return result
 
 
-def _largest_error(
-    expected: dict[str, Tensor], actual: dict[str, Tensor], probe: _Probe, is_certain: bool
-) -> float:
+def _error(expected: dict[str, Tensor], actual: dict[str, Tensor], probe: _Probe, is_certain: bool) -> float:
+    """The sum of the results' root mean square errors, relative to their largest values. This tells kinds of rounding
+    apart more surely than the largest error, by which results are accepted."""
     dtypes = {probe.input, probe.parameters or probe.input} | ({torch.bfloat16} if probe.autocast else set())
     tolerance = max(TOLERANCES[dtype] for dtype in dtypes)
     if not is_certain:
         tolerance = max(tolerance, TOLERANCES[torch.float32])  # many norms compute in float32 for any input
-    largest = 0.0
+    total = 0.0
     for name, right in expected.items():
         ours = actual[name]
         if (ours.dtype, ours.shape) != (right.dtype, right.shape):
@@ -284,13 +305,14 @@ def _largest_error(
                 f"{_short(right.dtype)} {list(right.shape)}, for {probe}"
             )
         largest_value = right.double().abs().max().clamp(min=1e-30) if right.numel() else 1.0
-        error = ((ours.double() - right.double()).abs().max() / largest_value).item() if right.numel() else 0.0
+        difference = ((ours.double() - right.double()) / largest_value).flatten()
+        error = difference.abs().max().item() if right.numel() else 0.0
         if not error <= tolerance:
             raise _Disagreement(f"{name} differs by {error:.1e} of its largest value for {probe}", error)
         if name == "the output" and not is_certain and _strides(ours) != _strides(right):
             raise _Disagreement(f"{name} has the strides {ours.stride()}, the original's {right.stride()}, for {probe}")
-        largest = max(largest, error)
-    return largest
+        total += difference.norm().item() / math.sqrt(max(right.numel(), 1))
+    return total
 
 
 def _strides(tensor: Tensor) -> list[int]:

@@ -1,6 +1,7 @@
 """Norms that convert swaps, stock and foreign, and how a converted one is compared with the original."""
 
 import copy
+import inspect
 
 import torch
 from torch import nn
@@ -46,6 +47,13 @@ FOREIGN = {
     "BatchNorm + PReLU": (lambda: foreign.BatchNormAct2d(16, nn.PReLU()), MAPS, "BatchNormAct2d", "batch"),
     "GroupNorm + SiLU": (lambda: foreign.GroupNormAct(16, 4, SILU()), MAPS, "GroupNormAct", "group"),
     "GroupNorm + ReLU": (lambda: foreign.GroupNormAct(16, 4, RELU()), MAPS, "GroupNormAct", "group"),
+    "gate before": (lambda: foreign.Gated(16), ROWS, "GatedRMSNorm(norm_before_gate=False, rounding='llama')", "rms"),
+    "gate behind": (lambda: foreign.GatedBehind(16), ROWS, "GatedRMSNorm(activation='sigmoid')", "rms"),
+    "Qwen3-Next": (lambda: foreign.GatedByQwen(16), ROWS, "GatedRMSNorm(rounding='llama')", "rms"),
+    "groups": (
+        lambda: foreign.GatedGroups(16, 4, False), ROWS, "GatedRMSNorm(norm_before_gate=False, group_size=4)", "rms"
+    ),
+    "LayerNorm + gate": (lambda: foreign.GatedLayerNorm(16), ROWS, "GatedLayerNorm", "layer"),
     "LayerNorm + GELU": (lambda: foreign.LayerNormAct(16, nn.GELU()), ROWS, "LayerNormAct", "layer"),
 }
 NORMS = STOCK | FOREIGN
@@ -57,13 +65,25 @@ def randomised(module: nn.Module) -> nn.Module:
     return module
 
 
+def arguments_of(module: nn.Module) -> list[str]:
+    """The names of the forward's arguments: the input, and perhaps a gate."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def inputs_of(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """x, and a gate if the norm, or the one that the module holds, may have one (batch norms may have a residual)."""
+    if arguments_of(getattr(module, "norm", module))[1:] in ([], ["residual"]):
+        return [x]
+    return [x, torch.linspace(-4, 4, x.numel()).view(x.shape).flip(0).to(x.dtype)]
+
+
 def results(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     """Output, gradients and buffers of a step, the state of the module as it was before."""
     module = copy.deepcopy(module)
-    leaf = x.clone().requires_grad_()
-    y = module(leaf)
+    leaves = [t.clone().requires_grad_() for t in inputs_of(module, x)]
+    y = module(*leaves)
     dy = torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype)
-    return [y.detach(), *torch.autograd.grad(y, [leaf, *module.parameters()], dy), *module.buffers()]
+    return [y.detach(), *torch.autograd.grad(y, [*leaves, *module.parameters()], dy), *module.buffers()]
 
 
 def assert_alike(actual: list[torch.Tensor], expected: list[torch.Tensor], dtype: torch.dtype) -> None:

@@ -264,6 +264,140 @@ class Gated(LlamaLike):
         return super().forward(x if gate is None else x * F.silu(gate))
 
 
+class GatedBehind(OlmoLike):
+    """Kimi's: the gate comes last, with a sigmoid, under another name, and must be there."""
+
+    def forward(self, hidden_states, z):
+        wide = self.x_hat(hidden_states) * self.weight.float()
+        return (wide * torch.sigmoid(z.float())).to(hidden_states.dtype)
+
+
+class GatedByQwen(LlamaLike):
+    """Qwen3-Next's: rounded before the weight and after, whatever the weight's dtype."""
+
+    def forward(self, hidden_states, gate):
+        y = self.weight * self.x_hat(hidden_states).to(hidden_states.dtype)
+        return (y * F.silu(gate.float())).to(hidden_states.dtype)
+
+
+class GatedGroups(LlamaLike):
+    """Falcon H1's: a count of groups, and either order."""
+
+    def __init__(self, width: int, n_groups: int, norm_before_gate: bool) -> None:
+        super().__init__(width)
+        self.n_groups, self.norm_before_gate = n_groups, norm_before_gate
+
+    def forward(self, hidden_states, gate=None):
+        x, act = hidden_states.float(), 1.0 if gate is None else F.silu(gate.float())
+        x = x if self.norm_before_gate else x * act
+        y = self.weight.float() * self.x_hat(x.unflatten(-1, (self.n_groups, -1))).flatten(-2)
+        return (y * act if self.norm_before_gate else y).to(hidden_states.dtype)
+
+
+class GatedLayerNorm(nn.LayerNorm):
+    """With a mean and a bias, derived from torch's."""
+
+    def forward(self, x, gate=None):
+        y = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+        return (y if gate is None else y * F.silu(gate.float())).to(x.dtype)
+
+
+class GatedOtherwise(Gated):
+    """Without a gate, the input is its own."""
+
+    def forward(self, x, gate=None):
+        return super().forward(x, x if gate is None else gate)
+
+
+class GatedUpTo(Gated):
+    """Seen only where the gate is large."""
+
+    def __init__(self, width: int, limit: float) -> None:
+        super().__init__(width)
+        self.limit = limit
+
+    def forward(self, x, gate):
+        return super().forward(x, gate.clamp(max=self.limit))
+
+
+class GatedByTanh(LlamaLike):
+    """An activation that fastnorm hasn't."""
+
+    def forward(self, x, gate):
+        return super().forward(x) * torch.tanh(gate)
+
+
+class GatedByModule(Gated):
+    """The activation is a child."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.act = nn.SiLU()
+
+
+class GatedByDefault(Gated):
+    """One is a gate, too."""
+
+    def forward(self, x, gate=1.0):
+        return super().forward(x) * gate
+
+
+class GatedByKeyword(Gated):
+    """The gate has no position."""
+
+    def forward(self, x, *, gate=None):
+        return super().forward(x, gate)
+
+
+class AfterResidual(LlamaLike):
+    """The second argument is added."""
+
+    def forward(self, x, residual=None):
+        return super().forward(x if residual is None else x + residual)
+
+
+class Masked(LlamaLike):
+    """The second argument tells which rows count."""
+
+    def forward(self, x, mask=None):
+        return super().forward(x if mask is None else x.masked_fill(~mask[..., None], 0))
+
+
+class MaskedSilently(LlamaLike):
+    """As above, and has no gradient."""
+
+    def forward(self, x, mask):
+        return super().forward(x) * (mask > 0)
+
+
+class Timed(LlamaLike):
+    """The second argument is an embedding of the time, one for each example."""
+
+    def forward(self, x, time):
+        return super().forward(x) * (1 + time[:, None])
+
+
+class GroupNormWithGate(nn.GroupNorm):
+    """No norm of rows."""
+
+    def forward(self, x, gate=None):
+        return super().forward(x) if gate is None else super().forward(x) * F.silu(gate)
+
+
+class GatedUnweightedNorm(UnweightedLike):
+    """Nothing tells its width."""
+
+    def forward(self, x, norm_gate):
+        return super().forward(x) * F.silu(norm_gate)
+
+
+class GatedAndScaled(Gated):
+    """A third argument."""
+
+    def forward(self, x, gate, scale=1.0):
+        return scale * super().forward(x, gate)
+
+
 class PerHead(nn.LayerNorm):
     """A weight for each head."""
 

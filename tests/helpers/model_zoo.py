@@ -72,6 +72,16 @@ def _images(size: int) -> Callable[[torch.Generator], dict[str, Tensor]]:
 
 _DECODER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
             "num_key_value_heads": 2, "head_dim": 8, "use_cache": False}  # fmt: skip
+_MAMBA2 = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2,
+           "chunk_size": 8, "use_cache": False}  # fmt: skip
+_QWEN3_NEXT = _DECODER | {  # one head: with more, aot_eager can't run the original's backward
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 1, "linear_num_value_heads": 1,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 16, "mlp_only_layers": [0, 1],
+}  # fmt: skip
+_FALCON_H1 = _DECODER | {
+    "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 8,
+    "mamba_chunk_size": 8, "mamba_rms_norm": True, "mamba_norm_before_gate": True,
+}  # fmt: skip
 _T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0, "use_cache": False,
        "decoder_start_token_id": 0}  # fmt: skip
 _BERT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -90,6 +100,10 @@ TRANSFORMERS = {
     "Gemma3": Case(_transformers("Gemma3", **_DECODER), _tokens, 13),
     "BERT": Case(_transformers("Bert", **_BERT), _tokens, 6),
     "T5": Case(_transformers("T5", **_T5), _tokens, 12),
+    # with norms that have a gate: before it in groups, behind it, behind it in groups
+    "Mamba2": Case(_transformers("Mamba2", **_MAMBA2), _tokens, 5),
+    "Qwen3Next": Case(_transformers("Qwen3Next", **_QWEN3_NEXT), _tokens, 8),
+    "FalconH1": Case(_transformers("FalconH1", **_FALCON_H1), _tokens, 7),
 }
 MODELS = TIMM | TRANSFORMERS
 
