@@ -8,6 +8,7 @@ import copy
 import functools
 import importlib
 import io
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -233,6 +234,30 @@ NORMS_OF_TRANSFORMERS = {
     "mamba2.Mamba2RMSNorm": LLAMA,
     "convnext.ConvNextLayerNorm": "LayerNorm",
 }
+GATE_FIRST, SIGMOID = "GatedRMSNorm(norm_before_gate=False, {}rounding='llama')", "GatedRMSNorm(activation='sigmoid')"
+IN_GROUPS = GATE_FIRST.format("group_size=8, ")
+# the arguments beside the width of 32, and what becomes of it
+GATED_NORMS_OF_TRANSFORMERS = {
+    "mamba2.MambaRMSNormGated": ({"group_size": 8}, IN_GROUPS),
+    "bamba.BambaRMSNormGated": ({"group_size": 32}, GATE_FIRST.format("")),
+    "zamba2.Zamba2RMSNormGated": ({"group_size": 8}, IN_GROUPS),
+    "nemotron_h.NemotronHRMSNormGated": ({"group_size": 8}, IN_GROUPS),
+    "granitemoehybrid.GraniteMoeHybridRMSNormGated": ({"group_size": 8}, IN_GROUPS),
+    "falcon_h1.FalconH1RMSNormGated": (
+        {"n_groups": 4, "norm_before_gate": False}, "GatedRMSNorm(norm_before_gate=False, group_size=8)"
+    ),
+    "qwen3_next.Qwen3NextRMSNormGated": ({}, "GatedRMSNorm(rounding='llama')"),
+    "qwen3_5.Qwen3_5RMSNormGated": ({}, "GatedRMSNorm(rounding='llama')"),
+    "qwen3_5_moe.Qwen3_5MoeRMSNormGated": ({}, "GatedRMSNorm(rounding='llama')"),
+    "qwen4_exp.Qwen4ExpTextRMSNormGated": (
+        {"activation": "sigmoid"}, "GatedRMSNorm(activation='sigmoid', rounding='llama')"
+    ),
+    "olmo_hybrid.OlmoHybridRMSNormGated": ({}, "GatedRMSNorm(rounding='llama')"),
+    "kimi_linear.KimiLinearRMSNormGated": ({}, SIGMOID),
+    "bailing_hybrid.BailingHybridRMSNormGated": ({}, SIGMOID),
+    "glm5_next.Glm5NextTextRMSNormGated": ({}, SIGMOID),
+    "lara_mini.LaraMiniRMSNormGated": ({}, "GatedRMSNorm"),
+}
 
 
 NORMS_OF_TIMM = {
@@ -285,18 +310,46 @@ def test_the_documentation_names_what_is_tested():
     found = {model.split()[1]: norms for model, norms in rows}
     assert set(found) == set(MODELS)
     assert all(str(case.norms or "none") in found[name] for name, case in MODELS.items())
-    for path in (*(path.partition(".")[2] for path in NORMS_OF_TRANSFORMERS), *NORMS_OF_TIMM):
+    paths = (*NORMS_OF_TRANSFORMERS, *GATED_NORMS_OF_TRANSFORMERS)
+    for path in (*(path.partition(".")[2] for path in paths), *NORMS_OF_TIMM):
         assert path in text
+
+
+def class_of_transformers(path: str) -> type:
+    pytest.importorskip("transformers", reason="`make test-models` installs it")
+    package, _, name = path.partition(".")
+    return getattr(importlib.import_module(f"transformers.models.{package}.modeling_{package}"), name)
+
+
+@slow
+@pytest.mark.parametrize("path", GATED_NORMS_OF_TRANSFORMERS)
+def test_gated_norms_of_transformers(path):
+    """Each by order, activation, groups and rounding, in float32 and in bfloat16, by position and by keyword."""
+    options, replacement = GATED_NORMS_OF_TRANSFORMERS[path]
+    original, x, gate = class_of_transformers(path)(32, **options), torch.randn(3, 5, 32), 3 * torch.randn(3, 5, 32)
+    nn.init.normal_(original.weight)
+    norm = copy.deepcopy(original)
+    (swapped,) = fastnorm.convert(norm).swapped
+    assert swapped.replacement == replacement
+    for parameters, dtype in itertools.product((torch.float32, torch.bfloat16), repeat=2):
+        results = []
+        for module in (norm.to(parameters), original.to(parameters)):
+            leaves = [t.to(dtype).requires_grad_() for t in (x, gate)]
+            y = module(leaves[0], gate=leaves[1])
+            assert torch.equal(module(*leaves), y)
+            results.append([y, *torch.autograd.grad(y.float().square().sum(), [*leaves, module.weight])])
+        tolerance = {} if parameters == dtype == torch.float32 else {"rtol": 5e-2, "atol": 5e-2}
+        for actual, expected in zip(*results, strict=True):
+            scale = expected.abs().max()
+            torch.testing.assert_close(actual / scale, expected / scale, **tolerance)
 
 
 @slow
 @pytest.mark.parametrize("path", NORMS_OF_TRANSFORMERS)
 def test_norms_of_transformers(path):
     """Each by what it computes: rounding twice or once, 1 + w, no weight, a weight that decides the dtype."""
-    pytest.importorskip("transformers", reason="`make test-models` installs it")
-    package, _, name = path.partition(".")
-    cls = getattr(importlib.import_module(f"transformers.models.{package}.modeling_{package}"), name)
-    norm, x = (cls() if "L2" in name else cls(32)), torch.randn(3, 5, 32)
+    cls = class_of_transformers(path)
+    norm, x = (cls() if "L2" in path else cls(32)), torch.randn(3, 5, 32)
     for parameter in norm.parameters():
         nn.init.normal_(parameter)
     expected = norm(x)

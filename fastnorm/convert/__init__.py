@@ -24,13 +24,15 @@ def convert(model: nn.Module, *, norms: Iterable[str] = KINDS, verify: bool = Tr
     fully_shard, torch.compile) still work; `isinstance` holds for the original class.
 
     torch.nn's norms are known by their type. Others (RMS norms of transformers, norms of timm, your own) are recognised
-    by what they compute, if their forward takes the input alone, and if their class is derived from torch's or has an
-    eps and at most a weight and a bias of one dimension.
+    by what they compute, if their forward takes the input, or the input and a gate, alone, and if their class is derived
+    from torch's or has an eps and at most a weight and a bias of one dimension. Norms with a gate become GatedRMSNorm
+    or GatedLayerNorm; the gate is the second argument, whatever its name.
 
     Verification runs a copy of each norm, with random parameters, and fastnorm's on random inputs, forward and
     backward, in the norm's dtype; norms that aren't torch.nn's also in float32, in bfloat16, in mixtures of both and
-    under autocast. A norm that differs, or can't be run, is left as it is. SyncBatchNorm is compared in evaluation
-    alone, because in training the processes would wait for each other.
+    under autocast, and those with a gate also with large gates and without one. A norm that differs, or can't be run,
+    is left as it is. SyncBatchNorm is compared in evaluation alone, because in training the processes would wait for
+    each other.
 
     Args:
         model: the model, or a norm itself.

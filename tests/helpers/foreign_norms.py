@@ -309,15 +309,15 @@ class GatedOtherwise(Gated):
         return super().forward(x, x if gate is None else gate)
 
 
-class GatedUpTo(Gated):
+class GatedWithin(Gated):
     """Seen only where the gate is large."""
 
-    def __init__(self, width: int, limit: float) -> None:
+    def __init__(self, width: int, low: float | None, high: float | None) -> None:
         super().__init__(width)
-        self.limit = limit
+        self.low, self.high = low, high
 
     def forward(self, x, gate):
-        return super().forward(x, gate.clamp(max=self.limit))
+        return super().forward(x, gate.clamp(self.low, self.high))
 
 
 class GatedByTanh(LlamaLike):
