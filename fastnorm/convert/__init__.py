@@ -24,7 +24,7 @@ def convert(model: nn.Module, *, norms: Iterable[str] = KINDS, verify: bool = Tr
     fully_shard, torch.compile) still work; `isinstance` holds for the original class.
 
     torch.nn's norms are known by their type. Others (RMS norms of transformers, norms of timm, your own) are recognised
-    by what they compute, if their forward takes the input, or the input and a gate, alone, and if their class is derived
+    by what they compute, if their forward takes an input, or an input and a gate, and if their class is derived
     from torch's or has an eps and at most a weight and a bias of one dimension. Norms with a gate become GatedRMSNorm
     or GatedLayerNorm; the gate is the second argument, whatever its name.
 

@@ -140,7 +140,7 @@ def _second_argument(core: type[Any]) -> str:
         raise _Unfit(f"its forward takes ({', '.join(map(str, arguments))}), not the input, and perhaps a gate, alone")
     if len(arguments) == 1:
         return ""
-    if arguments[1].default not in (None, inspect.Parameter.empty):
+    if all(arguments[1].default is not value for value in (None, inspect.Parameter.empty)):
         raise _Unfit(f"its forward takes ({', '.join(map(str, arguments))}): a gate's default would be None")
     return arguments[1].name
 
