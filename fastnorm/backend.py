@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.compiler import is_compiling
 
 from . import operators, reference
+from .dtensors import arrived, is_dtensor, rows_of, why_not_by_rows
 from .obstacles import observer, why_unreadable
 
 
@@ -386,7 +387,7 @@ def explain(x: torch.Tensor | None = None, op: str = "rms_norm") -> Explanation:
 
     Args:
         x: a tensor with the type, dtype and device of the input, or of the gradients of a clip; None stands for a
-            float32 CPU tensor.
+            float32 CPU tensor. Of a DTensor the placements count as well, for norms over its last dimension.
         op: the name of a function or module of fastnorm, such as "layer_norm", "GroupNorm" or "clip_grad_norm_"; or
             "batch_norm_evaluation", which is batch_norm in evaluation without activation and residual.
 
@@ -401,9 +402,19 @@ def explain(x: torch.Tensor | None = None, op: str = "rms_norm") -> Explanation:
     if op not in known:
         raise ValueError(f"op must be one of {', '.join(known)}, but got {op!r}")
     x = torch.empty(0) if x is None else x
+    name, where = known[op], ""
     try:
-        if needs_formula(known[op], x):
-            return Explanation(op, "reference", str(_obstacle(x)))
-        return Explanation(op, *_choose(known[op], x))
+        if name in ROW_NORMS:
+            x = arrived(x)
+            if is_dtensor(x):
+                obstacle = why_not_by_rows(x, 1, (x,))
+                if obstacle is not None:
+                    refuse_formula(name, obstacle)
+                    return Explanation(op, "reference", obstacle)
+                x, where = rows_of(x), "each rank its own rows; "
+        if needs_formula(name, x):
+            return Explanation(op, "reference", where + str(_obstacle(x)))
+        backend, reason = _choose(name, x)
+        return Explanation(op, backend, where + reason)
     except RuntimeError as error:
         return Explanation(op, "none", str(error))

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from .. import backend, reference
+from ..dtensors import is_dtensor
 from . import lists
-from .distributed import is_dtensor
 from .lists import PLAIN
 
 if TYPE_CHECKING:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations, product
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..dtensors import is_dtensor
 from . import lists
 from .lists import PLAIN
 
@@ -32,15 +33,6 @@ class Reduction(NamedTuple):
     ranks: frozenset[int]
     device: torch.device  # on which the ranks communicate
     members: set[int] | None  # ids of parameters; None: all
-
-
-def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether a tensor is a torch.distributed.tensor.DTensor."""
-    if type(tensor) in PLAIN or not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor  # imported late: it takes a second
-
-    return isinstance(tensor, DTensor)
 
 
 def local_values(tensors: list[Tensor]) -> list[Tensor]:

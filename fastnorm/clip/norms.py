@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._foreach_utils import _device_has_foreach_support
 
 from .. import policy_rules, reference
+from ..dtensors import is_dtensor
 from ..operators import list_dtype
 from . import distributed, lists, observers
 from .lists import Parameters, Part
@@ -101,7 +102,7 @@ def clip_grads_with_norm_(
     if not grads:
         return
     _check_foreach(grads, foreach)
-    total_norm = total_norm.full_tensor() if distributed.is_dtensor(total_norm) else total_norm
+    total_norm = total_norm.full_tensor() if is_dtensor(total_norm) else total_norm
     total_norm = total_norm.float() if total_norm.dtype in _HALVES else total_norm
     coefficient = policy_rules.clip_coefficient(total_norm, max_norm)
     observers.tell(params, grads, 2.0, None, total_norm, max_norm, coefficient)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backend, reference
+from .. import backend, dtensors, reference
 from .arguments import apply, as_int, check, check_dtype, options_repr, result_dtype
 from .scripting import scriptable
 from .statistics import tell
@@ -113,11 +113,24 @@ def row_norm(
     if outputs is not NotImplemented:
         return outputs
     is_gated, gate = bool(gate), gate or _NO_GATE
+    if dtensors.is_dtensor(x) and isinstance(normalized_shape, (tuple, list)):
+        tensors = x, residual, gate.tensor
+        obstacle = dtensors.why_not_by_rows(x, len(normalized_shape), tensors, (weight, bias))
+        if obstacle is None:
+            check(op, x, normalized_shape, eps, weight, bias, residual=residual, gate=gate.tensor)
+            rows, rows_residual, rows_gate = map(dtensors.rows_of, tensors)
+            outputs = row_norm(
+                op, rows, rows_residual, normalized_shape, dtensors.whole(weight, x), dtensors.whole(bias, x), eps,
+                zero_centered, out_dtype, residual_dtype, rounding, Gate(rows_gate, *gate[1:]) if is_gated else (),
+            )  # fmt: skip
+            return dtensors.from_rows(outputs, x)
+        backend.refuse_formula(op, obstacle)
+    x, residual, gate_tensor = dtensors.arrived(x), dtensors.arrived(residual), dtensors.arrived(gate.tensor)
     stock = op.removeprefix("add_")
     subtract_mean, cast_dtype = stock.endswith("layer_norm"), None
-    is_readable = not backend.needs_formula(op, x, residual, gate.tensor, weight, bias)
+    is_readable = not backend.needs_formula(op, x, residual, gate_tensor, weight, bias)
     if is_readable:
-        normalized_shape, eps = check(op, x, normalized_shape, eps, weight, bias, residual=residual, gate=gate.tensor)
+        normalized_shape, eps = check(op, x, normalized_shape, eps, weight, bias, residual=residual, gate=gate_tensor)
     check_options(op, out_dtype, residual_dtype, rounding)
     groups = count_groups(op, gate.activation, normalized_shape, gate.group_size)
     if rounding == "torch":
@@ -143,9 +156,9 @@ def row_norm(
     impl = backend.pick(stock if residual is None else op, x) if is_readable else None
     if impl is None or x.numel() == 0:
         h = reference.add_residual(x, residual, residual_dtype)
-        y = reference.gated_row_norm(h, gate.tensor, normalized_shape, weight, bias, *options, out_dtype)
+        y = reference.gated_row_norm(h, gate_tensor, normalized_shape, weight, bias, *options, out_dtype)
     elif residual is None:
-        inputs = x, None, weight, bias, gate.tensor
+        inputs = x, None, weight, bias, gate_tensor
         h, y = x, apply(RowNormFunction, *inputs, impl, normalized_shape, options, dtypes)
     else:
         return apply(RowNormFunction, x, residual, weight, bias, None, impl, normalized_shape, options, dtypes)

@@ -1,0 +1,114 @@
+"""Row norms of DTensors: each rank normalises its own rows, and nothing is communicated.
+
+The gradients follow from to_local and from_local: dx is placed as x, and dweight and dbias are Partial where x is
+sharded, as with torch's own norms. Tensors that are placed otherwise are left to the formula and DTensor's rules.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from .obstacles import observer
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_dtensor(value: object) -> TypeGuard[DTensor]:
+    """Whether a value is a torch.distributed.tensor.DTensor. Doesn't import that module: it takes a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def why_not_by_rows(
+    x: DTensor, dims: int, inputs: Sequence[Tensor | None] = (), parameters: Sequence[Tensor | None] = ()
+) -> str | None:
+    """Why a rank can't normalise its part of x over the last `dims` dimensions by itself; None where it can.
+
+    inputs: x, residual and gate; parameters: weight and bias.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    obstacle = None if torch.compiler.is_compiling() else observer()
+    if obstacle is not None:
+        return obstacle
+    mesh, sharded = x.device_mesh, []
+    for placement in x.placements:
+        if type(placement) is Shard and 0 <= placement.dim < x.dim() - dims:
+            sharded.append(placement.dim)
+        elif type(placement) is Shard:
+            return f"a DTensor with {placement}, a normalised dimension: DTensor's own rules"
+        elif type(placement) is not Replicate:
+            return f"a DTensor with {placement}: DTensor's own rules"
+    if mesh.get_coordinate() is None:
+        return "a DTensor on a mesh without this rank"
+    same = [t for t in inputs if t is not None]
+    if not all(is_dtensor(t) and t.device_mesh == mesh and t.placements == x.placements for t in same):
+        return "a DTensor with a residual or gate that is placed otherwise: DTensor's own rules"
+    for p in parameters:
+        if p is not None and not (is_dtensor(p) and p.device_mesh == mesh and set(p.placements) == {Replicate()}):
+            return "a DTensor with a weight or bias that is not replicated on its mesh: DTensor's own rules"
+    if len(set(sharded)) < len(sharded) and not all(_is_in_mesh_order(t) for t in same):
+        return "a DTensor sharded in another order than the mesh's: DTensor's own rules"
+    return None
+
+
+def _is_in_mesh_order(tensor: Any) -> bool:
+    """Whether a dimension that several mesh dimensions shard is cut by the first of them first: from_local says so."""
+    order = getattr(tensor._spec, "shard_order", None)  # torch 2.9 has no other order
+    return order is None or all(list(entry.mesh_dims) == sorted(entry.mesh_dims) for entry in order)
+
+
+def rows_of(tensor: Any) -> Any:
+    """This rank's rows of an input, whose gradient is placed as the input; None for None."""
+    return None if tensor is None else arrived(tensor.to_local())
+
+
+def arrived(tensor: Any) -> Any:
+    """A tensor that a collective still writes, as a plain tensor once it has; any other value as it is."""
+    module = sys.modules.get("torch.distributed._functional_collectives")
+    if torch.compiler.is_compiling() or module is None or type(tensor) is not module.AsyncCollectiveTensor:
+        return tensor
+    return _Arrived.apply(tensor)
+
+
+class _Arrived(torch.autograd.Function):
+    """Waits for an AsyncCollectiveTensor, whose own wait() is not differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Any) -> Tensor:
+        received: Tensor = tensor.wait()
+        return received.view_as(received)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def whole(parameter: Any, x: DTensor) -> Any:
+    """A replicated parameter, whose gradient is to be summed over ranks with other rows of x; None for None."""
+    from torch.distributed.tensor import Partial, Replicate
+
+    if parameter is None:
+        return None
+    return parameter.to_local(grad_placements=[Partial() if p.is_shard() else Replicate() for p in x.placements])
+
+
+def from_rows(rows: Any, x: DTensor) -> Any:
+    """The result, or the tuple of results, that has these rows on this rank, placed as x."""
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(rows, tuple):
+        return tuple(from_rows(each, x) for each in rows)
+    strides = [1]
+    for size in reversed(x.shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    # Not left to from_local, which would take all ranks to have as many rows as this one.
+    return DTensor.from_local(
+        rows.contiguous(), x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=tuple(reversed(strides))
+    )
