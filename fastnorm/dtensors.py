@@ -1,6 +1,6 @@
 """Row norms of DTensors: each rank normalises its own rows, and nothing is communicated.
 
-The gradients follow from to_local and from_local: dx is placed as x, and dweight and dbias are Partial where x is
+The gradients follow as from to_local and from_local: dx is placed as x, and dweight and dbias are Partial where x is
 sharded, as with torch's own norms. Tensors that are placed otherwise are left to the formula and DTensor's rules.
 """
 
@@ -50,9 +50,9 @@ def why_not_by_rows(
     same = [t for t in inputs if t is not None]
     if not all(is_dtensor(t) and t.device_mesh == mesh and t.placements == x.placements for t in same):
         return "a DTensor with a residual or gate that is placed otherwise: DTensor's own rules"
-    for p in parameters:
-        if p is not None and not (is_dtensor(p) and p.device_mesh == mesh and set(p.placements) == {Replicate()}):
-            return "a DTensor with a weight or bias that is not replicated on its mesh: DTensor's own rules"
+    wanted = [p for p in parameters if p is not None]
+    if not all(is_dtensor(p) and p.device_mesh == mesh and all(q.is_replicate() for q in p.placements) for p in wanted):
+        return "a DTensor with a weight or bias that is not replicated on its mesh: DTensor's own rules"
     if len(set(sharded)) < len(sharded) and not all(_is_in_mesh_order(t) for t in same):
         return "a DTensor sharded in another order than the mesh's: DTensor's own rules"
     return None
@@ -66,15 +66,62 @@ def _is_in_mesh_order(tensor: Any) -> bool:
 
 def rows_of(tensor: Any) -> Any:
     """This rank's rows of an input, whose gradient is placed as the input; None for None."""
-    return None if tensor is None else arrived(tensor.to_local())
+    return None if tensor is None else _local(tensor, tensor.placements)
+
+
+def whole(parameter: Any, x: DTensor) -> Any:
+    """A replicated parameter, whose gradient is to be summed over ranks with other rows of x; None for None."""
+    from torch.distributed.tensor import Partial, Replicate
+
+    if parameter is None:
+        return None
+    return _local(parameter, tuple(Partial() if p.is_shard() else Replicate() for p in x.placements))
+
+
+def from_rows(rows: Any, x: DTensor) -> Any:
+    """The result, or the tuple of results, that has these rows on this rank, placed as x."""
+    if isinstance(rows, tuple):
+        return tuple(from_rows(each, x) for each in rows)
+    return _placed(rows, x.device_mesh, x.placements, x.shape)
+
+
+def _placed(local: Tensor, mesh: Any, placements: Sequence[Any], shape: torch.Size) -> DTensor:
+    from torch.distributed.tensor import DTensor
+
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    # The shape is not left to from_local, which would take all ranks to have as many rows as this one.
+    return DTensor.from_local(
+        local.contiguous(), mesh, placements, run_check=False, shape=shape, stride=tuple(reversed(strides))
+    )
+
+
+def _local(tensor: DTensor, gradient_placements: tuple[Any, ...]) -> Any:
+    if torch.compiler.is_compiling():
+        return tensor.to_local(grad_placements=gradient_placements)
+    return _Local.apply(tensor, gradient_placements)
+
+
+class _Local(torch.autograd.Function):
+    """to_local, waited for, with a backward that can itself be differentiated: that of torch 2.9 loses the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: DTensor, gradient_placements: tuple[Any, ...]) -> Tensor:
+        ctx.place = tensor.device_mesh, gradient_placements, tensor.shape
+        ctx.set_materialize_grads(False)
+        local: Any = tensor.to_local()
+        local = local.wait() if _is_pending(local) else local
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[DTensor | None, None]:
+        return None if gradient is None else _placed(gradient, *ctx.place), None
 
 
 def arrived(tensor: Any) -> Any:
     """A tensor that a collective still writes, as a plain tensor once it has; any other value as it is."""
-    module = sys.modules.get("torch.distributed._functional_collectives")
-    if torch.compiler.is_compiling() or module is None or type(tensor) is not module.AsyncCollectiveTensor:
-        return tensor
-    return _Arrived.apply(tensor)
+    return _Arrived.apply(tensor) if _is_pending(tensor) else tensor
 
 
 class _Arrived(torch.autograd.Function):
@@ -90,25 +137,6 @@ class _Arrived(torch.autograd.Function):
         return gradient
 
 
-def whole(parameter: Any, x: DTensor) -> Any:
-    """A replicated parameter, whose gradient is to be summed over ranks with other rows of x; None for None."""
-    from torch.distributed.tensor import Partial, Replicate
-
-    if parameter is None:
-        return None
-    return parameter.to_local(grad_placements=[Partial() if p.is_shard() else Replicate() for p in x.placements])
-
-
-def from_rows(rows: Any, x: DTensor) -> Any:
-    """The result, or the tuple of results, that has these rows on this rank, placed as x."""
-    from torch.distributed.tensor import DTensor
-
-    if isinstance(rows, tuple):
-        return tuple(from_rows(each, x) for each in rows)
-    strides = [1]
-    for size in reversed(x.shape[1:]):
-        strides.append(strides[-1] * max(size, 1))
-    # Not left to from_local, which would take all ranks to have as many rows as this one.
-    return DTensor.from_local(
-        rows.contiguous(), x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=tuple(reversed(strides))
-    )
+def _is_pending(value: object) -> bool:
+    module = sys.modules.get("torch.distributed._functional_collectives")
+    return module is not None and not torch.compiler.is_compiling() and type(value) is module.AsyncCollectiveTensor
