@@ -20,11 +20,15 @@ TINY = ["--dtypes", "fp32", "--device", "cpu", "--repeats", "2", "--min-time", "
 # design: passes over x, reads + writes
 BATCH_NORM_TRAINING = {"forward": 2 + 1, "backward": 4 + 1}
 BATCH_NORM_EVALUATION = {"forward": 1 + 1, "backward": 2 + 1}
+GATED = {"forward": 2 + 1, "backward": 3 + 2}  # the gate; its gradient
 ALLOWED_PASSES = {
     "layer_norm": {"forward": 1 + 1, "backward": 2 + 1},
     "rms_norm": {"forward": 1 + 1, "backward": 2 + 1},
     "add_layer_norm": {"forward": 2 + 2, "backward": 3 + 1},
     "add_rms_norm": {"forward": 2 + 2, "backward": 3 + 1},
+    "gated_rms_norm": GATED,
+    "gated_rms_norm_gate_first": GATED,
+    "gated_rms_norm_grouped": GATED,
     "batch_norm_training": BATCH_NORM_TRAINING,
     "batch_norm_training_relu": BATCH_NORM_TRAINING,
     "batch_norm_training_add_relu": {"forward": 3 + 1, "backward": 4 + 2},  # the residual; its gradient
