@@ -56,7 +56,9 @@ ROW_NORMS = (
     _row_norm("add_rms_norm", _stock_add_rms_norm,
               lambda x, residual, weight: functional.add_rms_norm(x, residual, x.shape[-1:], weight, EPS)),
 )  # fmt: skip
-OPERATIONS = {operation.name: operation for operation in (*ROW_NORMS, *gated_norms.OPERATIONS, *channel_norms.OPERATIONS)}
+OPERATIONS = {
+    operation.name: operation for operation in (*ROW_NORMS, *gated_norms.OPERATIONS, *channel_norms.OPERATIONS)
+}
 FAMILIES = {
     family: tuple(name for name, operation in OPERATIONS.items() if operation.family.name == family)
     for family in dict.fromkeys(operation.family.name for operation in OPERATIONS.values())

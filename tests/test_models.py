@@ -360,7 +360,7 @@ def test_norms_of_transformers(path):
 
 # gated norms of transformers: the options with which GatedRMSNorm computes the same
 MAMBA = {"norm_before_gate": False, "group_size": 16}
-GATED_NORMS_OF_TRANSFORMERS = {
+GATED_OPTIONS = {
     "qwen3_next.Qwen3NextRMSNormGated": ({}, {}),
     "qwen3_5.Qwen3_5RMSNormGated": ({}, {}),
     "mamba2.MambaRMSNormGated": ({"group_size": 16}, MAMBA),
@@ -370,13 +370,11 @@ GATED_NORMS_OF_TRANSFORMERS = {
 
 @slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("path", GATED_NORMS_OF_TRANSFORMERS)
-def test_gated_norms_of_transformers(path, dtype, device):
+@pytest.mark.parametrize("path", GATED_OPTIONS)
+def test_gated_rms_norm_against_transformers(path, dtype, device):
     """In value, from their state, with a weight in x's dtype and one in float32; and every gradient."""
-    pytest.importorskip("transformers", reason="`make test-models` installs it")
-    package, _, name = path.partition(".")
-    cls = getattr(importlib.import_module(f"transformers.models.{package}.modeling_{package}"), name)
-    own, options = GATED_NORMS_OF_TRANSFORMERS[path]
+    cls = class_of_transformers(path)
+    own, options = GATED_OPTIONS[path]
     norm, ours = cls(48, eps=1e-3, **own), fastnorm.GatedRMSNorm(48, 1e-3, rounding="llama", **options)
     nn.init.normal_(norm.weight)
     ours.load_state_dict(norm.state_dict())

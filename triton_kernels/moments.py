@@ -201,7 +201,7 @@ def _group_means_kernel(
 
 def _geometry(partials: Partials, groups: int | None) -> tuple[tuple[int, ...], dict[str, int]]:
     """n_units, n_chunks, n_inner and span (inner ones that make a unit); and the tile. Units are channels where groups
-    is None, else the groups of each sample. The tile decides the order of a sum: of groups it follows from one sample's.
+    is None, else the groups of each sample. The tile decides the order of a sum: for groups it follows from a sample.
     """
     _, outer, chunks, inner = partials.values.shape
     span = 1 if groups is None else inner // groups
