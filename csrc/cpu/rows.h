@@ -35,8 +35,8 @@ struct Statistics {
   S mean, rstd;
 };
 
-// x, gate and y point to n elements of the kernel's dtype. weight is never null, bias only in an rms_norm without a
-// bias and a gate. A gate needs scratch memory for n elements.
+// x, gate and y point to n elements of the kernel's dtype. weight is never null, bias only in an rms_norm with neither
+// a bias nor a gate. A gate needs scratch memory for n elements.
 template <typename S>
 struct ForwardRow {
   const void* x;
