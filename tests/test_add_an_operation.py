@@ -178,7 +178,8 @@ def test_the_steps_add_an_operation(tmp_path):
 
 CHANGES = {
     "an argument more": (
-        "operators.py", "float eps, bool subtract_mean", "int count, ", "with another signature of row_norm_forward",
+        "operators.py", "bool subtract_mean, bool zero_centered", "int count, ",
+        "with another signature of row_norm_forward",
     ),
     "a function more": ("native.py", "^_library =", "del _C.have_shapes\n", "without have_shapes"),
     "definitions of its own": (
