@@ -186,11 +186,13 @@ def scales(case: Case, h: Tensor, tensors: dict[str, Tensor], dy: Tensor) -> dic
     centered, rstd = centered.view(h.shape), rstd.expand_as(groups).reshape(h.shape)
     one = case.options.get("zero_centered", False)
     weight = tensors["weight"].detach().double() + one if "weight" in tensors else 1.0
-    # of one or two columns dx is what rstd and its third power differ by: the last unit of rstd counts twice
-    powers = 2 if case.size <= 2 else 1
+    # of one or two columns, and of a few of which one is far larger than the others, dx is what rstd and its third
+    # power differ by: the last unit of rstd counts twice
+    powers = 2 if case.size <= 4 else 1
     found = {"dx": powers * dy * weight * rstd, "dweight": dy * centered * rstd, "dbias": dy, "y": h.new_zeros(1)}
-    if torch.float64 in (case.dtype, case.residual, case.weight, case.gate):
-        # here the oracle's own rounding shows: h and the mean that is taken off it are rounded alike
+    if torch.float64 in (case.dtype, case.residual, case.weight, case.gate) or case.multiplies_x:
+        # here the oracle's own rounding shows: h and the mean that is taken off it are rounded alike; and x · act(gate)
+        # is rounded before its mean is taken off
         found |= {"y": h * rstd * weight, "dweight": dy * h * rstd, "dx": dy * weight * rstd * (1 + (h * rstd).abs())}
     elif case.centers:
         found["dweight"] = dy * h * rstd  # the mean is saved in float32, as stock's is, and rounded like h
