@@ -420,6 +420,7 @@ def test_parameters_of_modules(name):
 def test_options_are_shown_where_they_are_set():
     stock = torch.nn.RMSNorm(8).extra_repr()
     assert fastnorm.GatedRMSNorm(8).extra_repr() == stock
+    assert fastnorm.GatedRMSNorm(8, bias=True).extra_repr() == f"{stock}, bias=True"
     shown = fastnorm.GatedRMSNorm(8, **EVERYTHING, rounding="llama").extra_repr()
     assert shown.startswith(f"{stock}, ")
     assert set(shown.removeprefix(f"{stock}, ").split(", ")) == {

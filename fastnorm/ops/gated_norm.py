@@ -150,6 +150,9 @@ class GatedRMSNorm(RMSNorm):
         if getattr(self, "bias", None) is not None:  # torch.nn's constructor resets before there is one
             torch.nn.init.zeros_(self.bias)  # type: ignore[arg-type]
 
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.bias is None else ", bias=True")
+
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         return gated_rms_norm(
             x, gate, self.normalized_shape, self.weight, self.bias, self.eps,
