@@ -78,6 +78,32 @@ def whole(parameter: Any, x: DTensor) -> Any:
     return _local(parameter, tuple(Partial() if p.is_shard() else Replicate() for p in x.placements))
 
 
+def raise_if_modified(rows: Any, tensors: Sequence[Any]) -> None:
+    """Has the backward of rows, a result or a tuple of results, raise RuntimeError where one of the DTensors has been
+    modified in place by then. Autograd has saved their local tensors, whose versions such an operation doesn't count.
+    """
+    results = [r for r in (rows if isinstance(rows, tuple) else (rows,)) if r.requires_grad]
+    if torch.compiler.is_compiling() or not results:
+        return
+    seen = []
+    for tensor in tensors:
+        if tensor is not None:
+            counter: Any = tensor.detach()  # has the tensor's version, and shall not keep its memory
+            counter._local_tensor = torch.empty(0)
+            seen.append((counter, counter._version, tuple(tensor.shape)))
+
+    def check(gradient: Tensor) -> None:
+        for counter, version, shape in seen:
+            if counter._version != version:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"[DTensor {list(shape)}] is at version {counter._version}; expected version {version} instead"
+                )
+
+    for result in results:
+        result.register_hook(check)
+
+
 def from_rows(rows: Any, x: DTensor) -> Any:
     """The result, or the tuple of results, that has these rows on this rank, placed as x."""
     if isinstance(rows, tuple):

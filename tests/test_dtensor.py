@@ -206,6 +206,25 @@ def check_unfinished_collectives(mesh):
         torch.testing.assert_close(y.full_tensor(), F.layer_norm(leaf, (8,)))
 
 
+def check_modified(mesh):
+    """A saved DTensor that is modified in place before the backward raises, as a plain tensor does; y is not saved."""
+    leaf, other = (placed(torch.randn(4, 8), mesh, "S0") for _ in range(2))
+    weight = placed(torch.randn(8), mesh, "R")
+    for modified in ("x", "gate", "weight", "h", "first h", "y"):
+        x, gate = leaf * 1, other * 1
+        if modified in ("h", "first h", "y"):
+            y, h = functional.add_rms_norm(x, None if modified == "first h" else gate, (8,), weight)
+        else:
+            y, h = functional.gated_rms_norm(x, gate, (8,), weight), x
+        with torch.no_grad():
+            {"x": x, "gate": gate, "weight": weight, "y": y}.get(modified, h).mul_(2)
+        if modified == "y":
+            y.sum().backward()
+        else:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.sum().backward()
+
+
 def check_frozen(mesh):
     """What needs no gradient gets none, and evaluation records nothing."""
     x, weight = torch.randn(4, 8), torch.randn(8)
@@ -429,6 +448,7 @@ def process(rank: int) -> None:
         check_double_backward(meshes["line"])
         check_unfinished_collectives(meshes["line"])
         check_frozen(meshes["line"])
+        check_modified(meshes["line"])
         check_left_to_dtensor(meshes)
         check_order(meshes["grid"])
         check_checkpointing(meshes["line"])

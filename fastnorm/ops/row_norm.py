@@ -123,7 +123,11 @@ def row_norm(
                 op, rows, rows_residual, normalized_shape, dtensors.whole(weight, x), dtensors.whole(bias, x), eps,
                 zero_centered, out_dtype, residual_dtype, rounding, Gate(rows_gate, *gate[1:]) if is_gated else (),
             )  # fmt: skip
-            return dtensors.from_rows(outputs, x)
+            results = dtensors.from_rows(outputs, x)
+            h = results[1] if isinstance(results, tuple) else x
+            is_saved = residual is None and h.dtype == x.dtype
+            dtensors.raise_if_modified(outputs, (x if is_saved else None, h, gate.tensor, weight, bias))
+            return results
         backend.refuse_formula(op, obstacle)
     x, residual, gate_tensor = dtensors.arrived(x), dtensors.arrived(residual), dtensors.arrived(gate.tensor)
     stock = op.removeprefix("add_")
