@@ -453,6 +453,8 @@ MISTAKES = {
     "no activation": ({"activation": None}, ValueError, "activation"),
     "activation of another case": ({"activation": "SiLU"}, ValueError, "activation"),
     "activation that is a function": ({"activation": F.silu}, ValueError, "activation"),
+    "order that is a word": ({"norm_before_gate": "False"}, TypeError, "norm_before_gate"),
+    "order that is a number": ({"norm_before_gate": 1}, TypeError, "norm_before_gate"),
     "bias of another shape": ({"bias": torch.ones(7)}, RuntimeError, "bias"),
     "result of integers": ({"out_dtype": torch.int32}, NotImplementedError, "out_dtype"),
 }
@@ -474,6 +476,35 @@ def test_mistakes(op, mistake, device):
 def test_mistakes_of_constructors(name):
     cls = getattr(fastnorm, name)
     for options, expected in (({"activation": "relu"}, ValueError), ({"group_size": 3}, ValueError),
-                              ({"group_size": 0}, ValueError), ({"group_size": 4.0}, TypeError)):  # fmt: skip
+                              ({"group_size": 0}, ValueError), ({"group_size": 4.0}, TypeError),
+                              ({"norm_before_gate": None}, TypeError)):  # fmt: skip
         with pytest.raises(expected, match=rf"^{name}\(\): {next(iter(options))}|{name}.*{next(iter(options))}"):
             cls(8, **options)
+
+
+@pytest.mark.parametrize("cols", [48, 40000])
+def test_groups_after_a_residual_addition(cols, triton_device):
+    """Nothing public asks for both, but the operators take them: each group is a row of its own."""
+    kernels = backend._triton
+    x, residual, dy, dh = torch.randn(4, 2, 2 * cols, device=triton_device).unbind()
+    options = 1e-5, True, False, True, True, None
+    dtypes = torch.float32, torch.float32
+    split = [t.view(4, cols) for t in (x, residual, dy, dh)]
+
+    def results(x, residual, dy, dh, groups):
+        y, h, mean, rstd = kernels.row_norm_forward(
+            x, residual, None, 1, groups, None, None, *options, *dtypes
+        )  # fmt: skip
+        dx, *_ = kernels.row_norm_backward(
+            dy, dh, h, None, 1, groups, None, None, mean, rstd, *options[2:], *dtypes, None, None
+        )
+        return [t.reshape(4, -1) for t in (y, h, mean, rstd, dx)]
+
+    whole, parts = results(x, residual, dy, dh, 2), results(*split, 1)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+def test_more_groups_than_a_grid_has(triton_device):
+    x = torch.randn(1, 65536, device=triton_device, requires_grad=True)
+    with pytest.raises(RuntimeError, match="a row has 65536 groups, but Triton's kernels take at most 65535"):
+        gated_rms_norm(x, x, (65536,), group_size=1)

@@ -32,6 +32,7 @@ CHUNK_REGISTERS = 64  # of such a thread, for the parameter sums of a chunk; oth
 NARROW_REGISTERS = 32  # of a thread, for rows shorter than one access of a warp; halved for each parameter sum beside
 PARTIAL_SHARE = 0.03  # of the backward's traffic that partial sums may add, from PARTIAL_ROWS rows on
 PARTIAL_ROWS = 4096
+MAX_GROUPS = 65535  # the limit of all dimensions of a grid but the first
 INTERPRETER_PROGRAMS = 5  # the interpreter has no device to ask; odd, so that programs get different numbers of rows
 
 
@@ -172,6 +173,15 @@ def long_tile(itemsize: int) -> tuple[int, int]:
     As many warps as a program can have: with one program on a multiprocessor the cache keeps more of its row."""
     warps = 32
     return 2 * WARP * warps * ACCESS_BYTES // itemsize, warps
+
+
+def check_groups(groups: int) -> None:
+    """Raises RuntimeError where a row has more groups than a grid's second dimension can have."""
+    if groups > MAX_GROUPS:
+        raise RuntimeError(
+            f"a row has {groups} groups, but Triton's kernels take at most {MAX_GROUPS}: choose a larger group_size, or "
+            'call it within fastnorm.use("reference")'
+        )
 
 
 def backward_programs(

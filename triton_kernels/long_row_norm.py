@@ -62,6 +62,8 @@ def _row_norm_long_forward_kernel(
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1) if GROUPS > 1 else 0
     first = group * n_cols
     x_row, y_row = x_ptr + (row * x_stride + first), y_ptr + (row * (GROUPS * n_cols) + first)
+    if residual_ptr is not None:
+        h_row = h_ptr + (row * (GROUPS * n_cols) + first)
     if gate_ptr is not None:
         gate_row = gate_ptr + (row * gate_stride + first)
     inv_n = 1.0 / tl.cast(n_cols, stat)
@@ -75,8 +77,8 @@ def _row_norm_long_forward_kernel(
         if gate_ptr is not None and not NORM_BEFORE_GATE:
             h *= activated(load_tile(gate_row + cols, col_mask, stat), SILU)
         if residual_ptr is not None:
-            h += load_tile(residual_ptr + row * residual_stride + cols, col_mask, stat)
-            h = store_h(h, h_ptr + row * n_cols + cols, col_mask)
+            h += load_tile(residual_ptr + row * residual_stride + first + cols, col_mask, stat)
+            h = store_h(h, h_row + cols, col_mask)
         if mean_ptr is not None:
             lane_count += 1.0
             delta = h - lane_mean
@@ -98,7 +100,7 @@ def _row_norm_long_forward_kernel(
         col_mask = cols < n_cols
         if residual_ptr is not None:
             # needs no barrier: each thread reads what it wrote itself, the same lanes of the same tile
-            h = load_tile(h_ptr + row * n_cols + cols, col_mask, stat)
+            h = load_tile(h_row + cols, col_mask, stat)
         else:
             h = load_tile(x_row + cols, col_mask, stat)
         if gate_ptr is not None:
@@ -185,7 +187,7 @@ def _row_norm_long_backward_kernel(
         if dh_ptr is not None:
             # a tile ahead: before the store of dx, which might alias it
             last = chunk_start + (N_TILES - 1) * TILE
-            dh_row = dh_ptr + row * dh_stride + lanes
+            dh_row = dh_ptr + row * dh_stride + group_start + lanes
             dh = tl.load(dh_row + last, mask=lanes < n_cols - last, other=0.0)
         coefficients = gradient_coefficients(c1_sums, c2_sums, statistics, n_cols)
         old_dweight_sums, old_dbias_sums = dweight_sums, dbias_sums

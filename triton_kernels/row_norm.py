@@ -88,7 +88,7 @@ def _row_norm_forward_kernel(
     row_mask = rows < n_rows if ROWS > 1 else None
     # offsets of tile 0, computed once a row; those of the other tiles are constants away
     lanes = tl.arange(0, TILE)[None, :]
-    x_offsets, residual_offsets = rows * x_stride + first + lanes, rows * residual_stride + lanes
+    x_offsets, residual_offsets = rows * x_stride + first + lanes, rows * residual_stride + first + lanes
     y_offsets = rows * (GROUPS * N_COLS) + first + lanes
     total, square_sum = tl.zeros((ROWS, TILE), stat), tl.zeros((ROWS, TILE), stat)
     # all loads before the first store of h: it might alias them, so the compiler would not move them ahead of it
@@ -177,7 +177,7 @@ def _row_norm_backward_kernel(
         h_tiles, dy_tiles, gate_tiles, statistics = loaded
         rows = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
         offsets = rows * (GROUPS * N_COLS) + first + lanes
-        dh_tiles = load_tiles(dh_ptr, rows * dh_stride + lanes, lanes, rows < n_rows, N_COLS, TILE, N_TILES)
+        dh_tiles = load_tiles(dh_ptr, rows * dh_stride + first + lanes, lanes, rows < n_rows, N_COLS, TILE, N_TILES)
         c1_sums, c2_sums = tl.zeros((ROWS, TILE), stat), tl.zeros((ROWS, TILE), stat)
         new_dweight_sums, new_dbias_sums, x_factors, wdy_factors = (), (), (), ()
         for t in tl.static_range(N_TILES):
@@ -256,6 +256,7 @@ def row_norm_forward(
     if rows == 0:
         return y, h, mean, rstd
     arguments = (x, residual, gate, weight, bias, y, h, mean, rstd)
+    launch.check_groups(groups)
     strides = (x.stride(0), *(0 if t is None else t.stride(0) for t in (residual, gate)))
     features = dict(
         EPS=eps, ZERO_CENTERED=zero_centered, SILU=silu, NORM_BEFORE_GATE=norm_before_gate,
@@ -297,6 +298,7 @@ def row_norm_backward(
     rows, cols = h.shape[0], h.shape[1] // groups
     if rows == 0:
         return dx, dresidual, dgate, *(None if d is None else h.new_zeros(shape, dtype=d) for d in dtypes)
+    launch.check_groups(groups)
     itemsize = launch.access_bytes((dy, dh, h, gate, dx, dresidual))
     if gate is None or not norm_before_gate:
         bias = None  # which only z needs

@@ -38,9 +38,9 @@ def gated_rms_norm(
 ) -> Tensor:
     """y = rms_norm(x) · act(gate) in one kernel, or, with norm_before_gate=False, y = rms_norm(x · act(gate)).
 
-    Everything is computed in float32 (float64, if x or gate is) and rounded once. The backward reads x, gate and one
-    number for each row or group, and gives the gradients of x, gate, weight and bias in one kernel; dweight and dbias
-    are summed in a fixed order.
+    Everything is computed in float32 (float64, if x or gate is) and rounded once. The backward reads x, gate, the
+    gradient of y and one number for each row or group, and gives the gradients of x, gate, weight and bias in one
+    kernel; dweight and dbias are summed in a fixed order.
 
     Args:
         x: `(*, *normalized_shape)`, float32, bfloat16, float16 or float64, any strides.
@@ -140,7 +140,7 @@ class GatedRMSNorm(RMSNorm):
             normalized_shape, eps, elementwise_affine, device, dtype,
             zero_centered=zero_centered, out_dtype=out_dtype, rounding=rounding,
         )  # fmt: skip
-        count_groups("GatedRMSNorm", activation, self.normalized_shape, group_size)
+        count_groups("GatedRMSNorm", self.normalized_shape, Gate(None, activation, norm_before_gate, group_size))
         with_bias = elementwise_affine and bias
         zeros = torch.zeros(self.normalized_shape, device=device, dtype=dtype) if with_bias else None
         self.register_parameter("bias", None if zeros is None else torch.nn.Parameter(zeros))
@@ -185,7 +185,7 @@ class GatedLayerNorm(LayerNorm):
             normalized_shape, eps, elementwise_affine, bias, device, dtype,
             zero_centered=zero_centered, out_dtype=out_dtype,
         )  # fmt: skip
-        count_groups("GatedLayerNorm", activation, self.normalized_shape, group_size)
+        count_groups("GatedLayerNorm", self.normalized_shape, Gate(None, activation, norm_before_gate, group_size))
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         return gated_layer_norm(

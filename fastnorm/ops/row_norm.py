@@ -136,7 +136,7 @@ def row_norm(
     if is_readable:
         normalized_shape, eps = check(op, x, normalized_shape, eps, weight, bias, residual=residual, gate=gate_tensor)
     check_options(op, out_dtype, residual_dtype, rounding)
-    groups = count_groups(op, gate.activation, normalized_shape, gate.group_size)
+    groups = count_groups(op, normalized_shape, gate)
     if rounding == "torch":
         out_dtype = (out_dtype or x.dtype) if is_gated else result_dtype(stock, x, out_dtype)
     else:
@@ -154,7 +154,7 @@ def row_norm(
         eps = torch.finfo(reference.stat_dtype(dtype)).eps
     options = Options(
         eps, subtract_mean, zero_centered, cast_dtype,  # type: ignore[arg-type]
-        groups, gate.activation == "silu", bool(gate.norm_before_gate),
+        groups, gate.activation == "silu", gate.norm_before_gate,
     )  # fmt: skip
     dtypes = out_dtype, residual_dtype
     impl = backend.pick(stock if residual is None else op, x) if is_readable else None
@@ -179,14 +179,17 @@ def check_options(op: str, out_dtype: Any, residual_dtype: Any = None, rounding:
     check_dtype(op, "residual_dtype", residual_dtype)
 
 
-def count_groups(op: str, activation: Any, shape: Sequence[int], group_size: Any) -> int:
+def count_groups(op: str, shape: Sequence[int], gate: Gate) -> int:
     """How many groups a row has. Raises ValueError for an unknown activation or a group_size that doesn't divide a row,
-    TypeError for one that is no integer."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{op}(): activation must be one of {', '.join(ACTIVATIONS)}, but got {activation!r}")
-    if group_size is None:
+    TypeError for one that is no integer and for a norm_before_gate that is no bool."""
+    if gate.activation not in ACTIVATIONS:
+        raise ValueError(f"{op}(): activation must be one of {', '.join(ACTIVATIONS)}, but got {gate.activation!r}")
+    if not isinstance(gate.norm_before_gate, bool):
+        found = type(gate.norm_before_gate).__name__
+        raise TypeError(f"{op}(): argument 'norm_before_gate' must be bool, not {found}")
+    if gate.group_size is None:
         return 1
-    size, cols = as_int(op, "group_size", group_size), math.prod(shape)
+    size, cols = as_int(op, "group_size", gate.group_size), math.prod(shape)
     if size < 1 or cols % size:
         raise ValueError(
             f"{op}(): group_size must divide the {cols} elements of normalized_shape={list(shape)}, but got {size}"
