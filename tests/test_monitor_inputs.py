@@ -13,6 +13,7 @@ import fastnorm
 from fastnorm import backend
 from fastnorm.monitor import watch
 from fastnorm.ops import statistics
+from helpers import foreign_norms
 from helpers.monitored import every_monitor_closed, small_model, train
 
 
@@ -369,3 +370,76 @@ def test_compiled_models_and_clips(fresh_dynamo):
             torch.compile(fastnorm.clip_grad_norm_, backend="eager", fullgraph=True)(list(model.parameters()), 1.0)
         optimizer.step()
         assert monitor.last()["input_rms"] == {} and len(monitor.last()["gradient_norm"]) == 6
+
+
+def test_two_monitors_hear_the_same():
+    model, x = small_model(), torch.randn(4, 6)
+    with fastnorm.Monitor(model, updates_every=10) as one, fastnorm.Monitor(model, updates_every=10) as other:
+        for _ in range(2):
+            model(x).sum().backward()
+            one.step()
+            other.step()
+        assert one.last()["input_rms"] == other.last()["input_rms"] != {}
+    assert statistics._slot.listeners == 0 and statistics._slot.told is None
+
+
+def test_a_norm_of_another_module_within_a_call():
+    """A hook calls it, after the listening to the outer norm has begun."""
+    model = nn.ModuleDict({"outer": fastnorm.LayerNorm(6), "inner": fastnorm.RMSNorm(6)})
+    x = torch.randn(4, 6)
+    with fastnorm.Monitor(model, updates_every=10) as monitor:
+        monitor.step()
+        model["outer"].register_forward_pre_hook(lambda module, args: (100 * model["inner"](args[0]),))
+        model["outer"](x).sum().backward()
+        monitor.step()
+        assert monitor.last()["input_rms"] == pytest.approx({"inner": rms(x)}, rel=1e-5)
+
+
+def test_hooks_that_were_there_before_may_call_norms():
+    model, x = nn.Sequential(fastnorm.LayerNorm(6)), torch.randn(4, 6)
+    model[0].register_forward_hook(lambda module, args, output: fastnorm.LayerNorm(6)(100 * output))
+    with fastnorm.Monitor(model) as monitor:
+        model(x).sum().backward()
+        monitor.step()
+        assert monitor.last()["input_rms"] == pytest.approx({"0": rms(x)}, rel=1e-5)
+
+
+def test_hooks_that_were_there_before_may_replace_a_pair():
+    norm, x = fastnorm.AddRMSNorm(6), torch.randn(4, 6)
+    norm.register_forward_hook(lambda module, args, output: output[0])
+    with fastnorm.use("reference"), fastnorm.Monitor(norm) as monitor:
+        norm(x, x).sum().backward()
+        monitor.step()
+        assert monitor.last()["input_rms"] == pytest.approx({"AddRMSNorm": rms(2 * x)}, rel=1e-5)
+
+
+def test_a_converted_norms_input_by_its_own_name():
+    """The input is read where the formula serves the call."""
+    model, x = nn.Sequential(foreign_norms.GatedByQwen(6)), torch.randn(4, 6)
+    assert fastnorm.convert(model).swapped
+    with fastnorm.use("reference"), fastnorm.Monitor(model) as monitor:
+        model[0](gate=x, hidden_states=x).sum().backward()
+        monitor.step()
+        assert monitor.last()["input_rms"] == pytest.approx({"0": rms(x)}, rel=1e-5)
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "vmap of grad"])
+def test_transforms_are_not_seen(transform):
+    """Their tensors have no numbers once they have ended."""
+    model, x = nn.Sequential(fastnorm.LayerNorm(6), nn.ReLU()), torch.randn(4, 6)
+    grad = torch.func.grad(lambda parameters, x: torch.func.functional_call(model, parameters, x).sum())
+    parameters = dict(model.named_parameters())
+    with fastnorm.Monitor(model, dead_neurons=True) as monitor:
+        with fastnorm.use("reference"):
+            match transform:
+                case "grad":
+                    grad(parameters, x)
+                case "vmap":
+                    torch.vmap(model)(x)
+                case _:
+                    torch.vmap(grad, in_dims=(None, 0))(parameters, x)
+        monitor.step()
+        assert monitor.last()["input_rms"] == monitor.last()["zero_share"] == {}
+        model(x).sum().backward()
+        monitor.step()
+        assert monitor.last()["input_rms"] == pytest.approx({"0": rms(x)}, rel=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import weakref
 from collections.abc import Callable
@@ -60,7 +61,8 @@ class ForwardWatch:
             before, after = _Hook(self, _listen, name), _Hook(self, _measure_input, name)
             self._handles += [
                 module.register_forward_pre_hook(before, with_kwargs=True),
-                module.register_forward_hook(after, with_kwargs=True, always_call=True),  # it ends the listening
+                # It ends the listening, before other hooks call norms of their own or change the output.
+                module.register_forward_hook(after, with_kwargs=True, always_call=True, prepend=True),
             ]
         for name, module in layers.items():
             self._handles.append(module.register_forward_hook(_Hook(self, _count_zeros, name), with_kwargs=True))
@@ -138,22 +140,27 @@ def _stacked(tensors: Any) -> Tensor:
 def _listen(
     watch: ForwardWatch, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
-    statistics.listen()
+    statistics.listen(module)
 
 
 def _measure_input(
     watch: ForwardWatch, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
-    found = statistics.heard()
+    found = statistics.heard(module)
     if found is not None:
         if _is_usable(found.rstd):
             watch.add_statistics(name, found)
     elif watch.reads and output is not None:  # None: the forward has raised
         # x + residual, where the norm adds one
         is_pair = isinstance(module, PAIRS)
-        x: Any = output[1] if is_pair else args[0] if args else kwargs.get("input", kwargs.get("x"))
+        x: Any = output[1] if is_pair else args[0] if args else kwargs.get(_input_name(module))
         if _is_usable(x):
             watch.add_input(name, x)
+
+
+def _input_name(module: nn.Module) -> str:
+    """Norms that were converted have the original's names."""
+    return next(iter(inspect.signature(module.forward).parameters), "")
 
 
 def _count_zeros(
@@ -174,7 +181,8 @@ class _Hook:
         self.watch, self.action, self.name = None if watch is None else weakref.ref(watch), action, name
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
-        if torch.compiler.is_compiling() or self.watch is None:
+        # What is computed within torch.func's transforms has no number outside.
+        if torch.compiler.is_compiling() or self.watch is None or torch._C._are_functorch_transforms_active():
             return
         watch = self.watch()
         if watch is None or self.action is None or not watch.is_on or not torch.is_grad_enabled():

@@ -24,28 +24,35 @@ class Statistics(NamedTuple):
 
 
 class _Slot(threading.local):
-    is_listening = False
+    module = 0  # the id of the one that is listened to
+    listeners = 0  # how many have not heard it yet
     told: Statistics | None = None
 
 
 _slot = _Slot()
 
 
-def listen() -> None:
-    """From now on this thread's norms tell their statistics; `heard` ends it."""
-    _slot.is_listening, _slot.told = True, None
+def listen(module: object = None) -> None:
+    """From now on this thread's norms tell their statistics. `heard` ends it, once for each that listens."""
+    _slot.listeners = _slot.listeners + 1 if _slot.module == id(module) else 1
+    _slot.module, _slot.told = id(module), None
     if backend._native is not None:
         backend._native.listen()
 
 
-def heard() -> Statistics | None:
-    """What the last norm since `listen` told. None: no kernel ran, or one that saved nothing for a backward."""
-    told = _slot.told
-    _slot.is_listening, _slot.told = False, None
+def heard(module: object = None) -> Statistics | None:
+    """What the last norm since `listen` told. None: no kernel ran, or one that saved nothing for a backward; or another
+    module was listened to in between."""
     by_cpp = None if backend._native is None else backend._native.heard()
-    return told if by_cpp is None else Statistics(*by_cpp)
+    if by_cpp is not None:
+        _slot.told = Statistics(*by_cpp)
+    told = _slot.told if _slot.module == id(module) else None
+    _slot.listeners = max(_slot.listeners - 1, 0)
+    if _slot.listeners == 0:
+        _slot.told = None
+    return told
 
 
 def tell(x: Tensor, mean: Tensor | None, rstd: Tensor, eps: float) -> None:
-    if not torch.compiler.is_compiling() and _slot.is_listening:
+    if not torch.compiler.is_compiling() and _slot.listeners:
         _slot.told = Statistics(x.numel(), mean, rstd, eps)
