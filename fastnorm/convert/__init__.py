@@ -30,9 +30,9 @@ def convert(model: nn.Module, *, norms: Iterable[str] = KINDS, verify: bool = Tr
 
     Verification runs a copy of each norm, with random parameters, and fastnorm's on random inputs, forward and
     backward, in the norm's dtype; norms that aren't torch.nn's also in float32, in bfloat16, in mixtures of both and
-    under autocast, and those with a gate also with large gates and without one. A norm that differs, or can't be run,
-    is left as it is. SyncBatchNorm is compared in evaluation alone, because in training the processes would wait for
-    each other.
+    under autocast, and those with a gate also with large gates, with gates of another dtype than the input and without
+    one. A norm that differs, or can't be run, is left as it is. SyncBatchNorm is compared in evaluation alone, because
+    in training the processes would wait for each other.
 
     Args:
         model: the model, or a norm itself.

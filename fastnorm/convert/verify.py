@@ -33,6 +33,7 @@ class _Probe:
     """One run. input and parameters: dtypes; None keeps the module's own. scale: the factor of the random input.
 
     gate: the factor of the random gate, 0 for None in its place, None for a forward that takes the input alone.
+    gate_dtype: None is the input's.
     """
 
     shape: tuple[int, ...]
@@ -44,12 +45,14 @@ class _Probe:
     is_optional: bool = False  # the original may refuse it
     is_activated: bool = False
     gate: float | None = None
+    gate_dtype: torch.dtype | None = None
 
     def __str__(self) -> str:
         parameters = f" with {_short(self.parameters)} parameters" if self.parameters else ""
         autocast = " under autocast" if self.autocast else ""
         mode = "" if self.training else " in evaluation"
         gate = "" if self.gate is None else " and gate" if self.gate else " without a gate"
+        gate = f" and {_short(self.gate_dtype)} gate" if self.gate_dtype else gate
         return f"{_short(self.input)} input{gate} {list(self.shape)}{parameters}{autocast}{mode}"
 
 
@@ -176,6 +179,8 @@ def _probes(module: nn.Module, proposal: Proposal, is_certain: bool) -> Iterator
     yield from (half, replace(half, input=torch.float32), replace(half, parameters=torch.float32))
     yield from (replace(single, autocast=True), replace(half, parameters=torch.float32, autocast=True))
     if gate:
+        mixed = replace(single, gate_dtype=torch.bfloat16, is_optional=True)
+        yield from (mixed, replace(half, gate_dtype=torch.float32))
         yield from (replace(single, gate=0.0, is_optional=True), replace(half, parameters=torch.float32, gate=0.0))
 
 
@@ -245,7 +250,7 @@ def _run(twin: nn.Module, probe: _Probe, may_change: bool) -> dict[str, Tensor]:
     gate = None
     if probe.gate:
         values = probe.gate * torch.randn(probe.shape, generator=generator, device="cpu")
-        gate = values.to(device, probe.input).requires_grad_()
+        gate = values.to(device, probe.gate_dtype or probe.input).requires_grad_()
     arguments = (x,) if probe.gate is None else (x, gate)
     before = _attributes(twin)
     accelerators = [] if device.type == "cpu" else [device]
@@ -292,7 +297,8 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 def _error(expected: dict[str, Tensor], actual: dict[str, Tensor], probe: _Probe, is_certain: bool) -> float:
     """The sum of the results' root mean square errors, relative to their largest values. This tells kinds of rounding
     apart more surely than the largest error, by which results are accepted."""
-    dtypes = {probe.input, probe.parameters or probe.input} | ({torch.bfloat16} if probe.autocast else set())
+    dtypes = {probe.input, probe.parameters or probe.input, probe.gate_dtype or probe.input}
+    dtypes |= {torch.bfloat16} if probe.autocast else set()
     tolerance = max(TOLERANCES[dtype] for dtype in dtypes)
     if not is_certain:
         tolerance = max(tolerance, TOLERANCES[torch.float32])  # many norms compute in float32 for any input

@@ -261,7 +261,7 @@ class Gated(LlamaLike):
     """Mamba's: a gate may come along."""
 
     def forward(self, x, gate=None):
-        return super().forward(x if gate is None else x * F.silu(gate))
+        return super().forward(x if gate is None else x * F.silu(gate).to(x.dtype))
 
 
 class GatedBehind(OlmoLike):
@@ -270,6 +270,20 @@ class GatedBehind(OlmoLike):
     def forward(self, hidden_states, z):
         wide = self.x_hat(hidden_states) * self.weight.float()
         return (wide * torch.sigmoid(z.float())).to(hidden_states.dtype)
+
+
+class GatedInPromoted(OlmoLike):
+    """Of the promoted dtype of input and gate."""
+
+    def forward(self, x, gate):
+        return super().forward(x) * F.silu(gate)
+
+
+class GatedInGates(GatedBehind):
+    """Of the gate's dtype."""
+
+    def forward(self, x, z):
+        return super().forward(x.float(), z).to(z.dtype)
 
 
 class GatedByQwen(LlamaLike):
