@@ -1,5 +1,6 @@
 """What only the compiled backend has: threads, forks, instruction sets, vector tails, 16-bit rounding, checks."""
 
+import itertools
 
 import pytest
 import torch
@@ -70,13 +71,12 @@ def test_every_vector_tail(cols):
 
 @pytest.mark.instruction_sets
 @pytest.mark.parametrize("op", ["gated_layer_norm", "gated_rms_norm"])
-@pytest.mark.parametrize("norm_before_gate", [True, False])
 @pytest.mark.parametrize("cols", [*range(1, 36), 63, 64, 65, 127, 129, 1041])
-def test_every_vector_tail_beside_a_gate(op, norm_before_gate, cols):
-    """Of groups, whose rows begin anywhere; both activations."""
-    for activation in ("silu", "sigmoid"):
-        case = plain_case(op, (3, 2 * cols), torch.float32)
-        case.options |= {"norm_before_gate": norm_before_gate, "activation": activation, "group_size": cols}
+def test_every_vector_tail_beside_a_gate(op, cols):
+    """Of groups, whose rows begin anywhere; both orders and both activations."""
+    for norm_before_gate, activation in itertools.product((True, False), ("silu", "sigmoid")):
+        options = {"norm_before_gate": norm_before_gate, "activation": activation, "group_size": cols}
+        case = plain_case(op, (3, 2 * cols), torch.float32, options=options)
         with fastnorm.use("native"):
             check(case, inputs(case))
 
