@@ -179,8 +179,8 @@ def check_groups(groups: int) -> None:
     """Raises RuntimeError where a row has more groups than a grid's second dimension can have."""
     if groups > MAX_GROUPS:
         raise RuntimeError(
-            f"a row has {groups} groups, but Triton's kernels take at most {MAX_GROUPS}: choose a larger group_size, or "
-            'call it within fastnorm.use("reference")'
+            f"a row has {groups} groups, but Triton's kernels take at most {MAX_GROUPS}: choose a larger group_size, "
+            'or call it within fastnorm.use("reference")'
         )
 
 
