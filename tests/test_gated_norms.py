@@ -508,3 +508,14 @@ def test_more_groups_than_a_grid_has(triton_device):
     x = torch.randn(1, 65536, device=triton_device, requires_grad=True)
     with pytest.raises(RuntimeError, match="a row has 65536 groups, but Triton's kernels take at most 65535"):
         gated_rms_norm(x, x, (65536,), group_size=1)
+
+
+def test_a_frozen_bias_changes_no_bit_of_the_other_gradients(kernel_device):
+    """At a width whose tiling depends on how many sums a program keeps."""
+    x, gate, w, b = (torch.randn(*shape, device=kernel_device) for shape in ((5, 1024), (5, 1024), (1024,), (1024,)))
+    results = []
+    for trained in (True, False):
+        leaves = [t.clone().requires_grad_() for t in (x, gate, w)]
+        y = gated_rms_norm(*leaves[:2], (1024,), leaves[2], b.clone().requires_grad_(trained))
+        results.append(torch.autograd.grad(y.square().sum(), leaves))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

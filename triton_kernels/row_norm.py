@@ -300,6 +300,8 @@ def row_norm_backward(
         return dx, dresidual, dgate, *(None if d is None else h.new_zeros(shape, dtype=d) for d in dtypes)
     launch.check_groups(groups)
     itemsize = launch.access_bytes((dy, dh, h, gate, dx, dresidual))
+    # registers for two sums where there is a bias, whichever gradients are wanted, so that dx does not depend on that
+    sums = 1 if mean is None and bias is None and dbias_dtype is None else 2
     if gate is None or not norm_before_gate:
         bias = None  # which only z needs
     arguments = (dy, dh, h, gate, weight, bias, mean, rstd, dx, dresidual, dgate)
@@ -308,8 +310,6 @@ def row_norm_backward(
         ZERO_CENTERED=zero_centered, SILU=silu, NORM_BEFORE_GATE=norm_before_gate, CAST=triton_dtype(cast_dtype),
         GROUPS=groups,
     )  # fmt: skip
-    # LayerNorm has registers for two sums, whichever gradients are wanted, so that dx does not depend on that
-    sums = 1 if mean is None and dbias_dtype is None else 2
     widest = launch.access_bytes((dy, dh, h, gate, weight, dx, dresidual))
     # of a gate before the norm, x and the gate are held until du is there
     streams = (dh is not None) + (gate is not None) + (gate is not None and not norm_before_gate)

@@ -29,12 +29,12 @@ NORMS = ("rms_norm", "layer_norm")
 TOLERANCE = 0.02  # of the largest value: variants round elsewhere, in bfloat16
 
 
-def _kept(cols, itemsize, sums, adds, widest):
+def _kept(cols, itemsize, sums, streams, widest):
     return launch.row_tiles(cols, itemsize, sums), True
 
 
-def _read_again(cols, itemsize, sums, adds, widest):
-    return launch.chunk_tiles(cols, itemsize, sums, adds), False
+def _read_again(cols, itemsize, sums, streams, widest):
+    return launch.chunk_tiles(cols, itemsize, sums, streams), False
 
 
 def _programs(factor, rows, tiles, *others, counted=launch.backward_programs) -> int:
