@@ -32,7 +32,7 @@ def test_missing_packages_are_named_with_the_remedy():
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["group_hug"], "unknown operation 'group_hug'; known: row_norms, batch_norm"),
+        (["group_hug"], "unknown operation 'group_hug'; known: row_norms, gated_norms, batch_norm"),
         (["--dtypes", "fp32,int8"], "argument --dtypes: unknown dtype 'int8'; known: fp32"),
         (["--providers", "abacus"], "argument --providers: unknown provider 'abacus'; known: torch"),
         (["--mode", "backward"], "argument --mode: unknown mode 'backward'"),
@@ -87,7 +87,7 @@ def chosen(*arguments):
 def test_operations_by_default_are_those_that_take_the_shapes():
     assert chosen().keys() == OPERATIONS.keys()
     assert chosen("--shapes", "2x100x8x8").keys() == set(FAMILIES["batch_norm"])
-    assert chosen("--shapes", "qk").keys() == set(FAMILIES["row_norms"])
+    assert chosen("--shapes", "qk").keys() == {*FAMILIES["row_norms"], *FAMILIES["gated_norms"]}
     assert chosen("group_norm", "rms_norm")["rms_norm"] == presets.SHAPES["models"]
     assert chosen("group_norm_silu", "--quick") == {"group_norm_silu": presets.SHAPES["unet-quick"]}
     quick = chosen("--quick")

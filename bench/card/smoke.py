@@ -22,8 +22,14 @@ from ..presets import DTYPES
 from ..workload import Workload
 from .common import Stage
 
-SHAPES = {"row_norms": ((64, 1000), (33, 4096)), "batch_norm": ((8, 64, 14, 14),), "group_norm": ((2, 64, 14, 14),)}
-REHEARSED = {"row_norms": ((3, 40),), "batch_norm": ((2, 64, 3, 3),), "group_norm": ((2, 64, 3, 3),)}
+ROWS, REHEARSED_ROWS = ((64, 1000), (33, 4096)), ((3, 40),)
+SHAPES = {
+    "row_norms": ROWS, "gated_norms": ROWS, "batch_norm": ((8, 64, 14, 14),), "group_norm": ((2, 64, 14, 14),),
+}  # fmt: skip
+REHEARSED = {
+    "row_norms": REHEARSED_ROWS, "gated_norms": REHEARSED_ROWS, "batch_norm": ((2, 64, 3, 3),),
+    "group_norm": ((2, 64, 3, 3),),
+}  # fmt: skip
 MODE = "forward_backward"
 
 
@@ -101,7 +107,7 @@ def _clamp(kernels: str, device: torch.device) -> str | None:
 
 def _call(name: str, device: torch.device) -> tuple[Callable[[], tuple[Tensor, ...]], Workload]:
     operation = OPERATIONS[name]
-    shape = (512, 4096) if operation.family.name == "row_norms" else (8, 64, 28, 28)
+    shape = (512, 4096) if operation.family.name in ("row_norms", "gated_norms") else (8, 64, 28, 28)
     workload = Workload.make(operation, shape, "contiguous", torch.bfloat16, device)
     return workload.runner(operation.fused, MODE), workload
 

@@ -52,7 +52,7 @@ LEFT_OUT = {
     "test_inplace_neighbours.py": "what autograd forbids",
     "test_modules.py::test_autocast": "as test_autocast.py",
     "test_modules.py::test_without_autograd": "what autograd records",
-    "test_models.py::test_gated_norms_of_transformers": "as test_gated_norms.py::test_llama_rounding",
+    "test_models.py::test_gated_rms_norm_against_transformers": "as test_gated_norms.py::test_llama_rounding",
     "test_opinfo.py": "torch's samples: a shape, and kernels for it, each",
     "test_policy_kernels.py::test_wrong_arguments_raise": "errors, which the host raises",
     "test_traffic.py": "a virtual GPU counts bytes",
