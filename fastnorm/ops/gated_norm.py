@@ -46,8 +46,8 @@ def gated_rms_norm(
         x: `(*, *normalized_shape)`, float32, bfloat16, float16 or float64, any strides.
         gate: x's shape, any of these dtypes, or None for no gate. A slice of a wider projection is read in place.
         normalized_shape: the sizes of the last dimensions, over which each row is normalised.
-        weight: `normalized_shape`, any of these dtypes, or None. It is applied before the gate if norm_before_gate, else
-            last.
+        weight: `normalized_shape`, any of these dtypes, or None. It is applied before the gate if norm_before_gate,
+            else last.
         bias: the same, added to what the weight gives.
         eps: added to the mean square; None is the machine epsilon of the dtype of the statistics.
         activation: "silu", gate · σ(gate), or "sigmoid", σ(gate).
