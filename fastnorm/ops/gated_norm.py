@@ -15,10 +15,8 @@ from torch.overrides import handle_torch_function
 
 from .layer_norm import LayerNorm
 from .rms_norm import RMSNorm
-from .row_norm import Gate, count_groups, row_norm
+from .row_norm import Activation, Gate, count_groups, row_norm
 from .symbolic import Overridden
-
-Activation = Literal["silu", "sigmoid"]
 
 
 def gated_rms_norm(

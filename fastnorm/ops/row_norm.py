@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from .scripting import scriptable
 from .statistics import tell
 
 ROUNDINGS = ("torch", "llama")
-ACTIVATIONS = ("silu", "sigmoid")
+Activation = Literal["silu", "sigmoid"]
+ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 Gradients = tuple[Tensor | None, ...]
 
 
