@@ -42,7 +42,9 @@ PyObject* all_readable(PyObject*, PyObject* tensors) {
   bool found = true;
   Tensor first;
   each(tensors, [&](Py_ssize_t i, const Tensor& tensor) {
-    first = i == 0 ? tensor : first;
+    if (i == 0) {  // not each time: copies of handles count their owners
+      first = tensor;
+    }
     return found = is_readable(tensor, first);
   });
   return PyBool_FromLong(found);

@@ -134,7 +134,8 @@ FASTNORM_RULE bool adagc(const Policy& policy, Team& team, bool is_warm) {
     }
     const double norm = team.norm(i), average = averages[i];
     const bool is_first_norm = average == INFINITY && is_finite(norm);
-    return norm == 0 || is_first_norm ? 1 : bounded(lambda_rel * average / norm);
+    const double bound = lambda_rel * average;  // almost all norms are below theirs, which spares a division
+    return norm == 0 || is_first_norm || norm < bound ? 1 : bounded(bound / norm);
   };
   const bool is_capped = max_norm < INFINITY;
   const double clipped_total = is_capped ? team.norm_of([&](int64_t i) { return factor(i) * team.norm(i); }) : 0;

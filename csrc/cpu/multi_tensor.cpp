@@ -112,7 +112,10 @@ template <typename S>
 class Decision {
  public:
   Decision(const Norms& norms, const PNorm& norm, bool is_per_tensor)
-      : norms_(norms), norm_(norm), coefficients_(is_per_tensor ? norms.each.size() : 1) {}
+      : norms_(norms),
+        norm_(norm),
+        coefficient_(is_per_tensor ? empty({tensors()}, scalar_type_of<S>) : empty({}, scalar_type_of<S>)),
+        coefficients_(coefficient_.mutable_data_ptr<S>()) {}
 
   double total() const { return static_cast<S>(norms_.total); }
   int64_t tensors() const { return static_cast<int64_t>(norms_.each.size()); }
@@ -146,21 +149,19 @@ class Decision {
   }
 
   bool write(int64_t i, double coefficient) {
-    coefficients_[i] = coefficient;
-    return static_cast<S>(coefficient) < 1;
+    coefficients_[i] = static_cast<S>(coefficient);
+    return coefficients_[i] < 1;
   }
 
   void write_skip(bool skip) { skip_ = skip; }
 
-  Results results(bool is_per_tensor) const {
-    Tensor coefficient = is_per_tensor ? vector<S>(coefficients_) : scalar<S>(coefficients_[0]);
-    return {scalar<S>(total()), coefficient, scalar<float>(skip_), vector<S>(norms_.each)};
-  }
+  Results results() const { return {scalar<S>(total()), coefficient_, scalar<float>(skip_), vector<S>(norms_.each)}; }
 
  private:
   const Norms& norms_;
   const PNorm& norm_;
-  std::vector<double> coefficients_;
+  const Tensor coefficient_;
+  S* const coefficients_;
   bool skip_ = false;
 };
 
@@ -168,11 +169,10 @@ Results multi_tensor_policy(at::TensorList tensors, double norm_type, const Tens
                             at::ArrayRef<double> constants) {
   TORCH_CHECK(state.device().is_cpu(), "fastnorm: expected state on the CPU");
   const policy::Policy policy = policy::policy_of(state, rule, constants, tensors.size());
-  const bool is_per_tensor = rule == policy::ADAGC;
   return with_norms(tensors, norm_type, [&](auto zero, const Norms& norms, const PNorm& norm) {
-    Decision<decltype(zero)> decision(norms, norm, is_per_tensor);
+    Decision<decltype(zero)> decision(norms, norm, rule == policy::ADAGC);
     policy::decide(policy, decision);
-    return decision.results(is_per_tensor);
+    return decision.results();
   });
 }
 
