@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -216,7 +216,7 @@ class AdaGC(ClipPolicy):
         return state
 
     def _bind(self, memory: Memory, tensors: Sequence[Tensor], names: list[str] | None) -> None:
-        memory.shapes, memory.names = [t.shape for t in tensors], names
+        memory.shapes, memory.names = _shared([t.shape for t in tensors]), names
 
     def _require_same(
         self, memory: Memory, tensors: Sequence[Tensor], names: list[str] | None, norm_type: float
@@ -238,7 +238,7 @@ class AdaGC(ClipPolicy):
     def _loaded(self, state_dict: Mapping[str, Any]) -> Memory | None:
         memory = super()._loaded(state_dict)
         if memory is not None:
-            memory.shapes = list(map(torch.Size, state_dict["shapes"]))
+            memory.shapes = _shared(map(torch.Size, state_dict["shapes"]))
             memory.names = _names(state_dict["names"], len(memory.shapes)) if "names" in state_dict else None
         return memory
 
@@ -248,6 +248,12 @@ class AdaGC(ClipPolicy):
             raise TypeError("shapes must be a list of tuples of integers")
         size = rules.HEADER + len(shapes)
         return range(size, size + 1)
+
+
+def _shared(shapes: Iterable[torch.Size]) -> list[torch.Size]:
+    """The shapes, where equal ones are one object: thousands of them would not stay in the cache between calls."""
+    known: dict[torch.Size, torch.Size] = {}
+    return [known.setdefault(shape, shape) for shape in shapes]
 
 
 def _is_list(value: object) -> bool:
