@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import clip, commands, host, monitor, predict, problem, real_model, report, summary
+from . import clip, commands, host, models, monitor, predict, problem, real_model, report, summary
 from .arguments import device, name, positive, several, shapes
 from .operation import LAYOUTS, MODES
 from .operations import FAMILIES, OPERATIONS
@@ -79,6 +79,8 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     text = "swap the LayerNorms of a pretrained model, and compare results and time"
     add("real-model", real_model.main, text, files, timing)
     add("monitor", monitor.main, "time what a monitor adds to the training steps of that model", files, timing)
+    text = "time what convert gains in whole models, in inference and in training"
+    _add_models(add("models", models.main, text, files, timing))
     fill = add("summary", summary.main, "fill in the documents' tables from the files of results")
     fill("documents", nargs="*", type=Path, default=summary.DOCUMENTS, help="default: all that have such tables")
     return parser, list(children.choices)
@@ -133,6 +135,13 @@ def _add_clip(add: Callable) -> None:
     text = f"of: {', '.join(clip.LISTS)} (default: {', '.join(clip.USUAL)})"
     add("--lists", type=several(name(clip.LISTS, "list")), metavar="L", help=text)
     add("--dtypes", type=several(name(DTYPES, "dtype")), metavar="D", default=("fp32",), help="default: fp32")
+
+
+def _add_models(add: Callable) -> None:
+    text = f"of: {', '.join(models.MODELS)} (default: all)"
+    add("models", nargs="*", type=name(models.MODELS, "model"), help=text)
+    known = models.DTYPES
+    add("--dtypes", type=several(name(known, "dtype")), metavar="D", default=("fp32",), help="fp32, bf16 (autocast)")
 
 
 def _add_codegen(add: Callable) -> None:

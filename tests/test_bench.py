@@ -1,6 +1,7 @@
 """The benchmark's own arithmetic, verdicts and files; nothing here depends on how fast anything is."""
 
 import csv
+import importlib
 import json
 import math
 import os
@@ -8,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from bench import ceiling, check, cli, labels, monitor, plots, providers, report, run, timing
+from bench import ceiling, check, cli, labels, models, monitor, plots, providers, report, run, timing
 from bench.operations import OPERATIONS
 from bench.workload import Workload
 
@@ -360,6 +362,37 @@ def test_what_a_monitor_adds_is_weighted():
     assert found["plain_s"] == 2.0
     for name, share in (("ordinary", 0.01), ("measuring", 0.41), ("added", 0.03)):
         assert found[name] == pytest.approx((share, share, share))
+
+
+def a_small_model():
+    return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 4))
+
+
+def test_models_are_compared_and_timed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(models.MODELS, "small", models.Model(a_small_model, (3, 2, 6)))
+    absent = models.Model(lambda: importlib.import_module("no_such_library"), (1, 1))
+    monkeypatch.setitem(models.MODELS, "absent", absent)
+    arguments = ["models", "small", "absent", "--output", str(tmp_path), "--dtypes", "fp32,bf16", *TINY[2:]]
+    assert cli.main(arguments) == 0
+    results = results_of(tmp_path)
+    assert [(r["mode"], r["dtype"]) for r in results] == [(m, d) for d in ("fp32", "bf16") for m in models.MODES]
+    assert all(r["norms"] == 1 and r["original_s"] > 0 and r["agrees"] for r in results)
+    assert "absent is left out: ModuleNotFoundError" in capsys.readouterr().out
+    monkeypatch.setattr(models, "TOLERANCE", dict.fromkeys(models.DTYPES, -1.0))
+    assert cli.main(arguments) == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_models_lose_their_norms_and_nothing_else():
+    timm_layers = pytest.importorskip("timm.layers")
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), timm_layers.BatchNormAct2d(4, act_layer=nn.SiLU), nn.BatchNorm2d(4))
+    forms, norms = models.forms_of(model)
+    assert norms == 2
+    assert [type(module) for module in forms[models.WITHOUT]] == [nn.Conv2d, nn.SiLU, nn.Identity]
+    assert [type(module) for module in forms[models.ORIGINAL]] == list(map(type, model))
+    rounds = {models.ORIGINAL: [2.0, 6.0], models.CONVERTED: [1.0, 2.0], models.WITHOUT: [1.5, 3.0]}
+    found = models.summary(rounds)
+    assert found == {"original_s": 4.0, "speedup": (None, 2.5, None), "share": 0.375}
 
 
 def test_runners_take_turns_and_change_who_goes_first():
