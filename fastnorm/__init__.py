@@ -28,6 +28,7 @@ from .clip import (
     patch_torch_clip,
 )
 from .convert import ConversionReport, convert, revert
+from .convert.hub import hub_layers
 from .monitor import Monitor
 from .ops.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .ops.gated_norm import GatedLayerNorm, GatedRMSNorm
@@ -68,6 +69,7 @@ __all__ = [
     "functional",
     "get_total_norm",
     "gradient_health",
+    "hub_layers",
     "patch_torch_clip",
     "revert",
     "use",
