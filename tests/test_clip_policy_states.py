@@ -152,6 +152,11 @@ DAMAGED = {
     "no shapes": ("adagc", {"shapes": None}, TypeError, "shapes must be a list of tuples of integers"),
     "sizes": ("adagc", {"shapes": [3, 7, 1, 5]}, TypeError, "shapes must be a list of tuples of integers"),
     "half a size": ("adagc", {"shapes": [(1.5,)] * 4}, TypeError, "shapes must be a list of tuples of integers"),
+    "a truth": ("adagc", {"shapes": [(True,)] * 4}, TypeError, "shapes must be a list of tuples of integers"),
+    "nested": ("adagc", {"shapes": [((3,),)] * 4}, TypeError, "shapes must be a list of tuples of integers"),
+    "below 0": ("adagc", {"shapes": [(3, -1)] * 4}, ValueError, r"those of tensors, but one is \(3, -1\)"),
+    "no int64": ("adagc", {"shapes": [(0, 2**63)] * 4}, ValueError, "shapes must be those of tensors"),
+    "too many": ("adagc", {"shapes": [(2**40, 2**40)] * 4}, ValueError, "shapes must be those of tensors"),
     "one name": ("adagc", {"names": "abcd"}, TypeError, "names must be a list of strings"),
     "numbers": ("adagc", {"names": [0, 1, 2, 3]}, TypeError, "names must be a list of strings"),
     "three names": ("adagc", {"names": ["a", "b", "c"]}, ValueError, "one for each of the 4 shapes, but are 3"),
@@ -316,8 +321,15 @@ def test_policies_where_they_cannot_work(served_by):
     for clip, given in ((fastnorm.clip_grad_norm_, parameters), (fastnorm.clip_grad_norm_in_optimizer, optimizer)):
         with pytest.raises(TypeError, match=r"max_norm .* is the class ZClip: create one .*fastnorm\.ZClip\(\)"):
             clip(given, fastnorm.ZClip)
+        with pytest.raises(TypeError, match=r"class ClipPolicy\. .* ZClip, AutoClip, AdaGC and SpikeSkip: create"):
+            clip(given, fastnorm.ClipPolicy)
     with pytest.raises(TypeError, match="ClipPolicy is the base of"):
         fastnorm.ClipPolicy()
+    for policy in (fastnorm.ZClip(), fastnorm.ZClip):
+        with pytest.raises(TypeError, match=r"max_norm must be a number, but is ZClip: .*fastnorm\.clip_grad_norm_"):
+            fastnorm.clip_grads_with_norm_(parameters, policy, torch.tensor(1.0))
+        with pytest.raises(TypeError, match="clip_value must be a number, but is ZClip"):
+            fastnorm.clip_grad_value_(parameters, policy)
     policy = fastnorm.ZClip()
     with pytest.raises(AttributeError, match="alpha"):
         policy.alpha = 0.5

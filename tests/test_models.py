@@ -6,7 +6,6 @@ activation checkpointing. nfnet_l0 has no norms: its trainings compare fastnorm'
 
 import copy
 import functools
-import importlib
 import io
 import itertools
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 import fastnorm
-from helpers.model_zoo import MODELS, TIMM, TRANSFORMERS, Case, output_of, train
+from helpers.model_zoo import MODELS, TIMM, TRANSFORMERS, Case, class_of_transformers, output_of, train
 from helpers.processes import in_processes
 
 all_models = pytest.mark.parametrize("name", MODELS)
@@ -313,12 +312,6 @@ def test_the_documentation_names_what_is_tested():
     paths = (*NORMS_OF_TRANSFORMERS, *GATED_NORMS_OF_TRANSFORMERS)
     for path in (*(path.partition(".")[2] for path in paths), *NORMS_OF_TIMM):
         assert path in text
-
-
-def class_of_transformers(path: str) -> type:
-    pytest.importorskip("transformers", reason="`make test-models` installs it")
-    package, _, name = path.partition(".")
-    return getattr(importlib.import_module(f"transformers.models.{package}.modeling_{package}"), name)
 
 
 @slow

@@ -21,7 +21,7 @@ from ..operators import list_dtype
 from . import distributed, lists, observers
 from .lists import Parameters, Part
 from .policies import AdaGC
-from .policy_base import ClipPolicy, PolicyCall, threshold_of
+from .policy_base import ClipPolicy, PolicyCall, refuse_policy, threshold_of
 
 if TYPE_CHECKING:
     from .distributed import ProcessGroups, Reduction
@@ -95,9 +95,11 @@ def clip_grads_with_norm_(
 
     Raises:
         RuntimeError: for foreach=True on a device without torch._foreach operations.
+        TypeError: for a policy, which only `clip_grad_norm_` takes.
     """
     params, _ = lists.listed(parameters)
     grads = lists.gradients(params)
+    refuse_policy(max_norm, "max_norm")
     max_norm = float(max_norm)
     if not grads:
         return
@@ -195,6 +197,7 @@ def clip_grad_value_(parameters: Parameters, clip_value: float | Tensor, foreach
     Raises:
         RuntimeError: for foreach=True on a device without torch._foreach operations.
     """
+    refuse_policy(clip_value, "clip_value")
     clip_value = float(clip_value)
     grads = lists.gradients(lists.listed(parameters)[0])
     _check_foreach(grads, foreach)

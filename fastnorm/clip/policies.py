@@ -24,6 +24,7 @@ from .policy_base import (
     require_share,
 )
 
+_MOST_ELEMENTS = torch.iinfo(torch.int64).max
 _FIRST_CAPACITY = 256  # of AutoClip's history without a bound
 
 
@@ -148,7 +149,7 @@ class AutoClip(ClipPolicy):
 
     def _sizes(self, state_dict: Mapping[str, Any]) -> range:
         if self.history is None:
-            return range(rules.HEADER + 1, torch.iinfo(torch.int64).max)
+            return range(rules.HEADER + 1, _MOST_ELEMENTS)
         return range(rules.HEADER + self.history, rules.HEADER + self.history + 1)
 
 
@@ -244,8 +245,11 @@ class AdaGC(ClipPolicy):
 
     def _sizes(self, state_dict: Mapping[str, Any]) -> range:
         shapes = state_dict["shapes"]
-        if not _is_list(shapes) or not all(_is_list(s) and all(isinstance(n, int) for n in s) for s in shapes):
+        if not _is_list(shapes) or not all(_is_list(s) and all(type(n) is int for n in s) for s in shapes):
             raise TypeError("shapes must be a list of tuples of integers")
+        for shape in shapes:
+            if any(n < 0 for n in shape) or max(*shape, math.prod(shape), 0) > _MOST_ELEMENTS:
+                raise ValueError(f"shapes must be those of tensors, but one is {tuple(shape)}")
         size = rules.HEADER + len(shapes)
         return range(size, size + 1)
 

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import policy_rules as rules
 
+_BASE = "ClipPolicy is the base of ZClip, AutoClip, AdaGC and SpikeSkip"
 _MOST_NORMS = 2**53  # a float64 that counts to more would stand still
 
 
@@ -77,7 +78,7 @@ class ClipPolicy:
 
     def __post_init__(self) -> None:
         if type(self) is ClipPolicy:
-            raise TypeError("ClipPolicy is the base of ZClip, AutoClip, AdaGC and SpikeSkip: use one of them")
+            raise TypeError(f"{_BASE}: use one of them")
         require_number(self, "max_norm", above=0.0)
 
     @property
@@ -275,10 +276,21 @@ def threshold_of(max_norm: float | Tensor | ClipPolicy) -> float | ClipPolicy:
 
 
 def refuse_class(value: object, argument: str) -> None:
+    if value is ClipPolicy:
+        raise TypeError(f"{argument} must be a number or a policy, but is the class ClipPolicy. {_BASE}: create one of "
+                        "them before the loop, and give the same one to every call")  # fmt: skip
     if isinstance(value, type) and issubclass(value, ClipPolicy):
         name = value.__name__
         raise TypeError(f"{argument} must be a number or a ClipPolicy, but is the class {name}: create one before the "
                         f"loop, policy = fastnorm.{name}(), and give the same one to every call")  # fmt: skip
+
+
+def refuse_policy(value: object, argument: str) -> None:
+    """Raises TypeError for a policy, or the class of one, where only a number may stand."""
+    kind = value if isinstance(value, type) else type(value)
+    if issubclass(kind, ClipPolicy):
+        raise TypeError(f"{argument} must be a number, but is {kind.__name__}: policies are for "
+                        "fastnorm.clip_grad_norm_, which computes the norm and clips by it")  # fmt: skip
 
 
 def is_capturing(device: torch.device) -> bool:

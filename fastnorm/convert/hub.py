@@ -7,63 +7,53 @@ OLMo 2. So the first forward of each norm asks `recognise` and `verify`, as `con
 
 from __future__ import annotations
 
+import inspect
 import sys
-import threading
-from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..ops.gated_norm import GatedLayerNorm, GatedRMSNorm, gated_layer_norm, gated_rms_norm
-from ..ops.layer_norm import LayerNorm, layer_norm
-from ..ops.rms_norm import RMSNorm, rms_norm
-from .recognise import KINDS, MODULE_STATE, own_parameters, proposals
+from .. import functional
+from ..ops.gated_norm import GatedLayerNorm, GatedRMSNorm
+from ..ops.layer_norm import LayerNorm
+from ..ops.rms_norm import RMSNorm
+from .recognise import KINDS, MODULE_STATE, Proposal, own_parameters, proposals
 from .verify import fingerprint, verified
 
-# What a class of fastnorm's calls, whether with a bias, and the attributes that it passes on.
-_CALLS: dict[type, tuple[Callable[..., Tensor], bool, tuple[str, ...]]] = {
-    LayerNorm: (layer_norm, True, ("zero_centered",)),
-    RMSNorm: (rms_norm, False, ("zero_centered", "rounding")),
-    GatedLayerNorm: (gated_layer_norm, True, ("zero_centered", "activation", "norm_before_gate", "group_size")),
-    GatedRMSNorm: (
-        gated_rms_norm, True, ("zero_centered", "rounding", "activation", "norm_before_gate", "group_size")
-    ),
-}  # fmt: skip
+_CALL = "_fastnorm_call"
+_TARGETS = (LayerNorm, RMSNorm, GatedLayerNorm, GatedRMSNorm)
 
 
-class _Call(NamedTuple):
-    """A functional and its arguments. tensors and eps_name: attributes of the module, read in every forward.
+@dataclass(frozen=True)
+class _Call:
+    """A function of fastnorm.functional and its arguments, as constants that torch.compile takes.
 
-    eps: for a module that has it nowhere but in its forward.
+    tensors, eps_name: the module's attributes, which every forward reads. eps: where the module has no such attribute.
     """
 
-    function: Callable[..., Tensor]
+    function: str
     normalized_shape: tuple[int, ...]
     tensors: tuple[str | None, ...]
     eps_name: str | None
     eps: float | None
-    options: dict[str, Any]
-
-    def __call__(self, module: nn.Module, *inputs: Tensor) -> Tensor:
-        tensors = [None if name is None else getattr(module, name) for name in self.tensors]
-        eps = self.eps if self.eps_name is None else getattr(module, self.eps_name)
-        return self.function(*inputs, self.normalized_shape, *tensors, eps, **self.options)
+    options: tuple[tuple[str, Any], ...]
 
 
 class Norm(nn.Module):
-    """A norm of one input. The package allows a layer these two attributes and a forward, and nothing else."""
+    """A norm of one input. A layer may have these two attributes and a forward, and nothing else."""
 
     has_backward = True
     can_torch_compile = True
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        call = _call_of(self)
+        _recognise(self)
+        call: _Call | None = self._fastnorm_call  # type: ignore[assignment]
         if call is None:
             return type(self).forward(self, hidden_states)
-        return call(self, hidden_states)
+        return _run(call, self, hidden_states)
 
 
 class GatedNorm(nn.Module):
@@ -73,10 +63,11 @@ class GatedNorm(nn.Module):
     can_torch_compile = True
 
     def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
-        call = _call_of(self)
+        _recognise(self)
+        call: _Call | None = self._fastnorm_call  # type: ignore[assignment]
         if call is None or not isinstance(gate, Tensor) or gate.shape != hidden_states.shape:
             return type(self).forward(self, hidden_states, gate)
-        return call(self, hidden_states, gate)
+        return _run(call, self, hidden_states, gate)
 
 
 _LAYERS: dict[str, type[nn.Module]] = {
@@ -126,38 +117,27 @@ def hub_layers() -> dict[str, dict[Any, InstalledLayer]]:
     return {name: {device: InstalledLayer(name) for device in devices} for name in _LAYERS}
 
 
-_calls: WeakKeyDictionary[nn.Module, _Call | None] = WeakKeyDictionary()
+def _run(call: _Call, module: nn.Module, *inputs: Tensor) -> Tensor:
+    tensors = [None if name is None else getattr(module, name) for name in call.tensors]
+    eps = call.eps if call.eps_name is None else getattr(module, call.eps_name)
+    function = getattr(functional, call.function)
+    return function(*inputs, call.normalized_shape, *tensors, eps, **dict(call.options))
+
+
 # By fingerprint: equal norms are verified once. The module keeps objects alive whose ids are in the fingerprint.
 _known: dict[tuple[Any, ...], tuple[_Call | None, nn.Module]] = {}
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _call_of(module: nn.Module) -> _Call | None:
-    """The call that computes what the module does; None if that is not known. torch.compile asks while it traces."""
-    try:
-        return _calls[module]
-    except KeyError:
-        _calls[module] = found = _in_a_thread(_recognised, module)
-        return found
+def _recognise(module: nn.Module) -> None:
+    """Keeps, as an attribute of the module, the call that computes what it does; None if that is not known.
 
-
-def _in_a_thread(function: Callable[[nn.Module], _Call | None], module: nn.Module) -> _Call | None:
-    """The function's result. Autocast, checkpointing's hooks and fake tensors of the caller's thread don't reach it."""
-    results: list[_Call | None] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(function(module))
-        except BaseException as error:  # noqa: BLE001  raised in the caller's thread
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="fastnorm.hub_layers")
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
+    torch.compile runs this while it traces, and traces what the attribute says, as any other of the module.
+    """
+    if _CALL not in vars(module):
+        # in a thread of its own, where the caller's autocast, fake tensors and hooks of checkpointing are not in force
+        with ThreadPoolExecutor(1) as thread:
+            vars(module)[_CALL] = thread.submit(_recognised, module).result()
 
 
 def _recognised(module: nn.Module) -> _Call | None:
@@ -166,8 +146,8 @@ def _recognised(module: nn.Module) -> _Call | None:
     if key not in _known:
         candidates = proposals(like, KINDS)
         proposal = verified(like, candidates)[0] if candidates.found else None
-        known = proposal is not None and proposal.target in _CALLS
-        _known[key] = _call(proposal.target, proposal.attributes, dict(proposal.names), like) if known else None, like
+        known = _call(proposal, like) if proposal is not None and proposal.target in _TARGETS else None
+        _known[key] = known, like
     return _known[key][0]
 
 
@@ -175,7 +155,7 @@ def _without_storage(module: nn.Module) -> nn.Module:
     """A module of the same class and attributes, without the replaced forward, whose tensors are on the meta device."""
     like: nn.Module = object.__new__(type(module))
     state = dict(vars(nn.Module()))
-    state |= {key: value for key, value in vars(module).items() if key not in MODULE_STATE and key != "forward"}
+    state |= {key: value for key, value in vars(module).items() if key not in MODULE_STATE | {"forward"}}
     state["_parameters"] = {
         name: p if p is None else nn.Parameter(_empty(p), p.requires_grad) for name, p in own_parameters(module).items()
     }
@@ -189,12 +169,17 @@ def _empty(like: Tensor) -> Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device="meta")
 
 
-def _call(target: type, attributes: Mapping[str, Any], names: Mapping[str, str], like: nn.Module) -> _Call:
-    function, has_bias, passed = _CALLS[target]
+def _call(proposal: Proposal, like: nn.Module) -> _Call:
+    names, attributes = dict(proposal.names), proposal.attributes
+    arguments = inspect.signature(getattr(functional, proposal.operation)).parameters.values()
     parameters = own_parameters(like)
-    tensors = [names.get(name, name) for name in (("weight", "bias") if has_bias else ("weight",))]
-    present = tuple(name if parameters.get(name) is not None else None for name in tensors)
+    tensors = [names.get(argument.name, argument.name) for argument in arguments if argument.name in ("weight", "bias")]
     eps = names.get("eps", "eps")
-    options = {name: attributes[name] for name in passed}
-    shape = tuple(attributes["normalized_shape"])
-    return _Call(function, shape, present, eps if eps in vars(like) else None, attributes["eps"], options)
+    return _Call(
+        proposal.operation,
+        tuple(attributes["normalized_shape"]),
+        tuple(name if parameters.get(name) is not None else None for name in tensors),
+        eps if eps in vars(like) else None,
+        attributes["eps"],
+        tuple((a.name, attributes[a.name]) for a in arguments if a.kind is a.KEYWORD_ONLY),
+    )

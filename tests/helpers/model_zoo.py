@@ -1,5 +1,6 @@
 """Real models from transformers and timm in small, random configurations, and how they are trained."""
 
+import importlib
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -106,6 +107,13 @@ TRANSFORMERS = {
     "FalconH1": Case(_transformers("FalconH1", **_FALCON_H1), _tokens, 7),
 }
 MODELS = TIMM | TRANSFORMERS
+
+
+def class_of_transformers(path: str) -> type:
+    """By its package and name, such as "llama.LlamaRMSNorm"."""
+    pytest.importorskip("transformers", reason="`make test-models` installs it")
+    package, _, name = path.partition(".")
+    return getattr(importlib.import_module(f"transformers.models.{package}.modeling_{package}"), name)
 
 
 def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
