@@ -82,6 +82,7 @@ class InstalledLayer:
     layer_name: str
 
     def load(self) -> type[nn.Module]:
+        torch.compiler.assume_constant_result(_recognise)  # marks it; not at the import, which would load the compiler
         return _LAYERS[self.layer_name]
 
     def __str__(self) -> str:
@@ -128,7 +129,6 @@ def _run(call: _Call, module: nn.Module, *inputs: Tensor) -> Tensor:
 _known: dict[tuple[Any, ...], tuple[_Call | None, nn.Module]] = {}
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _recognise(module: nn.Module) -> None:
     """Keeps, as an attribute of the module, the call that computes what it does; None if that is not known.
 
