@@ -303,6 +303,53 @@ def test_norms_of_timm(name, act, memory_format):
         torch.testing.assert_close(list(model.buffers()), list(original.buffers()))
 
 
+NORMS_OF_DIFFUSERS = {
+    "FP32LayerNorm": [({}, "LayerNorm"), ({"bias": False}, "LayerNorm"), ({"elementwise_affine": False}, "LayerNorm")],
+    "RMSNorm": [
+        ({}, "WeightTypedRMSNorm"), ({"elementwise_affine": False}, "UnweightedRMSNorm"), ({"bias": True}, None)
+    ],
+    "MochiRMSNorm": [({}, "RMSNorm")],
+}  # fmt: skip
+
+
+@slow
+@pytest.mark.parametrize(
+    "name, options, replacement", [(name, *case) for name, cases in NORMS_OF_DIFFUSERS.items() for case in cases]
+)
+def test_norms_of_diffusers(name, options, replacement):
+    """In float32 and bfloat16, and in mixtures of both: values, gradients and dtypes."""
+    module = pytest.importorskip("diffusers.models.normalization", reason="`make test-models` installs it")
+    original = getattr(module, name)(32, eps=1e-5, **options)
+    for parameter in original.parameters():
+        nn.init.normal_(parameter, 1.0)
+    norm = copy.deepcopy(original)
+    (report,) = fastnorm.convert(norm).norms
+    assert report.replacement == replacement, report.reason
+    for parameters, dtype in itertools.product((torch.float32, torch.bfloat16), repeat=2):
+        results = []
+        for m in (norm.to(parameters), original.to(parameters)):
+            torch.manual_seed(0)
+            x = torch.randn(3, 5, 32).to(dtype).requires_grad_()
+            y, dy = m(x), torch.randn(3, 5, 32)  # of Σ y² without a weight, the gradient would be rounding alone
+            results.append([y, *torch.autograd.grad((y.float() * dy).sum(), [x, *m.parameters()])])
+        tolerance = {} if parameters == dtype == torch.float32 else {"rtol": 5e-2, "atol": 5e-2}
+        for actual, expected in zip(*results, strict=True):
+            assert actual.dtype == expected.dtype
+            scale = expected.abs().max()
+            torch.testing.assert_close(actual / scale, expected / scale, **tolerance)
+
+
+@slow
+def test_adaptive_norms_of_diffusers():
+    """What takes an embedding is left, and the norm in it is swapped."""
+    module = pytest.importorskip("diffusers.models.normalization", reason="`make test-models` installs it")
+    original = module.AdaLayerNormContinuous(32, 8)
+    norm, x, embedding = copy.deepcopy(original), torch.randn(2, 5, 32), torch.randn(2, 8)
+    (swapped,) = fastnorm.convert(norm).swapped
+    assert (swapped.name, swapped.replacement) == ("norm", "LayerNorm")
+    torch.testing.assert_close(norm(x, embedding), original(x, embedding))
+
+
 def test_the_documentation_names_what_is_tested():
     text = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("| t")]
@@ -310,7 +357,7 @@ def test_the_documentation_names_what_is_tested():
     assert set(found) == set(MODELS)
     assert all(str(case.norms or "none") in found[name] for name, case in MODELS.items())
     paths = (*NORMS_OF_TRANSFORMERS, *GATED_NORMS_OF_TRANSFORMERS)
-    for path in (*(path.partition(".")[2] for path in paths), *NORMS_OF_TIMM):
+    for path in (*(path.partition(".")[2] for path in paths), *NORMS_OF_TIMM, *NORMS_OF_DIFFUSERS):
         assert path in text
 
 

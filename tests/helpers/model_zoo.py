@@ -73,6 +73,12 @@ def _images(size: int) -> Callable[[torch.Generator], dict[str, Tensor]]:
 
 _DECODER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
             "num_key_value_heads": 2, "head_dim": 8, "use_cache": False}  # fmt: skip
+# without experts: which of them a token goes to may change with a rounding
+_DEEPSEEK_V3 = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+    "v_head_dim": 8, "first_k_dense_replace": 2, "use_cache": False,
+}  # fmt: skip
 _MAMBA2 = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2,
            "chunk_size": 8, "use_cache": False}  # fmt: skip
 _QWEN3_NEXT = _DECODER | {  # one head: with more, aot_eager can't run the original's backward
@@ -97,6 +103,7 @@ TIMM = {
 TRANSFORMERS = {
     "Llama": Case(_transformers("Llama", **_DECODER), _tokens, 5),
     "Qwen3": Case(_transformers("Qwen3", **_DECODER), _tokens, 9),
+    "DeepseekV3": Case(_transformers("DeepseekV3", **_DEEPSEEK_V3), _tokens, 9),
     "Gemma": Case(_transformers("Gemma", **_DECODER), _tokens, 5),
     "Gemma3": Case(_transformers("Gemma3", **_DECODER), _tokens, 13),
     "BERT": Case(_transformers("Bert", **_BERT), _tokens, 6),
