@@ -1,4 +1,4 @@
-"""How kernels see the tensors of a call: row norms as (rows, cols), batch_norm and group_norm as 3-D blocks.
+"""How kernels see the tensors of a call: row norms as rows at their strides, batch_norm and group_norm as 3-D blocks.
 
 This is for launchers in Python; csrc/cpu/views.h has the same for C++. Operators make these views themselves, so what
 they return is no view of an argument and may be written to.
@@ -7,7 +7,8 @@ they return is no view of an argument and may be written to.
 from __future__ import annotations
 
 import math
-from typing import overload
+from collections.abc import Sequence
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -16,15 +17,59 @@ _CHANNELS_LAST = {4: (1, 3, 2, 0), 5: (1, 4, 3, 2, 0)}  # dimensions by ascendin
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def as_rows(x: Tensor | None, dims: int) -> Tensor | None:
-    """Views x as (rows, cols): the last `dims` dimensions are the columns, which are adjacent in memory.
+class RowLevels(NamedTuple):
+    """The rows of tensors of one shape, which are read in place. The leading dimensions are collapsed into as few
+    levels as the strides of all tensors allow, up to three, as of (B, S, H, D)."""
 
-    Rows may be at any distance. Makes a copy only where the strides demand one.
-    """
-    if x is None:
-        return None
-    rows = x if x.dim() == 2 and dims == 1 else x.reshape(-1, math.prod(x.shape[-dims:]))
-    return rows if rows.stride(1) == 1 else rows.clone(memory_format=torch.contiguous_format)
+    tensors: list[Tensor | None]
+    rows: int
+    cols: int
+    sizes: tuple[int, ...]  # of the levels but the outermost, from the innermost on; () where each has one stride
+    strides: list[tuple[int, ...]]  # of each tensor, from the innermost level on; zeros for None
+
+
+def row_levels(tensors: Sequence[Tensor | None], dims: int) -> RowLevels:
+    """The tensors' rows, of which the last `dims` dimensions are the columns. Copies those whose columns are not
+    adjacent, or whose rows have more than one stride where there would be more than three levels."""
+    tensors = [t if t is None or _is_adjacent(t, dims) else _copied(t) for t in tensors]
+    given = [t for t in tensors if t is not None]
+    shape = given[0].shape
+    rows, cols, levels = math.prod(shape[:-dims]), math.prod(shape[-dims:]), _levels(given, dims)
+    if len(levels) > 3 or (len(levels) > 1 and rows >= 2**31):  # kernels divide numbers of 31 bits
+        tensors = [t if t is None or len(_levels([t], dims)) <= 1 else _copied(t) for t in tensors]
+        given = [t for t in tensors if t is not None]
+        levels = _levels(given, dims)
+    levels.reverse()
+    absent, one_row = (0,) * max(1, len(levels)), (cols,)
+    strides = [absent if t is None else tuple(t.stride(dim) for _, dim in levels) or one_row for t in tensors]
+    return RowLevels(tensors, rows, cols, tuple(size for size, _ in levels[:-1]), strides)
+
+
+def _is_adjacent(x: Tensor, dims: int) -> bool:
+    """Whether the last `dims` dimensions are one run of adjacent elements."""
+    run = 1
+    for n, stride in zip(x.shape[: -dims - 1 : -1], x.stride()[::-1], strict=False):
+        if n != 1 and stride != run:
+            return False
+        run *= n
+    return True
+
+
+def _copied(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _levels(tensors: list[Tensor], dims: int) -> list[tuple[int, int]]:
+    """The size of each level, outermost first, and the innermost of the dimensions that were collapsed into it."""
+    levels: list[tuple[int, int]] = []
+    for dim, n in enumerate(tensors[0].shape[:-dims]):
+        if n == 1:
+            continue
+        if levels and all(t.stride(levels[-1][1]) == n * t.stride(dim) for t in tensors):
+            levels[-1] = levels[-1][0] * n, dim
+        else:
+            levels.append((n, dim))
+    return levels
 
 
 def contiguous(parameter: Tensor | None) -> Tensor | None:

@@ -23,6 +23,7 @@ from .tiles import (
     load_weight,
     reciprocal_sqrt,
     rounded_to,
+    row_offsets,
     store_gradient,
     store_h,
     store_tile,
@@ -47,10 +48,10 @@ def _join_lanes(lane_mean, lane_m2, n_cols, TILE: tl.constexpr):
     return mean, shift, tl.maximum(var - shift * shift, 0.0, tl.PropagateNan.ALL)
 
 
-@jit
+@jit(do_not_specialize=["divisions"])
 def _row_norm_long_forward_kernel(
     x_ptr, residual_ptr, gate_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr,
-    n_cols, x_stride, residual_stride, gate_stride,
+    n_cols, x_steps, residual_steps, gate_steps, divisions,
     EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr,
     CAST: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -61,11 +62,11 @@ def _row_norm_long_forward_kernel(
     stat = rstd_ptr.dtype.element_ty
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1) if GROUPS > 1 else 0
     first = group * n_cols
-    x_row, y_row = x_ptr + (row * x_stride + first), y_ptr + (row * (GROUPS * n_cols) + first)
+    x_row, y_row = x_ptr + (row_offsets(row, x_steps, divisions) + first), y_ptr + (row * (GROUPS * n_cols) + first)
     if residual_ptr is not None:
         h_row = h_ptr + (row * (GROUPS * n_cols) + first)
     if gate_ptr is not None:
-        gate_row = gate_ptr + (row * gate_stride + first)
+        gate_row = gate_ptr + (row_offsets(row, gate_steps, divisions) + first)
     inv_n = 1.0 / tl.cast(n_cols, stat)
     lane_mean = tl.zeros((TILE,), stat)
     lane_m2 = tl.zeros((TILE,), stat)  # of RMSNorm: Σ h² / n
@@ -77,7 +78,7 @@ def _row_norm_long_forward_kernel(
         if gate_ptr is not None and not NORM_BEFORE_GATE:
             h *= activated(load_tile(gate_row + cols, col_mask, stat), SILU)
         if residual_ptr is not None:
-            h += load_tile(residual_ptr + row * residual_stride + first + cols, col_mask, stat)
+            h += load_tile(residual_ptr + row_offsets(row, residual_steps, divisions) + first + cols, col_mask, stat)
             h = store_h(h, h_row + cols, col_mask)
         if mean_ptr is not None:
             lane_count += 1.0
@@ -152,10 +153,10 @@ def _coefficient_sums(
     return c1_sums, c2_sums
 
 
-@jit(do_not_specialize=["n_rows"])  # the same code for every batch: the same bits
+@jit(do_not_specialize=["n_rows", "divisions"])  # the same code for every batch: the same bits
 def _row_norm_long_backward_kernel(
     dy_ptr, dh_ptr, h_ptr, gate_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, dx_ptr, dresidual_ptr, dgate_ptr,
-    dweight_ptr, dbias_ptr, n_rows, n_cols, dy_stride, dh_stride, h_stride, gate_stride,
+    dweight_ptr, dbias_ptr, n_rows, n_cols, dy_steps, dh_steps, h_steps, gate_steps, divisions,
     ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, CAST: tl.constexpr,
     GROUPS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr,
 ):  # fmt: skip
@@ -173,11 +174,11 @@ def _row_norm_long_backward_kernel(
     dweight_sums, dbias_sums = zero_sums(dweight_ptr, 1, TILE, N_TILES), zero_sums(dbias_ptr, 1, TILE, N_TILES)
     for r in range(tl.program_id(1), n_rows, tl.num_programs(1)):
         row = tl.cast(r, tl.int64)
-        h_row = h_ptr + (row * h_stride + group_start + lanes)
-        dy_row = dy_ptr + (row * dy_stride + group_start + lanes)
+        h_row = h_ptr + (row_offsets(row, h_steps, divisions) + group_start + lanes)
+        dy_row = dy_ptr + (row_offsets(row, dy_steps, divisions) + group_start + lanes)
         gate_row = ()
         if gate_ptr is not None:
-            gate_row = (gate_ptr + (row * gate_stride + group_start + lanes),)
+            gate_row = (gate_ptr + (row_offsets(row, gate_steps, divisions) + group_start + lanes),)
         statistics = (tl.load(rstd_ptr + row * GROUPS + group),)
         if mean_ptr is not None:
             statistics = statistics + (tl.load(mean_ptr + row * GROUPS + group),)
@@ -187,7 +188,7 @@ def _row_norm_long_backward_kernel(
         if dh_ptr is not None:
             # a tile ahead: before the store of dx, which might alias it
             last = chunk_start + (N_TILES - 1) * TILE
-            dh_row = dh_ptr + row * dh_stride + group_start + lanes
+            dh_row = dh_ptr + row_offsets(row, dh_steps, divisions) + group_start + lanes
             dh = tl.load(dh_row + last, mask=lanes < n_cols - last, other=0.0)
         coefficients = gradient_coefficients(c1_sums, c2_sums, statistics, n_cols)
         old_dweight_sums, old_dbias_sums = dweight_sums, dbias_sums
@@ -243,23 +244,23 @@ def _row_norm_long_backward_kernel(
             store_tile(dbias_ptr + offsets, dbias_sums[t], col_mask)
 
 
-def forward(arguments, strides, itemsize, features):
-    """Fills y, h, mean and rstd; h and mean may be None. arguments: the forward kernel's pointers, in its order."""
-    (rows, cols), groups = arguments[0].shape, features["GROUPS"]
+def forward(arguments, sizes, steps, itemsize, features):
+    """Fills y, h, mean and rstd; h and mean may be None. arguments: the forward kernel's pointers, in its order; sizes:
+    the rows, and the columns of a group; steps: the kernel's steps and divisions."""
+    (rows, cols), groups = sizes, features["GROUPS"]
     tile, warps = launch.long_tile(itemsize)
     # grid: one program for each group of each row
     _row_norm_long_forward_kernel[(rows, groups)](
-        *arguments, cols // groups, *strides, **features, TILE=tile, **launch.options(warps)
+        *arguments, cols, *steps, **features, TILE=tile, **launch.options(warps)
     )
 
 
-def backward(arguments, partials, strides, tiles, programs, features):
+def backward(arguments, partials, sizes, steps, tiles, programs, features):
     """Fills dx, dresidual, dgate and the (programs, cols) partials of dweight and dbias; all but dx may be None.
-    arguments: the backward kernel's pointers up to dgate."""
-    (rows, cols), groups = arguments[2].shape, features["GROUPS"]
-    cols //= groups
+    arguments: the backward kernel's pointers up to dgate; sizes, steps: as of `forward`."""
+    (rows, cols), groups = sizes, features["GROUPS"]
     # grid: (chunks of the columns, programs that share the rows, groups)
     _row_norm_long_backward_kernel[(launch.column_chunks(cols, tiles), programs, groups)](
-        *arguments, *partials, rows, cols, *strides,
+        *arguments, *partials, rows, cols, *steps,
         **features, TILE=tiles.tile, N_TILES=tiles.count, **launch.options(tiles.warps),
     )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..views import as_rows, contiguous
+from ..views import contiguous, row_levels
 from . import launch, long_row_norm
 from .gates import activated, activation_slope
 from .jit import jit
@@ -28,6 +28,8 @@ from .tiles import (
     reciprocal_sqrt,
     rounded_to,
     row_mean,
+    row_offsets,
+    row_steps,
     store_gradient,
     store_h,
     store_partials,
@@ -69,10 +71,10 @@ def _center(tiles, total, lanes, REFINE: tl.constexpr, N_COLS: tl.constexpr, TIL
     return mean, centered, square_sum
 
 
-@jit(do_not_specialize=["n_rows"])  # the same code for every batch: the same bits
+@jit(do_not_specialize=["n_rows", "divisions"])  # the same code for every batch: the same bits
 def _row_norm_forward_kernel(
     x_ptr, residual_ptr, gate_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr,
-    n_rows, x_stride, residual_stride, gate_stride,
+    n_rows, x_steps, residual_steps, gate_steps, divisions,
     EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr,
     CAST: tl.constexpr, GROUPS: tl.constexpr, REFINE: tl.constexpr,
     N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
@@ -88,13 +90,15 @@ def _row_norm_forward_kernel(
     row_mask = rows < n_rows if ROWS > 1 else None
     # offsets of tile 0, computed once a row; those of the other tiles are constants away
     lanes = tl.arange(0, TILE)[None, :]
-    x_offsets, residual_offsets = rows * x_stride + first + lanes, rows * residual_stride + first + lanes
+    x_offsets = row_offsets(rows, x_steps, divisions) + first + lanes
+    residual_offsets = row_offsets(rows, residual_steps, divisions) + first + lanes
     y_offsets = rows * (GROUPS * N_COLS) + first + lanes
     total, square_sum = tl.zeros((ROWS, TILE), stat), tl.zeros((ROWS, TILE), stat)
     # all loads before the first store of h: it might alias them, so the compiler would not move them ahead of it
     x_tiles = load_tiles(x_ptr, x_offsets, lanes, row_mask, N_COLS, TILE, N_TILES)
     residual_tiles = load_tiles(residual_ptr, residual_offsets, lanes, row_mask, N_COLS, TILE, N_TILES)
-    gate_tiles = load_tiles(gate_ptr, rows * gate_stride + first + lanes, lanes, row_mask, N_COLS, TILE, N_TILES)
+    gate_offsets = row_offsets(rows, gate_steps, divisions) + first + lanes
+    gate_tiles = load_tiles(gate_ptr, gate_offsets, lanes, row_mask, N_COLS, TILE, N_TILES)
     tiles = ()
     for t in tl.static_range(N_TILES):
         h = x_tiles[t].to(stat)
@@ -128,7 +132,7 @@ def _row_norm_forward_kernel(
 
 @triton.jit
 def _load_rows(
-    dy_ptr, h_ptr, gate_ptr, mean_ptr, rstd_ptr, block, group, n_rows, dy_stride, h_stride, gate_stride,
+    dy_ptr, h_ptr, gate_ptr, mean_ptr, rstd_ptr, block, group, n_rows, dy_steps, h_steps, gate_steps, divisions,
     GROUPS: tl.constexpr, N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """A block's tiles of h, dy and the gate, () without one, in the types of the memory, and its statistics: (rstd,
@@ -140,16 +144,19 @@ def _load_rows(
     if mean_ptr is not None:
         statistics = statistics + (tl.load(mean_ptr + row_ids * GROUPS + group, mask=mask, other=0.0)[:, None],)
     cols = group * N_COLS + lanes
-    h_tiles = load_tiles(h_ptr, rows * h_stride + cols, lanes, row_mask, N_COLS, TILE, N_TILES)
-    dy_tiles = load_tiles(dy_ptr, rows * dy_stride + cols, lanes, row_mask, N_COLS, TILE, N_TILES)
-    gate_tiles = load_tiles(gate_ptr, rows * gate_stride + cols, lanes, row_mask, N_COLS, TILE, N_TILES)
+    h_offsets = row_offsets(rows, h_steps, divisions) + cols
+    h_tiles = load_tiles(h_ptr, h_offsets, lanes, row_mask, N_COLS, TILE, N_TILES)
+    dy_offsets = row_offsets(rows, dy_steps, divisions) + cols
+    dy_tiles = load_tiles(dy_ptr, dy_offsets, lanes, row_mask, N_COLS, TILE, N_TILES)
+    gate_offsets = row_offsets(rows, gate_steps, divisions) + cols
+    gate_tiles = load_tiles(gate_ptr, gate_offsets, lanes, row_mask, N_COLS, TILE, N_TILES)
     return h_tiles, dy_tiles, gate_tiles, statistics
 
 
-@jit(do_not_specialize=["n_rows", "n_blocks"])  # the same code for every batch: the same bits
+@jit(do_not_specialize=["n_rows", "n_blocks", "divisions"])  # the same code for every batch: the same bits
 def _row_norm_backward_kernel(
     dy_ptr, dh_ptr, h_ptr, gate_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, dx_ptr, dresidual_ptr, dgate_ptr,
-    dweight_ptr, dbias_ptr, n_rows, n_blocks, dy_stride, dh_stride, h_stride, gate_stride,
+    dweight_ptr, dbias_ptr, n_rows, n_blocks, dy_steps, dh_steps, h_steps, gate_steps, divisions,
     ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, CAST: tl.constexpr,
     GROUPS: tl.constexpr, PREFETCH: tl.constexpr,
     N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
@@ -170,14 +177,15 @@ def _row_norm_backward_kernel(
     # through the loop what both copies share
     tl.assume(tl.program_id(0) < n_blocks)
     loaded = _load_rows(
-        dy_ptr, h_ptr, gate_ptr, mean_ptr, rstd_ptr, tl.program_id(0), group, n_rows, dy_stride, h_stride, gate_stride,
-        GROUPS, N_COLS, TILE, N_TILES, ROWS,
+        dy_ptr, h_ptr, gate_ptr, mean_ptr, rstd_ptr, tl.program_id(0), group, n_rows, dy_steps, h_steps, gate_steps,
+        divisions, GROUPS, N_COLS, TILE, N_TILES, ROWS,
     )
     for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
         h_tiles, dy_tiles, gate_tiles, statistics = loaded
         rows = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
         offsets = rows * (GROUPS * N_COLS) + first + lanes
-        dh_tiles = load_tiles(dh_ptr, rows * dh_stride + first + lanes, lanes, rows < n_rows, N_COLS, TILE, N_TILES)
+        dh_offsets = row_offsets(rows, dh_steps, divisions) + first + lanes
+        dh_tiles = load_tiles(dh_ptr, dh_offsets, lanes, rows < n_rows, N_COLS, TILE, N_TILES)
         c1_sums, c2_sums = tl.zeros((ROWS, TILE), stat), tl.zeros((ROWS, TILE), stat)
         new_dweight_sums, new_dbias_sums, x_factors, wdy_factors = (), (), (), ()
         for t in tl.static_range(N_TILES):
@@ -212,8 +220,8 @@ def _row_norm_backward_kernel(
         next_block = block + tl.num_programs(0)
         if PREFETCH:
             loaded = _load_rows(
-                dy_ptr, h_ptr, gate_ptr, mean_ptr, rstd_ptr, next_block, group, n_rows, dy_stride, h_stride,
-                gate_stride, GROUPS, N_COLS, TILE, N_TILES, ROWS,
+                dy_ptr, h_ptr, gate_ptr, mean_ptr, rstd_ptr, next_block, group, n_rows, dy_steps, h_steps,
+                gate_steps, divisions, GROUPS, N_COLS, TILE, N_TILES, ROWS,
             )
         coefficients = gradient_coefficients(c1_sums, c2_sums, statistics, N_COLS)
         for t in tl.static_range(N_TILES):
@@ -230,8 +238,8 @@ def _row_norm_backward_kernel(
             store_gradient(dx_ptr, dresidual_ptr, offsets + t * TILE, dx, mask)
         if not PREFETCH:  # there are no registers for two blocks
             loaded = _load_rows(
-                dy_ptr, h_ptr, gate_ptr, mean_ptr, rstd_ptr, next_block, group, n_rows, dy_stride, h_stride,
-                gate_stride, GROUPS, N_COLS, TILE, N_TILES, ROWS,
+                dy_ptr, h_ptr, gate_ptr, mean_ptr, rstd_ptr, next_block, group, n_rows, dy_steps, h_steps,
+                gate_steps, divisions, GROUPS, N_COLS, TILE, N_TILES, ROWS,
             )
     store_partials(dweight_ptr, dweight_sums, first, GROUPS * N_COLS, N_COLS, TILE, N_TILES)
     store_partials(dbias_ptr, dbias_sums, first, GROUPS * N_COLS, N_COLS, TILE, N_TILES)
@@ -248,16 +256,17 @@ def row_norm_forward(
     residual; mean: (rows · groups,), None if it is not subtracted; rstd: (rows · groups,)."""
     y = empty_like(x, out_dtype)
     h = None if residual is None else empty_like(x, residual_dtype)
-    x, residual, gate = as_rows(x, dims), as_rows(residual, dims), as_rows(gate, dims)
+    levels = row_levels((x, residual, gate), dims)
+    x, residual, gate = levels.tensors
     weight, bias = contiguous(weight), contiguous(bias)
-    rows, cols = x.shape[0], x.shape[1] // groups
+    rows, cols = levels.rows, levels.cols // groups
     rstd = x.new_empty(rows * groups, dtype=stat_dtype(x, residual, gate, h))
     mean = torch.empty_like(rstd) if subtract_mean else None
     if rows == 0:
         return y, h, mean, rstd
     arguments = (x, residual, gate, weight, bias, y, h, mean, rstd)
     launch.check_groups(groups)
-    strides = (x.stride(0), *(0 if t is None else t.stride(0) for t in (residual, gate)))
+    steps, divisions = row_steps(levels)
     features = dict(
         EPS=eps, ZERO_CENTERED=zero_centered, SILU=silu, NORM_BEFORE_GATE=norm_before_gate,
         CAST=triton_dtype(cast_dtype), GROUPS=groups,
@@ -265,7 +274,7 @@ def row_norm_forward(
     itemsize = launch.access_bytes((x, residual, gate, h, y))
     with launch.on_device(x):
         if launch.is_long(cols, itemsize):
-            long_row_norm.forward(arguments, strides, itemsize, features)
+            long_row_norm.forward(arguments, (rows, cols), (*steps, divisions), itemsize, features)
         else:
             tiles = launch.row_tiles(cols, itemsize)
             is_product = gate is not None and not norm_before_gate  # of 16-bit numbers: not itself one
@@ -273,7 +282,7 @@ def row_norm_forward(
             refines = subtract_mean and launch.refines(cols, dtype)
             # grid: one program for each group of each block of tiles.rows rows
             _row_norm_forward_kernel[(launch.ceil_div(rows, tiles.rows), groups)](
-                *arguments, rows, *strides,
+                *arguments, rows, *steps, divisions,
                 **features, REFINE=refines, N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows,
                 **launch.options(tiles.warps),
             )  # fmt: skip
@@ -293,9 +302,10 @@ def row_norm_backward(
     dx = empty_like(h, x_dtype)
     dresidual = None if residual_dtype in (None, x_dtype) else empty_like(h, residual_dtype)
     dgate = None if gate is None else empty_like(h, gate.dtype)
-    dy, dh, h, gate = as_rows(dy, dims), as_rows(dh, dims), as_rows(h, dims), as_rows(gate, dims)
+    levels = row_levels((dy, dh, h, gate), dims)
+    dy, dh, h, gate = levels.tensors
     weight, bias = contiguous(weight), contiguous(bias)
-    rows, cols = h.shape[0], h.shape[1] // groups
+    rows, cols = levels.rows, levels.cols // groups
     if rows == 0:
         return dx, dresidual, dgate, *(None if d is None else h.new_zeros(shape, dtype=d) for d in dtypes)
     launch.check_groups(groups)
@@ -305,7 +315,7 @@ def row_norm_backward(
     if gate is None or not norm_before_gate:
         bias = None  # which only z needs
     arguments = (dy, dh, h, gate, weight, bias, mean, rstd, dx, dresidual, dgate)
-    strides = (dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0), 0 if gate is None else gate.stride(0))
+    steps, divisions = row_steps(levels)
     features = dict(
         ZERO_CENTERED=zero_centered, SILU=silu, NORM_BEFORE_GATE=norm_before_gate, CAST=triton_dtype(cast_dtype),
         GROUPS=groups,
@@ -318,16 +328,16 @@ def row_norm_backward(
     wanted = sum(d is not None for d in dtypes)
     passes = 3 + (dh is not None) + 2 * (gate is not None)
     programs = launch.backward_programs(rows, tiles, multiprocessors, itemsize, wanted, passes)
-    partials = empty_partials(h, programs, dtypes, rstd.dtype)
+    partials = empty_partials(h, (programs, levels.cols), dtypes, rstd.dtype)
     with launch.on_device(h):
         if is_kept:
             # grid: as many programs as are resident; each takes every programs-th block of rows
             _row_norm_backward_kernel[(programs, groups)](
-                *arguments, *partials, rows, launch.ceil_div(rows, tiles.rows), *strides, **features,
+                *arguments, *partials, rows, launch.ceil_div(rows, tiles.rows), *steps, divisions, **features,
                 PREFETCH=launch.prefetches(tiles, itemsize), N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count,
                 ROWS=tiles.rows, **launch.options(tiles.warps, tiles.resident),
             )  # fmt: skip
         else:
-            long_row_norm.backward(arguments, partials, strides, tiles, programs, features)
+            long_row_norm.backward(arguments, partials, (rows, cols), (*steps, divisions), tiles, programs, features)
         dweight, dbias = column_sums(partials, dtypes, shape=shape)
     return dx, dresidual, dgate, dweight, dbias

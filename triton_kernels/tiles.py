@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..views import RowLevels
 from . import launch
 from .jit import jit
 
@@ -24,6 +25,22 @@ def all_true(lanes):
     """A mask of lanes' shape that is true everywhere, which compilers drop. It stands where None would do: before
     Triton 3.7 a function called in a kernel can't return None."""
     return tl.full(lanes.shape, True, tl.int1)
+
+
+@triton.jit
+def row_offsets(rows, steps, divisions):
+    """Where rows begin in a tensor, int64. divisions: None where its rows have one stride, `steps`; otherwise what
+    `row_steps` made. A row's number is divided once, not once an element."""
+    if divisions is None:
+        return rows * steps
+    else:
+        offsets = rows * steps[0]
+        quotients = rows.to(tl.uint32)
+        for level in tl.static_range(1, len(steps)):
+            multiplier = tl.cast(divisions[2 * level - 2], tl.uint32)
+            quotients = tl.umulhi(quotients, multiplier) >> tl.cast(divisions[2 * level - 1], tl.uint32)
+            offsets += quotients.to(tl.int64) * steps[level]
+        return offsets
 
 
 @triton.jit
@@ -305,11 +322,29 @@ def column_sums(
     return sums
 
 
+def row_steps(levels: RowLevels) -> tuple[list[int | tuple[int, ...]], tuple[int, ...] | None]:
+    """The steps of each tensor and the divisions of `row_offsets`.
+
+    With rows of levels of n₀ and n₁ rows, row i begins at i · steps[0] + ⌊i / n₀⌋ · steps[1] + ⌊i / (n₀n₁)⌋ · steps[2]:
+    a step goes from the end of the level within to where the next row begins. A division of 0 ≤ i < 2³¹ is the upper
+    half of a product, shifted (Granlund & Montgomery 1994); the multiplier has 32 bits, here as those of an int32."""
+    if not levels.sizes:
+        return [stride for (stride,) in levels.strides], None
+    steps, divisions = [], []
+    for strides in levels.strides:
+        inner = (size * stride for size, stride in zip(levels.sizes, strides, strict=False))
+        steps.append((strides[0], *(stride - end for stride, end in zip(strides[1:], inner, strict=True))))
+    for size in levels.sizes:
+        bits = (size - 1).bit_length()
+        divisions += [launch.ceil_div(1 << (31 + bits), size) - (1 << 32), bits - 1]
+    return steps, tuple(divisions)
+
+
 def empty_like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """An uninitialised contiguous tensor of x's shape. It takes the host half of new_empty's time."""
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def empty_partials(x: torch.Tensor, programs: int, dtypes: list[torch.dtype | None], dtype: torch.dtype):
+def empty_partials(x: torch.Tensor, shape: tuple[int, int], dtypes: list[torch.dtype | None], dtype: torch.dtype):
     """A (programs, cols) tensor in `dtype` for each parameter gradient that is wanted; None for a None in dtypes."""
-    return [None if d is None else x.new_empty((programs, x.shape[1]), dtype=dtype) for d in dtypes]
+    return [None if d is None else x.new_empty(shape, dtype=dtype) for d in dtypes]

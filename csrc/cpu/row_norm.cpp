@@ -72,15 +72,16 @@ ForwardResult make_results(const ForwardCall& call, at::ScalarType statistics_dt
 // The tensors of a forward, row by row, or those of one group of their columns.
 template <typename S>
 struct ForwardRows {
-  ForwardRows(const ForwardCall& call, const ForwardResult& result)
-      : ForwardRows(call, result, working_dtype<S>({&call.x, &call.residual, &call.gate, &result.h, &result.y})) {}
+  ForwardRows(const ForwardCall& call, const ForwardResult& result, const RowLevels& levels)
+      : ForwardRows(call, result, levels,
+                    working_dtype<S>({&call.x, &call.residual, &call.gate, &result.h, &result.y})) {}
 
-  ForwardRows(const ForwardCall& call, const ForwardResult& result, Dtype working)
-      : x(call.x, working),
-        residual(call.residual, working),
-        gate(call.gate, working),
-        h(as_rows(result.h, call.dims), working),
-        y(as_rows(result.y, call.dims), working),
+  ForwardRows(const ForwardCall& call, const ForwardResult& result, const RowLevels& levels, Dtype working)
+      : x(call.x, working, levels),
+        residual(call.residual, working, levels),
+        gate(call.gate, working, levels),
+        h(result.h, working, levels),
+        y(result.y, working, levels),
         mean(result.mean.defined() ? result.mean.mutable_data_ptr<S>() : nullptr),
         rstd(result.rstd.defined() ? result.rstd.mutable_data_ptr<S>() : nullptr),
         groups(call.groups),
@@ -107,6 +108,12 @@ struct ForwardRows {
   void prepare(int64_t begin, int64_t end) const {
     y.prepare(begin, end);
     h.prepare(begin, end);
+  }
+
+  void look_ahead(int64_t i, ForwardRow<S>& row) const {
+    row.x_ahead = x.ahead(i);
+    row.gate_ahead = gate.ahead(i);
+    row.y_ahead = y.ahead(i);
   }
 
   void run(int64_t i, ForwardRow<S>& row, Scratch<S>& scratch) const {
@@ -140,11 +147,11 @@ struct ForwardRows {
   Statistics<S> (*forward)(const ForwardRow<S>&);
 };
 
-// x, residual and gate: (rows, groups · cols); weight and bias are contiguous.
+// Rows have groups · cols columns; weight and bias are contiguous.
 template <typename S>
-void forward_in(const ForwardCall& call, const ForwardResult& result) {
-  const int64_t n_rows = call.x.size(0), width = call.x.size(1), cols = width / call.groups;
-  const ForwardRows<S> tensors(call, result);
+void forward_in(const ForwardCall& call, const ForwardResult& result, const RowLevels& levels) {
+  const int64_t n_rows = levels.rows(), width = levels.cols(), cols = width / call.groups;
+  const ForwardRows<S> tensors(call, result, levels);
   parallel(n_rows, width, [&](int64_t begin, int64_t end) {
     Scratch<S> scratch(tensors.needs_scratch, 4, cols);
     const ColumnValues<S> weight(call.weight, width, 1, call.zero_centered ? 1 : 0);
@@ -167,10 +174,11 @@ void forward_in(const ForwardCall& call, const ForwardResult& result) {
         const ForwardRows<S>& rows = call.groups == 1 ? tensors : part.emplace(tensors.group(group, cols));
         row.weight = weight.get() + group * cols;
         row.bias = bias ? bias->get() + group * cols : nullptr;
-        row.x_ahead = rows.x.ahead();
-        row.gate_ahead = rows.gate.ahead();
-        row.y_ahead = rows.y.ahead();
+        rows.look_ahead(first, row);
         for (int64_t i = first; i < last; ++i) {
+          if (!levels.is_plain()) {
+            rows.look_ahead(i, row);
+          }
           if (i + 1 == end) {  // the next row is another thread's: no prefetch
             row.x_ahead = row.gate_ahead = row.y_ahead = 0;
           }
@@ -220,18 +228,18 @@ class ColumnSums {
 // The tensors of a backward, row by row, or those of one group of their columns.
 template <typename S>
 struct BackwardRows {
-  BackwardRows(const BackwardCall& call, const BackwardResult& result)
-      : BackwardRows(call, result,
+  BackwardRows(const BackwardCall& call, const BackwardResult& result, const RowLevels& levels)
+      : BackwardRows(call, result, levels,
                      working_dtype<S>({&call.dy, &call.dh, &call.x, &call.gate, &result.dx, &result.dresidual})) {}
 
-  BackwardRows(const BackwardCall& call, const BackwardResult& result, Dtype working)
-      : dy(call.dy, working),
-        dh(call.dh, working),
-        x(call.x, working),
-        gate(call.gate, working),
-        dx(as_rows(result.dx, call.dims), working),
-        dresidual(as_rows(result.dresidual, call.dims), working),
-        dgate(as_rows(result.dgate, call.dims), working),
+  BackwardRows(const BackwardCall& call, const BackwardResult& result, const RowLevels& levels, Dtype working)
+      : dy(call.dy, working, levels),
+        dh(call.dh, working, levels),
+        x(call.x, working, levels),
+        gate(call.gate, working, levels),
+        dx(result.dx, working, levels),
+        dresidual(result.dresidual, working, levels),
+        dgate(result.dgate, working, levels),
         mean(call.mean.defined() ? call.mean.const_data_ptr<S>() : nullptr),
         rstd(call.rstd.const_data_ptr<S>()),
         groups(call.groups),
@@ -253,6 +261,14 @@ struct BackwardRows {
     dx.prepare(begin, end);
     dresidual.prepare(begin, end);
     dgate.prepare(begin, end);
+  }
+
+  void look_ahead(int64_t i, BackwardRow<S>& row) const {
+    row.x_ahead = x.ahead(i);
+    row.dy_ahead = dy.ahead(i);
+    row.gate_ahead = gate.ahead(i);
+    row.dx_ahead = dx.ahead(i);
+    row.dgate_ahead = dgate.ahead(i);
   }
 
   void run(int64_t i, BackwardRow<S>& row, Scratch<S>& scratch) const {
@@ -292,11 +308,11 @@ BackwardResult make_results(const BackwardCall& call) {
           optional(normalized, call.dweight_dtype), optional(normalized, call.dbias_dtype)};
 }
 
-// dy, dh, x and gate: (rows, groups · cols); weight and bias are contiguous.
+// Rows have groups · cols columns; weight and bias are contiguous.
 template <typename S>
-void backward_in(const BackwardCall& call, const BackwardResult& result) {
-  const int64_t n_rows = call.x.size(0), width = call.x.size(1), cols = width / call.groups;
-  const BackwardRows<S> tensors(call, result);
+void backward_in(const BackwardCall& call, const BackwardResult& result, const RowLevels& levels) {
+  const int64_t n_rows = levels.rows(), width = levels.cols(), cols = width / call.groups;
+  const BackwardRows<S> tensors(call, result, levels);
   // At most 64 rows a chunk, so that float sums keep their digits. Fewer rows keep more threads busy, but below 16,
   // writing and reading the partial sums takes longer than that gains. At least two chunks.
   const int64_t chunk_rows = std::min<int64_t>(64, std::max((n_rows + 7) / 8, std::min<int64_t>(16, (n_rows + 1) / 2)));
@@ -325,12 +341,11 @@ void backward_in(const BackwardCall& call, const BackwardResult& result) {
         row.bias = bias ? bias->get() + group * cols : nullptr;
         row.dweight = dweight.chunk(chunk, group * cols);
         row.dbias = dbias.chunk(chunk, group * cols);
-        row.x_ahead = rows.x.ahead();
-        row.dy_ahead = rows.dy.ahead();
-        row.gate_ahead = rows.gate.ahead();
-        row.dx_ahead = rows.dx.ahead();
-        row.dgate_ahead = rows.dgate.ahead();
+        rows.look_ahead(first, row);
         for (int64_t i = first; i < last; ++i) {
+          if (!levels.is_plain()) {
+            rows.look_ahead(i, row);
+          }
           if (i + 1 == std::min(end * chunk_rows, n_rows)) {  // the next row is another thread's: no prefetch
             row.x_ahead = row.dy_ahead = row.gate_ahead = row.dx_ahead = row.dgate_ahead = 0;
           }
@@ -385,12 +400,10 @@ ForwardResult norm_forward(ForwardCall call) {
   const bool in_double =
       is_double(call.x) || is_double(call.residual) || is_double(call.gate) || call.residual_dtype == at::kDouble;
   ForwardResult result = make_results(call, in_double ? at::kDouble : at::kFloat);
-  call.x = as_rows(call.x, call.dims);
-  call.residual = as_rows(call.residual, call.dims);
-  call.gate = as_rows(call.gate, call.dims);
+  const RowLevels levels({&call.x, &call.residual, &call.gate}, call.dims);
   call.weight = contiguous(call.weight);
   call.bias = contiguous(call.bias);
-  in_double ? forward_in<double>(call, result) : forward_in<float>(call, result);
+  in_double ? forward_in<double>(call, result, levels) : forward_in<float>(call, result, levels);
   return result;
 }
 
@@ -413,13 +426,10 @@ BackwardResult norm_backward(BackwardCall call) {
     check_statistics(call.mean, "mean", {count}, statistics_dtype);
   }
   BackwardResult result = make_results(call);
-  call.dy = as_rows(call.dy, call.dims);
-  call.dh = as_rows(call.dh, call.dims);
-  call.x = as_rows(call.x, call.dims);
-  call.gate = as_rows(call.gate, call.dims);
+  const RowLevels levels({&call.dy, &call.dh, &call.x, &call.gate}, call.dims);
   call.weight = contiguous(call.weight);
   call.bias = contiguous(call.bias);
-  in_double ? backward_in<double>(call, result) : backward_in<float>(call, result);
+  in_double ? backward_in<double>(call, result, levels) : backward_in<float>(call, result, levels);
   return result;
 }
 

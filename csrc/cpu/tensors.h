@@ -12,6 +12,7 @@
 
 #include "pages.h"
 #include "rows.h"
+#include "views.h"
 
 namespace fastnorm::cpu {
 
@@ -53,18 +54,22 @@ Dtype working_dtype(std::initializer_list<const at::Tensor*> tensors) {
   return *shared;
 }
 
-// A tensor's rows in the working dtype. An undefined tensor's rows are null.
+// A tensor's rows in the working dtype. An undefined tensor's rows are null. Only those of a contiguous tensor are
+// written to.
 template <typename S>
 class Rows2d {
  public:
-  Rows2d(const at::Tensor& tensor, Dtype working) {
+  Rows2d(const at::Tensor& tensor, Dtype working, const RowLevels& levels) {
     if (!tensor.defined()) {
       return;
     }
     data_ = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()));  // only fresh outputs are written to
     element_size_ = static_cast<int64_t>(tensor.element_size());
-    stride_ = tensor.stride(0) * element_size_;
-    cols_ = tensor.size(1);
+    offsets_ = levels.offsets(tensor);
+    for (int64_t& step : offsets_.steps) {
+      step *= element_size_;
+    }
+    cols_ = levels.cols();
     dtype_ = dtype_from(tensor.scalar_type());
     converts_ = dtype_ != working;
     is_fresh_ = is_fresh(tensor);
@@ -83,38 +88,40 @@ class Rows2d {
   // The row itself, or a converted copy in scratch where its dtype is not the working dtype.
   const void* read(int64_t i, S* scratch) const {
     if (converts_) {
-      kernel_table<S>().load[static_cast<int>(dtype_)](data_ + i * stride_, scratch, cols_);
+      kernel_table<S>().load[static_cast<int>(dtype_)](data_ + offsets_(i), scratch, cols_);
       return scratch;
     }
-    return data_ == nullptr ? nullptr : data_ + i * stride_;
+    return data_ == nullptr ? nullptr : data_ + offsets_(i);
   }
 
   bool converts() const { return converts_; }
 
-  // The prefetch distance in bytes: from one row to the next where rows are read in place, otherwise 0.
-  int64_t ahead() const { return converts_ ? 0 : stride_; }
+  // The prefetch distance in bytes: from row i to the next where rows are read in place, otherwise 0.
+  int64_t ahead(int64_t i) const { return converts_ ? 0 : offsets_(i + 1) - offsets_(i); }
 
   // To be called before rows [begin, end) of an output are written.
   void prepare(int64_t begin, int64_t end) const {
     if (is_fresh_) {
-      fault_in(data_ + begin * stride_, (end - begin) * stride_);
+      fault_in(data_ + begin * stride(), (end - begin) * stride());
     }
   }
 
   // Where to write row i; finish(i, result) must follow.
-  void* write(int64_t i, S* scratch) const { return converts_ ? static_cast<void*>(scratch) : data_ + i * stride_; }
+  void* write(int64_t i, S* scratch) const { return converts_ ? static_cast<void*>(scratch) : data_ + i * stride(); }
 
   // Converts and stores a row that was written to scratch.
   void finish(int64_t i, const void* written) const {
-    if (data_ != nullptr && written != data_ + i * stride_) {
-      kernel_table<S>().store[static_cast<int>(dtype_)](static_cast<const S*>(written), data_ + i * stride_, cols_);
+    if (data_ != nullptr && written != data_ + i * stride()) {
+      kernel_table<S>().store[static_cast<int>(dtype_)](static_cast<const S*>(written), data_ + i * stride(), cols_);
     }
   }
 
  private:
+  int64_t stride() const { return offsets_.steps[0]; }  // of a contiguous tensor
+
   char* data_ = nullptr;
   int64_t element_size_ = 0;
-  int64_t stride_ = 0;
+  RowOffsets offsets_;  // in bytes
   int64_t cols_ = 0;
   Dtype dtype_ = dtype_of<S>;
   bool converts_ = false;

@@ -5,18 +5,94 @@
 #include <c10/util/Exception.h>
 #include <c10/util/accumulate.h>
 
+#include <algorithm>
+#include <bit>
+#include <iterator>
+
 #include "tensors.h"
 
 namespace fastnorm::cpu {
 
-at::Tensor as_rows(const at::Tensor& x, int64_t dims) {
-  if (!x.defined() || (x.dim() == 2 && dims == 1 && x.stride(1) == 1)) {
-    return x;
-  }
+namespace {
+
+at::Tensor copied(const at::Tensor& x) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  const int64_t cols = c10::multiply_integers(x.sizes().slice(x.dim() - dims));
-  const at::Tensor rows = x.is_contiguous() ? x.view({-1, cols}) : x.reshape({-1, cols});
-  return rows.stride(1) == 1 ? rows : rows.clone(at::MemoryFormat::Contiguous);
+  return x.clone(at::MemoryFormat::Contiguous);
+}
+
+// Whether the dimensions from `first` on are one run of adjacent elements.
+bool is_adjacent(const at::Tensor& x, int64_t first) {
+  int64_t run = 1;
+  for (int64_t d = x.dim() - 1; d >= first; run *= x.size(d--)) {
+    if (x.size(d) != 1 && x.stride(d) != run) {
+      return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+Division::Division(int64_t divisor) {
+  const int bits = std::bit_width(static_cast<uint64_t>(divisor - 1));  // of the largest remainder
+  shift_ = 31 + bits;
+  multiplier_ = ((uint64_t{1} << shift_) + divisor - 1) / divisor;
+}
+
+RowLevels::Levels RowLevels::levels_of(c10::ArrayRef<at::Tensor*> tensors, int64_t leading) {
+  Levels levels;
+  const at::IntArrayRef sizes = tensors[0]->sizes();
+  for (int64_t d = 0; d < leading; ++d) {
+    const auto collapses = [&](const at::Tensor* t) { return t->stride(levels.back().dim) == sizes[d] * t->stride(d); };
+    if (sizes[d] == 1) {
+      continue;
+    }
+    if (!levels.empty() && std::all_of(tensors.begin(), tensors.end(), collapses)) {
+      levels.back() = {levels.back().size * sizes[d], d};
+    } else {
+      levels.push_back({sizes[d], d});
+    }
+  }
+  return levels;
+}
+
+RowLevels::RowLevels(std::initializer_list<at::Tensor*> tensors, int64_t dims) {
+  c10::SmallVector<at::Tensor*, 4> given;
+  std::copy_if(tensors.begin(), tensors.end(), std::back_inserter(given), [](auto* t) { return t->defined(); });
+  const int64_t leading = given[0]->dim() - dims;
+  rows_ = c10::multiply_integers(given[0]->sizes().slice(0, leading));
+  cols_ = c10::multiply_integers(given[0]->sizes().slice(leading));
+  if (rows_ == 0) {
+    return;
+  }
+  for (at::Tensor* tensor : given) {
+    if (!is_adjacent(*tensor, leading)) {
+      *tensor = copied(*tensor);
+    }
+  }
+  levels_ = levels_of(given, leading);
+  if (levels_.size() > 3 || (levels_.size() > 1 && rows_ > INT32_MAX)) {
+    for (at::Tensor* tensor : given) {
+      if (levels_of(tensor, leading).size() > 1) {
+        *tensor = copied(*tensor);
+      }
+    }
+    levels_ = levels_of(given, leading);
+  }
+  for (size_t i = 1; i < levels_.size(); ++i) {
+    divisions_[i - 1] = Division(levels_[levels_.size() - i].size);
+  }
+}
+
+RowOffsets RowLevels::offsets(const at::Tensor& tensor) const {
+  RowOffsets offsets{std::max<int>(1, static_cast<int>(levels_.size())), {cols_, 0, 0}, divisions_};
+  int64_t inner = 0;  // how far one row of the level lies from where its inner level's end
+  for (int level = 0; level < static_cast<int>(levels_.size()); ++level) {
+    const auto& [size, dim] = levels_[levels_.size() - 1 - level];
+    offsets.steps[level] = tensor.stride(dim) - inner;
+    inner = size * tensor.stride(dim);
+  }
+  return offsets;
 }
 
 std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& parameter) {

@@ -1,19 +1,75 @@
-// The views in which kernels see the tensors of a call: row norms as (rows, cols), batch_norm and group_norm as 3-D
-// tensors. They are made here, below autograd, so that no result of an operator is a view of another tensor.
+// The views in which kernels see the tensors of a call: row norms as rows at their own strides, batch_norm and
+// group_norm as 3-D tensors. They are made here, below autograd, so that no result of an operator is a view of another
+// tensor.
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
 
 #include <array>
+#include <cstdint>
+#include <initializer_list>
 #include <optional>
 
 #include "channels.h"
 
 namespace fastnorm::cpu {
 
-// x as (rows, cols): the last `dims` dimensions are the columns, which are adjacent in the result; rows may have any
-// stride. Copies only where the strides of x allow no such view. Undefined stays undefined.
-at::Tensor as_rows(const at::Tensor& x, int64_t dims);
+// Divides 0 ≤ i < 2³¹ by a divisor from 2 to 2³¹ − 1: exactly, by a product and a shift (Granlund & Montgomery 1994).
+class Division {
+ public:
+  Division() = default;
+  explicit Division(int64_t divisor);
+
+  int64_t operator()(int64_t i) const { return static_cast<int64_t>(static_cast<uint64_t>(i) * multiplier_ >> shift_); }
+
+ private:
+  uint64_t multiplier_ = 0;
+  int shift_ = 0;
+};
+
+// Where the rows of a tensor begin, in elements. With one level of rows they are steps[0] apart.
+struct RowOffsets {
+  int64_t operator()(int64_t i) const {
+    int64_t offset = i * steps[0];
+    for (int level = 1; level < levels; ++level) {
+      i = divisions[level - 1](i);
+      offset += i * steps[level];
+    }
+    return offset;
+  }
+
+  int levels = 1;
+  std::array<int64_t, 3> steps{};
+  std::array<Division, 2> divisions;
+};
+
+// The rows of tensors of one shape, which are read in place: the last `dims` dimensions are the columns. The leading
+// dimensions are collapsed into as few levels as the strides of all tensors allow, up to three, as of (B, S, H, D).
+class RowLevels {
+ public:
+  // Replaces tensors by contiguous copies where their columns are not adjacent, or where there would be more levels.
+  // Undefined tensors stay so; there must be a defined one, with columns.
+  RowLevels(std::initializer_list<at::Tensor*> tensors, int64_t dims);
+
+  int64_t rows() const { return rows_; }
+  int64_t cols() const { return cols_; }
+  bool is_plain() const { return levels_.size() <= 1; }  // each tensor's rows have one stride
+  // Of a tensor of the shape: of those above, or a contiguous one.
+  RowOffsets offsets(const at::Tensor& tensor) const;
+
+ private:
+  struct Level {
+    int64_t size, dim;  // the innermost of the dimensions that were collapsed
+  };
+  using Levels = c10::SmallVector<Level, 4>;
+
+  static Levels levels_of(c10::ArrayRef<at::Tensor*> tensors, int64_t leading);
+
+  int64_t rows_, cols_;
+  Levels levels_;  // from the outermost on
+  std::array<Division, 2> divisions_;
+};
 
 // A contiguous weight or bias.
 std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& parameter);
