@@ -214,12 +214,13 @@ def test_divisions_are_exact():
     sizes += [draw.randrange(2, 2 ** draw.randrange(2, 31)) for _ in range(200)]
     for size in sizes:
         levels = row_levels([torch.empty(2, 2, 1).transpose(0, 1)], 1)._replace(sizes=(size,), strides=[(1, size)])
-        ((_, step),), (multiplier, shift) = row_steps(levels)
-        assert step == 0 and -(2**31) <= multiplier < 0
+        ((_, step),), (division,) = row_steps(levels)
+        multiplier, shift = division >> 6, division >> 1 & 31
+        assert step == 0 and 2**31 <= multiplier < 2**32 and division % 2 == 1
         near = [size * k + d for k in (1, 2, (2**31 - 1) // size) for d in (-1, 0, 1)]
         for i in [0, 1, 2**31 - 1, *near, *(draw.randrange(2**31) for _ in range(50))]:
             if i < 2**31:
-                assert i * (multiplier + 2**32) >> 32 >> shift == i // size
+                assert i * multiplier >> 32 >> shift == i // size
 
 
 @native

@@ -4,6 +4,7 @@ It has one multiprocessor: 128 rows then keep a program as long in its loop as 8
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastnorm.triton_kernels import launch
+from fastnorm.triton_kernels import launch, plans
 from helpers.traffic import kernels, virtual_gpu
 
 pytestmark = pytest.mark.triton
@@ -61,17 +62,19 @@ class Run:
         """Of the backward."""
         itemsize = self.x.element_size()
         streams = self.op.startswith("add_") + (self.op in GATED) + self.op.endswith("gate first")
-        return launch.backward_tiles(self.x.shape[1] // self.groups, itemsize, self.parameters, streams, itemsize)[0]
+        return launch.backward_tiles(self.x.shape[-1] // self.groups, itemsize, self.parameters, streams, itemsize)[0]
 
 
 @functools.cache
 def run(
-    op: str, rows: int, cols: int, dtype: torch.dtype = torch.bfloat16, bias: bool = True, groups: int = 1
-) -> Run:
-    """Forward and backward by the launchers, on random tensors. A gated norm's RMSNorm has no bias, as in models."""
+    op: str, rows: int, cols: int, dtype: torch.dtype = torch.bfloat16, bias: bool = True, groups: int = 1,
+    make: Callable[..., Tensor] = torch.randn,
+) -> Run:  # fmt: skip
+    """Forward and backward by the launchers, on random tensors, which `make` may lay out in its way. A gated norm's
+    RMSNorm has no bias, as in models."""
     name, _, order = op.partition(", ")
     adds, gated, centers = name.startswith("add_"), op in GATED, name.endswith("layer_norm")
-    x, other, dy, dh = (torch.randn(rows, cols).to(dtype) for _ in range(4))
+    x, other, dy, dh = (make(rows, cols, dtype=dtype) for _ in range(4))
     weight, bias = torch.randn(cols).to(dtype), torch.randn(cols).to(dtype) if bias and centers else None
     residual, gate, wanted = other if adds else None, other if gated else None, (dtype, None if bias is None else dtype)
     row, gating, stream = (gate, 1, groups), (True, not order), dtype if adds else None
@@ -174,10 +177,54 @@ def test_narrow_rows():
         assert counters.stores.efficiency >= 0.95
 
 
-def assert_instructions(seen: Run, forward: float, backward: float) -> None:
+def packed(rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+    """Four heads of k, (2, S, 4, cols), in a packed projection."""
+    return torch.randn(2, rows // 8, 3, 4, cols, dtype=dtype)[:, :, 1]
+
+
+def transposed(rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+    """Four heads, (2, 4, S, cols), of memory (2, S, 4, cols)."""
+    return torch.randn(2, rows // 8, 4, cols, dtype=dtype).transpose(1, 2)
+
+
+@pytest.mark.parametrize("make", (packed, transposed), ids=lambda f: f.__name__)
+@pytest.mark.parametrize("op", ("rms_norm", "layer_norm", "add_rms_norm", "gated_rms_norm"))
+def test_heads_are_read_as_contiguous_rows_are(op, make):
+    """By the same accesses; a row's number is divided once, not once an element."""
+    seen, plain = run(op, 256, 128, make=make), run(op, 256, 128)
+    for ours, theirs in zip((seen.forward, *seen.backward), (plain.forward, *plain.backward), strict=True):
+        assert (ours.loads.bytes, ours.unique_read) == (theirs.loads.bytes, theirs.unique_read)
+        assert (ours.stores.bytes, ours.local_bytes) == (theirs.stores.bytes, 0)
+        assert ours.loads.efficiency == theirs.loads.efficiency
+    most = 1.25 if op == "add_rms_norm" else 1.2  # dh is read with offsets of its own
+    assert_instructions(seen, *(most * found for found in instructions(plain)))
+
+
+@pytest.mark.parametrize("make", (packed, transposed), ids=lambda f: f.__name__)
+def test_launch_plans_of_heads_copy_nothing(make):
+    """And one kernel serves every length of sequence."""
+    compiled = []
+    for rows in (256, 280, 344):
+        x = make(rows, 128, torch.bfloat16)
+        options = None, None, 1, 1, None, None, 1e-6, False, False, True, True, None, x.dtype, None
+        with virtual_gpu():
+            plan = plans.record("row_norm_forward", (x, *options))
+        assert [step[0] for step in plan.steps] == ["launch"] and not plan.temporaries
+        compiled.append(plan.launches[0][0])
+    assert compiled[0] is compiled[1] is compiled[2]
+
+
+def instructions(seen: Run) -> tuple[float, float]:
+    """Thread instructions an element, forward and backward."""
     elements = seen.x.numel()
-    assert seen.forward.thread_instructions / elements <= forward
-    assert sum(counters.thread_instructions for counters in seen.backward) / elements <= backward
+    backward = sum(counters.thread_instructions for counters in seen.backward)
+    return seen.forward.thread_instructions / elements, backward / elements
+
+
+def assert_instructions(seen: Run, forward: float, backward: float) -> None:
+    found = instructions(seen)
+    assert found[0] <= forward
+    assert found[1] <= backward
 
 
 WIDE = [(op, cols) for op in OPERATIONS for cols in (7168, 12288, 16384) if (op, cols) not in READ_AGAIN]

@@ -48,7 +48,7 @@ def _join_lanes(lane_mean, lane_m2, n_cols, TILE: tl.constexpr):
     return mean, shift, tl.maximum(var - shift * shift, 0.0, tl.PropagateNan.ALL)
 
 
-@jit(do_not_specialize=["divisions"])
+@jit
 def _row_norm_long_forward_kernel(
     x_ptr, residual_ptr, gate_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr,
     n_cols, x_steps, residual_steps, gate_steps, divisions,
@@ -153,7 +153,7 @@ def _coefficient_sums(
     return c1_sums, c2_sums
 
 
-@jit(do_not_specialize=["n_rows", "divisions"])  # the same code for every batch: the same bits
+@jit(do_not_specialize=["n_rows"])  # the same code for every batch: the same bits
 def _row_norm_long_backward_kernel(
     dy_ptr, dh_ptr, h_ptr, gate_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, dx_ptr, dresidual_ptr, dgate_ptr,
     dweight_ptr, dbias_ptr, n_rows, n_cols, dy_steps, dh_steps, h_steps, gate_steps, divisions,

@@ -71,7 +71,7 @@ def _center(tiles, total, lanes, REFINE: tl.constexpr, N_COLS: tl.constexpr, TIL
     return mean, centered, square_sum
 
 
-@jit(do_not_specialize=["n_rows", "divisions"])  # the same code for every batch: the same bits
+@jit(do_not_specialize=["n_rows"])  # the same code for every batch: the same bits
 def _row_norm_forward_kernel(
     x_ptr, residual_ptr, gate_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr,
     n_rows, x_steps, residual_steps, gate_steps, divisions,
@@ -153,7 +153,7 @@ def _load_rows(
     return h_tiles, dy_tiles, gate_tiles, statistics
 
 
-@jit(do_not_specialize=["n_rows", "n_blocks", "divisions"])  # the same code for every batch: the same bits
+@jit(do_not_specialize=["n_rows", "n_blocks"])  # the same code for every batch: the same bits
 def _row_norm_backward_kernel(
     dy_ptr, dh_ptr, h_ptr, gate_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, dx_ptr, dresidual_ptr, dgate_ptr,
     dweight_ptr, dbias_ptr, n_rows, n_blocks, dy_steps, dh_steps, h_steps, gate_steps, divisions,

@@ -37,8 +37,8 @@ def row_offsets(rows, steps, divisions):
         offsets = rows * steps[0]
         quotients = rows.to(tl.uint32)
         for level in tl.static_range(1, len(steps)):
-            multiplier = tl.cast(divisions[2 * level - 2], tl.uint32)
-            quotients = tl.umulhi(quotients, multiplier) >> tl.cast(divisions[2 * level - 1], tl.uint32)
+            division = divisions[level - 1]
+            quotients = tl.umulhi(quotients, (division >> 6).to(tl.uint32)) >> (division >> 1 & 31).to(tl.uint32)
             offsets += quotients.to(tl.int64) * steps[level]
         return offsets
 
@@ -325,9 +325,11 @@ def column_sums(
 def row_steps(levels: RowLevels) -> tuple[list[int | tuple[int, ...]], tuple[int, ...] | None]:
     """The steps of each tensor and the divisions of `row_offsets`.
 
-    With rows of levels of n₀ and n₁ rows, row i begins at i · steps[0] + ⌊i / n₀⌋ · steps[1] + ⌊i / (n₀n₁)⌋ · steps[2]:
-    a step goes from the end of the level within to where the next row begins. A division of 0 ≤ i < 2³¹ is the upper
-    half of a product, shifted (Granlund & Montgomery 1994); the multiplier has 32 bits, here as those of an int32."""
+    With levels of n₀ and n₁ rows, row i begins at i · steps[0] + ⌊i / n₀⌋ · steps[1] + ⌊i / (n₀n₁)⌋ · steps[2]: a step
+    goes from the end of the level within to where the next row begins. A division of 0 ≤ i < 2³¹ is the upper half of a
+    product, shifted (Granlund & Montgomery 1994). Multiplier and shift make one number, which is odd and has more than
+    32 bits: Triton would specialise a kernel on multiples of 16, so that sequences of another length compiled it again.
+    """
     if not levels.sizes:
         return [stride for (stride,) in levels.strides], None
     steps, divisions = [], []
@@ -336,7 +338,7 @@ def row_steps(levels: RowLevels) -> tuple[list[int | tuple[int, ...]], tuple[int
         steps.append((strides[0], *(stride - end for stride, end in zip(strides[1:], inner, strict=True))))
     for size in levels.sizes:
         bits = (size - 1).bit_length()
-        divisions += [launch.ceil_div(1 << (31 + bits), size) - (1 << 32), bits - 1]
+        divisions.append(launch.ceil_div(1 << (31 + bits), size) << 6 | (bits - 1) << 1 | 1)
     return steps, tuple(divisions)
 
 
