@@ -9,6 +9,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <limits>
@@ -31,17 +32,22 @@ using std::optional;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// The bits of an operation's number: whether it is an RMSNorm, adds a residual, has a gate.
-enum Operation : int64_t { rms = 1, add = 2, gated = 4 };
-constexpr std::array names{"fastnorm::layer_norm",   "fastnorm::rms_norm",         "fastnorm::add_layer_norm",
-                           "fastnorm::add_rms_norm", "fastnorm::gated_layer_norm", "fastnorm::gated_rms_norm"};
+// An operation's number, the index of its name: 2 · kind + is_rms.
+enum class Kind { plain, add, gated, modulated };
+constexpr std::array names{"fastnorm::layer_norm",           "fastnorm::rms_norm",          "fastnorm::add_layer_norm",
+                           "fastnorm::add_rms_norm",         "fastnorm::gated_layer_norm",  "fastnorm::gated_rms_norm",
+                           "fastnorm::modulated_layer_norm", "fastnorm::modulated_rms_norm"};
+Kind kind_of(int64_t operation) { return static_cast<Kind>(operation / 2); }
+bool is_rms_norm(int64_t operation) { return operation % 2 != 0; }
 
 // The options that the forward leaves to the backward.
 struct Options {
   bool on_triton, subtract_mean, zero_centered;
   bool silu, norm_before_gate;  // of the gate
+  bool modulated;               // weight, bias and x_gate have a row for each sample
   int64_t dims;                 // how many trailing dimensions are normalised
   int64_t groups;               // into which they are cut
+  int64_t samples;              // into which the rows are cut
   double eps;
   optional<ScalarType> cast_dtype;
   ScalarType x_dtype;
@@ -52,51 +58,78 @@ struct Options {
   // As integers, because ctx.saved_data holds no structs.
   std::vector<int64_t> packed() const {
     const auto type = [](const optional<ScalarType>& t) { return t ? static_cast<int64_t>(*t) : -1; };
-    const int64_t flags = on_triton | subtract_mean << 1 | zero_centered << 2 | silu << 3 | norm_before_gate << 4;
-    return {flags, dims, groups, std::bit_cast<int64_t>(eps), type(cast_dtype), type(x_dtype), type(residual_dtype)};
+    const int64_t flags =
+        on_triton | subtract_mean << 1 | zero_centered << 2 | silu << 3 | norm_before_gate << 4 | modulated << 5;
+    const auto eps_bits = std::bit_cast<int64_t>(eps);
+    return {flags, dims, groups, samples, eps_bits, type(cast_dtype), type(x_dtype), type(residual_dtype)};
   }
 
   static Options unpacked(const std::vector<int64_t>& values) {
     const auto flag = [&](int bit) { return (values[0] >> bit & 1) != 0; };
     const auto type = [](int64_t t) { return t < 0 ? std::nullopt : optional(static_cast<ScalarType>(t)); };
-    return {flag(0),         flag(1),          flag(2),        flag(3),
-            flag(4),         values[1],        values[2],      std::bit_cast<double>(values[3]),
-            type(values[4]), *type(values[5]), type(values[6])};
+    return {flag(0),         flag(1),          flag(2),        flag(3),   flag(4),
+            flag(5),         values[1],        values[2],      values[3], std::bit_cast<double>(values[4]),
+            type(values[5]), *type(values[6]), type(values[7])};
   }
 };
 
-// residual, weight, bias and gate are undefined where they were not given.
+// residual, weight, bias, gate and x_gate are undefined where they were not given.
 struct Call {
   Options options;
-  Tensor x, residual, weight, bias, gate;
+  Tensor x, residual, weight, bias, gate, x_gate;
   ScalarType out_dtype;
-  optional<ScalarType> h_dtype;  // of h; none without a residual
+  optional<ScalarType> h_dtype;  // of h; none where h is x
 
   at::IntArrayRef shape() const { return x.sizes().slice(x.dim() - options.dims); }
+  at::DimVector parameter_sizes() const {
+    at::DimVector sizes(shape());
+    if (options.modulated) {
+      sizes.insert(sizes.begin(), options.samples);
+    }
+    return sizes;
+  }
 };
 
 cpu::ForwardResult forward(const Call& call, bool saves_statistics) {
   const Options& o = call.options;
   if (!o.on_triton) {
-    return cpu::norm_forward({o.norm(), call.x, call.residual, call.gate, o.dims, o.groups, as_optional(call.weight),
-                              as_optional(call.bias), o.eps, o.zero_centered, o.silu, o.norm_before_gate, o.cast_dtype,
-                              call.out_dtype, call.h_dtype, saves_statistics});
+    return cpu::norm_forward({o.norm(), call.x, call.residual, call.gate, call.x_gate, o.dims, o.groups, o.samples,
+                              as_optional(call.weight), as_optional(call.bias), o.eps, o.zero_centered, o.silu,
+                              o.norm_before_gate, o.cast_dtype, call.out_dtype, call.h_dtype, saves_statistics});
   }
   const auto results =
-      plans::call("row_norm_forward",
-                  {call.x, call.residual, call.gate, o.dims, o.groups, call.weight, call.bias, o.eps, o.subtract_mean,
-                   o.zero_centered, o.silu, o.norm_before_gate, o.cast_dtype, optional(call.out_dtype), call.h_dtype});
+      plans::call("row_norm_forward", {call.x, call.residual, call.gate, call.x_gate, o.dims, o.groups, o.samples,
+                                       call.weight, call.bias, o.eps, o.subtract_mean, o.zero_centered, o.silu,
+                                       o.norm_before_gate, o.cast_dtype, optional(call.out_dtype), call.h_dtype});
   return {results.at(0), results.at(1), results.at(2), results.at(3)};
 }
 
+// What autograd keeps for the backward. h is x of the forward where that made no h; x is kept with an x_gate alone.
+struct Saved {
+  Tensor h, x, weight, bias, gate, x_gate, mean, rstd;
+
+  variable_list list() const { return {h, x, weight, bias, gate, x_gate, mean, rstd}; }
+  static Saved from(const variable_list& t) { return {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]}; }
+};
+
 // The gradients of x or h, weight, bias and gate by the formula in fastnorm.reference, which can be differentiated
 // again.
-variable_list gradients_by_formula(const Options& o, const Tensor& x, const Tensor& weight, const Tensor& bias,
-                                   const Tensor& gate, const Tensor& dy) {
+variable_list gradients_by_formula(const Options& o, const Saved& saved, const Tensor& dy) {
   const pybind11::gil_scoped_acquire gil;
   const auto cast_dtype = o.cast_dtype ? pybind11::cast(*o.cast_dtype) : pybind11::none();
-  return reference_gradients("row_norm_gradients", {x, weight, bias, gate}, dy, x.sizes().slice(x.dim() - o.dims).vec(),
-                             o.eps, o.subtract_mean, o.zero_centered, cast_dtype, o.groups, o.silu, o.norm_before_gate);
+  const auto shape = saved.h.sizes().slice(saved.h.dim() - o.dims).vec();
+  return reference_gradients("row_norm_gradients", {saved.h, saved.weight, saved.bias, saved.gate}, dy, shape, o.eps,
+                             o.subtract_mean, o.zero_centered, cast_dtype, o.groups, o.silu, o.norm_before_gate);
+}
+
+// The gradients of x, residual, weight, bias and x_gate of a modulated norm, likewise. dy or dh may be undefined.
+variable_list modulated_gradients_by_formula(const Options& o, const Saved& saved, const Tensor& dy, const Tensor& dh) {
+  const pybind11::gil_scoped_acquire gil;
+  const auto shape = saved.h.sizes().slice(saved.h.dim() - o.dims).vec();
+  const auto residual_dtype = o.residual_dtype ? pybind11::cast(*o.residual_dtype) : pybind11::none();
+  return reference_gradients("modulated_gradients", {saved.h, saved.x, saved.x_gate, saved.weight, saved.bias}, dy, dh,
+                             shape, o.eps, o.subtract_mean, o.zero_centered, o.samples, o.x_dtype, residual_dtype,
+                             saved.h.scalar_type());
 }
 
 struct RowNormFunction : torch::autograd::Function<RowNormFunction> {
@@ -108,36 +141,47 @@ struct RowNormFunction : torch::autograd::Function<RowNormFunction> {
       tell_statistics(call.x, result.mean, result.rstd, call.options.eps);
     }
     const auto save = [&](AutogradContext& ctx) {
-      const Tensor& x = result.h.defined() ? result.h : call.x;
-      ctx.save_for_backward({x, call.weight, call.bias, call.gate, result.mean, result.rstd});
+      const Tensor& h = result.h.defined() ? result.h : call.x;
+      const Tensor x = call.x_gate.defined() ? call.x : Tensor();
+      const Saved saved{h, x, call.weight, call.bias, call.gate, call.x_gate, result.mean, result.rstd};
+      ctx.save_for_backward(saved.list());
       ctx.saved_data["options"] = call.options.packed();
     };
-    attach<RowNormFunction>({call.x, call.residual, call.weight, call.bias, call.gate}, {result.y, result.h}, save);
+    attach<RowNormFunction>({call.x, call.residual, call.weight, call.bias, call.gate, call.x_gate},
+                            {result.y, result.h}, save);
     return result;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const auto saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &weight = saved[1], &bias = saved[2], &gate = saved[3];
-    const Tensor &mean = saved[4], &rstd = saved[5];
+    const auto saved = Saved::from(ctx->get_saved_variables());
     const auto options = Options::unpacked(ctx->saved_data["options"].toIntVector());
-    const bool adds = options.residual_dtype.has_value();
-    const Tensor dy = grads[0], dh = adds ? grads[1] : Tensor();
-    variable_list gradients(5);  // x, residual, weight, bias, gate
-    if (dy.defined() && kernels_can_take({dy, dh, x, weight, bias, gate, mean, rstd})) {
-      const auto dweight_dtype = gradient_dtype(ctx, 2, weight), dbias_dtype = gradient_dtype(ctx, 3, bias);
-      const auto [dx, dresidual, dgate, dweight, dbias] =
-          by_kernels(options, dy, dh, x, weight, bias, gate, mean, rstd, dweight_dtype, dbias_dtype);
+    const bool adds = options.residual_dtype.has_value(), makes_h = adds || saved.x_gate.defined();
+    const Tensor dy = grads[0], dh = makes_h ? grads[1] : Tensor();
+    variable_list gradients(6);  // x, residual, weight, bias, gate, x_gate
+    if (dy.defined() && kernels_can_take({dy, dh, saved.h, saved.x, saved.weight, saved.bias, saved.gate, saved.x_gate,
+                                          saved.mean, saved.rstd})) {
+      const cpu::GradientDtypes dtypes{options.x_dtype, options.residual_dtype, gradient_dtype(ctx, 2, saved.weight),
+                                       gradient_dtype(ctx, 3, saved.bias)};
+      const auto [dx, dresidual, dgate, dx_gate, dweight, dbias] = by_kernels(options, saved, dy, dh, dtypes);
       gradients[0] = dx;
       gradients[1] = !adds ? Tensor() : dresidual.defined() ? dresidual : dx;
       gradients[2] = dweight;
       gradients[3] = dbias;
       gradients[4] = dgate;
+      gradients[5] = dx_gate;
+      return gradients;
+    }
+    if (options.modulated) {
+      if (dy.defined() || dh.defined()) {
+        const auto by_formula = modulated_gradients_by_formula(options, saved, dy, dh);
+        std::copy_n(by_formula.begin(), 4, gradients.begin());
+        gradients[5] = by_formula.at(4);
+      }
       return gradients;
     }
     Tensor dx = dh;
     if (dy.defined()) {
-      auto by_formula = gradients_by_formula(options, x, weight, bias, gate, dy);
+      auto by_formula = gradients_by_formula(options, saved, dy);
       dx = dh.defined() ? by_formula[0] + dh : by_formula[0];
       gradients[2] = by_formula[1];
       gradients[3] = by_formula[2];
@@ -151,20 +195,18 @@ struct RowNormFunction : torch::autograd::Function<RowNormFunction> {
   }
 
  private:
-  static cpu::BackwardResult by_kernels(const Options& o, const Tensor& dy, const Tensor& dh, const Tensor& x,
-                                        const Tensor& weight, const Tensor& bias, const Tensor& gate,
-                                        const Tensor& mean, const Tensor& rstd, optional<ScalarType> dweight_dtype,
-                                        optional<ScalarType> dbias_dtype) {
+  static cpu::BackwardResult by_kernels(const Options& o, const Saved& s, const Tensor& dy, const Tensor& dh,
+                                        const cpu::GradientDtypes& dtypes) {
     if (!o.on_triton) {
-      return cpu::norm_backward({o.norm(), dy, dh, x, gate, o.dims, o.groups, as_optional(weight), as_optional(bias),
-                                 mean, rstd, o.zero_centered, o.silu, o.norm_before_gate, o.cast_dtype, o.x_dtype,
-                                 o.residual_dtype, dweight_dtype, dbias_dtype});
+      return cpu::norm_backward({o.norm(), dy, dh, s.h, s.x, s.gate, s.x_gate, o.dims, o.groups, o.samples,
+                                 as_optional(s.weight), as_optional(s.bias), s.mean, s.rstd, o.zero_centered, o.silu,
+                                 o.norm_before_gate, o.cast_dtype, dtypes});
     }
-    const auto results =
-        plans::call("row_norm_backward", {dy, dh, x, gate, o.dims, o.groups, weight, bias, mean, rstd, o.zero_centered,
-                                          o.silu, o.norm_before_gate, o.cast_dtype, optional(o.x_dtype),
-                                          o.residual_dtype, dweight_dtype, dbias_dtype});
-    return {results.at(0), results.at(1), results.at(2), results.at(3), results.at(4)};
+    const auto call = [](const auto&... arguments) { return plans::call("row_norm_backward", {arguments...}); };
+    const auto results = call(dy, dh, s.h, s.x, s.gate, s.x_gate, o.dims, o.groups, o.samples, s.weight, s.bias, s.mean,
+                              s.rstd, o.zero_centered, o.silu, o.norm_before_gate, o.cast_dtype, optional(dtypes.x),
+                              dtypes.residual, dtypes.weight, dtypes.bias);
+    return {results.at(0), results.at(1), results.at(2), results.at(3), results.at(4), results.at(5)};
   }
 };
 
@@ -217,39 +259,60 @@ bool read_gated(PyObject* const* args, Call& call) {
   return o.silu || PyUnicode_CompareWithASCIIString(args[1], "sigmoid") == 0;
 }
 
+// Reads (x_gate, samples), of which the sizes of weight and bias follow; call.options.dims is known.
+constexpr Py_ssize_t n_modulated_arguments = 2;
+bool read_modulated(PyObject* const* args, Call& call) {
+  Options& o = call.options;
+  o.modulated = true;
+  o.samples = PyLong_CheckExact(args[1]) ? PyLong_AsLongLong(args[1]) : 0;
+  PyErr_Clear();  // a number beyond 64 bits
+  const int64_t n_rows = call.x.numel() / c10::multiply_integers(call.shape());
+  return o.samples > 0 && n_rows % o.samples == 0 &&
+         unpack_optional(args[0], call.parameter_sizes(), call.x.device(), call.x_gate);
+}
+
+Py_ssize_t n_further_arguments(Kind kind) {
+  return kind == Kind::gated ? n_gated_arguments : kind == Kind::modulated ? n_modulated_arguments : 0;
+}
+
 // The dtype of y where the caller names none.
 ScalarType default_dtype(const Call& call, int64_t operation, bool is_llama) {
   const Options& o = call.options;
-  const bool is_gated = operation & gated;
+  const bool is_gated = kind_of(operation) == Kind::gated;
   if (is_llama) {
     const bool ends_with_weight = call.weight.defined() && !(is_gated && o.norm_before_gate);
     return ends_with_weight ? c10::promoteTypes(o.x_dtype, call.weight.scalar_type()) : o.x_dtype;
   }
   // a gated norm has no stock operation whose autocast it would follow
-  const char* const stock = operation & rms ? "aten::rms_norm" : "aten::layer_norm";
+  const char* const stock = is_rms_norm(operation) ? "aten::rms_norm" : "aten::layer_norm";
   return !is_gated && autocasts(stock, call.x) ? at::kFloat : o.x_dtype;
 }
 
 // Reads (operation, served, x, residual, shape, weight, bias, eps, zero_centered, out_dtype, residual_dtype, rounding),
-// and read_gated's where there is a gate.
+// and then what read_gated or read_modulated reads.
 constexpr Py_ssize_t n_arguments = 12;
 bool read(PyObject* const* args, int64_t operation, Call& call) {
   Options& o = call.options;
-  const bool is_rms = operation & rms;
+  const bool is_rms = is_rms_norm(operation);
+  const Kind kind = kind_of(operation);
   if (!unpack(args[2], call.x) || call.x.numel() == 0 || !unpack_shape(args[4], call.x, o.dims)) {
     return false;
   }
   const auto device = call.x.device();
   const auto triton = on_triton(PyLong_AsLongLong(args[1]), call.x);
   optional<ScalarType> out_dtype;
+  o.groups = o.samples = 1;
+  if (kind == Kind::modulated && !read_modulated(args + n_arguments, call)) {
+    return false;
+  }
+  const at::DimVector parameter_sizes = call.parameter_sizes();
   if (!triton || !unpack_optional(args[3], call.x.sizes(), device, call.residual) ||
-      !unpack_optional(args[5], call.shape(), device, call.weight) ||
-      !unpack_optional(args[6], call.shape(), device, call.bias) || !unpack_bool(args[8], o.zero_centered) ||
+      !unpack_optional(args[5], parameter_sizes, device, call.weight) ||
+      !unpack_optional(args[6], parameter_sizes, device, call.bias) || !unpack_bool(args[8], o.zero_centered) ||
       !unpack_dtype(args[9], out_dtype) || !unpack_dtype(args[10], call.h_dtype) || !PyUnicode_CheckExact(args[11])) {
     return false;
   }
-  o.groups = 1;
-  if ((operation & gated) && !read_gated(args + n_arguments, call)) {
+  if (kind == Kind::gated && !read_gated(args + n_arguments, call)) {
     return false;
   }
   o.on_triton = *triton;
@@ -258,13 +321,15 @@ bool read(PyObject* const* args, int64_t operation, Call& call) {
   if (call.residual.defined()) {
     o.residual_dtype = call.residual.scalar_type();
     call.h_dtype = call.h_dtype.value_or(c10::promoteTypes(o.x_dtype, *o.residual_dtype));
+  } else if (call.x_gate.defined()) {
+    call.h_dtype = call.h_dtype.value_or(o.x_dtype);
   } else if (call.h_dtype.value_or(o.x_dtype) != o.x_dtype) {
     return false;  // h would be x in another dtype
   } else {
     call.h_dtype.reset();
   }
   const bool is_llama = PyUnicode_CompareWithASCIIString(args[11], "llama") == 0;
-  if (is_llama ? !is_rms : PyUnicode_CompareWithASCIIString(args[11], "torch") != 0) {
+  if (is_llama ? !is_rms || o.modulated : PyUnicode_CompareWithASCIIString(args[11], "torch") != 0) {
     return false;
   }
   if (is_llama) {
@@ -279,7 +344,8 @@ bool read(PyObject* const* args, int64_t operation, Call& call) {
 PyObject* row_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   const int64_t operation = count > 0 ? PyLong_AsLongLong(args[0]) : 0;
-  const Py_ssize_t expected = n_arguments + (operation & gated ? n_gated_arguments : 0);
+  const Kind kind = kind_of(operation);
+  const Py_ssize_t expected = n_arguments + n_further_arguments(kind);
   TORCH_CHECK_TYPE(count == expected, "row_norm takes ", expected, " arguments, but got ", count);
   Call call{};
   if (!read(args, operation, call)) {
@@ -289,16 +355,15 @@ PyObject* row_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   {
     pybind11::gil_scoped_release no_gil;
     RECORD_FUNCTION(names.at(operation), std::vector<c10::IValue>({call.x}));
-    cpu::ForwardResult result = any_requires_grad({call.x, call.residual, call.weight, call.bias, call.gate})
-                                    ? RowNormFunction::forward(call)
-                                    : forward(call, false);
+    const bool records = any_requires_grad({call.x, call.residual, call.weight, call.bias, call.gate, call.x_gate});
+    cpu::ForwardResult result = records ? RowNormFunction::forward(call) : forward(call, false);
     y = std::move(result.y);
     h = std::move(result.h);
   }
-  if (!(operation & add)) {
+  if (kind == Kind::plain || kind == Kind::gated) {
     return THPVariable_Wrap(std::move(y));
   }
-  // without a residual h is x itself
+  // without a residual and an x_gate h is x itself
   PyObject* const h_object = h.defined() ? THPVariable_Wrap(std::move(h)) : Py_NewRef(args[2]);
   return Py_BuildValue("NN", THPVariable_Wrap(std::move(y)), h_object);
   END_HANDLE_TH_ERRORS
@@ -310,7 +375,9 @@ int add_row_norm_calls(PyObject* module) {
   static PyMethodDef methods[] = {
       {"row_norm", as_method(&row_norm), METH_FASTCALL,
        "row_norm(operation, served, x, residual, normalized_shape, weight, bias, eps, zero_centered, "
-       "out_dtype, residual_dtype, rounding), for a gated one also (gate, activation, norm_before_gate, group_size): "
+       "out_dtype, residual_dtype, rounding), for a gated one also (gate, activation, norm_before_gate, group_size), "
+       "for "
+       "a modulated one (x_gate, samples): "
        "NotImplemented for what is wrong or not plain"},
       {nullptr, nullptr, 0, nullptr}};
   return PyModule_AddFunctions(module, methods);

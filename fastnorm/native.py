@@ -55,7 +55,7 @@ all_readable, have_shapes, list_key = map(_function, ("all_readable", "have_shap
 
 # Whole calls with autograd (csrc/calls.h); they return NotImplemented for wrong or unusual arguments.
 _row_norms = enumerate(
-    ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "gated_layer_norm", "gated_rms_norm")
+    f"{kind}{norm}" for kind in ("", "add_", "gated_", "modulated_") for norm in ("layer_norm", "rms_norm")
 )
 calls = {name: partial(_function("row_norm"), number) for number, name in _row_norms}
 calls |= {name: _function(name) for name in ("batch_norm", "group_norm")}

@@ -68,43 +68,54 @@ def _like(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor | None:
     return None if dtype is None else x.new_empty(x.shape, dtype=dtype)
 
 
-def _parameter(x: torch.Tensor, dims: int, dtype: torch.dtype | None) -> torch.Tensor | None:
-    return None if dtype is None else x.new_empty(x.shape[-dims:], dtype=dtype)
+def _parameter(x: torch.Tensor, parameter: torch.Tensor | None, dims: int, samples: int, dtype: torch.dtype | None):
+    """The gradient of a parameter, which the backward may go without."""
+    of_none = x.shape[-dims:] if samples == 1 else (samples, *x.shape[-dims:])
+    return None if dtype is None else x.new_empty(of_none if parameter is None else parameter.shape, dtype=dtype)
 
 
 @operator(
-    "(Tensor x, Tensor? residual, Tensor? gate, int dims, int groups, Tensor? weight, Tensor? bias, float eps, "
-    "bool subtract_mean, bool zero_centered, bool silu, bool norm_before_gate, ScalarType? cast_dtype, "
-    "ScalarType out_dtype, ScalarType? residual_dtype) -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)"
+    "(Tensor x, Tensor? residual, Tensor? gate, Tensor? x_gate, int dims, int groups, int samples, Tensor? weight, "
+    "Tensor? bias, float eps, bool subtract_mean, bool zero_centered, bool silu, bool norm_before_gate, "
+    "ScalarType? cast_dtype, ScalarType out_dtype, ScalarType? residual_dtype)"
+    " -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)"
 )
 def row_norm_forward(
-    x, residual, gate, dims, groups, weight, bias, eps, subtract_mean, zero_centered, silu, norm_before_gate,
-    cast_dtype, out_dtype, residual_dtype,
+    x, residual, gate, x_gate, dims, groups, samples, weight, bias, eps, subtract_mean, zero_centered, silu,
+    norm_before_gate, cast_dtype, out_dtype, residual_dtype,
 ):  # fmt: skip
-    """y, h (None without a residual), mean (None if it is not subtracted), rstd. A row has `groups` equal groups of
-    columns with statistics of their own. silu: the gate's activation, else it is the sigmoid."""
+    """y, h (None without a residual and an x_gate), mean (None if it is not subtracted), rstd.
+
+    h = residual + x_gate · x. A row has `groups` equal groups of columns with statistics of their own. The rows are
+    `samples` equal runs, with a row each of weight, bias and x_gate; of one sample they may have the normalised shape.
+    silu: the gate's activation, else it is the sigmoid."""
     dtypes = [t.dtype for t in (x, residual, gate) if t is not None]
-    in_float64 = torch.float64 in (dtypes if residual is None else [*dtypes, residual_dtype])
+    in_float64 = torch.float64 in [*dtypes, residual_dtype]
     rows = math.prod(x.shape[: x.dim() - dims])
     rstd = x.new_empty(rows * groups, dtype=torch.float64 if in_float64 else torch.float32)
-    h = None if residual is None else _like(x, residual_dtype)
+    h = _like(x, residual_dtype)
     return _like(x, out_dtype), h, torch.empty_like(rstd) if subtract_mean else None, rstd
 
 
 @operator(
-    "(Tensor dy, Tensor? dh, Tensor h, Tensor? gate, int dims, int groups, Tensor? weight, Tensor? bias, Tensor? mean, "
-    "Tensor rstd, bool zero_centered, bool silu, bool norm_before_gate, ScalarType? cast_dtype, ScalarType x_dtype, "
-    "ScalarType? residual_dtype, ScalarType? dweight_dtype, ScalarType? dbias_dtype)"
-    " -> (Tensor dx, Tensor dresidual, Tensor dgate, Tensor dweight, Tensor dbias)"
+    "(Tensor dy, Tensor? dh, Tensor h, Tensor? x, Tensor? gate, Tensor? x_gate, int dims, int groups, int samples, "
+    "Tensor? weight, Tensor? bias, Tensor? mean, Tensor rstd, bool zero_centered, bool silu, bool norm_before_gate, "
+    "ScalarType? cast_dtype, ScalarType x_dtype, ScalarType? residual_dtype, ScalarType? dweight_dtype, "
+    "ScalarType? dbias_dtype)"
+    " -> (Tensor dx, Tensor dresidual, Tensor dgate, Tensor dx_gate, Tensor dweight, Tensor dbias)"
 )
 def row_norm_backward(
-    dy, dh, h, gate, dims, groups, weight, bias, mean, rstd, zero_centered, silu, norm_before_gate, cast_dtype, x_dtype,
-    residual_dtype, dweight_dtype, dbias_dtype,
+    dy, dh, h, x, gate, x_gate, dims, groups, samples, weight, bias, mean, rstd, zero_centered, silu, norm_before_gate,
+    cast_dtype, x_dtype, residual_dtype, dweight_dtype, dbias_dtype,
 ):  # fmt: skip
-    """dx, dresidual (None where dx serves, in its dtype), dgate, dweight, dbias. bias: for a norm before its gate."""
-    dresidual = None if residual_dtype == x_dtype else _like(h, residual_dtype)
+    """dx, dresidual (None where dx serves, in its dtype), dgate, dx_gate, dweight, dbias.
+
+    x: given with an x_gate alone, and then dresidual is never dx. bias: for a norm before its gate."""
+    dresidual = None if residual_dtype == x_dtype and x_gate is None else _like(h, residual_dtype)
     dgate = None if gate is None else _like(h, gate.dtype)
-    return _like(h, x_dtype), dresidual, dgate, _parameter(h, dims, dweight_dtype), _parameter(h, dims, dbias_dtype)
+    dx_gate = None if x_gate is None else h.new_empty(x_gate.shape, dtype=x_gate.dtype)
+    dweight, dbias = (_parameter(h, t, dims, samples, d) for t, d in ((weight, dweight_dtype), (bias, dbias_dtype)))
+    return _like(h, x_dtype), dresidual, dgate, dx_gate, dweight, dbias
 
 
 def _channels(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor | None:

@@ -90,8 +90,9 @@ def test_activations_of_every_16_bit_gate(silu, dtype, computed):
     PyTorch's are."""
     gate = ALL_BITS.view(dtype).view(512, 128)
     x, options = torch.ones(512, 128, dtype=computed), (False, silu, True, None)
-    y, _, _, rstd = native.row_norm_forward(x, None, gate, 1, 1, None, None, 0.0, False, *options, computed, None)
-    given = x, None, x, gate.to(computed), 1, 1, None, None, None, rstd, *options, computed, None, None, None
+    whole, plain = (None, 1, 1, 1), (None, None)
+    y, _, _, rstd = native.row_norm_forward(x, None, gate, *whole, *plain, 0.0, False, *options, computed, None)
+    given = x, None, x, None, gate.to(computed), *whole, *plain, None, rstd, *options, computed, None, None, None
     dgate = native.row_norm_backward(*given)[2]
     exact = gate.double().requires_grad_()
     expected = torch.nn.functional.silu(exact) if silu else torch.sigmoid(exact)
@@ -217,11 +218,11 @@ def test_features_without_a_kernel_raise():
     ):
         options = 1e-5, True, False, True, True, cast_dtype, f32, residual_dtype
         with pytest.raises(RuntimeError, match=message):
-            native.row_norm_forward(x, residual, gate, 1, groups, w, w, *options)
+            native.row_norm_forward(x, residual, gate, None, 1, groups, 1, w, w, *options)
     options = False, True, True, None, f32, None, None, None
     for dh, gate, groups, message in ((x, x, 1, "a gate with a residual"), (None, None, 3, "that divides 8, got 3")):
         with pytest.raises(RuntimeError, match=message):
-            native.row_norm_backward(x, dh, x, gate, 1, groups, w, None, None, torch.ones(3), *options)
+            native.row_norm_backward(x, dh, x, None, gate, None, 1, groups, 1, w, None, None, torch.ones(3), *options)
 
 
 def test_build_info():

@@ -144,11 +144,14 @@ template <typename T, Norm NORM, Gate GATE>
 constexpr NormKernels<ComputeType<T>> gated_kernels = {gated_forward<T, NORM, GATE>, gated_backward<T, NORM, GATE>};
 
 template <typename T>
-constexpr RowKernels<ComputeType<T>> kernels_of = {{{{rms_norm_forward<T>, rms_norm_backward<T>},
-                                                     gated_kernels<T, Norm::rms, Gate::after_norm>,
-                                                     gated_kernels<T, Norm::rms, Gate::before_norm>},
-                                                    {{layer_norm_forward<T>, layer_norm_backward<T>},
-                                                     gated_kernels<T, Norm::layer, Gate::after_norm>,
-                                                     gated_kernels<T, Norm::layer, Gate::before_norm>}},
-                                                   gated_forward<T, Norm::rms, Gate::none>,
-                                                   add_rows<T>};
+constexpr RowKernels<ComputeType<T>> kernels_of = {
+    {{{rms_norm_forward<T>, rms_norm_backward<T, Gate::none>},
+      gated_kernels<T, Norm::rms, Gate::after_norm>,
+      gated_kernels<T, Norm::rms, Gate::before_norm>,
+      {rms_norm_forward<T>, rms_norm_backward<T, Gate::before_add>}},
+     {{layer_norm_forward<T>, layer_norm_backward<T, Gate::none>},
+      gated_kernels<T, Norm::layer, Gate::after_norm>,
+      gated_kernels<T, Norm::layer, Gate::before_norm>,
+      {layer_norm_forward<T>, layer_norm_backward<T, Gate::before_add>}}},
+    gated_forward<T, Norm::rms, Gate::none>,
+    add_rows<T>};

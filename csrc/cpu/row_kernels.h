@@ -172,12 +172,25 @@ void add_to_total(const S* partial, double* total, int64_t n) {
 }
 
 template <typename T>
-void add_rows(const void* x, const void* residual, void* h, int64_t n) {
-  const T* a = static_cast<const T*>(x);
-  const T* b = static_cast<const T*>(residual);
-  each_vector<VecOf<T>, 2>(0, n, [&](int64_t i, int, ActiveLanes active) ALWAYS_INLINE {
-    store(static_cast<T*>(h) + i, load(a + i, active) + load(b + i, active), active);
-  });
+void add_rows(const void* x, const void* residual, const ComputeType<T>* x_gate, void* h, int64_t n) {
+  const auto add = [=, x = static_cast<const T*>(x), residual = static_cast<const T*>(residual),
+                    h = static_cast<T*>(h)](auto adds, auto multiplies) ALWAYS_INLINE {
+    each_vector<VecOf<T>, 2>(0, n, [=](int64_t i, int, ActiveLanes active) ALWAYS_INLINE {
+      VecOf<T> sum = load(x + i, active);
+      if (multiplies) {
+        sum *= load(x_gate + i, active);
+      }
+      if (adds) {
+        sum += load(residual + i, active);
+      }
+      store(h + i, sum, active);
+    });
+  };
+  if (!x_gate) {
+    add(std::true_type(), std::false_type());
+  } else {
+    residual ? add(std::true_type(), std::true_type()) : add(std::false_type(), std::true_type());
+  }
 }
 
 // For rows whose sums overflow float though their squares may not; rows with inf or NaN come here too. The mean is that
@@ -238,9 +251,30 @@ INLINE void add_to_column(S* column, V value, bool first, ActiveLanes active) {
   store(column, first ? value : load(column, active) + zero_inactive(value, active), active);
 }
 
+// What becomes of the gradient of what was normalised: dx. Gate::before_add, with h = residual + x_gate · x:
+// dx = x_gate · gradient;  dresidual = gradient;  dx_gate += gradient · x.
+template <typename T, Gate GATE, typename V, typename S>
+INLINE void store_gradient(const BackwardRow<S>& r, int64_t i, V gradient, ActiveLanes active) {
+  T* dx = static_cast<T*>(r.dx) + i;
+  prefetch(dx, r.dx_ahead);  // a store reads its cache line first
+  if constexpr (GATE == Gate::before_add) {
+    const T* x = static_cast<const T*>(r.gated_x) + i;
+    prefetch(x, r.gated_x_ahead);
+    if (r.dresidual) {
+      T* dresidual = static_cast<T*>(r.dresidual) + i;
+      prefetch(dresidual, r.dresidual_ahead);
+      store(dresidual, gradient, active);
+    }
+    add_to_column(r.dx_gate + i, gradient * load(x, active), r.first, active);
+    store(dx, gradient * load(r.x_gate + i, active), active);
+  } else {
+    store(dx, gradient, active);
+  }
+}
+
 // dx = (w·dy − x̂ · c1) · rstd + dh with c1 = mean(x̂ · w·dy);  dweight += dy · x̂;
 // dbias += dy.
-template <typename T>
+template <typename T, Gate GATE>
 void rms_norm_backward(const BackwardRow<ComputeType<T>>& row) {
   using S = ComputeType<T>;
   using V = VecOf<T>;
@@ -248,7 +282,6 @@ void rms_norm_backward(const BackwardRow<ComputeType<T>>& row) {
   const T* x = static_cast<const T*>(r.x);
   const T* dy = static_cast<const T*>(r.dy);
   const T* dh = static_cast<const T*>(r.dh);
-  T* dx = static_cast<T*>(r.dx);
   const S rstd = r.statistics.rstd;
   Sum<V> sum;
   const auto step = [&](int64_t i, int slot, ActiveLanes active) ALWAYS_INLINE {
@@ -262,12 +295,11 @@ void rms_norm_backward(const BackwardRow<ComputeType<T>>& row) {
     const V grad = load(dy + i, active);
     prefetch(x + i, r.x_ahead);
     prefetch(dy + i, r.dy_ahead);
-    prefetch(dx + i, r.dx_ahead);  // a store reads its cache line first
     V result = grad * load(r.weight + i, active) * rstd - x_hat * c1_rstd;
     if (dh) {
       result += load(dh + i, active);
     }
-    store(dx + i, result, active);
+    store_gradient<T, GATE>(r, i, result, active);
     if (r.dweight) {
       add_to_column(r.dweight + i, grad * round_to(x_hat, r.cast), r.first, active);
     }
@@ -349,7 +381,7 @@ Statistics<ComputeType<T>> layer_norm_forward(const ForwardRow<ComputeType<T>>& 
 
 // dx = (w·dy − c2 − x̂ · c1) · rstd + dh with c1 = mean(x̂ · w·dy) and c2 = mean(w·dy);  dweight += dy · x̂;
 // dbias += dy.
-template <typename T>
+template <typename T, Gate GATE>
 void layer_norm_backward(const BackwardRow<ComputeType<T>>& row) {
   using S = ComputeType<T>;
   using V = VecOf<T>;
@@ -357,7 +389,6 @@ void layer_norm_backward(const BackwardRow<ComputeType<T>>& row) {
   const T* x = static_cast<const T*>(r.x);
   const T* dy = static_cast<const T*>(r.dy);
   const T* dh = static_cast<const T*>(r.dh);
-  T* dx = static_cast<T*>(r.dx);
   const auto [mean, rstd] = r.statistics;
   // A row of one element has dx = 0, but with fused multiply-adds w·dy − c2 − x̂ · c1 may leave a rounding error.
   const S scale = r.n == 1 ? 0 : rstd;
@@ -375,12 +406,11 @@ void layer_norm_backward(const BackwardRow<ComputeType<T>>& row) {
     const V grad = load(dy + i, active);
     prefetch(x + i, r.x_ahead);
     prefetch(dy + i, r.dy_ahead);
-    prefetch(dx + i, r.dx_ahead);  // a store reads its cache line first
     V result = grad * load(r.weight + i, active) * scale - (x_hat * c1_rstd + c2_rstd);
     if (dh) {
       result += load(dh + i, active);
     }
-    store(dx + i, result, active);
+    store_gradient<T, GATE>(r, i, result, active);
     if (r.dweight) {
       add_to_column(r.dweight + i, grad * x_hat, r.first, active);
     }

@@ -1,5 +1,5 @@
-// The row norms on the CPU: the loops over rows, column sums, checks, and the operators. row_kernels.h has the kernels,
-// which work on one row.
+// The row norms on the CPU: the loops over rows, checks, and the operators. row_kernels.h has the kernels, which work
+// on one row.
 #include <c10/util/Exception.h>
 #include <c10/util/accumulate.h>
 #include <torch/library.h>
@@ -9,6 +9,7 @@
 
 #include "row_norm.h"
 
+#include "column_sums.h"
 #include "tensors.h"
 #include "views.h"
 
@@ -17,6 +18,9 @@ namespace {
 
 template <typename Call>
 Gate gate_of(const Call& call) {
+  if (call.x_gate.defined()) {
+    return Gate::before_add;
+  }
   return !call.gate.defined() ? Gate::none : call.norm_before_gate ? Gate::after_norm : Gate::before_norm;
 }
 
@@ -53,10 +57,16 @@ int64_t count_rows(const at::Tensor& x, int64_t dims) {
   return c10::multiply_integers(x.sizes().slice(0, x.dim() - dims));
 }
 
+at::DimVector sizes_per_sample(const at::Tensor& x, int64_t dims, int64_t samples) {
+  at::DimVector sizes(normalized_sizes(x, dims));
+  sizes.insert(sizes.begin(), samples);
+  return sizes;
+}
+
 ForwardResult make_results(const ForwardCall& call, at::ScalarType statistics_dtype) {
   ForwardResult result;
   result.y = empty(call.x.sizes(), call.out_dtype);
-  if (call.residual.defined()) {
+  if (call.residual_dtype) {
     result.h = empty(call.x.sizes(), *call.residual_dtype);
   }
   if (call.saves_statistics) {
@@ -68,6 +78,41 @@ ForwardResult make_results(const ForwardCall& call, at::ScalarType statistics_dt
   }
   return result;
 }
+
+// A thread's weight, bias and x_gate, whose rows belong to samples.
+template <typename S>
+class Parameters {
+ public:
+  template <typename Call>
+  Parameters(const Call& call, int64_t width, bool wants_bias)
+      : weight_(call.weight, width, 1, call.zero_centered ? 1 : 0, call.samples) {
+    if (wants_bias) {
+      bias_.emplace(call.bias, width, 0, 0, call.samples);
+    }
+    if (call.x_gate.defined()) {
+      x_gate_.emplace(call.x_gate, width, 1, 0, call.samples);
+    }
+  }
+
+  // Points a row's parameters to those of a sample, from a column on.
+  template <typename Row>
+  void set(Row& row, int64_t sample, int64_t first) {
+    const auto values = [=](ColumnValues<S>& of) {
+      of.choose(sample);
+      return of.get() + first;
+    };
+    row.weight = values(weight_);
+    row.bias = bias_ ? values(*bias_) : nullptr;
+    row.x_gate = x_gate_ ? values(*x_gate_) : nullptr;
+  }
+
+ private:
+  ColumnValues<S> weight_;
+  std::optional<ColumnValues<S>> bias_, x_gate_;
+};
+
+// How many rows of outputs to prepare at once: about a MiB of floats.
+int64_t rows_to_prepare(int64_t width) { return std::max<int64_t>(1, (1 << 18) / width); }
 
 // The tensors of a forward, row by row, or those of one group of their columns.
 template <typename S>
@@ -85,7 +130,7 @@ struct ForwardRows {
         mean(result.mean.defined() ? result.mean.mutable_data_ptr<S>() : nullptr),
         rstd(result.rstd.defined() ? result.rstd.mutable_data_ptr<S>() : nullptr),
         groups(call.groups),
-        adds(call.residual.defined()),
+        adds(call.residual_dtype.has_value()),
         gated(call.gate.defined()),
         needs_scratch(gated || x.converts() || residual.converts() || h.converts() || y.converts()),
         add(kernels<S>(working).add),
@@ -120,7 +165,7 @@ struct ForwardRows {
     row.x = x.read(i, scratch.row(0));
     if (adds) {
       void* sum = h.write(i, scratch.row(2));
-      add(row.x, residual.read(i, scratch.row(1)), sum, row.n);
+      add(row.x, residual.read(i, scratch.row(1)), row.x_gate, sum, row.n);
       h.finish(i, sum);
       row.x = h.read(i, scratch.row(0));  // the norm sees h as rounded to its dtype
     }
@@ -143,98 +188,63 @@ struct ForwardRows {
   S* rstd;
   int64_t groups;
   bool adds, gated, needs_scratch;
-  void (*add)(const void* x, const void* residual, void* h, int64_t n);
+  void (*add)(const void* x, const void* residual, const S* x_gate, void* h, int64_t n);
   Statistics<S> (*forward)(const ForwardRow<S>&);
 };
 
-// Rows have groups · cols columns; weight and bias are contiguous.
+// Rows have groups · cols columns; weight, bias and x_gate: (samples, cols), or contiguous.
 template <typename S>
 void forward_in(const ForwardCall& call, const ForwardResult& result, const RowLevels& levels) {
   const int64_t n_rows = levels.rows(), width = levels.cols(), cols = width / call.groups;
+  const int64_t sample_rows = n_rows / call.samples;
   const ForwardRows<S> tensors(call, result, levels);
   parallel(n_rows, width, [&](int64_t begin, int64_t end) {
     Scratch<S> scratch(tensors.needs_scratch, 4, cols);
-    const ColumnValues<S> weight(call.weight, width, 1, call.zero_centered ? 1 : 0);
-    std::optional<ColumnValues<S>> bias;
-    if (call.norm == Norm::layer || call.bias || call.gate.defined()) {
-      bias.emplace(call.bias, width, 0, 0);
-    }
+    Parameters<S> parameters(call, width, call.norm == Norm::layer || call.bias || call.gate.defined());
     ForwardRow<S> row{};
     row.n = cols;
     row.scratch = scratch.row(3);
     row.silu = call.silu;
     row.eps = call.eps;
     row.cast = cast_from<S>(call.cast_dtype);
-    const int64_t some_rows = std::max<int64_t>(1, (1 << 18) / width);
+    const int64_t some_rows = rows_to_prepare(width);
     for (int64_t first = begin; first < end; first += some_rows) {
       const int64_t last = std::min(first + some_rows, end);
       tensors.prepare(first, last);
       for (int64_t group = 0; group < call.groups; ++group) {
         std::optional<ForwardRows<S>> part;
         const ForwardRows<S>& rows = call.groups == 1 ? tensors : part.emplace(tensors.group(group, cols));
-        row.weight = weight.get() + group * cols;
-        row.bias = bias ? bias->get() + group * cols : nullptr;
         rows.look_ahead(first, row);
-        for (int64_t i = first; i < last; ++i) {
-          if (!levels.is_plain()) {
-            rows.look_ahead(i, row);
+        for (int64_t i = first; i < last;) {
+          const int64_t sample = i / sample_rows, stop = std::min((sample + 1) * sample_rows, last);
+          parameters.set(row, sample, group * cols);
+          for (; i < stop; ++i) {
+            if (!levels.is_plain()) {
+              rows.look_ahead(i, row);
+            }
+            if (i + 1 == end) {  // the next row is another thread's: no prefetch
+              row.x_ahead = row.gate_ahead = row.y_ahead = 0;
+            }
+            rows.run(i, row, scratch);
           }
-          if (i + 1 == end) {  // the next row is another thread's: no prefetch
-            row.x_ahead = row.gate_ahead = row.y_ahead = 0;
-          }
-          rows.run(i, row, scratch);
         }
       }
     }
   });
 }
 
-// Column sums of dweight or dbias: partial sums in S over each chunk of rows, then their sum in double.
-template <typename S>
-class ColumnSums {
- public:
-  ColumnSums(bool wanted, int64_t chunks, int64_t cols) : chunks_(chunks), cols_(cols) {
-    if (wanted) {
-      partials_ = empty({chunks, cols}, scalar_type_of<S>);
-    }
-  }
-
-  // The partial sums of a chunk, from a column on; null where the sum is not wanted.
-  S* chunk(int64_t i, int64_t first) const {
-    return partials_.defined() ? partials_.template mutable_data_ptr<S>() + i * cols_ + first : nullptr;
-  }
-
-  // Writes columns [first, last), at most `strip` of them, of the result. An undefined result is left out.
-  void add_up(const at::Tensor& total, int64_t first, int64_t last) const {
-    if (!total.defined()) {
-      return;
-    }
-    const S* partials = partials_.template const_data_ptr<S>();
-    double sums[strip] = {};
-    for (int64_t i = 0; i < chunks_; ++i) {
-      kernel_table<S>().add_to_total(partials + i * cols_ + first, sums, last - first);
-    }
-    const auto store = kernel_table<double>().store[static_cast<int>(dtype_from(total.scalar_type()))];
-    store(sums, static_cast<char*>(total.mutable_data_ptr()) + first * total.element_size(), last - first);
-  }
-
-  static constexpr int64_t strip = 512;
-
- private:
-  int64_t chunks_, cols_;
-  at::Tensor partials_;
-};
-
 // The tensors of a backward, row by row, or those of one group of their columns.
 template <typename S>
 struct BackwardRows {
   BackwardRows(const BackwardCall& call, const BackwardResult& result, const RowLevels& levels)
-      : BackwardRows(call, result, levels,
-                     working_dtype<S>({&call.dy, &call.dh, &call.x, &call.gate, &result.dx, &result.dresidual})) {}
+      : BackwardRows(
+            call, result, levels,
+            working_dtype<S>({&call.dy, &call.dh, &call.h, &call.x, &call.gate, &result.dx, &result.dresidual})) {}
 
   BackwardRows(const BackwardCall& call, const BackwardResult& result, const RowLevels& levels, Dtype working)
       : dy(call.dy, working, levels),
         dh(call.dh, working, levels),
+        h(call.h, working, levels),
         x(call.x, working, levels),
         gate(call.gate, working, levels),
         dx(result.dx, working, levels),
@@ -244,12 +254,14 @@ struct BackwardRows {
         rstd(call.rstd.const_data_ptr<S>()),
         groups(call.groups),
         gated(call.gate.defined()),
-        needs_scratch(gated || dy.converts() || dh.converts() || x.converts() || dx.converts() || dresidual.converts()),
+        x_gated(call.x_gate.defined()),
+        needs_scratch(gated || dy.converts() || dh.converts() || h.converts() || x.converts() || dx.converts() ||
+                      dresidual.converts()),
         backward(kernels_of<S>(call, working).backward) {}
 
   BackwardRows group(int64_t index, int64_t cols) const {
     BackwardRows part = *this;
-    for (Rows2d<S>* rows : {&part.dy, &part.dh, &part.x, &part.gate, &part.dx, &part.dresidual, &part.dgate}) {
+    for (Rows2d<S>* rows : {&part.dy, &part.dh, &part.h, &part.gate, &part.dx, &part.dresidual, &part.dgate}) {
       *rows = rows->columns(index * cols, cols);
     }
     part.mean = mean ? mean + index : nullptr;
@@ -264,36 +276,47 @@ struct BackwardRows {
   }
 
   void look_ahead(int64_t i, BackwardRow<S>& row) const {
-    row.x_ahead = x.ahead(i);
+    row.x_ahead = h.ahead(i);
     row.dy_ahead = dy.ahead(i);
     row.gate_ahead = gate.ahead(i);
+    row.gated_x_ahead = x.ahead(i);
     row.dx_ahead = dx.ahead(i);
+    row.dresidual_ahead = dresidual.ahead(i);
     row.dgate_ahead = dgate.ahead(i);
+  }
+
+  static void end_look_ahead(BackwardRow<S>& row) {
+    row.x_ahead = row.dy_ahead = row.gate_ahead = row.gated_x_ahead = 0;
+    row.dx_ahead = row.dresidual_ahead = row.dgate_ahead = 0;
   }
 
   void run(int64_t i, BackwardRow<S>& row, Scratch<S>& scratch) const {
     row.dy = dy.read(i, scratch.row(0));
     row.dh = dh.read(i, scratch.row(1));
-    row.x = x.read(i, scratch.row(2));
+    row.x = h.read(i, scratch.row(2));
     row.statistics = {mean ? mean[i * groups] : 0, rstd[i * groups]};
     row.dx = dx.write(i, scratch.row(3));
     if (gated) {
       row.gate = gate.read(i, scratch.row(1));
       row.dgate = dgate.write(i, scratch.row(4));
     }
+    if (x_gated) {
+      row.gated_x = x.read(i, scratch.row(4));
+      row.dresidual = dresidual.write(i, scratch.row(5));
+    }
     backward(row);
     dx.finish(i, row.dx);
-    dresidual.finish(i, row.dx);
+    dresidual.finish(i, x_gated ? row.dresidual : row.dx);
     if (gated) {
       dgate.finish(i, row.dgate);
     }
   }
 
-  Rows2d<S> dy, dh, x, gate, dx, dresidual, dgate;
+  Rows2d<S> dy, dh, h, x, gate, dx, dresidual, dgate;
   const S* mean;
   const S* rstd;
   int64_t groups;
-  bool gated, needs_scratch;
+  bool gated, x_gated, needs_scratch;
   void (*backward)(const BackwardRow<S>&);
 };
 
@@ -301,88 +324,142 @@ BackwardResult make_results(const BackwardCall& call) {
   const auto optional = [](at::IntArrayRef sizes, std::optional<at::ScalarType> type) {
     return type ? empty(sizes, *type) : at::Tensor();
   };
-  const at::IntArrayRef sizes = call.x.sizes(), normalized = normalized_sizes(call.x, call.dims);
-  const bool is_alike = call.residual_dtype == call.x_dtype;
-  return {empty(sizes, call.x_dtype), optional(sizes, is_alike ? std::nullopt : call.residual_dtype),
-          call.gate.defined() ? empty(sizes, call.gate.scalar_type()) : at::Tensor(),
-          optional(normalized, call.dweight_dtype), optional(normalized, call.dbias_dtype)};
+  const auto like = [](const at::Tensor& tensor) {
+    return tensor.defined() ? empty(tensor.sizes(), tensor.scalar_type()) : at::Tensor();
+  };
+  const auto parameter = [&](const std::optional<at::Tensor>& given, std::optional<at::ScalarType> type) {
+    if (given && given->defined()) {
+      return optional(given->sizes(), type);
+    }
+    return call.samples == 1 ? optional(normalized_sizes(call.h, call.dims), type)
+                             : optional(sizes_per_sample(call.h, call.dims, call.samples), type);
+  };
+  const bool dx_serves = call.dtypes.residual == call.dtypes.x && !call.x_gate.defined();
+  BackwardResult result;
+  result.dx = empty(call.h.sizes(), call.dtypes.x);
+  result.dresidual = optional(call.h.sizes(), dx_serves ? std::nullopt : call.dtypes.residual);
+  result.dgate = like(call.gate);
+  result.dx_gate = like(call.x_gate);
+  result.dweight = parameter(call.weight, call.dtypes.weight);
+  result.dbias = parameter(call.bias, call.dtypes.bias);
+  return result;
 }
 
-// Rows have groups · cols columns; weight and bias are contiguous.
+// Rows have groups · cols columns; weight, bias and x_gate: (samples, cols), or contiguous.
 template <typename S>
 void backward_in(const BackwardCall& call, const BackwardResult& result, const RowLevels& levels) {
   const int64_t n_rows = levels.rows(), width = levels.cols(), cols = width / call.groups;
   const BackwardRows<S> tensors(call, result, levels);
-  // At most 64 rows a chunk, so that float sums keep their digits. Fewer rows keep more threads busy, but below 16,
-  // writing and reading the partial sums takes longer than that gains. At least two chunks.
-  const int64_t chunk_rows = std::min<int64_t>(64, std::max((n_rows + 7) / 8, std::min<int64_t>(16, (n_rows + 1) / 2)));
-  const int64_t chunks = (n_rows + chunk_rows - 1) / chunk_rows;
-  const ColumnSums<S> dweight(call.dweight_dtype.has_value(), chunks, width);
-  const ColumnSums<S> dbias(call.dbias_dtype.has_value(), chunks, width);
-  parallel(chunks, chunk_rows * width, [&](int64_t begin, int64_t end) {
-    Scratch<S> scratch(tensors.needs_scratch, 6, cols);
-    const ColumnValues<S> weight(call.weight, width, 1, call.zero_centered ? 1 : 0);
-    std::optional<ColumnValues<S>> bias;
-    if (gate_of(call) == Gate::after_norm) {
-      bias.emplace(call.bias, width, 0, 0);
-    }
+  const Chunks chunks(n_rows, call.samples);
+  const ColumnSums<S> dweight(result.dweight, chunks, width), dbias(result.dbias, chunks, width);
+  const ColumnSums<S> dx_gate(result.dx_gate, chunks, width);
+  const bool sums_in_scratch = dweight.needs_scratch() || dbias.needs_scratch() || dx_gate.needs_scratch();
+  parallel(chunks.count, chunks.rows * width, [&](int64_t begin, int64_t end) {
+    Scratch<S> scratch(tensors.needs_scratch, 6, cols), sums(sums_in_scratch, 3, width);
+    Parameters<S> parameters(call, width, gate_of(call) == Gate::after_norm);
     BackwardRow<S> row{};
     row.n = cols;
     row.scratch = scratch.row(5);
     row.silu = call.silu;
     row.cast = cast_from<S>(call.cast_dtype);
+    const int64_t end_row = chunks.begin(end);
+    int64_t prepared = chunks.begin(begin);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      const int64_t first = chunk * chunk_rows, last = std::min(first + chunk_rows, n_rows);
-      tensors.prepare(first, last);
+      const int64_t first = chunks.begin(chunk), last = chunks.end(chunk);
+      if (last > prepared) {
+        const int64_t until = std::min(std::max(last, prepared + rows_to_prepare(width)), end_row);
+        tensors.prepare(prepared, until);
+        prepared = until;
+      }
       for (int64_t group = 0; group < call.groups; ++group) {
         std::optional<BackwardRows<S>> part;
         const BackwardRows<S>& rows = call.groups == 1 ? tensors : part.emplace(tensors.group(group, cols));
-        row.weight = weight.get() + group * cols;
-        row.bias = bias ? bias->get() + group * cols : nullptr;
-        row.dweight = dweight.chunk(chunk, group * cols);
-        row.dbias = dbias.chunk(chunk, group * cols);
+        parameters.set(row, chunk / chunks.per_sample, group * cols);
+        row.dweight = dweight.chunk(chunk, group * cols, sums.row(0));
+        row.dbias = dbias.chunk(chunk, group * cols, sums.row(1));
+        row.dx_gate = dx_gate.chunk(chunk, 0, sums.row(2));
         rows.look_ahead(first, row);
         for (int64_t i = first; i < last; ++i) {
           if (!levels.is_plain()) {
             rows.look_ahead(i, row);
           }
-          if (i + 1 == std::min(end * chunk_rows, n_rows)) {  // the next row is another thread's: no prefetch
-            row.x_ahead = row.dy_ahead = row.gate_ahead = row.dx_ahead = row.dgate_ahead = 0;
+          if (i + 1 == end_row) {  // the next row is another thread's
+            rows.end_look_ahead(row);
           }
           row.first = i == first;
           rows.run(i, row, scratch);
         }
       }
+      dweight.finish(chunk, sums.row(0));
+      dbias.finish(chunk, sums.row(1));
+      dx_gate.finish(chunk, sums.row(2));
     }
   });
+  if (chunks.per_sample == 1) {
+    return;
+  }
   constexpr int64_t strip = ColumnSums<S>::strip;
-  parallel((width + strip - 1) / strip, strip * chunks, [&](int64_t begin, int64_t end) {
-    for (int64_t first = begin * strip; first < std::min(end * strip, width); first += strip) {
-      dweight.add_up(result.dweight, first, std::min(first + strip, width));
-      dbias.add_up(result.dbias, first, std::min(first + strip, width));
+  const int64_t strips = (width + strip - 1) / strip;
+  parallel(call.samples * strips, strip * chunks.per_sample, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t sample = i / strips, first = i % strips * strip, last = std::min(first + strip, width);
+      dweight.add_up(sample, first, last);
+      dbias.add_up(sample, first, last);
+      dx_gate.add_up(sample, first, last);
     }
   });
 }
 
 bool is_double(const at::Tensor& tensor) { return tensor.defined() && tensor.scalar_type() == at::kDouble; }
 
-// Checks x before the other tensors, whose expected shapes follow from it.
+// Checks what is normalised before the other tensors, whose expected shapes follow from it.
 void check_input(const at::Tensor& x, int64_t dims) {
   TORCH_CHECK(dims > 0 && dims <= x.dim() && c10::multiply_integers(normalized_sizes(x, dims)) > 0,
               "fastnorm: expected x with elements in its last ", dims, " dimensions, got ", x.sizes());
   check_tensor(x, "x", x.sizes());
 }
 
+// x: what is normalised.
 template <typename Call>
-void check_features(const Call& call) {
+void check_features(const Call& call, const at::Tensor& x, std::optional<at::ScalarType> residual_dtype) {
   TORCH_CHECK(call.norm == Norm::rms || !call.cast_dtype, "fastnorm: no kernel for cast_dtype with subtract_mean");
-  const int64_t width = c10::multiply_integers(normalized_sizes(call.x, call.dims));
+  const int64_t width = c10::multiply_integers(normalized_sizes(x, call.dims)), n_rows = count_rows(x, call.dims);
   TORCH_CHECK(call.groups > 0 && width % call.groups == 0, "fastnorm: expected a number of groups that divides ", width,
               ", got ", call.groups);
-  TORCH_CHECK(!call.gate.defined() || !call.residual_dtype, "fastnorm: no kernel for a gate with a residual");
+  TORCH_CHECK(!call.gate.defined() || !residual_dtype, "fastnorm: no kernel for a gate with a residual");
+  TORCH_CHECK(call.samples > 0 && n_rows % call.samples == 0, "fastnorm: expected a number of samples that divides ",
+              n_rows, " rows, got ", call.samples);
+  TORCH_CHECK(
+      (call.samples == 1 && !call.x_gate.defined()) || (call.groups == 1 && !call.gate.defined() && !call.cast_dtype),
+      "fastnorm: no kernel for samples or an x_gate with groups, a gate or cast_dtype");
   if (call.gate.defined()) {
-    check_tensor(call.gate, "gate", call.x.sizes());
+    check_tensor(call.gate, "gate", x.sizes());
   }
+  const auto check = [&](const at::Tensor& parameter, const char* name) {
+    if (!parameter.defined()) {
+      return;
+    }
+    if (call.samples == 1 && parameter.dim() == call.dims) {
+      check_tensor(parameter, name, normalized_sizes(x, call.dims));
+    } else {
+      check_tensor(parameter, name, sizes_per_sample(x, call.dims, call.samples));
+    }
+  };
+  check(call.weight.value_or(at::Tensor()), "weight");
+  check(call.bias.value_or(at::Tensor()), "bias");
+  check(call.x_gate, "x_gate");
+}
+
+// weight, bias and x_gate as the kernels read them: (samples, cols) with adjacent columns, or contiguous.
+template <typename Call>
+void view_parameters(Call& call) {
+  const auto view = [&](const std::optional<at::Tensor>& parameter) {
+    const bool has_rows = call.samples > 1 && parameter && parameter->defined();
+    return has_rows ? rows_of_samples(*parameter) : contiguous(parameter);
+  };
+  call.weight = view(call.weight);
+  call.bias = view(call.bias);
+  call.x_gate = *view(call.x_gate);
 }
 
 }  // namespace
@@ -392,43 +469,43 @@ ForwardResult norm_forward(ForwardCall call) {
   if (call.residual.defined()) {
     check_tensor(call.residual, "residual", call.x.sizes());
   }
-  TORCH_CHECK(call.residual.defined() == call.residual_dtype.has_value(),
-              "fastnorm: expected residual_dtype with a residual, and only with one");
-  check_features(call);
-  check_parameter(call.weight, "weight", normalized_sizes(call.x, call.dims));
-  check_parameter(call.bias, "bias", normalized_sizes(call.x, call.dims));
+  TORCH_CHECK((call.residual.defined() || call.x_gate.defined()) == call.residual_dtype.has_value(),
+              "fastnorm: expected residual_dtype with a residual or an x_gate, and only with one");
+  check_features(call, call.x, call.residual_dtype);
   const bool in_double =
       is_double(call.x) || is_double(call.residual) || is_double(call.gate) || call.residual_dtype == at::kDouble;
   ForwardResult result = make_results(call, in_double ? at::kDouble : at::kFloat);
   const RowLevels levels({&call.x, &call.residual, &call.gate}, call.dims);
-  call.weight = contiguous(call.weight);
-  call.bias = contiguous(call.bias);
+  view_parameters(call);
   in_double ? forward_in<double>(call, result, levels) : forward_in<float>(call, result, levels);
   return result;
 }
 
 BackwardResult norm_backward(BackwardCall call) {
-  check_input(call.x, call.dims);
-  check_tensor(call.dy, "dy", call.x.sizes());
+  check_input(call.h, call.dims);
+  check_tensor(call.dy, "dy", call.h.sizes());
   if (call.dh.defined()) {
     TORCH_CHECK(!call.gate.defined(), "fastnorm: no kernel for a gate with a residual");
-    check_tensor(call.dh, "dh", call.x.sizes());
+    check_tensor(call.dh, "dh", call.h.sizes());
   }
-  check_features(call);
-  check_parameter(call.weight, "weight", normalized_sizes(call.x, call.dims));
-  check_parameter(call.bias, "bias", normalized_sizes(call.x, call.dims));
+  TORCH_CHECK(call.x.defined() == call.x_gate.defined(), "fastnorm: expected x with an x_gate, and only with one");
+  if (call.x.defined()) {
+    check_tensor(call.x, "x", call.h.sizes());
+    TORCH_CHECK(call.x.scalar_type() == call.dtypes.x, "fastnorm: expected x in ", call.dtypes.x, ", got ",
+                call.x.scalar_type());
+  }
+  check_features(call, call.h, call.dtypes.residual);
   const bool in_double =
-      is_double(call.x) || is_double(call.gate) || call.x_dtype == at::kDouble || call.residual_dtype == at::kDouble;
+      is_double(call.h) || is_double(call.gate) || call.dtypes.x == at::kDouble || call.dtypes.residual == at::kDouble;
   const at::ScalarType statistics_dtype = in_double ? at::kDouble : at::kFloat;
-  const int64_t count = count_rows(call.x, call.dims) * call.groups;
+  const int64_t count = count_rows(call.h, call.dims) * call.groups;
   check_statistics(call.rstd, "rstd", {count}, statistics_dtype);
   if (call.norm == Norm::layer) {
     check_statistics(call.mean, "mean", {count}, statistics_dtype);
   }
   BackwardResult result = make_results(call);
-  const RowLevels levels({&call.dy, &call.dh, &call.x, &call.gate}, call.dims);
-  call.weight = contiguous(call.weight);
-  call.bias = contiguous(call.bias);
+  const RowLevels levels({&call.dy, &call.dh, &call.h, &call.x, &call.gate}, call.dims);
+  view_parameters(call);
   in_double ? backward_in<double>(call, result, levels) : backward_in<float>(call, result, levels);
   return result;
 }
@@ -439,30 +516,47 @@ using at::ScalarType;
 using at::Tensor;
 using std::optional;
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> row_norm_forward(const Tensor& x, const optional<Tensor>& residual,
-                                                            const optional<Tensor>& gate, int64_t dims, int64_t groups,
-                                                            const optional<Tensor>& weight,
-                                                            const optional<Tensor>& bias, double eps,
-                                                            bool subtract_mean, bool zero_centered, bool silu,
-                                                            bool norm_before_gate, optional<ScalarType> cast_dtype,
-                                                            ScalarType out_dtype, optional<ScalarType> residual_dtype) {
-  auto [y, h, mean, rstd] = norm_forward({subtract_mean ? Norm::layer : Norm::rms, x, residual.value_or(Tensor()),
-                                          gate.value_or(Tensor()), dims, groups, weight, bias, eps, zero_centered, silu,
-                                          norm_before_gate, cast_dtype, out_dtype, residual_dtype});
+Tensor or_undefined(const optional<Tensor>& tensor) { return tensor.value_or(Tensor()); }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> row_norm_forward(
+    const Tensor& x, const optional<Tensor>& residual, const optional<Tensor>& gate, const optional<Tensor>& x_gate,
+    int64_t dims, int64_t groups, int64_t samples, const optional<Tensor>& weight, const optional<Tensor>& bias,
+    double eps, bool subtract_mean, bool zero_centered, bool silu, bool norm_before_gate,
+    optional<ScalarType> cast_dtype, ScalarType out_dtype, optional<ScalarType> residual_dtype) {
+  auto [y, h, mean, rstd] =
+      norm_forward({subtract_mean ? Norm::layer : Norm::rms, x, or_undefined(residual), or_undefined(gate),
+                    or_undefined(x_gate), dims, groups, samples, weight, bias, eps, zero_centered, silu,
+                    norm_before_gate, cast_dtype, out_dtype, residual_dtype});
   return {y, h, mean, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_norm_backward(
-    const Tensor& dy, const optional<Tensor>& dh, const Tensor& h, const optional<Tensor>& gate, int64_t dims,
-    int64_t groups, const optional<Tensor>& weight, const optional<Tensor>& bias, const optional<Tensor>& mean,
-    const Tensor& rstd, bool zero_centered, bool silu, bool norm_before_gate, optional<ScalarType> cast_dtype,
-    ScalarType x_dtype, optional<ScalarType> residual_dtype, optional<ScalarType> dweight_dtype,
-    optional<ScalarType> dbias_dtype) {
-  auto [dx, dresidual, dgate, dweight, dbias] =
-      norm_backward({mean ? Norm::layer : Norm::rms, dy, dh.value_or(Tensor()), h, gate.value_or(Tensor()), dims,
-                     groups, weight, bias, mean.value_or(Tensor()), rstd, zero_centered, silu, norm_before_gate,
-                     cast_dtype, x_dtype, residual_dtype, dweight_dtype, dbias_dtype});
-  return {dx, dresidual, dgate, dweight, dbias};
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> row_norm_backward(
+    const Tensor& dy, const optional<Tensor>& dh, const Tensor& h, const optional<Tensor>& x,
+    const optional<Tensor>& gate, const optional<Tensor>& x_gate, int64_t dims, int64_t groups, int64_t samples,
+    const optional<Tensor>& weight, const optional<Tensor>& bias, const optional<Tensor>& mean, const Tensor& rstd,
+    bool zero_centered, bool silu, bool norm_before_gate, optional<ScalarType> cast_dtype, ScalarType x_dtype,
+    optional<ScalarType> residual_dtype, optional<ScalarType> dweight_dtype, optional<ScalarType> dbias_dtype) {
+  auto [dx, dresidual, dgate, dx_gate, dweight, dbias] =
+      norm_backward({mean ? Norm::layer : Norm::rms,
+                     dy,
+                     or_undefined(dh),
+                     h,
+                     or_undefined(x),
+                     or_undefined(gate),
+                     or_undefined(x_gate),
+                     dims,
+                     groups,
+                     samples,
+                     weight,
+                     bias,
+                     or_undefined(mean),
+                     rstd,
+                     zero_centered,
+                     silu,
+                     norm_before_gate,
+                     cast_dtype,
+                     {x_dtype, residual_dtype, dweight_dtype, dbias_dtype}});
+  return {dx, dresidual, dgate, dx_gate, dweight, dbias};
 }
 
 }  // namespace

@@ -22,9 +22,9 @@ constexpr int dtype_count = 4;
 enum class Norm { rms, layer };
 constexpr int norm_count = 2;
 
-// Where a gate multiplies: after the norm its y, before the norm its x.
-enum class Gate { none, after_norm, before_norm };
-constexpr int gate_count = 3;
+// Where a gate multiplies: after the norm its y, before the norm its x, or x before a residual is added (the x_gate).
+enum class Gate { none, after_norm, before_norm, before_add };
+constexpr int gate_count = 4;
 
 // S is the type that kernels compute in: double where an input is double, float otherwise.
 template <typename S>
@@ -43,6 +43,7 @@ struct ForwardRow {
   const void* gate;
   const S* weight;
   const S* bias;
+  const S* x_gate;  // read by `add` alone
   void* y;
   int64_t n;
   S* scratch;
@@ -52,8 +53,9 @@ struct ForwardRow {
   Dtype cast;  // x̂ is rounded to it before the weight multiplies; dtype_of<S> means no rounding
 };
 
-// dh, dweight and dbias may be null; there is no dh with a gate. dweight and dbias are sums over rows: the first row
-// writes them, the others add.
+// dh, dresidual, dweight and dbias may be null; there is no dh with a gate. dweight, dbias and dx_gate are sums over
+// rows: the first row writes them, the others add. Gate::before_add alone reads gated_x, what the x_gate multiplied,
+// and writes dresidual and dx_gate.
 template <typename S>
 struct BackwardRow {
   const void* dy;
@@ -62,15 +64,19 @@ struct BackwardRow {
   const void* gate;
   const S* weight;
   const S* bias;  // read by Gate::after_norm
+  const S* x_gate;
+  const void* gated_x;
   Statistics<S> statistics;
   void* dx;
+  void* dresidual;
   void* dgate;
   S* dweight;
   S* dbias;
+  S* dx_gate;
   bool first;
   int64_t n;
   S* scratch;
-  int64_t x_ahead, dy_ahead, gate_ahead, dx_ahead, dgate_ahead;
+  int64_t x_ahead, dy_ahead, gate_ahead, gated_x_ahead, dx_ahead, dresidual_ahead, dgate_ahead;
   bool silu;
   Dtype cast;
 };
@@ -86,7 +92,8 @@ template <typename S>
 struct RowKernels {
   NormKernels<S> norms[norm_count][gate_count];
   Statistics<S> (*biased_rms_norm)(const ForwardRow<S>&);  // the forward with a bias, without a gate
-  void (*add)(const void* x, const void* residual, void* h, int64_t n);
+  // h = residual + x_gate · x; residual or x_gate may be null.
+  void (*add)(const void* x, const void* residual, const S* x_gate, void* h, int64_t n);
 };
 
 // The kernels that compute in S, by dtype. `load` and `store` convert a row between a dtype and S.

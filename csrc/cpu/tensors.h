@@ -128,35 +128,57 @@ class Rows2d {
   bool is_fresh_ = false;
 };
 
-// Weight or bias in S plus an offset, or `absent` in every column if there is none. An S tensor without an offset is
-// used in place. Each thread makes its own copy: reading another core's takes longer than converting.
+// Weight, bias or x_gate in S plus an offset, or `absent` in every column if there is none; with several rows, one of
+// them at a time. What is in S without an offset is used in place. Each thread makes its own copy: reading another
+// core's takes longer than converting.
 template <typename S>
 class ColumnValues {
  public:
-  ColumnValues(const std::optional<at::Tensor>& tensor, int64_t cols, S absent, S offset) {
+  // tensor: contiguous, or with several rows (rows, cols).
+  ColumnValues(const std::optional<at::Tensor>& tensor, int64_t cols, S absent, S offset, int64_t rows = 1)
+      : cols_(cols), offset_(offset) {
     const bool given = tensor.has_value() && tensor->defined();
-    if (given && dtype_from(tensor->scalar_type()) == dtype_of<S> && offset == 0) {
-      values_ = tensor->const_data_ptr<S>();
-      return;
+    if (given) {
+      dtype_ = dtype_from(tensor->scalar_type());
+      stride_ = rows == 1 ? 0 : tensor->stride(0) * static_cast<int64_t>(tensor->element_size());
+      data_ = static_cast<const char*>(tensor->const_data_ptr());
     }
-    own_.reset(new S[cols]);
-    values_ = own_.get();
-    if (!given) {
-      std::fill_n(own_.get(), cols, absent);
-      return;
+    if (!given || dtype_ != dtype_of<S> || offset != 0) {
+      own_.reset(new S[cols]);
     }
-    kernel_table<S>().load[static_cast<int>(dtype_from(tensor->scalar_type()))](tensor->const_data_ptr(), own_.get(),
-                                                                                cols);
-    for (int64_t i = 0; i < cols; ++i) {
-      own_[i] += offset;
+    given ? read(data_) : static_cast<void>(std::fill_n(own_.get(), cols, absent));
+  }
+
+  // Chooses a row; at first it is row 0.
+  void choose(int64_t row) {
+    const char* source = data_ + row * stride_;
+    if (source != read_) {
+      read(source);
     }
   }
 
-  const S* get() const { return values_; }
+  const S* get() const { return own_ ? own_.get() : reinterpret_cast<const S*>(read_); }
 
  private:
+  void read(const char* source) {
+    read_ = source;
+    const S* values = reinterpret_cast<const S*>(source);
+    if (dtype_ != dtype_of<S>) {
+      kernel_table<S>().load[static_cast<int>(dtype_)](source, own_.get(), cols_);
+      values = own_.get();
+    }
+    if (offset_ != 0) {
+      std::transform(values, values + cols_, own_.get(), [this](S value) { return value + offset_; });
+    }
+  }
+
+  int64_t cols_;
+  S offset_;
+  Dtype dtype_ = dtype_of<S>;
+  int64_t stride_ = 0;
+  const char* data_ = nullptr;
+  const char* read_ = nullptr;  // the chosen row
   std::unique_ptr<S[]> own_;
-  const S* values_;
 };
 
 // Splits [0, count) among threads. Each item covers `elements`; no thread is woken for too few of them.

@@ -95,6 +95,12 @@ RowOffsets RowLevels::offsets(const at::Tensor& tensor) const {
   return offsets;
 }
 
+at::Tensor rows_of_samples(const at::Tensor& parameter) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const at::Tensor rows = parameter.dim() == 2 ? parameter : parameter.flatten(1);
+  return rows.stride(1) == 1 || rows.size(1) == 1 ? rows : copied(rows);
+}
+
 std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& parameter) {
   if (!parameter || !parameter->defined() || parameter->is_contiguous()) {
     return parameter;

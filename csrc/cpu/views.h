@@ -71,6 +71,9 @@ class RowLevels {
   std::array<Division, 2> divisions_;
 };
 
+// A parameter (samples, *shape) as (samples, cols), with adjacent columns; copied only where its strides demand it.
+at::Tensor rows_of_samples(const at::Tensor& parameter);
+
 // A contiguous weight or bias.
 std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& parameter);
 

@@ -44,7 +44,7 @@ class RowNormFunction(torch.autograd.Function):
         """dtypes: those of y and h."""
         eps, subtract_mean, zero_centered, cast_dtype, groups, silu, norm_before_gate = options
         y, h, mean, rstd = impl.row_norm_forward(
-            x, residual, gate, len(shape), groups, weight, bias, eps, subtract_mean, zero_centered,
+            x, residual, gate, None, len(shape), groups, 1, weight, bias, eps, subtract_mean, zero_centered,
             silu, norm_before_gate, cast_dtype, *dtypes,
         )  # fmt: skip
         if gate is None or norm_before_gate:  # else they are not x's, but x · act(gate)'s
@@ -62,9 +62,10 @@ class RowNormFunction(torch.autograd.Function):
         h, weight, bias, gate, mean, rstd = ctx.saved_tensors
         _, wants_dresidual, wants_dweight, wants_dbias, *_ = ctx.needs_input_grad
         _, _, zero_centered, cast_dtype, groups, silu, norm_before_gate = ctx.options
-        dx, dresidual, dgate, dweight, dbias = ctx.impl.row_norm_backward(
-            dy, dh, h, gate, len(ctx.shape), groups, weight, bias, mean, rstd, zero_centered, silu, norm_before_gate,
-            cast_dtype, *ctx.dtypes, weight.dtype if wants_dweight else None, bias.dtype if wants_dbias else None,
+        dx, dresidual, dgate, _, dweight, dbias = ctx.impl.row_norm_backward(
+            dy, dh, h, None, gate, None, len(ctx.shape), groups, 1, weight, bias, mean, rstd, zero_centered, silu,
+            norm_before_gate, cast_dtype, *ctx.dtypes, weight.dtype if wants_dweight else None,
+            bias.dtype if wants_dbias else None,
         )  # fmt: skip
         if dresidual is None and wants_dresidual:
             dresidual = dx

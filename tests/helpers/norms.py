@@ -103,8 +103,8 @@ def forward(
     adds, gated, centers = op.startswith("add_"), op.startswith("gated_"), op.endswith("layer_norm")
     residual, residual_dtype = (other, residual_dtype or x.dtype) if adds else (None, None)
     return kernels.row_norm_forward(
-        x, residual, other if gated else None, dims, 1, weight, bias if centers or gated else None, eps, centers, False,
-        True, True, None, out_dtype or x.dtype, residual_dtype,
+        x, residual, other if gated else None, None, dims, 1, 1, weight, bias if centers or gated else None, eps,
+        centers, False, True, True, None, out_dtype or x.dtype, residual_dtype,
     )  # fmt: skip
 
 
@@ -113,8 +113,8 @@ def backward(kernels, op: str, dy, dh, h, weight, mean, rstd, *wanted, gate=None
     dtypes of dweight and dbias."""
     adds, gated, (dweight_dtype, dbias_dtype) = op.startswith("add_"), op.startswith("gated_"), wanted or [h.dtype] * 2
     types = h.dtype, h.dtype if adds else None, dweight_dtype, dbias_dtype if gated or mean is not None else None
-    given = dy, dh if adds else None, h, gate if gated else None, 1, 1, weight, bias if gated else None
-    dx, dresidual, dgate, *sums = kernels.row_norm_backward(*given, mean, rstd, False, True, True, None, *types)
+    given = dy, dh if adds else None, h, None, gate if gated else None, None, 1, 1, 1, weight, bias if gated else None
+    dx, dresidual, dgate, _, *sums = kernels.row_norm_backward(*given, mean, rstd, False, True, True, None, *types)
     assert gated or dgate is None
     return [dx, dresidual, *sums, *([dgate] if gated else [])]
 
