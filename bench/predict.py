@@ -22,7 +22,9 @@ from . import report
 from .commands import Outcome
 
 GATED = ("gated_rms_norm", "gated_rms_norm_gate_first")
-OPERATIONS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", *GATED)
+MODULATED = "modulated_layer_norm"
+OPERATIONS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", *GATED, MODULATED)
+SAMPLE_ROWS = 1024  # of a modulated norm: DiT's tokens of an image of 512 x 512
 DIRECTIONS = ("forward", "backward")
 TARGETS = {"sm_80": "A100", "sm_90": "H100", "sm_100": "B200"}
 WIDTHS = (128, 768, 1024, 2048, 2560, 4096, 5120, 7168, 8192, 12288, 16384, 32768)
@@ -59,8 +61,8 @@ def _predict(cell: tuple) -> dict[str, Any]:
     operation, direction, dtype, target, millions, cols, latency = cell
     machine = machine_of(target, latency)
     rows = max(1, (millions << 20) // cols)
-    if operation in GATED:
-        call = _gated_call(operation, direction, dtype, rows, cols, machine)
+    if operation in (*GATED, MODULATED):
+        call = _own_call(operation, direction, dtype, rows, cols, machine)
     else:
         call = predict_problem(Problem(target, operation, direction, dtype, rows, cols), machine)
     return {
@@ -70,18 +72,25 @@ def _predict(cell: tuple) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _gated_call(operation: str, direction: str, dtype: str, rows: int, cols: int, machine: Any) -> Any:
-    """A gated norm's prediction from its launches; the model has no name for the call."""
+def _own_call(operation: str, direction: str, dtype: str, rows: int, cols: int, machine: Any) -> Any:
+    """A gated or modulated norm's prediction from its launches; the model has no name for the call."""
     from gputime.capture import recording
     from gputime.model import predict
     from gputime.problem import DTYPES
 
     with recording(machine.target, machine.multiprocessors) as launches, fastnorm.use("triton"):
-        types, shape = DTYPES[dtype], (rows, cols)
-        x, gate, dy = (torch.empty(shape, dtype=types.x, device="meta", requires_grad=True) for _ in range(3))
-        weight = torch.empty(cols, dtype=types.parameters, device="meta", requires_grad=True)
-        y = fastnorm.functional.gated_rms_norm(x, gate, (cols,), weight, norm_before_gate=operation == GATED[0])
+        types, length = DTYPES[dtype], min(rows, SAMPLE_ROWS)
+        shape = (rows // length, length, cols) if operation == MODULATED else (rows, cols)
+        x, other, dy, dh = (torch.empty(shape, dtype=types.x, device="meta", requires_grad=True) for _ in range(4))
+        if operation == MODULATED:
+            condition = torch.empty(shape[0], 6 * cols, dtype=types.parameters, device="meta", requires_grad=True)
+            shift, scale, gate, *_ = condition[:, None].chunk(6, dim=-1)
+            outputs: tuple[torch.Tensor, ...] = fastnorm.functional.modulated_layer_norm(x, scale, shift, other, gate)
+        else:
+            weight = torch.empty(cols, dtype=types.parameters, device="meta", requires_grad=True)
+            first = operation == GATED[0]
+            outputs = (fastnorm.functional.gated_rms_norm(x, other, (cols,), weight, norm_before_gate=first),)
         if direction == "backward":
             launches.clear()
-            torch.autograd.backward(y, dy)
+            torch.autograd.backward(outputs, (dy, dh)[: len(outputs)])
     return predict(launches, machine)

@@ -34,11 +34,13 @@ from .ops.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .ops.gated_norm import GatedLayerNorm, GatedRMSNorm
 from .ops.group_norm import GroupNorm
 from .ops.layer_norm import AddLayerNorm, LayerNorm
+from .ops.modulated_norm import AdaLayerNorm
 from .ops.rms_norm import AddRMSNorm, RMSNorm
 from .ops.sync_batch_norm import SyncBatchNorm
 
 __all__ = [
     "AdaGC",
+    "AdaLayerNorm",
     "AddLayerNorm",
     "AddRMSNorm",
     "AutoClip",

@@ -27,7 +27,7 @@ from .obstacles import observer, why_unreadable
 class Operation:
     """One operation. names: further names that `explain` knows it by, of public functions and modules."""
 
-    family: str  # "row norm", "channel norm" or "clip"
+    family: str  # "row norm", "modulated norm", "channel norm" or "clip"
     names: tuple[str, ...] = ()
     has_formula: bool = True  # False: fastnorm.reference has a backend's functions instead of one formula
 
@@ -39,6 +39,8 @@ OPERATIONS = {
     "add_rms_norm": Operation("row norm", ("AddRMSNorm",)),
     "gated_layer_norm": Operation("row norm", ("GatedLayerNorm",)),
     "gated_rms_norm": Operation("row norm", ("GatedRMSNorm",)),
+    "modulated_layer_norm": Operation("modulated norm", ("AdaLayerNorm",)),
+    "modulated_rms_norm": Operation("modulated norm"),
     "batch_norm": Operation("channel norm", ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")),
     "batch_norm_evaluation": Operation("channel norm"),
     "sync_batch_norm": Operation("channel norm", ("SyncBatchNorm",), has_formula=False),

@@ -68,10 +68,11 @@ def _like(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor | None:
     return None if dtype is None else x.new_empty(x.shape, dtype=dtype)
 
 
-def _parameter(x: torch.Tensor, parameter: torch.Tensor | None, dims: int, samples: int, dtype: torch.dtype | None):
-    """The gradient of a parameter, which the backward may go without."""
-    of_none = x.shape[-dims:] if samples == 1 else (samples, *x.shape[-dims:])
-    return None if dtype is None else x.new_empty(of_none if parameter is None else parameter.shape, dtype=dtype)
+def _parameter(
+    x: torch.Tensor, dims: int, given: torch.Tensor | None, dtype: torch.dtype | None
+) -> torch.Tensor | None:
+    """The gradient of a weight or bias: of its shape, or of a row's where it is not given."""
+    return None if dtype is None else x.new_empty(x.shape[-dims:] if given is None else given.shape, dtype=dtype)
 
 
 @operator(
@@ -84,16 +85,17 @@ def row_norm_forward(
     x, residual, gate, x_gate, dims, groups, samples, weight, bias, eps, subtract_mean, zero_centered, silu,
     norm_before_gate, cast_dtype, out_dtype, residual_dtype,
 ):  # fmt: skip
-    """y, h (None without a residual and an x_gate), mean (None if it is not subtracted), rstd.
+    """y, h = residual + x_gate · x (None without both), mean (None if it is not subtracted), rstd. A row has `groups`
+    equal groups of columns with statistics of their own. silu: the gate's activation, else it is the sigmoid.
 
-    h = residual + x_gate · x. A row has `groups` equal groups of columns with statistics of their own. The rows are
-    `samples` equal runs, with a row each of weight, bias and x_gate; of one sample they may have the normalised shape.
-    silu: the gate's activation, else it is the sigmoid."""
+    samples: equal runs of consecutive rows. x_gate, (samples, *shape), is one row for each, and weight and bias may be.
+    """
+    has_h = residual is not None or x_gate is not None
     dtypes = [t.dtype for t in (x, residual, gate) if t is not None]
-    in_float64 = torch.float64 in [*dtypes, residual_dtype]
+    in_float64 = torch.float64 in ([*dtypes, residual_dtype] if has_h else dtypes)
     rows = math.prod(x.shape[: x.dim() - dims])
     rstd = x.new_empty(rows * groups, dtype=torch.float64 if in_float64 else torch.float32)
-    h = _like(x, residual_dtype)
+    h = _like(x, residual_dtype) if has_h else None
     return _like(x, out_dtype), h, torch.empty_like(rstd) if subtract_mean else None, rstd
 
 
@@ -108,13 +110,12 @@ def row_norm_backward(
     dy, dh, h, x, gate, x_gate, dims, groups, samples, weight, bias, mean, rstd, zero_centered, silu, norm_before_gate,
     cast_dtype, x_dtype, residual_dtype, dweight_dtype, dbias_dtype,
 ):  # fmt: skip
-    """dx, dresidual (None where dx serves, in its dtype), dgate, dx_gate, dweight, dbias.
-
-    x: given with an x_gate alone, and then dresidual is never dx. bias: for a norm before its gate."""
+    """dx, dresidual (None where dx serves, in its dtype and without an x_gate), dgate, dx_gate, dweight, dbias.
+    x: given with an x_gate. bias: for a norm before its gate, and where dbias has samples."""
     dresidual = None if residual_dtype == x_dtype and x_gate is None else _like(h, residual_dtype)
     dgate = None if gate is None else _like(h, gate.dtype)
     dx_gate = None if x_gate is None else h.new_empty(x_gate.shape, dtype=x_gate.dtype)
-    dweight, dbias = (_parameter(h, t, dims, samples, d) for t, d in ((weight, dweight_dtype), (bias, dbias_dtype)))
+    dweight, dbias = _parameter(h, dims, weight, dweight_dtype), _parameter(h, dims, bias, dbias_dtype)
     return _like(h, x_dtype), dresidual, dgate, dx_gate, dweight, dbias
 
 

@@ -55,9 +55,20 @@ def gated_row_norm(
     subtract_mean: bool, zero_centered: bool, cast_dtype: torch.dtype | None, groups: int, silu: bool,
     norm_before_gate: bool, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """y = (x̂ · w + b) · act(gate), or with x · act(gate) for x; each group of columns has statistics of its own."""
+    """y = (x̂ · w + b) · act(gate), or with x · act(gate) for x; each group of columns has statistics of its own.
+
+    weight and bias may be (samples, *shape), a row for each of the samples, equal runs of x's rows; then there are
+    neither a gate nor groups.
+    """
     if gate is None and groups == 1:
-        return row_norm(x, shape, weight, bias, eps, subtract_mean, zero_centered, cast_dtype, out_dtype)
+        samples = count_samples(shape, weight, bias)
+        if samples is None:
+            return row_norm(x, shape, weight, bias, eps, subtract_mean, zero_centered, cast_dtype, out_dtype)
+        dtype = stat_dtype(torch.promote_types(x.dtype, out_dtype))
+        x_hat = row_norm(x, shape, None, None, eps, subtract_mean, False, None, dtype)
+        weight, bias = (p if p is None or p.dim() == len(shape) else p.unsqueeze(1) for p in (weight, bias))
+        parameters = _applied(weight, zero_centered, dtype), None if bias is None else bias.to(dtype)
+        return _scaled(_by_samples(x_hat, samples, shape), *parameters).reshape(x.shape).to(out_dtype)
     dtype = stat_dtype(torch.promote_types(x.dtype, out_dtype if gate is None else gate.dtype))
     factor = None if gate is None else (F.silu if silu else torch.sigmoid)(gate.to(dtype))
     h = x.to(dtype) if factor is None or norm_before_gate else x.to(dtype) * factor
@@ -258,6 +269,32 @@ def _normalized(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     return (values - _per_channel(mean, values)) * _per_channel(rstd, values)
 
 
+def count_samples(shape: Sequence[int], *parameters: Tensor | None) -> int | None:
+    """How many samples have rows of their own in the parameters, (samples, *shape); None where none has more than
+    `shape`."""
+    return next((p.shape[0] for p in parameters if p is not None and p.dim() > len(shape)), None)
+
+
+def _by_samples(x: Tensor, samples: int, shape: Sequence[int]) -> Tensor:
+    """(samples, rows, *shape)."""
+    rows = math.prod(x.shape[: x.dim() - len(shape)])
+    return x.reshape(samples, rows // max(samples, 1), *shape)
+
+
+def gated_sum(
+    x: Tensor, residual: Tensor | None, x_gate: Tensor | None, residual_dtype: torch.dtype | None
+) -> Tensor:
+    """h = residual + x_gate · x, rounded once; without an x_gate, `add_residual`. x_gate: (samples, *shape)."""
+    if x_gate is None:
+        return add_residual(x, residual, residual_dtype)
+    promoted = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    residual_dtype = residual_dtype or promoted
+    dtype = stat_dtype(torch.promote_types(promoted, residual_dtype))
+    h = _by_samples(x.to(dtype), x_gate.shape[0], x_gate.shape[1:]) * x_gate.to(dtype).unsqueeze(1)
+    h = h.reshape(x.shape)
+    return (h if residual is None else residual.to(dtype) + h).to(residual_dtype).contiguous()
+
+
 def add_residual(x: Tensor, residual: Tensor | None, residual_dtype: torch.dtype | None) -> Tensor:
     """h = x + residual, rounded once, to residual_dtype or the promoted dtype; without a residual h is x."""
     if residual is None:
@@ -274,6 +311,19 @@ def residual_gradients(
     if total is None:
         return None, None
     return total.to(x_dtype), None if residual_dtype is None else total.to(residual_dtype)
+
+
+def gated_sum_gradients(
+    total: Tensor | None, x: Tensor, x_gate: Tensor, residual_dtype: torch.dtype | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dresidual, dx_gate) of h = residual + x_gate · x, from h's whole gradient; None where it is undefined."""
+    if total is None:
+        return None, None, None
+    dtype = stat_dtype(torch.promote_types(total.dtype, x.dtype))
+    dh, values = (_by_samples(t.to(dtype), x_gate.shape[0], x_gate.shape[1:]) for t in (total, x))
+    dx = (dh * x_gate.to(dtype).unsqueeze(1)).reshape(x.shape).to(x.dtype)
+    dresidual = None if residual_dtype is None else total.to(residual_dtype)
+    return dx, dresidual, (dh * values).sum(1).to(x_gate.dtype)
 
 
 def stat_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -72,6 +72,13 @@ def _levels(tensors: list[Tensor], dims: int) -> list[tuple[int, int]]:
     return levels
 
 
+def rows_of_samples(parameter: Tensor | None) -> Tensor | None:
+    """Views a parameter (samples, *shape) as (samples, cols), with adjacent columns; copies only where its strides
+    demand it."""
+    rows = parameter if parameter is None or parameter.dim() == 2 else parameter.flatten(1)
+    return rows if rows is None or rows.stride(1) == 1 or rows.shape[1] == 1 else _copied(rows)
+
+
 def contiguous(parameter: Tensor | None) -> Tensor | None:
     """A weight or bias without gaps."""
     return None if parameter is None else parameter.contiguous()

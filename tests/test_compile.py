@@ -255,13 +255,13 @@ def operator_calls(op: str, shape: tuple, dims: int, device: str):
         w, b = (weight, bias if has_bias else None) if full else (None, None)
         cast = bf16 if full and not centers else None
         stream, types = (residual if adds else None), (bf16, f32 if adds else None)
-        gate = (residual, dims, groups) if gated else (None, dims, 1)
+        gate = (residual, None, dims, groups, 1) if gated else (None, None, dims, 1, 1)
         gating = full, full  # silu, norm_before_gate
         yield "row_norm_forward", (x, stream, *gate, w, b, 1e-5, centers, full, *gating, cast, *types)
         moments, dstream = (mean if centers else None, rstd), (dh if full and adds else None)
         types = (bf16, f32 if full else bf16) if adds else (h.dtype, None)
         wanted = (f32, f32 if has_bias else None) if full else (None, None)
-        yield "row_norm_backward", (dy, dstream, h, *gate, w, b, *moments, full, *gating, cast, *types, *wanted)
+        yield "row_norm_backward", (dy, dstream, h, None, *gate, w, b, *moments, full, *gating, cast, *types, *wanted)
 
 
 @operations

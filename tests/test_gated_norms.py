@@ -336,14 +336,14 @@ def test_kernels_read_slices_of_a_projection(cols, triton_device, monkeypatch):
     projection = torch.zeros(6, wide, device=triton_device)
     gate, x, dy = (projection[:, i * cols : (i + 1) * cols] for i in range(3))
     *_, mean, rstd = row_norm.row_norm_forward(
-        x, None, gate, 1, groups, None, None, 1e-5, True, False, True, False, None, F32, None
+        x, None, gate, None, 1, groups, 1, None, None, 1e-5, True, False, True, False, None, F32, None
     )
     row_norm.row_norm_backward(
-        dy, None, x, gate, 1, groups, None, None, mean, rstd, False, True, False, None, F32, None, None, None
+        dy, None, x, None, gate, None, 1, groups, 1, None, None, mean, rstd, False, True, False, None, F32, *[None] * 3
     )
     forward, backward = launched
     assert [t.data_ptr() for t in (forward[0], forward[2])] == [x.data_ptr(), gate.data_ptr()]
-    assert [t.data_ptr() for t in (backward[0], *backward[2:4])] == [t.data_ptr() for t in (dy, x, gate)]
+    assert [t.data_ptr() for t in (backward[0], backward[2], backward[4])] == [t.data_ptr() for t in (dy, x, gate)]
     assert strides(forward).count(wide) == 2 and strides(backward).count(wide) == 3
 
 
@@ -493,10 +493,10 @@ def test_groups_after_a_residual_addition(cols, triton_device):
 
     def results(x, residual, dy, dh, groups):
         y, h, mean, rstd = kernels.row_norm_forward(
-            x, residual, None, 1, groups, None, None, *options, *dtypes
+            x, residual, None, None, 1, groups, 1, None, None, *options, *dtypes
         )  # fmt: skip
         dx, *_ = kernels.row_norm_backward(
-            dy, dh, h, None, 1, groups, None, None, mean, rstd, *options[2:], *dtypes, None, None
+            dy, dh, h, None, None, None, 1, groups, 1, None, None, mean, rstd, *options[2:], *dtypes, None, None
         )
         return [t.reshape(4, -1) for t in (y, h, mean, rstd, dx)]
 

@@ -77,14 +77,14 @@ def run(
     x, other, dy, dh = (make(rows, cols, dtype=dtype) for _ in range(4))
     weight, bias = torch.randn(cols).to(dtype), torch.randn(cols).to(dtype) if bias and centers else None
     residual, gate, wanted = other if adds else None, other if gated else None, (dtype, None if bias is None else dtype)
-    row, gating, stream = (gate, 1, groups), (True, not order), dtype if adds else None
+    row, gating, stream = (gate, None, 1, groups, 1), (True, not order), dtype if adds else None
     with virtual_gpu() as gpu:
         y, h, mean, rstd = kernels.row_norm_forward(
             x, residual, *row, weight, bias, 1e-6, centers, False, *gating, None, dtype, stream
         )
-        dx, _, dgate, *others = kernels.row_norm_backward(
-            dy, dh if adds else None, h if adds else x, *row, weight, bias, mean, rstd, False, *gating, None, dtype,
-            stream, *wanted,
+        dx, _, dgate, _, *others = kernels.row_norm_backward(
+            dy, dh if adds else None, h if adds else x, None, *row, weight, bias, mean, rstd, False, *gating, None,
+            dtype, stream, *wanted,
         )  # fmt: skip
     forward, *backward, sums = gpu.launches
     filled = {"forward": (y, h, mean, rstd), "backward": (dx, dgate), "sums": others}

@@ -198,6 +198,20 @@ def backward_programs(
     return min(resident, affordable)
 
 
+def sample_programs(
+    sample_rows: int, tiles: RowTiles, multiprocessors: int, itemsize: int, partials: int, passes: int
+) -> int:
+    """Programs of the backward for each sample of `sample_rows` rows, whose parameters have gradients of their own.
+
+    They don't depend on the number of samples, so that a sample's gradients are the same in any batch: with few samples
+    there may be too few to fill the card, and with many they run in turns. Partial sums may add PARTIAL_SHARE to the
+    traffic, of a short sample twice that."""
+    resident = min(max(1, multiprocessors) * tiles.resident, ceil_div(sample_rows, tiles.rows))
+    share = PARTIAL_SHARE if sample_rows >= PARTIAL_ROWS else 2 * PARTIAL_SHARE
+    affordable = int(share * passes * sample_rows * itemsize / (max(4, itemsize) * max(1, partials)))
+    return max(1, min(resident, affordable))
+
+
 def refines(cols: int, dtype: torch.dtype) -> bool:
     """Whether LayerNorm's forward centres twice. The mean of the centred values is what rounding left in the mean, and
     it shows where mean ≫ std.

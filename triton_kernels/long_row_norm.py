@@ -48,15 +48,16 @@ def _join_lanes(lane_mean, lane_m2, n_cols, TILE: tl.constexpr):
     return mean, shift, tl.maximum(var - shift * shift, 0.0, tl.PropagateNan.ALL)
 
 
-@jit
+@jit(do_not_specialize=["sample_rows"])  # the same code for every batch: the same bits
 def _row_norm_long_forward_kernel(
-    x_ptr, residual_ptr, gate_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr,
-    n_cols, x_steps, residual_steps, gate_steps, divisions,
+    x_ptr, residual_ptr, gate_ptr, x_gate_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr,
+    n_cols, x_steps, residual_steps, gate_steps, divisions, sample_rows, x_gate_stride, weight_stride, bias_stride,
     EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr,
     CAST: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """y = (h − mean) · rstd · w + b with h = x + residual, rstd = 1/√(mean((h − mean)²) + eps); RMSNorm has mean 0.
-    A gate multiplies y, or x before all. LayerNorm's lanes keep Welford's mean and m2. h is read again for y.
+    A gate multiplies y, or x before all; with an x_gate h = x · x_gate + residual. LayerNorm's lanes keep Welford's
+    mean and m2. h is read again for y.
 
     Grid: (rows, GROUPS of n_cols columns)."""
     stat = rstd_ptr.dtype.element_ty
@@ -64,9 +65,19 @@ def _row_norm_long_forward_kernel(
     first = group * n_cols
     x_row, y_row = x_ptr + (row_offsets(row, x_steps, divisions) + first), y_ptr + (row * (GROUPS * n_cols) + first)
     if residual_ptr is not None:
+        residual_row = residual_ptr + (row_offsets(row, residual_steps, divisions) + first)
+    if h_ptr is not None:
         h_row = h_ptr + (row * (GROUPS * n_cols) + first)
     if gate_ptr is not None:
         gate_row = gate_ptr + (row_offsets(row, gate_steps, divisions) + first)
+    if sample_rows is not None:
+        sample = (tl.program_id(0) // sample_rows).to(tl.int64)
+        if x_gate_ptr is not None:
+            x_gate_ptr += sample * x_gate_stride
+        if weight_ptr is not None:
+            weight_ptr += sample * weight_stride
+        if bias_ptr is not None:
+            bias_ptr += sample * bias_stride
     inv_n = 1.0 / tl.cast(n_cols, stat)
     lane_mean = tl.zeros((TILE,), stat)
     lane_m2 = tl.zeros((TILE,), stat)  # of RMSNorm: Σ h² / n
@@ -77,8 +88,15 @@ def _row_norm_long_forward_kernel(
         h = load_tile(x_row + cols, col_mask, stat)
         if gate_ptr is not None and not NORM_BEFORE_GATE:
             h *= activated(load_tile(gate_row + cols, col_mask, stat), SILU)
-        if residual_ptr is not None:
-            h += load_tile(residual_ptr + row_offsets(row, residual_steps, divisions) + first + cols, col_mask, stat)
+        if x_gate_ptr is not None:
+            factor = load_tile(x_gate_ptr + cols, col_mask, stat)
+            if residual_ptr is not None:
+                h = tl.fma(h, factor, load_tile(residual_row + cols, col_mask, stat))
+            else:
+                h *= factor
+        elif residual_ptr is not None:
+            h += load_tile(residual_row + cols, col_mask, stat)
+        if h_ptr is not None:
             h = store_h(h, h_row + cols, col_mask)
         if mean_ptr is not None:
             lane_count += 1.0
@@ -99,11 +117,8 @@ def _row_norm_long_forward_kernel(
     for back in range(0, n_cols, TILE):
         cols = last - back + tl.arange(0, TILE)
         col_mask = cols < n_cols
-        if residual_ptr is not None:
-            # needs no barrier: each thread reads what it wrote itself, the same lanes of the same tile
-            h = load_tile(h_row + cols, col_mask, stat)
-        else:
-            h = load_tile(x_row + cols, col_mask, stat)
+        # h needs no barrier: each thread reads what it wrote itself, the same lanes of the same tile
+        h = load_tile((x_row if h_ptr is None else h_row) + cols, col_mask, stat)
         if gate_ptr is not None:
             factor = activated(load_tile(gate_row + cols, col_mask, stat), SILU)
             if not NORM_BEFORE_GATE:
@@ -153,29 +168,50 @@ def _coefficient_sums(
     return c1_sums, c2_sums
 
 
-@jit(do_not_specialize=["n_rows"])  # the same code for every batch: the same bits
+@jit(do_not_specialize=["n_rows", "sample_rows"])  # the same code for every batch: the same bits
 def _row_norm_long_backward_kernel(
-    dy_ptr, dh_ptr, h_ptr, gate_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, dx_ptr, dresidual_ptr, dgate_ptr,
-    dweight_ptr, dbias_ptr, n_rows, n_cols, dy_steps, dh_steps, h_steps, gate_steps, divisions,
+    dy_ptr, dh_ptr, h_ptr, x_ptr, gate_ptr, x_gate_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr,
+    dx_ptr, dresidual_ptr, dgate_ptr, dx_gate_ptr, dweight_ptr, dbias_ptr,
+    n_rows, n_cols, dy_steps, dh_steps, h_steps, x_steps, gate_steps, divisions,
+    sample_rows, x_gate_stride, weight_stride, bias_stride,
     ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, CAST: tl.constexpr,
     GROUPS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr,
 ):  # fmt: skip
-    """dx, dweight, dbias and dgate by the formulas of `_row_norm_backward_kernel`.
+    """The gradients by the formulas of `_row_norm_backward_kernel`.
 
-    Grid: (chunks of N_TILES tiles of columns, programs that share the rows, GROUPS of n_cols columns)."""
+    Grid: (chunks of N_TILES tiles of columns, programs that share the rows, GROUPS of n_cols columns). Of samples:
+    (samples · chunks, programs that share a sample's rows)."""
     stat = rstd_ptr.dtype.element_ty
-    lanes, chunk_start = tl.arange(0, TILE)[None, :], tl.program_id(0).to(tl.int64) * (N_TILES * TILE)
+    chunk, set_of_sums, first_row, end_row = tl.program_id(0), tl.program_id(1), 0, n_rows
+    if sample_rows is not None:
+        chunks = tl.cdiv(n_cols, N_TILES * TILE)
+        sample = (chunk // chunks).to(tl.int64)
+        chunk %= chunks
+        set_of_sums = sample * tl.num_programs(1) + tl.program_id(1)
+        first_row = sample * sample_rows
+        end_row = first_row + sample_rows
+        if x_gate_ptr is not None:
+            x_gate_ptr += sample * x_gate_stride
+        if weight_ptr is not None:
+            weight_ptr += sample * weight_stride
+        if bias_ptr is not None:
+            bias_ptr += sample * bias_stride
+    lanes, chunk_start = tl.arange(0, TILE)[None, :], chunk.to(tl.int64) * (N_TILES * TILE)
     group = tl.program_id(2) if GROUPS > 1 else 0
     group_start, row_length = group * n_cols, GROUPS * n_cols
     if weight_ptr is not None:
         weight_ptr += group_start
     if bias_ptr is not None:
         bias_ptr += group_start
-    dweight_sums, dbias_sums = zero_sums(dweight_ptr, 1, TILE, N_TILES), zero_sums(dbias_ptr, 1, TILE, N_TILES)
-    for r in range(tl.program_id(1), n_rows, tl.num_programs(1)):
+    dweight_sums = zero_sums(dweight_ptr, stat, 1, TILE, N_TILES)
+    dbias_sums = zero_sums(dbias_ptr, stat, 1, TILE, N_TILES)
+    dx_gate_sums = zero_sums(dx_gate_ptr, stat, 1, TILE, N_TILES)
+    for r in range(tl.program_id(1) + first_row, end_row, tl.num_programs(1)):
         row = tl.cast(r, tl.int64)
         h_row = h_ptr + (row_offsets(row, h_steps, divisions) + group_start + lanes)
         dy_row = dy_ptr + (row_offsets(row, dy_steps, divisions) + group_start + lanes)
+        if x_gate_ptr is not None:
+            x_row = x_ptr + (row_offsets(row, x_steps, divisions) + lanes)
         gate_row = ()
         if gate_ptr is not None:
             gate_row = (gate_ptr + (row_offsets(row, gate_steps, divisions) + group_start + lanes),)
@@ -191,14 +227,17 @@ def _row_norm_long_backward_kernel(
             dh_row = dh_ptr + row_offsets(row, dh_steps, divisions) + group_start + lanes
             dh = tl.load(dh_row + last, mask=lanes < n_cols - last, other=0.0)
         coefficients = gradient_coefficients(c1_sums, c2_sums, statistics, n_cols)
-        old_dweight_sums, old_dbias_sums = dweight_sums, dbias_sums
-        dweight_sums, dbias_sums = (), ()
+        old_dweight_sums, old_dbias_sums, old_dx_gate_sums = dweight_sums, dbias_sums, dx_gate_sums
+        dweight_sums, dbias_sums, dx_gate_sums = (), (), ()
         for t in tl.static_range(N_TILES - 1, -1, -1):
             first = chunk_start + t * TILE
             col_mask = lanes < n_cols - first
             offsets = row * row_length + group_start + first + lanes
             dy = tl.load(dy_row + first, mask=col_mask, other=0.0).to(stat)
             h = tl.load(h_row + first, mask=col_mask, other=0.0).to(stat)
+            if x_gate_ptr is not None:
+                x = tl.load(x_row + first, mask=col_mask, other=0.0).to(stat)
+                x_gate = load_tile(x_gate_ptr + lanes + first, col_mask, stat)
             if gate_ptr is not None:
                 gate = tl.load(gate_row[0] + first, mask=col_mask, other=0.0).to(stat)
                 factor = activated(gate, SILU)
@@ -212,7 +251,7 @@ def _row_norm_long_backward_kernel(
                 dweight_sums = (tl.fma(dy_factor, rounded_to(x_factor, CAST), old_dweight_sums[t]),) + dweight_sums
             if dbias_ptr is not None:
                 dbias_sums = (old_dbias_sums[t] + dy,) + dbias_sums
-            dweight_sums, dbias_sums, statistics = materialize(dweight_sums, dbias_sums, statistics, r - t, n_rows)
+            dweight_sums, dbias_sums, statistics = materialize(dweight_sums, dbias_sums, statistics, r - t, end_row)
             wdy_factor = dy_factor
             if weight_ptr is not None:
                 wdy_factor *= load_weight(weight_ptr + lanes + first, col_mask, stat, ZERO_CENTERED)
@@ -233,34 +272,43 @@ def _row_norm_long_backward_kernel(
                 else:
                     dx *= factor
                 store_tile(dgate_ptr + offsets, dgate_factor * z, col_mask)
-            store_gradient(dx_ptr, dresidual_ptr, offsets, dx, col_mask)
+            if x_gate_ptr is not None:
+                dx_gate_sums = (tl.fma(dx, x, old_dx_gate_sums[t]),) + dx_gate_sums
+                if dresidual_ptr is not None:
+                    store_tile(dresidual_ptr + offsets, dx, col_mask)
+                store_tile(dx_ptr + offsets, dx * x_gate, col_mask)
+            else:
+                store_gradient(dx_ptr, dresidual_ptr, offsets, dx, col_mask)
     for t in tl.static_range(N_TILES):
         first = chunk_start + t * TILE
-        offsets = tl.program_id(1).to(tl.int64) * row_length + group_start + first + lanes
+        offsets = set_of_sums.to(tl.int64) * row_length + group_start + first + lanes
         col_mask = lanes < n_cols - first
         if dweight_ptr is not None:
             store_tile(dweight_ptr + offsets, dweight_sums[t], col_mask)
         if dbias_ptr is not None:
             store_tile(dbias_ptr + offsets, dbias_sums[t], col_mask)
+        if dx_gate_ptr is not None:
+            store_tile(dx_gate_ptr + offsets, dx_gate_sums[t], col_mask)
 
 
-def forward(arguments, sizes, steps, itemsize, features):
+def forward(arguments, sizes, strides, itemsize, features):
     """Fills y, h, mean and rstd; h and mean may be None. arguments: the forward kernel's pointers, in its order; sizes:
-    the rows, and the columns of a group; steps: the kernel's steps and divisions."""
+    the rows, and the columns of a group; strides: the kernel's arguments from x_steps on."""
     (rows, cols), groups = sizes, features["GROUPS"]
     tile, warps = launch.long_tile(itemsize)
     # grid: one program for each group of each row
     _row_norm_long_forward_kernel[(rows, groups)](
-        *arguments, cols, *steps, **features, TILE=tile, **launch.options(warps)
+        *arguments, cols, *strides, **features, TILE=tile, **launch.options(warps)
     )
 
 
-def backward(arguments, partials, sizes, steps, tiles, programs, features):
-    """Fills dx, dresidual, dgate and the (programs, cols) partials of dweight and dbias; all but dx may be None.
-    arguments: the backward kernel's pointers up to dgate; sizes, steps: as of `forward`."""
+def backward(arguments, partials, sizes, strides, samples, tiles, programs, features):
+    """Fills dx, dresidual, dgate and the (samples · programs, cols) partials of dx_gate, dweight and dbias; all but dx
+    may be None. arguments: the backward kernel's pointers up to dgate; sizes: as of `forward`; strides: the kernel's
+    arguments from dy_steps on. Each of the samples has `programs` programs."""
     (rows, cols), groups = sizes, features["GROUPS"]
-    # grid: (chunks of the columns, programs that share the rows, groups)
-    _row_norm_long_backward_kernel[(launch.column_chunks(cols, tiles), programs, groups)](
-        *arguments, *partials, rows, cols, *steps,
+    # grid: (chunks of the columns of each sample, programs that share its rows, groups)
+    _row_norm_long_backward_kernel[(samples * launch.column_chunks(cols, tiles), programs, groups)](
+        *arguments, *partials, rows, cols, *strides,
         **features, TILE=tiles.tile, N_TILES=tiles.count, **launch.options(tiles.warps),
     )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..views import contiguous, row_levels
+from ..views import contiguous, row_levels, rows_of_samples
 from . import launch, long_row_norm
 from .gates import activated, activation_slope
 from .jit import jit
@@ -25,6 +25,7 @@ from .tiles import (
     gradient_coefficients,
     load_tiles,
     load_weight_tile,
+    load_weight_tiles,
     reciprocal_sqrt,
     rounded_to,
     row_mean,
@@ -71,16 +72,17 @@ def _center(tiles, total, lanes, REFINE: tl.constexpr, N_COLS: tl.constexpr, TIL
     return mean, centered, square_sum
 
 
-@jit(do_not_specialize=["n_rows"])  # the same code for every batch: the same bits
+@jit(do_not_specialize=["n_rows", "sample_rows"])  # the same code for every batch: the same bits
 def _row_norm_forward_kernel(
-    x_ptr, residual_ptr, gate_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr,
-    n_rows, x_steps, residual_steps, gate_steps, divisions,
+    x_ptr, residual_ptr, gate_ptr, x_gate_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr,
+    n_rows, x_steps, residual_steps, gate_steps, divisions, sample_rows, x_gate_stride, weight_stride, bias_stride,
     EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr,
     CAST: tl.constexpr, GROUPS: tl.constexpr, REFINE: tl.constexpr,
     N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """y = (h − mean) · rstd · w + b with h = x + residual, rstd = 1/√(mean((h − mean)²) + eps); RMSNorm has mean 0.
-    A gate multiplies y, or x before all.
+    A gate multiplies y, or x before all. With an x_gate h = x · x_gate + residual. x_gate, weight and bias may have a
+    row for each sample of sample_rows rows.
 
     Grid: (blocks of ROWS rows, GROUPS of N_COLS columns)."""
     stat = rstd_ptr.dtype.element_ty
@@ -93,18 +95,34 @@ def _row_norm_forward_kernel(
     x_offsets = row_offsets(rows, x_steps, divisions) + first + lanes
     residual_offsets = row_offsets(rows, residual_steps, divisions) + first + lanes
     y_offsets = rows * (GROUPS * N_COLS) + first + lanes
+    if sample_rows is not None:
+        # rows beyond the last have its sample, and need no mask for its parameters
+        sample = (tl.minimum(rows, n_rows - 1).to(n_rows.dtype) // sample_rows).to(tl.int64)
+        if x_gate_ptr is not None:
+            x_gate_ptr += sample * x_gate_stride
+        if weight_ptr is not None:
+            weight_ptr += sample * weight_stride
+        if bias_ptr is not None:
+            bias_ptr += sample * bias_stride
     total, square_sum = tl.zeros((ROWS, TILE), stat), tl.zeros((ROWS, TILE), stat)
     # all loads before the first store of h: it might alias them, so the compiler would not move them ahead of it
     x_tiles = load_tiles(x_ptr, x_offsets, lanes, row_mask, N_COLS, TILE, N_TILES)
     residual_tiles = load_tiles(residual_ptr, residual_offsets, lanes, row_mask, N_COLS, TILE, N_TILES)
     gate_offsets = row_offsets(rows, gate_steps, divisions) + first + lanes
     gate_tiles = load_tiles(gate_ptr, gate_offsets, lanes, row_mask, N_COLS, TILE, N_TILES)
+    x_gate_tiles = load_weight_tiles(x_gate_ptr, lanes, N_COLS, TILE, N_TILES, ROWS)
     tiles = ()
     for t in tl.static_range(N_TILES):
         h = x_tiles[t].to(stat)
-        if residual_ptr is not None:
-            mask = tile_mask(t, lanes, row_mask, N_COLS, TILE)
-            h = store_h(h + residual_tiles[t].to(stat), h_ptr + y_offsets + t * TILE, mask)
+        if x_gate_ptr is not None:
+            if residual_ptr is not None:
+                h = tl.fma(h, x_gate_tiles[t].to(stat), residual_tiles[t].to(stat))
+            else:
+                h *= x_gate_tiles[t].to(stat)
+        elif residual_ptr is not None:
+            h += residual_tiles[t].to(stat)
+        if h_ptr is not None:
+            h = store_h(h, h_ptr + y_offsets + t * TILE, tile_mask(t, lanes, row_mask, N_COLS, TILE))
         if gate_ptr is not None and not NORM_BEFORE_GATE:
             h *= activated(gate_tiles[t].to(stat), SILU)
         if mean_ptr is not None:
@@ -132,13 +150,14 @@ def _row_norm_forward_kernel(
 
 @triton.jit
 def _load_rows(
-    dy_ptr, h_ptr, gate_ptr, mean_ptr, rstd_ptr, block, group, n_rows, dy_steps, h_steps, gate_steps, divisions,
+    dy_ptr, h_ptr, gate_ptr, mean_ptr, rstd_ptr, block, group, first_row, end_row, dy_steps, h_steps, gate_steps,
+    divisions,
     GROUPS: tl.constexpr, N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """A block's tiles of h, dy and the gate, () without one, in the types of the memory, and its statistics: (rstd,
-    mean), or (rstd,) for RMSNorm, (ROWS, 1) each. Zeros for rows beyond the last."""
-    row_ids = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
-    mask = row_ids < n_rows
+    mean), or (rstd,) for RMSNorm, (ROWS, 1) each. Zeros for rows from end_row on."""
+    row_ids = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS) + first_row
+    mask = row_ids < end_row
     rows, row_mask, lanes = row_ids[:, None], mask[:, None], tl.arange(0, TILE)[None, :]
     statistics = (tl.load(rstd_ptr + row_ids * GROUPS + group, mask=mask, other=0.0)[:, None],)
     if mean_ptr is not None:
@@ -153,39 +172,70 @@ def _load_rows(
     return h_tiles, dy_tiles, gate_tiles, statistics
 
 
-@jit(do_not_specialize=["n_rows", "n_blocks"])  # the same code for every batch: the same bits
+# the same code for every batch: the same bits
+@jit(do_not_specialize=["n_rows", "n_blocks", "sample_rows", "sample_programs"])
 def _row_norm_backward_kernel(
-    dy_ptr, dh_ptr, h_ptr, gate_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, dx_ptr, dresidual_ptr, dgate_ptr,
-    dweight_ptr, dbias_ptr, n_rows, n_blocks, dy_steps, dh_steps, h_steps, gate_steps, divisions,
+    dy_ptr, dh_ptr, h_ptr, x_ptr, gate_ptr, x_gate_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr,
+    dx_ptr, dresidual_ptr, dgate_ptr, dx_gate_ptr, dweight_ptr, dbias_ptr,
+    n_rows, n_blocks, dy_steps, dh_steps, h_steps, x_steps, gate_steps, divisions,
+    sample_rows, sample_programs, x_gate_stride, weight_stride, bias_stride,
     ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, CAST: tl.constexpr,
-    GROUPS: tl.constexpr, PREFETCH: tl.constexpr,
+    GROUPS: tl.constexpr, PREFETCH: tl.constexpr, PER_ROW: tl.constexpr,
     N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """dx = (w·dy − c2 − x̂ · c1) · rstd + dh with c1 = mean(x̂ · w·dy), c2 = mean(w·dy); RMSNorm has no c2.
     dweight = Σ dy · x̂ and dbias = Σ dy over this program's rows.
     A gate behind the norm, y = z · act(gate): dy · act(gate) takes the place of dy, dgate = dy · z · act'(gate).
     Before it, u = x · act(gate): the kernel computes du, dx = du · act(gate), dgate = du · x · act'(gate).
+    With an x_gate the first line is dh's: dresidual = dh, dx = x_gate · dh, dx_gate = Σ dh · x.
 
     Grid: (programs, GROUPS of N_COLS columns), as many as are resident; each program takes every programs-th block of
-    ROWS rows."""
+    ROWS rows. Of samples: sample_programs programs for each, or, PER_ROW, where each row is a sample, programs as
+    without samples, which store a row's dweight, dbias and dx_gate with it."""
     stat = rstd_ptr.dtype.element_ty
     lanes = tl.arange(0, TILE)[None, :]
     group = tl.program_id(1) if GROUPS > 1 else 0
     first = group * N_COLS
-    dweight_sums, dbias_sums = zero_sums(dweight_ptr, ROWS, TILE, N_TILES), zero_sums(dbias_ptr, ROWS, TILE, N_TILES)
+    dweight_sums, dbias_sums, dx_gate_sums = (), (), ()
+    if not PER_ROW:
+        dweight_sums = zero_sums(dweight_ptr, stat, ROWS, TILE, N_TILES)
+        dbias_sums = zero_sums(dbias_ptr, stat, ROWS, TILE, N_TILES)
+        dx_gate_sums = zero_sums(dx_gate_ptr, stat, ROWS, TILE, N_TILES)
+    program, first_row, end_row = tl.program_id(0), 0, n_rows
+    if sample_programs is not None:
+        sample = (program // sample_programs).to(tl.int64)
+        program %= sample_programs
+        first_row = sample * sample_rows
+        end_row = first_row + sample_rows
+        if x_gate_ptr is not None:
+            x_gate_ptr += sample * x_gate_stride
+        if weight_ptr is not None:
+            weight_ptr += sample * weight_stride
+        if bias_ptr is not None:
+            bias_ptr += sample * bias_stride
     # without it the compiler makes a second copy of store_partials, for programs without rows, and keeps in registers
     # through the loop what both copies share
-    tl.assume(tl.program_id(0) < n_blocks)
+    tl.assume(program < n_blocks)
     loaded = _load_rows(
-        dy_ptr, h_ptr, gate_ptr, mean_ptr, rstd_ptr, tl.program_id(0), group, n_rows, dy_steps, h_steps, gate_steps,
-        divisions, GROUPS, N_COLS, TILE, N_TILES, ROWS,
+        dy_ptr, h_ptr, gate_ptr, mean_ptr, rstd_ptr, program, group, first_row, end_row, dy_steps, h_steps,
+        gate_steps, divisions, GROUPS, N_COLS, TILE, N_TILES, ROWS,
     )
-    for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
+    programs = tl.num_programs(0) if sample_programs is None else sample_programs
+    for block in range(program, n_blocks, programs):
         h_tiles, dy_tiles, gate_tiles, statistics = loaded
-        rows = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+        rows = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)[:, None] + first_row
         offsets = rows * (GROUPS * N_COLS) + first + lanes
         dh_offsets = row_offsets(rows, dh_steps, divisions) + first + lanes
-        dh_tiles = load_tiles(dh_ptr, dh_offsets, lanes, rows < n_rows, N_COLS, TILE, N_TILES)
+        dh_tiles = load_tiles(dh_ptr, dh_offsets, lanes, rows < end_row, N_COLS, TILE, N_TILES)
+        x_offsets = row_offsets(rows, x_steps, divisions) + lanes
+        x_tiles = load_tiles(x_ptr, x_offsets, lanes, rows < end_row, N_COLS, TILE, N_TILES)
+        x_gate_row, weight_row = x_gate_ptr, weight_ptr
+        if PER_ROW:
+            row = tl.minimum(rows, end_row - 1)
+            if x_gate_ptr is not None:
+                x_gate_row += row * x_gate_stride
+            if weight_ptr is not None:
+                weight_row += row * weight_stride
         c1_sums, c2_sums = tl.zeros((ROWS, TILE), stat), tl.zeros((ROWS, TILE), stat)
         new_dweight_sums, new_dbias_sums, x_factors, wdy_factors = (), (), (), ()
         for t in tl.static_range(N_TILES):
@@ -197,35 +247,45 @@ def _row_norm_backward_kernel(
                 else:
                     h *= activated(gate, SILU)
             x_factor, dy_factor = factors(h, dy, statistics)
-            if dweight_ptr is not None:
-                new_dweight_sums = new_dweight_sums + (tl.fma(dy_factor, rounded_to(x_factor, CAST), dweight_sums[t]),)
-            if dbias_ptr is not None:
-                new_dbias_sums = new_dbias_sums + (dbias_sums[t] + dy,)
+            if PER_ROW:
+                row_mask = tile_mask(t, lanes, rows < end_row, N_COLS, TILE)
+                if dweight_ptr is not None:
+                    store_tile(dweight_ptr + offsets + t * TILE, dy_factor * x_factor, row_mask)
+                if dbias_ptr is not None:
+                    store_tile(dbias_ptr + offsets + t * TILE, dy, row_mask)
+            else:
+                if dweight_ptr is not None:
+                    dweight_sum = tl.fma(dy_factor, rounded_to(x_factor, CAST), dweight_sums[t])
+                    new_dweight_sums = new_dweight_sums + (dweight_sum,)
+                if dbias_ptr is not None:
+                    new_dbias_sums = new_dbias_sums + (dbias_sums[t] + dy,)
             wdy_factor = dy_factor
             if weight_ptr is not None:
-                wdy_factor *= load_weight_tile(weight_ptr + first, lanes, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
+                wdy_factor *= load_weight_tile(weight_row + first, lanes, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
             if gate_ptr is not None and NORM_BEFORE_GATE:
                 # at once, not beside dx: its tiles need not be kept, and the next block is not loaded yet
                 z = rounded_to(x_factor, CAST) if len(statistics) == 1 else x_factor * statistics[0]
                 if weight_ptr is not None:
-                    z *= load_weight_tile(weight_ptr + first, lanes, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
+                    z *= load_weight_tile(weight_row + first, lanes, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
                 if bias_ptr is not None:
                     z += load_weight_tile(bias_ptr + first, lanes, t, stat, False, N_COLS, TILE, ROWS)
                 dgate = dy_tiles[t].to(stat) * z * activation_slope(gate, SILU)
-                store_tile(dgate_ptr + offsets + t * TILE, dgate, tile_mask(t, lanes, rows < n_rows, N_COLS, TILE))
+                store_tile(dgate_ptr + offsets + t * TILE, dgate, tile_mask(t, lanes, rows < end_row, N_COLS, TILE))
             c1_sums, c2_sums = tl.fma(x_factor, wdy_factor, c1_sums), c2_sums + wdy_factor
             x_factors, wdy_factors = x_factors + (x_factor,), wdy_factors + (wdy_factor,)
         dweight_sums, dbias_sums = new_dweight_sums, new_dbias_sums
+        x_gate_tiles = load_weight_tiles(x_gate_row, lanes, N_COLS, TILE, N_TILES, ROWS)
         # the next block is loaded before this one is stored: stores might alias loads, which then wait for them
-        next_block = block + tl.num_programs(0)
+        next_block = block + programs
         if PREFETCH:
             loaded = _load_rows(
-                dy_ptr, h_ptr, gate_ptr, mean_ptr, rstd_ptr, next_block, group, n_rows, dy_steps, h_steps,
-                gate_steps, divisions, GROUPS, N_COLS, TILE, N_TILES, ROWS,
+                dy_ptr, h_ptr, gate_ptr, mean_ptr, rstd_ptr, next_block, group, first_row, end_row, dy_steps,
+                h_steps, gate_steps, divisions, GROUPS, N_COLS, TILE, N_TILES, ROWS,
             )
         coefficients = gradient_coefficients(c1_sums, c2_sums, statistics, N_COLS)
+        new_dx_gate_sums = ()
         for t in tl.static_range(N_TILES):
-            mask = tile_mask(t, lanes, rows < n_rows, N_COLS, TILE)
+            mask = tile_mask(t, lanes, rows < end_row, N_COLS, TILE)
             if dh_ptr is not None:
                 dx = gradient(x_factors[t], wdy_factors[t], coefficients, statistics[0], dh_tiles[t])
             else:
@@ -235,38 +295,53 @@ def _row_norm_backward_kernel(
                 dgate = dx * h_tiles[t].to(stat) * activation_slope(gate, SILU)
                 store_tile(dgate_ptr + offsets + t * TILE, dgate, mask)
                 dx *= activated(gate, SILU)
-            store_gradient(dx_ptr, dresidual_ptr, offsets + t * TILE, dx, mask)
+            if x_gate_ptr is not None:
+                if PER_ROW:
+                    store_tile(dx_gate_ptr + offsets + t * TILE, dx * x_tiles[t].to(stat), mask)
+                else:
+                    new_dx_gate_sums = new_dx_gate_sums + (tl.fma(dx, x_tiles[t].to(stat), dx_gate_sums[t]),)
+                if dresidual_ptr is not None:
+                    store_tile(dresidual_ptr + offsets + t * TILE, dx, mask)
+                store_tile(dx_ptr + offsets + t * TILE, dx * x_gate_tiles[t].to(stat), mask)
+            else:
+                store_gradient(dx_ptr, dresidual_ptr, offsets + t * TILE, dx, mask)
+        dx_gate_sums = new_dx_gate_sums
         if not PREFETCH:  # there are no registers for two blocks
             loaded = _load_rows(
-                dy_ptr, h_ptr, gate_ptr, mean_ptr, rstd_ptr, next_block, group, n_rows, dy_steps, h_steps,
-                gate_steps, divisions, GROUPS, N_COLS, TILE, N_TILES, ROWS,
+                dy_ptr, h_ptr, gate_ptr, mean_ptr, rstd_ptr, next_block, group, first_row, end_row, dy_steps,
+                h_steps, gate_steps, divisions, GROUPS, N_COLS, TILE, N_TILES, ROWS,
             )
-    store_partials(dweight_ptr, dweight_sums, first, GROUPS * N_COLS, N_COLS, TILE, N_TILES)
-    store_partials(dbias_ptr, dbias_sums, first, GROUPS * N_COLS, N_COLS, TILE, N_TILES)
+    if not PER_ROW:
+        store_partials(dweight_ptr, dweight_sums, first, GROUPS * N_COLS, N_COLS, TILE, N_TILES)
+        store_partials(dbias_ptr, dbias_sums, first, GROUPS * N_COLS, N_COLS, TILE, N_TILES)
+        store_partials(dx_gate_ptr, dx_gate_sums, first, GROUPS * N_COLS, N_COLS, TILE, N_TILES)
 
 
 def row_norm_forward(
-    x, residual, gate, dims, groups, weight, bias, eps, subtract_mean, zero_centered, silu, norm_before_gate,
-    cast_dtype, out_dtype, residual_dtype,
+    x, residual, gate, x_gate, dims, groups, samples, weight, bias, eps, subtract_mean, zero_centered, silu,
+    norm_before_gate, cast_dtype, out_dtype, residual_dtype,
 ):  # fmt: skip
     """x: (*, *shape), the last `dims` dimensions, which have `groups` equal groups of columns; residual, gate: like x,
-    or None; weight, bias: shape, or None.
+    or None; weight, bias: shape, or None. x_gate: (samples, *shape), or None; so may be weight and bias.
 
-    Returns y: like x, contiguous, in out_dtype; h = x + residual, contiguous, in residual_dtype, None without a
-    residual; mean: (rows · groups,), None if it is not subtracted; rstd: (rows · groups,)."""
+    Returns y: like x, contiguous, in out_dtype; h = x + residual, or x_gate · x + residual, contiguous, in
+    residual_dtype, None without a residual and an x_gate; mean: (rows · groups,), None if it is not subtracted; rstd:
+    (rows · groups,)."""
     y = empty_like(x, out_dtype)
-    h = None if residual is None else empty_like(x, residual_dtype)
+    h = None if residual is None and x_gate is None else empty_like(x, residual_dtype)
+    of_samples = _of_samples((x_gate, weight, bias), dims)
     levels = row_levels((x, residual, gate), dims)
     x, residual, gate = levels.tensors
-    weight, bias = contiguous(weight), contiguous(bias)
     rows, cols = levels.rows, levels.cols // groups
     rstd = x.new_empty(rows * groups, dtype=stat_dtype(x, residual, gate, h))
     mean = torch.empty_like(rstd) if subtract_mean else None
     if rows == 0:
         return y, h, mean, rstd
-    arguments = (x, residual, gate, weight, bias, y, h, mean, rstd)
+    (x_gate, weight, bias), parameter_strides = _parameters((x_gate, weight, bias), of_samples)
+    arguments = (x, residual, gate, x_gate, weight, bias, y, h, mean, rstd)
     launch.check_groups(groups)
     steps, divisions = row_steps(levels)
+    strides = (*steps, divisions, rows // samples if of_samples else None, *parameter_strides)
     features = dict(
         EPS=eps, ZERO_CENTERED=zero_centered, SILU=silu, NORM_BEFORE_GATE=norm_before_gate,
         CAST=triton_dtype(cast_dtype), GROUPS=groups,
@@ -274,7 +349,7 @@ def row_norm_forward(
     itemsize = launch.access_bytes((x, residual, gate, h, y))
     with launch.on_device(x):
         if launch.is_long(cols, itemsize):
-            long_row_norm.forward(arguments, (rows, cols), (*steps, divisions), itemsize, features)
+            long_row_norm.forward(arguments, (rows, cols), strides, itemsize, features)
         else:
             tiles = launch.row_tiles(cols, itemsize)
             is_product = gate is not None and not norm_before_gate  # of 16-bit numbers: not itself one
@@ -282,62 +357,99 @@ def row_norm_forward(
             refines = subtract_mean and launch.refines(cols, dtype)
             # grid: one program for each group of each block of tiles.rows rows
             _row_norm_forward_kernel[(launch.ceil_div(rows, tiles.rows), groups)](
-                *arguments, rows, *steps, divisions,
+                *arguments, rows, *strides,
                 **features, REFINE=refines, N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows,
                 **launch.options(tiles.warps),
             )  # fmt: skip
     return y, h, mean, rstd
 
 
+def _of_samples(parameters, dims):
+    """Whether the parameters, x_gate first, have a row for each sample."""
+    return parameters[0] is not None or any(p is not None and p.dim() > dims for p in parameters)
+
+
+def _parameters(parameters, of_samples):
+    """x_gate, weight and bias with adjacent columns, and their strides: of (samples, cols), else None."""
+    if not of_samples:
+        return [contiguous(p) for p in parameters], [None] * len(parameters)
+    parameters = [rows_of_samples(p) for p in parameters]
+    return parameters, [0 if p is None else p.stride(0) for p in parameters]
+
+
 def row_norm_backward(
-    dy, dh, h, gate, dims, groups, weight, bias, mean, rstd, zero_centered, silu, norm_before_gate, cast_dtype, x_dtype,
-    residual_dtype, dweight_dtype, dbias_dtype,
+    dy, dh, h, x, gate, x_gate, dims, groups, samples, weight, bias, mean, rstd, zero_centered, silu, norm_before_gate,
+    cast_dtype, x_dtype, residual_dtype, dweight_dtype, dbias_dtype,
 ):  # fmt: skip
-    """h: x, or x + residual: (*, *shape), the last `dims` dimensions; dy: like h; dh, gate: like h, or None.
+    """h: x, or x + residual: (*, *shape), the last `dims` dimensions; dy: like h; dh, gate: like h, or None; x: like h,
+    with an x_gate, (samples, *shape); weight, bias: shape, or as x_gate.
 
     Returns dx: like h, contiguous, in x_dtype; dresidual: the same in residual_dtype, None where there is no residual
-    or dx has that dtype; dgate: the same in the gate's dtype, None without a gate; dweight, dbias: shape, None where
-    their dtype is None."""
-    shape, dtypes = h.shape[-dims:], [dweight_dtype, dbias_dtype]
+    or, without an x_gate, where dx has that dtype; dgate: the same in the gate's dtype, None without a gate; dx_gate,
+    dweight, dbias: contiguous, shaped as what they are the gradients of, None where their dtype is None."""
+    parameters = x_gate, weight, bias
+    dtypes = [None if x_gate is None else x_gate.dtype, dweight_dtype, dbias_dtype]
+    shapes = [h.shape[-dims:] if p is None else p.shape for p in parameters]
+    of_samples = _of_samples(parameters, dims)
     dx = empty_like(h, x_dtype)
-    dresidual = None if residual_dtype in (None, x_dtype) else empty_like(h, residual_dtype)
+    serves = residual_dtype == x_dtype and x_gate is None
+    dresidual = None if residual_dtype is None or serves else empty_like(h, residual_dtype)
     dgate = None if gate is None else empty_like(h, gate.dtype)
-    levels = row_levels((dy, dh, h, gate), dims)
-    dy, dh, h, gate = levels.tensors
-    weight, bias = contiguous(weight), contiguous(bias)
+    levels = row_levels((dy, dh, h, x, gate), dims)
+    dy, dh, h, x, gate = levels.tensors
     rows, cols = levels.rows, levels.cols // groups
     if rows == 0:
-        return dx, dresidual, dgate, *(None if d is None else h.new_zeros(shape, dtype=d) for d in dtypes)
+        zeros = (None if d is None else h.new_zeros(s, dtype=d) for d, s in zip(dtypes, shapes, strict=True))
+        return dx, dresidual, dgate, *zeros
     launch.check_groups(groups)
-    itemsize = launch.access_bytes((dy, dh, h, gate, dx, dresidual))
+    itemsize = launch.access_bytes((dy, dh, h, x, gate, dx, dresidual))
     # registers for two sums where there is a bias, whichever gradients are wanted, so that dx does not depend on that
     sums = 1 if mean is None and bias is None and dbias_dtype is None else 2
+    sums += x_gate is not None
     if gate is None or not norm_before_gate:
         bias = None  # which only z needs
-    arguments = (dy, dh, h, gate, weight, bias, mean, rstd, dx, dresidual, dgate)
+    (x_gate, weight, bias), parameter_strides = _parameters((x_gate, weight, bias), of_samples)
+    arguments = (dy, dh, h, x, gate, x_gate, weight, bias, mean, rstd, dx, dresidual, dgate)
     steps, divisions = row_steps(levels)
     features = dict(
         ZERO_CENTERED=zero_centered, SILU=silu, NORM_BEFORE_GATE=norm_before_gate, CAST=triton_dtype(cast_dtype),
         GROUPS=groups,
     )  # fmt: skip
-    widest = launch.access_bytes((dy, dh, h, gate, weight, dx, dresidual))
+    widest = launch.access_bytes((dy, dh, h, x, gate, weight, dx, dresidual))
     # of a gate before the norm, x and the gate are held until du is there
-    streams = (dh is not None) + (gate is not None) + (gate is not None and not norm_before_gate)
+    streams = (dh is not None) + (x is not None) + (gate is not None) + (gate is not None and not norm_before_gate)
     tiles, is_kept = launch.backward_tiles(cols, itemsize, sums, streams, widest)
     multiprocessors = launch.multiprocessors() // (launch.column_chunks(cols, tiles) * groups)
     wanted = sum(d is not None for d in dtypes)
-    passes = 3 + (dh is not None) + 2 * (gate is not None)
-    programs = launch.backward_programs(rows, tiles, multiprocessors, itemsize, wanted, passes)
-    partials = empty_partials(h, (programs, levels.cols), dtypes, rstd.dtype)
+    passes = 3 + (dh is not None) + 2 * (gate is not None) + 2 * (x is not None)
+    samples = samples if of_samples else 1
+    sample_rows = rows // samples
+    per_row = of_samples and is_kept and sample_rows == 1
+    if per_row or not of_samples:
+        programs = launch.backward_programs(rows, tiles, multiprocessors, itemsize, 0 if per_row else wanted, passes)
+    else:
+        programs = launch.sample_programs(sample_rows, tiles, multiprocessors, itemsize, wanted, passes)
+    # a single set of partial sums, or a row's terms, are the gradients
+    is_final = per_row or (of_samples and programs == 1)
+    if is_final:
+        partials = [None if d is None else h.new_empty(s, dtype=d) for d, s in zip(dtypes, shapes, strict=True)]
+    else:
+        partials = empty_partials(h, (samples * programs, levels.cols), dtypes, rstd.dtype)
     with launch.on_device(h):
         if is_kept:
-            # grid: as many programs as are resident; each takes every programs-th block of rows
-            _row_norm_backward_kernel[(programs, groups)](
-                *arguments, *partials, rows, launch.ceil_div(rows, tiles.rows), *steps, divisions, **features,
-                PREFETCH=launch.prefetches(tiles, itemsize), N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count,
-                ROWS=tiles.rows, **launch.options(tiles.warps, tiles.resident),
+            blocks = launch.ceil_div(rows if per_row else sample_rows, tiles.rows)
+            sampling = (sample_rows, None if per_row else programs) if of_samples else (None, None)
+            # grid: as many programs as are resident, or some for each sample; each takes every programs-th block
+            _row_norm_backward_kernel[(programs if per_row else samples * programs, groups)](
+                *arguments, *partials, rows, blocks, *steps, divisions, *sampling, *parameter_strides,
+                **features, PREFETCH=launch.prefetches(tiles, itemsize), PER_ROW=per_row, N_COLS=cols, TILE=tiles.tile,
+                N_TILES=tiles.count, ROWS=tiles.rows, **launch.options(tiles.warps, tiles.resident),
             )  # fmt: skip
         else:
-            long_row_norm.backward(arguments, partials, (rows, cols), (*steps, divisions), tiles, programs, features)
-        dweight, dbias = column_sums(partials, dtypes, shape=shape)
-    return dx, dresidual, dgate, dweight, dbias
+            strides = (*steps, divisions, sample_rows if of_samples else None, *parameter_strides)
+            long_row_norm.backward(arguments, partials, (rows, cols), strides, samples, tiles, programs, features)
+        if is_final:
+            gradients = partials
+        else:
+            gradients = column_sums(partials, dtypes, shapes=shapes, samples=samples if of_samples else None)
+    return dx, dresidual, dgate, *gradients

@@ -9,6 +9,8 @@ Statistics and sums have the type `stat`: float32, or float64 for float64 data.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -87,12 +89,12 @@ def load_weight_tile(
     weight_ptr, lanes, t: tl.constexpr, dtype: tl.constexpr, ZERO_CENTERED: tl.constexpr,
     N_COLS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Tile t of the weight, (ROWS, TILE) or (1, TILE).
+    """Tile t of the weight, (ROWS, TILE) or (1, TILE). weight_ptr: to its first element, or (ROWS, 1) to each row's.
 
     With up to 8 rows a program, a thread has elements of one row, and loads the weights of its own elements. A (1,
     TILE) load would be laid out over the threads differently from x and pass through shared memory. That pays only
     where a thread has several rows, and uses each weight several times."""
-    if ROWS > 8:
+    if ROWS > 8 and len(weight_ptr.shape) == 0:
         cols = tl.arange(0, TILE)
         mask = tile_mask(t, cols, None, N_COLS, TILE)
         return load_weight(weight_ptr + cols + t * TILE, mask, dtype, ZERO_CENTERED)[None, :]
@@ -125,12 +127,23 @@ def store_gradient(dx_ptr, dresidual_ptr, offsets, dx, mask):
 
 
 @triton.jit
-def zero_sums(ptr, ROWS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr):
-    """A row's tiles of zeros, in the type of the memory that gets their sums; () without that memory."""
+def load_weight_tiles(ptr, lanes, N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr):
+    """All tiles of `load_weight_tile`, in the type of the memory; () where ptr is None."""
+    tiles = ()
+    if ptr is not None:
+        for t in tl.static_range(N_TILES):
+            tile = load_weight_tile(ptr, lanes, t, ptr.dtype.element_ty, False, N_COLS, TILE, ROWS)
+            tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
+def zero_sums(ptr, stat: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr):
+    """A row's tiles of zeros, for sums that go to this memory; () without it."""
     tiles = ()
     if ptr is not None:
         for _ in tl.static_range(N_TILES):
-            tiles = tiles + (tl.zeros((ROWS, TILE), ptr.dtype.element_ty),)
+            tiles = tiles + (tl.zeros((ROWS, TILE), stat),)
     return tiles
 
 
@@ -267,15 +280,28 @@ def reciprocal_sqrt(v):
 
 @jit
 def _column_sum_kernel(
-    partial_ptr, sum_ptr, second_partial_ptr, second_sum_ptr, means_ptr, n_rows, n_cols, count,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    partial_ptr, sum_ptr, second_partial_ptr, second_sum_ptr, third_partial_ptr, third_sum_ptr, means_ptr,
+    n_rows, n_cols, count, sample_blocks, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """sum = Σ partial over the rows, in a fixed order; the same of a second pair, if there is one; means: sums / count.
+    """sum = Σ partial over the rows, in a fixed order; the same of a second and third pair, where there are; means:
+    sums / count. With sample_blocks, of each sample's n_rows rows by themselves.
 
-    Grid: (blocks of COLS columns,)."""
-    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)[None, :]
+    Grid: (blocks of COLS columns,), or sample_blocks of them for each sample."""
+    block = tl.program_id(0)
+    if sample_blocks is not None:
+        sample = (block // sample_blocks).to(tl.int64)
+        block %= sample_blocks
+        partial_ptr, sum_ptr = partial_ptr + sample * n_rows * n_cols, sum_ptr + sample * n_cols
+        if second_partial_ptr is not None:
+            second_partial_ptr += sample * n_rows * n_cols
+            second_sum_ptr += sample * n_cols
+        if third_partial_ptr is not None:
+            third_partial_ptr += sample * n_rows * n_cols
+            third_sum_ptr += sample * n_cols
+    cols = block * COLS + tl.arange(0, COLS)[None, :]
     total = tl.zeros((ROWS, COLS), partial_ptr.dtype.element_ty)
     second_total = tl.zeros((ROWS, COLS), partial_ptr.dtype.element_ty)
+    third_total = tl.zeros((ROWS, COLS), partial_ptr.dtype.element_ty)
     for start in range(0, n_rows, ROWS):
         rows = start + tl.arange(0, ROWS)[:, None]
         mask = (rows < n_rows) & (cols < n_cols)
@@ -283,10 +309,14 @@ def _column_sum_kernel(
         total += tl.load(partial_ptr + offsets, mask=mask, other=0.0)
         if second_partial_ptr is not None:
             second_total += tl.load(second_partial_ptr + offsets, mask=mask, other=0.0)
+        if third_partial_ptr is not None:
+            third_total += tl.load(third_partial_ptr + offsets, mask=mask, other=0.0)
     _store_column_sum(sum_ptr, means_ptr, total, cols, n_cols, count)
     if second_partial_ptr is not None:
         second_means_ptr = means_ptr + n_cols if means_ptr is not None else None
         _store_column_sum(second_sum_ptr, second_means_ptr, second_total, cols, n_cols, count)
+    if third_partial_ptr is not None:
+        _store_column_sum(third_sum_ptr, None, third_total, cols, n_cols, count)
 
 
 @triton.jit
@@ -301,24 +331,32 @@ def _store_column_sum(sum_ptr, mean_ptr, total, cols, n_cols, count):
 
 def column_sums(
     partials: list[torch.Tensor | None], dtypes: list[torch.dtype | None], means: torch.Tensor | None = None,
-    count: int = 1, shape: torch.Size | None = None,
+    count: int = 1, shapes: Sequence[Sequence[int]] | None = None, samples: int | None = None,
 ) -> list[torch.Tensor | None]:  # fmt: skip
-    """Sums up to two (programs, cols) partials into tensors of the given dtypes, in one launch; None for a None dtype.
+    """Sums up to three (programs, cols) partials into tensors of the given dtypes, in one launch; None for a None
+    dtype.
 
-    means: (2, cols), gets the sums of both partials divided by count, in its own dtype.
-    shape: of the sums, with cols elements; None is (cols,)."""
+    means: (2, cols), gets the sums of two partials divided by count, in its own dtype.
+    shapes: of the sums, with cols elements; None is (cols,) for each.
+    samples: partials are (samples · programs, cols), and a sum has cols elements for each sample."""
+    shapes = shapes or [None if p is None else p.shape[1:] for p in partials]
     sums = [
-        None if d is None else p.new_empty(shape or p.shape[1:], dtype=d) for p, d in zip(partials, dtypes, strict=True)
+        None if d is None else p.new_empty(s, dtype=d) for p, d, s in zip(partials, dtypes, shapes, strict=True)
     ]
     pairs = [(p, s) for p, s in zip(partials, sums, strict=True) if p is not None]
     if means is not None or any(s is not None for s in sums):
         n_rows, n_cols = pairs[0][0].shape
-        first, second = pairs[0], pairs[1] if len(pairs) > 1 else (None, None)
-        rows, cols = launch.join_tile(n_rows, n_cols, launch.SUMMING_PROGRAMS)
-        # grid: one program for each block of columns
-        _column_sum_kernel[(launch.ceil_div(n_cols, cols),)](
-            *first, *second, means, n_rows, n_cols, count, ROWS=rows, COLS=cols, **launch.options(4)
-        )
+        n_rows //= samples or 1
+        first, second, third = (*pairs, (None, None), (None, None))[:3]
+        # of few columns of many samples, half a line each: the samples make programs enough
+        programs = launch.SUMMING_PROGRAMS if samples is None else launch.ceil_div(launch.SUMMING_PROGRAMS, 2)
+        rows, cols = launch.join_tile(n_rows, n_cols, programs)
+        blocks = launch.ceil_div(n_cols, cols)
+        # grid: one program for each block of columns, of each sample
+        _column_sum_kernel[(blocks * (samples or 1),)](
+            *first, *second, *third, means, n_rows, n_cols, count, None if samples is None else blocks,
+            ROWS=rows, COLS=cols, **launch.options(4),
+        )  # fmt: skip
     return sums
 
 

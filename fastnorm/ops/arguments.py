@@ -141,11 +141,12 @@ def _mistake(
         )
     wanted = [(name, p, shape) for name, p in zip(("weight", "bias"), parameters, strict=False)]
     wanted += [(name, t, tuple(x.shape)) for name, t in alike.items()]
-    errors = (_tensor_mistake(op, name, tensor, x, sizes) for name, tensor, sizes in wanted)
+    errors = (tensor_mistake(op, name, tensor, x, sizes) for name, tensor, sizes in wanted)
     return next((e for e in errors if e is not None), AssertionError("the arguments are right"))
 
 
-def _tensor_mistake(op: str, name: str, tensor: Any, x: Tensor, shape: tuple[int, ...]) -> Exception | None:
+def tensor_mistake(op: str, name: str, tensor: Any, x: Tensor, shape: tuple[int, ...]) -> Exception | None:
+    """What is wrong with a tensor beside x, of which this shape is wanted; None where nothing is."""
     if tensor is None:
         return None
     if not isinstance(tensor, Tensor):

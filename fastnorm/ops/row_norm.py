@@ -33,53 +33,63 @@ class Options(NamedTuple):
 
 
 class RowNormFunction(torch.autograd.Function):
-    """h = x + residual; y = (h − mean) · rstd · w + b. Returns (y, h), or y alone without a residual. A gate multiplies
-    y, or x; it never comes with a residual."""
+    """h = x + residual, or residual + x_gate · x; y = (h − mean) · rstd · w + b. Returns (y, h), or y alone where h is
+    x. A gate multiplies y, or x; it never comes with a residual or an x_gate.
+
+    x_gate, weight and bias may be (samples, *shape): a row for each of the samples, equal runs of x's rows."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None,
-        impl: Any, shape: tuple[int, ...], options: Options, dtypes: tuple[torch.dtype, torch.dtype | None],
+        x_gate: Tensor | None, impl: Any, shape: tuple[int, ...], options: Options,
+        dtypes: tuple[torch.dtype, torch.dtype | None],
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """dtypes: those of y and h."""
         eps, subtract_mean, zero_centered, cast_dtype, groups, silu, norm_before_gate = options
+        samples = reference.count_samples(shape, weight, bias, x_gate) or 1
         y, h, mean, rstd = impl.row_norm_forward(
-            x, residual, gate, None, len(shape), groups, 1, weight, bias, eps, subtract_mean, zero_centered,
+            x, residual, gate, x_gate, len(shape), groups, samples, weight, bias, eps, subtract_mean, zero_centered,
             silu, norm_before_gate, cast_dtype, *dtypes,
         )  # fmt: skip
         if gate is None or norm_before_gate:  # else they are not x's, but x · act(gate)'s
             tell(x, mean, rstd, eps)
-        ctx.save_for_backward(x if residual is None else h, weight, bias, gate, mean, rstd)
-        ctx.impl, ctx.shape, ctx.options = impl, shape, options
+        has_h = residual is not None or x_gate is not None
+        gated_x = None if x_gate is None else x
+        ctx.save_for_backward(h if has_h else x, weight, bias, gate, gated_x, x_gate, mean, rstd)
+        ctx.impl, ctx.shape, ctx.options, ctx.samples = impl, shape, options, samples
         ctx.dtypes = x.dtype, None if residual is None else residual.dtype
         ctx.set_materialize_grads(False)  # the last block's h is unused: no kernel reads zeros as its gradient
-        return y if residual is None else (y, h)
+        return (y, h) if has_h else y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> Gradients:
         if dy is None or backend.backward_needs_formula(dy, dh):
             return *_gradients_by_formula(ctx, dy, dh), None, None, None, None
-        h, weight, bias, gate, mean, rstd = ctx.saved_tensors
+        h, weight, bias, gate, x, x_gate, mean, rstd = ctx.saved_tensors
         _, wants_dresidual, wants_dweight, wants_dbias, *_ = ctx.needs_input_grad
         _, _, zero_centered, cast_dtype, groups, silu, norm_before_gate = ctx.options
-        dx, dresidual, dgate, _, dweight, dbias = ctx.impl.row_norm_backward(
-            dy, dh, h, None, gate, None, len(ctx.shape), groups, 1, weight, bias, mean, rstd, zero_centered, silu,
-            norm_before_gate, cast_dtype, *ctx.dtypes, weight.dtype if wants_dweight else None,
+        dx, dresidual, dgate, dx_gate, dweight, dbias = ctx.impl.row_norm_backward(
+            dy, dh, h, x, gate, x_gate, len(ctx.shape), groups, ctx.samples, weight, bias, mean, rstd, zero_centered,
+            silu, norm_before_gate, cast_dtype, *ctx.dtypes, weight.dtype if wants_dweight else None,
             bias.dtype if wants_dbias else None,
         )  # fmt: skip
         if dresidual is None and wants_dresidual:
             dresidual = dx
-        return dx, dresidual, dweight, dbias, dgate, None, None, None, None
+        return dx, dresidual, dweight, dbias, dgate, dx_gate, None, None, None, None
 
 
 def _gradients_by_formula(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> Gradients:
-    """(dx, dresidual, dweight, dbias, dgate) in PyTorch's operations. dy is None where y is unused."""
+    """The gradients of RowNormFunction's tensors in PyTorch's operations. dy is None where y is unused."""
     total, dweight, dbias, dgate = dh, None, None, None
+    h, weight, bias, gate, x, x_gate, *_ = ctx.saved_tensors
     if dy is not None:
-        inputs = ctx.saved_tensors[:4]
+        inputs = h, weight, bias, gate
         total, dweight, dbias, dgate = reference.row_norm_gradients(inputs, dy, ctx.shape, *ctx.options)
         total = total if dh is None else total + dh  # type: ignore[operator]  # an h with dh has a gradient
-    return *reference.residual_gradients(total, *ctx.dtypes), dweight, dbias, dgate
+    if x_gate is None:
+        return *reference.residual_gradients(total, *ctx.dtypes), dweight, dbias, dgate, None
+    dx, dresidual, dx_gate = reference.gated_sum_gradients(total, x, x_gate, ctx.dtypes[1])
+    return dx, dresidual, dweight, dbias, dgate, dx_gate
 
 
 class Gate(NamedTuple):
@@ -164,10 +174,10 @@ def row_norm(
         h = reference.add_residual(x, residual, residual_dtype)
         y = reference.gated_row_norm(h, gate_tensor, normalized_shape, weight, bias, *options, out_dtype)
     elif residual is None:
-        inputs = x, None, weight, bias, gate_tensor
+        inputs = x, None, weight, bias, gate_tensor, None
         h, y = x, apply(RowNormFunction, *inputs, impl, normalized_shape, options, dtypes)
     else:
-        return apply(RowNormFunction, x, residual, weight, bias, None, impl, normalized_shape, options, dtypes)
+        return apply(RowNormFunction, x, residual, weight, bias, None, None, impl, normalized_shape, options, dtypes)
     return (y, h) if op.startswith("add_") else y
 
 

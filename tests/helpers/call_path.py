@@ -146,8 +146,8 @@ def row_norm_arguments(choose: random.Random) -> tuple[str, tuple]:
     cast = None if subtract_mean else choose.choice((None, dtype))
     if choose.random() < 0.5:
         return "row_norm_forward", (
-            x, residual, gate, 1, groups, weight, bias, choose.choice((1e-5, 1e-6)), subtract_mean, zero_centered, silu,
-            norm_before_gate, cast, dtype, None if residual is None else dtype,
+            x, residual, gate, None, 1, groups, 1, weight, bias, choose.choice((1e-5, 1e-6)), subtract_mean,
+            zero_centered, silu, norm_before_gate, cast, dtype, None if residual is None else dtype,
         )  # fmt: skip
     rows = groups * x.numel() // x.shape[-1]
     mean, rstd = torch.zeros(rows, dtype=stat) if subtract_mean else None, torch.ones(rows, dtype=stat)
@@ -156,8 +156,8 @@ def row_norm_arguments(choose: random.Random) -> tuple[str, tuple]:
     dtypes = [choose.choice((None, torch.float32)) for _ in range(2)]
     dtypes = [d if p is not None else None for d, p in zip(dtypes, (weight, bias), strict=True)]
     return "row_norm_backward", (
-        dy, dh, x, gate, 1, groups, weight, bias, mean, rstd, zero_centered, silu, norm_before_gate, cast, dtype, None,
-        *dtypes,
+        dy, dh, x, None, gate, None, 1, groups, 1, weight, bias, mean, rstd, zero_centered, silu, norm_before_gate,
+        cast, dtype, None, *dtypes,
     )  # fmt: skip
 
 
