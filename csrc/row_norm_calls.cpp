@@ -44,7 +44,6 @@ bool is_rms_norm(int64_t operation) { return operation % 2 != 0; }
 struct Options {
   bool on_triton, subtract_mean, zero_centered;
   bool silu, norm_before_gate;  // of the gate
-  bool modulated;               // weight, bias and x_gate have a row for each sample
   int64_t dims;                 // how many trailing dimensions are normalised
   int64_t groups;               // into which they are cut
   int64_t samples;              // into which the rows are cut
@@ -58,8 +57,7 @@ struct Options {
   // As integers, because ctx.saved_data holds no structs.
   std::vector<int64_t> packed() const {
     const auto type = [](const optional<ScalarType>& t) { return t ? static_cast<int64_t>(*t) : -1; };
-    const int64_t flags =
-        on_triton | subtract_mean << 1 | zero_centered << 2 | silu << 3 | norm_before_gate << 4 | modulated << 5;
+    const int64_t flags = on_triton | subtract_mean << 1 | zero_centered << 2 | silu << 3 | norm_before_gate << 4;
     const auto eps_bits = std::bit_cast<int64_t>(eps);
     return {flags, dims, groups, samples, eps_bits, type(cast_dtype), type(x_dtype), type(residual_dtype)};
   }
@@ -67,8 +65,9 @@ struct Options {
   static Options unpacked(const std::vector<int64_t>& values) {
     const auto flag = [&](int bit) { return (values[0] >> bit & 1) != 0; };
     const auto type = [](int64_t t) { return t < 0 ? std::nullopt : optional(static_cast<ScalarType>(t)); };
-    return {flag(0),         flag(1),          flag(2),        flag(3),   flag(4),
-            flag(5),         values[1],        values[2],      values[3], std::bit_cast<double>(values[4]),
+    return {flag(0),         flag(1),          flag(2),
+            flag(3),         flag(4),          values[1],
+            values[2],       values[3],        std::bit_cast<double>(values[4]),
             type(values[5]), *type(values[6]), type(values[7])};
   }
 };
@@ -79,11 +78,12 @@ struct Call {
   Tensor x, residual, weight, bias, gate, x_gate;
   ScalarType out_dtype;
   optional<ScalarType> h_dtype;  // of h; none where h is x
+  bool has_samples;              // whether weight, bias and x_gate have a row for each sample
 
   at::IntArrayRef shape() const { return x.sizes().slice(x.dim() - options.dims); }
   at::DimVector parameter_sizes() const {
     at::DimVector sizes(shape());
-    if (options.modulated) {
+    if (has_samples) {
       sizes.insert(sizes.begin(), options.samples);
     }
     return sizes;
@@ -104,6 +104,8 @@ cpu::ForwardResult forward(const Call& call, bool saves_statistics) {
   return {results.at(0), results.at(1), results.at(2), results.at(3)};
 }
 
+pybind11::object or_none(const optional<ScalarType>& type) { return type ? pybind11::cast(*type) : pybind11::none(); }
+
 // What autograd keeps for the backward. h is x of the forward where that made no h; x is kept with an x_gate alone.
 struct Saved {
   Tensor h, x, weight, bias, gate, x_gate, mean, rstd;
@@ -112,24 +114,14 @@ struct Saved {
   static Saved from(const variable_list& t) { return {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]}; }
 };
 
-// The gradients of x or h, weight, bias and gate by the formula in fastnorm.reference, which can be differentiated
-// again.
-variable_list gradients_by_formula(const Options& o, const Saved& saved, const Tensor& dy) {
+// The gradients of x, residual, weight, bias, gate and x_gate by the formula in fastnorm.reference, which can be
+// differentiated again. dy or dh may be undefined.
+variable_list gradients_by_formula(const Options& o, const Saved& s, const Tensor& dy, const Tensor& dh) {
   const pybind11::gil_scoped_acquire gil;
-  const auto cast_dtype = o.cast_dtype ? pybind11::cast(*o.cast_dtype) : pybind11::none();
-  const auto shape = saved.h.sizes().slice(saved.h.dim() - o.dims).vec();
-  return reference_gradients("row_norm_gradients", {saved.h, saved.weight, saved.bias, saved.gate}, dy, shape, o.eps,
-                             o.subtract_mean, o.zero_centered, cast_dtype, o.groups, o.silu, o.norm_before_gate);
-}
-
-// The gradients of x, residual, weight, bias and x_gate of a modulated norm, likewise. dy or dh may be undefined.
-variable_list modulated_gradients_by_formula(const Options& o, const Saved& saved, const Tensor& dy, const Tensor& dh) {
-  const pybind11::gil_scoped_acquire gil;
-  const auto shape = saved.h.sizes().slice(saved.h.dim() - o.dims).vec();
-  const auto residual_dtype = o.residual_dtype ? pybind11::cast(*o.residual_dtype) : pybind11::none();
-  return reference_gradients("modulated_gradients", {saved.h, saved.x, saved.x_gate, saved.weight, saved.bias}, dy, dh,
-                             shape, o.eps, o.subtract_mean, o.zero_centered, o.samples, o.x_dtype, residual_dtype,
-                             saved.h.scalar_type());
+  const auto shape = s.h.sizes().slice(s.h.dim() - o.dims).vec();
+  return reference_gradients("row_norm_gradients", {s.h, s.weight, s.bias, s.gate, s.x, s.x_gate}, dy, dh,
+                             pybind11::make_tuple(o.x_dtype, or_none(o.residual_dtype)), shape, o.eps, o.subtract_mean,
+                             o.zero_centered, or_none(o.cast_dtype), o.groups, o.silu, o.norm_before_gate);
 }
 
 struct RowNormFunction : torch::autograd::Function<RowNormFunction> {
@@ -171,27 +163,7 @@ struct RowNormFunction : torch::autograd::Function<RowNormFunction> {
       gradients[5] = dx_gate;
       return gradients;
     }
-    if (options.modulated) {
-      if (dy.defined() || dh.defined()) {
-        const auto by_formula = modulated_gradients_by_formula(options, saved, dy, dh);
-        std::copy_n(by_formula.begin(), 4, gradients.begin());
-        gradients[5] = by_formula.at(4);
-      }
-      return gradients;
-    }
-    Tensor dx = dh;
-    if (dy.defined()) {
-      auto by_formula = gradients_by_formula(options, saved, dy);
-      dx = dh.defined() ? by_formula[0] + dh : by_formula[0];
-      gradients[2] = by_formula[1];
-      gradients[3] = by_formula[2];
-      gradients[4] = by_formula[3];
-    }
-    if (dx.defined()) {
-      gradients[0] = dx.to(options.x_dtype);
-      gradients[1] = adds ? dx.to(*options.residual_dtype) : Tensor();
-    }
-    return gradients;
+    return dy.defined() || dh.defined() ? gradients_by_formula(options, saved, dy, dh) : gradients;
   }
 
  private:
@@ -263,7 +235,7 @@ bool read_gated(PyObject* const* args, Call& call) {
 constexpr Py_ssize_t n_modulated_arguments = 2;
 bool read_modulated(PyObject* const* args, Call& call) {
   Options& o = call.options;
-  o.modulated = true;
+  call.has_samples = true;
   o.samples = PyLong_CheckExact(args[1]) ? PyLong_AsLongLong(args[1]) : 0;
   PyErr_Clear();  // a number beyond 64 bits
   const int64_t n_rows = call.x.numel() / c10::multiply_integers(call.shape());
@@ -329,7 +301,7 @@ bool read(PyObject* const* args, int64_t operation, Call& call) {
     call.h_dtype.reset();
   }
   const bool is_llama = PyUnicode_CompareWithASCIIString(args[11], "llama") == 0;
-  if (is_llama ? !is_rms || o.modulated : PyUnicode_CompareWithASCIIString(args[11], "torch") != 0) {
+  if (is_llama ? !is_rms || call.has_samples : PyUnicode_CompareWithASCIIString(args[11], "torch") != 0) {
     return false;
   }
   if (is_llama) {
@@ -376,9 +348,7 @@ int add_row_norm_calls(PyObject* module) {
       {"row_norm", as_method(&row_norm), METH_FASTCALL,
        "row_norm(operation, served, x, residual, normalized_shape, weight, bias, eps, zero_centered, "
        "out_dtype, residual_dtype, rounding), for a gated one also (gate, activation, norm_before_gate, group_size), "
-       "for "
-       "a modulated one (x_gate, samples): "
-       "NotImplemented for what is wrong or not plain"},
+       "for a modulated one (x_gate, samples): NotImplemented for what is wrong or not plain"},
       {nullptr, nullptr, 0, nullptr}};
   return PyModule_AddFunctions(module, methods);
 }

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import _get_current_function_mode_stack
 
-_KERNEL_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor)
+PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_KERNEL_TYPES = (*PLAIN, FakeTensor)
 # Modules of modes that need not see PyTorch's functions: torch.set_default_device changes factories alone, and make_fx
 # records operators.
 _INDIFFERENT_MODES = ("torch.utils._device", "torch.fx.experimental.proxy_tensor")

@@ -304,28 +304,6 @@ def add_residual(x: Tensor, residual: Tensor | None, residual_dtype: torch.dtype
     return (x.to(dtype) + residual.to(dtype)).to(residual_dtype)
 
 
-def residual_gradients(
-    total: Tensor | None, x_dtype: torch.dtype, residual_dtype: torch.dtype | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """(dx, dresidual) of h = x + residual, from h's whole gradient; None where it is undefined."""
-    if total is None:
-        return None, None
-    return total.to(x_dtype), None if residual_dtype is None else total.to(residual_dtype)
-
-
-def gated_sum_gradients(
-    total: Tensor | None, x: Tensor, x_gate: Tensor, residual_dtype: torch.dtype | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dresidual, dx_gate) of h = residual + x_gate · x, from h's whole gradient; None where it is undefined."""
-    if total is None:
-        return None, None, None
-    dtype = stat_dtype(torch.promote_types(total.dtype, x.dtype))
-    dh, values = (_by_samples(t.to(dtype), x_gate.shape[0], x_gate.shape[1:]) for t in (total, x))
-    dx = (dh * x_gate.to(dtype).unsqueeze(1)).reshape(x.shape).to(x.dtype)
-    dresidual = None if residual_dtype is None else total.to(residual_dtype)
-    return dx, dresidual, (dh * values).sum(1).to(x_gate.dtype)
-
-
 def stat_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of an input's statistics: float32, or float64 or complex where the input is."""
     return dtype if dtype == torch.float64 or dtype.is_complex else torch.float32
@@ -341,20 +319,50 @@ def gradients(formula: Callable[..., Tensor], inputs: Sequence[Tensor | None], d
 
 
 def row_norm_gradients(
-    inputs: Sequence[Tensor | None], dy: Tensor, shape: Sequence[int], *options: Any
-) -> list[Tensor | None]:
-    """`gradients` of gated_row_norm for `inputs`: x (or h), weight, bias and gate. csrc calls it too.
+    inputs: Sequence[Tensor | None], dy: Tensor | None, dh: Tensor | None,
+    dtypes: tuple[torch.dtype, torch.dtype | None], shape: Sequence[int], *options: Any,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradients of x, residual, weight, bias, gate and x_gate by the formula; None where undefined. csrc calls it.
 
-    options: eps, subtract_mean, zero_centered, cast_dtype, groups, silu, norm_before_gate.
+    inputs: h, weight, bias, gate, and with an x_gate x and x_gate. dy, dh: None where y or h is unused. dtypes: of x
+    and residual. options: eps, subtract_mean, zero_centered, cast_dtype, groups, silu, norm_before_gate.
     """
+    *normalized, x, x_gate = inputs
+    total, dweight, dbias, dgate = dh, None, None, None
+    if dy is not None:
 
-    def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None) -> Tensor:
-        return gated_row_norm(x, gate, shape, weight, bias, *(*options, dy.dtype))
+        def formula(h: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None) -> Tensor:
+            return gated_row_norm(h, gate, shape, weight, bias, *(*options, dy.dtype))
 
-    # Views, because h is an output of the node whose backward runs, and autograd locks that node meanwhile.
-    with torch.enable_grad():
-        inputs = [None if t is None else t.view_as(t) for t in inputs]
-    return gradients(formula, inputs, dy)
+        # Views, because h is an output of the node whose backward runs, and autograd locks that node meanwhile.
+        with torch.enable_grad():
+            normalized = [None if t is None else t.view_as(t) for t in normalized]
+        total, dweight, dbias, dgate = gradients(formula, normalized, dy)
+        total = total if dh is None or total is None else total + dh
+    return *_sum_gradients(total, x, x_gate, *dtypes), dweight, dbias, dgate, _x_gate_gradient(total, x, x_gate)
+
+
+def _sum_gradients(
+    total: Tensor | None, x: Tensor | None, x_gate: Tensor | None, x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """(dx, dresidual) of h = residual + x_gate · x, or of x + residual, from h's whole gradient."""
+    if total is None:
+        return None, None
+    dx = total
+    if x_gate is not None:
+        dtype = stat_dtype(torch.promote_types(total.dtype, x_dtype))
+        dh = _by_samples(total.to(dtype), x_gate.shape[0], x_gate.shape[1:])
+        dx = (dh * x_gate.to(dtype).unsqueeze(1)).reshape(total.shape)
+    return dx.to(x_dtype), None if residual_dtype is None else total.to(residual_dtype)
+
+
+def _x_gate_gradient(total: Tensor | None, x: Tensor | None, x_gate: Tensor | None) -> Tensor | None:
+    if total is None or x is None or x_gate is None:
+        return None
+    dtype = stat_dtype(torch.promote_types(total.dtype, x.dtype))
+    dh, values = (_by_samples(t.to(dtype), x_gate.shape[0], x_gate.shape[1:]) for t in (total, x))
+    return (dh * values).sum(1).to(x_gate.dtype)
 
 
 def group_norm_gradients(

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastnorm import operators, reference
+from fastnorm import operators
 from helpers.norms import DTYPES, assert_as_good_as_stock
 from helpers.whole_calls import (
     NATIVE_ON_CPU,
@@ -306,9 +306,8 @@ def test_h_is_x_without_a_residual_and_an_x_gate(op):
 
 
 @both
-def test_outputs_that_are_not_used(op, monkeypatch):
+def test_outputs_that_are_not_used(op):
     """A loss of y alone, and one of h alone, which no kernel serves."""
-    monkeypatch.setattr(reference, "modulated_gradients", modulated_gradients, raising=False)
     case = make(2, 3, 8)
     for only_h in (False, True):
         leaves = leaves_of(case)
@@ -321,37 +320,9 @@ def test_outputs_that_are_not_used(op, monkeypatch):
             torch.testing.assert_close(gradient.double(), expected[f"d{name}"], rtol=1e-5, atol=1e-5)
 
 
-def modulated_gradients(
-    inputs, dy, dh, shape, eps, subtract_mean, zero_centered, samples, x_dtype, residual_dtype, h_dtype
-):
-    """What C++ asks fastnorm.reference for: the gradients of x, residual, weight, bias and x_gate."""
-    with torch.enable_grad():
-        h, x, x_gate, weight, bias = (None if t is None else t.view_as(t) for t in inputs)
-        assert h.dtype == h_dtype and list(h.shape[h.dim() - len(shape) :]) == list(shape)
-        y = (F.layer_norm if subtract_mean else F.rms_norm)(h, shape, eps=eps)
-        rows = h.numel() // samples // y.shape[-1]
-        if weight is not None:
-            y = y * (weight + zero_centered).repeat_interleave(rows, 0)
-        if bias is not None:
-            y = y + bias.repeat_interleave(rows, 0)
-        wanted = [t for t in (h, weight, bias) if t is not None and t.requires_grad]
-        zeros = iter([None] * 3 if dy is None else torch.autograd.grad(y, wanted, dy, create_graph=True))
-        total, dweight, dbias = (None if t is None or not t.requires_grad else next(zeros) for t in (h, weight, bias))
-        total = dh if total is None else total if dh is None else total + dh
-    dx = dx_gate = None
-    if x_gate is None:
-        dx = total
-    else:
-        dx = total * x_gate.repeat_interleave(rows, 0)
-        dx_gate = (total * x).unflatten(0, (samples, -1)).sum(1)
-    dresidual = None if residual_dtype is None else total.to(residual_dtype)
-    return [dx.to(x_dtype), dresidual, dweight, dbias, dx_gate]
-
-
 @both
 @pytest.mark.parametrize("given", [EVERYTHING, ("x_gate", "weight"), ("weight", "bias")], ids=str)
-def test_double_backward_goes_through_the_formula(op, given, monkeypatch):
-    monkeypatch.setattr(reference, "modulated_gradients", modulated_gradients, raising=False)
+def test_double_backward_goes_through_the_formula(op, given):
     case = make(2, 2, 5, F64, given=given)
     leaves = leaves_of(case)
 

@@ -15,13 +15,13 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from .. import backend, obstacles
+from ..obstacles import PLAIN
 
 # One tensor, an iterable of tensors, or an iterable of (name, tensor) pairs.
 Parameters = Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 # Some parameters of a list: names and patterns, predicates on names, parameters, modules.
 Selector = str | Tensor | Module | Callable[[str], bool]
 Selection = Selector | Iterable[Selector]
-PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
 class Part(NamedTuple):

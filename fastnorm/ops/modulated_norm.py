@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from .. import backend, dtensors, reference
+from ..obstacles import PLAIN
 from .arguments import apply, check, options_repr, tensor_mistake
 from .row_norm import Options, RowNormFunction, check_options
 from .symbolic import Overridden, refuse_overridden
@@ -101,13 +102,22 @@ def _modulated_norm(
     residual_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """The functional of the name `op`. Raises Overridden, as `check` does."""
-    x, scale, shift, residual, gate = map(dtensors.arrived, (x, scale, shift, residual, gate))
+    tensors = x, scale, shift, residual, gate
+    are_plain = type(x) in PLAIN and all(t is None or type(t) in PLAIN for t in tensors)
+    if are_plain and x.dim() > 0 and not backend.is_compiling():
+        samples, *parameters = _by_samples(op, x, scale, shift, gate)
+        outputs = backend.call_directly(
+            op, x, residual, x.shape[-1:], *parameters[:2], eps, True, out_dtype or x.dtype, residual_dtype, "torch",
+            parameters[2], samples,
+        )  # fmt: skip
+        if outputs is not NotImplemented:
+            return outputs
+    x, scale, shift, residual, gate = map(dtensors.arrived, tensors)
     refuse_overridden(x, scale, shift, residual, gate)
     is_readable = not backend.needs_formula(op, x, residual, scale, shift, gate)
     shape, eps = check(op, x, x.shape[-1:] if isinstance(x, Tensor) else (1,), eps, residual=residual)
     check_options(op, out_dtype, residual_dtype)
-    level = max(_level(op, name, p, x) for name, p in (("scale", scale), ("shift", shift), ("gate", gate)))
-    scale, shift, x_gate = (_by_samples(p, x, level) for p in (scale, shift, gate))
+    _, scale, shift, x_gate = _by_samples(op, x, scale, shift, gate)
     out_dtype = out_dtype or x.dtype
     if residual is not None:
         residual_dtype = residual_dtype or torch.promote_types(x.dtype, residual.dtype)
@@ -126,6 +136,15 @@ def _modulated_norm(
     tensors = x, residual, scale, shift, None, x_gate
     outputs = apply(RowNormFunction, *tensors, impl, shape, options, (out_dtype, residual_dtype))
     return (outputs, x) if residual_dtype is None else outputs
+
+
+def _by_samples(
+    op: str, x: Tensor, scale: Tensor | None, shift: Tensor | None, gate: Tensor | None
+) -> tuple[int, Tensor | None, Tensor | None, Tensor | None]:
+    """The number of samples that x's first dimensions make, and scale, shift and gate as (samples, H): a row for each.
+    """
+    level = max(_level(op, name, p, x) for name, p in (("scale", scale), ("shift", shift), ("gate", gate)))
+    return math.prod(x.shape[:level]), *(_rows(p, x, level) for p in (scale, shift, gate))
 
 
 def _level(op: str, name: str, parameter: Tensor | None, x: Tensor) -> int:
@@ -155,7 +174,7 @@ def _level(op: str, name: str, parameter: Tensor | None, x: Tensor) -> int:
     )
 
 
-def _by_samples(parameter: Tensor | None, x: Tensor, level: int) -> Tensor | None:
+def _rows(parameter: Tensor | None, x: Tensor, level: int) -> Tensor | None:
     """The parameter's rows, (samples, H), one for each of the samples that x's first `level` dimensions make.
 
     Where it has fewer rows they are expanded, so that autograd adds up their gradients.

@@ -63,9 +63,11 @@ class RowNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> Gradients:
-        if dy is None or backend.backward_needs_formula(dy, dh):
-            return *_gradients_by_formula(ctx, dy, dh), None, None, None, None
         h, weight, bias, gate, x, x_gate, mean, rstd = ctx.saved_tensors
+        if dy is None or backend.backward_needs_formula(dy, dh):
+            inputs = h, weight, bias, gate, x, x_gate
+            found = reference.row_norm_gradients(inputs, dy, dh, ctx.dtypes, ctx.shape, *ctx.options)
+            return *found, None, None, None, None
         _, wants_dresidual, wants_dweight, wants_dbias, *_ = ctx.needs_input_grad
         _, _, zero_centered, cast_dtype, groups, silu, norm_before_gate = ctx.options
         dx, dresidual, dgate, dx_gate, dweight, dbias = ctx.impl.row_norm_backward(
@@ -76,20 +78,6 @@ class RowNormFunction(torch.autograd.Function):
         if dresidual is None and wants_dresidual:
             dresidual = dx
         return dx, dresidual, dweight, dbias, dgate, dx_gate, None, None, None, None
-
-
-def _gradients_by_formula(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> Gradients:
-    """The gradients of RowNormFunction's tensors in PyTorch's operations. dy is None where y is unused."""
-    total, dweight, dbias, dgate = dh, None, None, None
-    h, weight, bias, gate, x, x_gate, *_ = ctx.saved_tensors
-    if dy is not None:
-        inputs = h, weight, bias, gate
-        total, dweight, dbias, dgate = reference.row_norm_gradients(inputs, dy, ctx.shape, *ctx.options)
-        total = total if dh is None else total + dh  # type: ignore[operator]  # an h with dh has a gradient
-    if x_gate is None:
-        return *reference.residual_gradients(total, *ctx.dtypes), dweight, dbias, dgate, None
-    dx, dresidual, dx_gate = reference.gated_sum_gradients(total, x, x_gate, ctx.dtypes[1])
-    return dx, dresidual, dweight, dbias, dgate, dx_gate
 
 
 class Gate(NamedTuple):
