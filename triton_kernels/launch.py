@@ -205,10 +205,9 @@ def sample_programs(
 
     They don't depend on the number of samples, so that a sample's gradients are the same in any batch: with few samples
     there may be too few to fill the card, and with many they run in turns. Partial sums may add PARTIAL_SHARE to the
-    traffic, of a short sample twice that."""
+    traffic, which leaves each program several blocks to prefetch, too."""
     resident = min(max(1, multiprocessors) * tiles.resident, ceil_div(sample_rows, tiles.rows))
-    share = PARTIAL_SHARE if sample_rows >= PARTIAL_ROWS else 2 * PARTIAL_SHARE
-    affordable = int(share * passes * sample_rows * itemsize / (max(4, itemsize) * max(1, partials)))
+    affordable = int(PARTIAL_SHARE * passes * sample_rows * itemsize / (max(4, itemsize) * max(1, partials)))
     return max(1, min(resident, affordable))
 
 
