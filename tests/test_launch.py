@@ -109,6 +109,17 @@ def test_backward_programs(itemsize, streams, cols, rows, multiprocessors, parti
         assert partial_share(rows, programs, partials, itemsize, passes) <= 0.03
 
 
+@itemsizes
+@given(cols=columns, rows=st.integers(1, 10**5), multiprocessors=st.integers(1, 304), partials=st.integers(0, 3))
+def test_programs_of_a_sample(itemsize, cols, rows, multiprocessors, partials):
+    """At least one, no more than blocks of rows, and few enough for their partial sums, however short the sample is."""
+    tiles, _ = launch.backward_tiles(cols, itemsize, 3, 2, itemsize)
+    programs = launch.sample_programs(rows, tiles, multiprocessors, itemsize, partials, 6)
+    assert 1 <= programs <= -(-rows // tiles.rows)
+    assert programs == 1 or partial_share(rows, programs, partials, itemsize, 6) <= 0.03
+    assert programs <= tiles.resident * multiprocessors
+
+
 def partial_share(rows: int, programs: int, partials: int, itemsize: int, passes: int) -> float:
     """Partial sums that are written, as a part of x and dy, and dh, read and dx written; float64 data has float64
     sums."""
