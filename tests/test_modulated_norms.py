@@ -157,7 +157,7 @@ FORMS = {
     "odd columns": dict(shape=(2, 3, 33)),
     "several tiles": dict(shape=(2, 3, 1160)),
     "many rows": dict(shape=(2, 70, 24)),
-    "many blocks of rows": dict(shape=(2, 60, 96)),
+    "many blocks of rows": dict(shape=(2, 60, 1160)),
     "two dimensions": dict(shape=(5, 40), scale="b", shift="b", gate="h", residual="bs"),
     "one dimension": dict(shape=(40,), scale="h", shift="h", gate="h", residual="h"),
     "four dimensions": dict(shape=(2, 3, 2, 24)),
