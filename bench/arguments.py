@@ -60,11 +60,14 @@ def shapes(text: str) -> tuple[Shape, ...]:
     return tuple(dict.fromkeys(itertools.chain.from_iterable(several(_shapes)(text))))
 
 
+PATTERNS = "ROWSxCOLS, SAMPLESxROWSxCOLS or NxCxHxW"
+
+
 def _shapes(item: str) -> tuple[Shape, ...]:
     if item in SHAPES:
         return SHAPES[item]
     lengths = item.split("x")
     if not all(length.isdecimal() and int(length) for length in lengths):
         known = ", ".join(SHAPES)
-        raise ArgumentTypeError(f"{item!r} is neither a shape, ROWSxCOLS or NxCxHxW, nor one of {known}")
+        raise ArgumentTypeError(f"{item!r} is neither a shape, {PATTERNS}, nor one of {known}")
     return (tuple(map(int, lengths)),)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from . import clip, commands, host, models, monitor, predict, problem, real_model, report, summary
-from .arguments import device, name, positive, several, shapes
+from .arguments import PATTERNS, device, name, positive, several, shapes
 from .operation import LAYOUTS, MODES
 from .operations import FAMILIES, OPERATIONS
 from .presets import DTYPES, SHAPES
@@ -118,7 +118,7 @@ def _add_norms(add: Callable) -> None:
     known = tuple(dict.fromkeys((*FAMILIES, *OPERATIONS)))
     text = f"of: {', '.join(OPERATIONS)}, or all of {', '.join(FAMILIES)} (default: all that take the shapes)"
     add("operations", nargs="*", type=name(known, "operation"), help=text)
-    add("--shapes", type=shapes, metavar="S", help=f"ROWSxCOLS, NxCxHxW or presets ({', '.join(SHAPES)}), by commas")
+    add("--shapes", type=shapes, metavar="S", help=f"{PATTERNS}, or presets ({', '.join(SHAPES)}), by commas")
     choices = (
         ("--layouts", LAYOUTS, tuple(LAYOUTS), "all that the operation has"),
         ("--dtypes", DTYPES, ("fp32", "bf16"), "fp32,bf16"),

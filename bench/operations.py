@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastnorm import functional
 
-from . import channel_norms, gated_norms
+from . import channel_norms, gated_norms, modulated_norms
 from .operation import Family, Operation, Outputs
 
 EPS = 1e-6  # the value that most pretrained models use, the same for all providers
@@ -57,7 +57,8 @@ ROW_NORMS = (
               lambda x, residual, weight: functional.add_rms_norm(x, residual, x.shape[-1:], weight, EPS)),
 )  # fmt: skip
 OPERATIONS = {
-    operation.name: operation for operation in (*ROW_NORMS, *gated_norms.OPERATIONS, *channel_norms.OPERATIONS)
+    operation.name: operation
+    for operation in (*ROW_NORMS, *gated_norms.OPERATIONS, *modulated_norms.OPERATIONS, *channel_norms.OPERATIONS)
 }
 FAMILIES = {
     family: tuple(name for name, operation in OPERATIONS.items() if operation.family.name == family)

@@ -37,7 +37,7 @@ def _call_with_rows(problem: Problem) -> None:
     if problem.direction == "forward":
         residual = rows(residual_dtype) if adds else None
         triton_kernels.row_norm_forward(
-            rows(types.x), residual, None, 1, 1, parameter, bias, 1e-6, centers, False, True, True, None, types.x,
+            rows(types.x), residual, None, None, 1, 1, 1, parameter, bias, 1e-6, centers, False, True, True, None, types.x,
             residual_dtype,
         )  # fmt: skip
     else:
@@ -48,8 +48,9 @@ def _call_with_rows(problem: Problem) -> None:
         )
         dtypes = types.x, residual_dtype, types.parameters, types.parameters if centers else None
         triton_kernels.row_norm_backward(
-            rows(types.x), dh, h, None, 1, 1, parameter, None, mean, statistic, False, True, True, None, *dtypes
-        )
+            rows(types.x), dh, h, None, None, None, 1, 1, 1, parameter, None, mean, statistic, False, True, True, None,
+            *dtypes,
+        )  # fmt: skip
 
 
 def _call_with_image(problem: Problem) -> None:

@@ -22,6 +22,7 @@ TINY = ["--dtypes", "fp32", "--device", "cpu", "--repeats", "2", "--min-time", "
 # design: passes over x, reads + writes
 BATCH_NORM_TRAINING = {"forward": 2 + 1, "backward": 4 + 1}
 BATCH_NORM_EVALUATION = {"forward": 1 + 1, "backward": 2 + 1}
+MODULATED = {"forward": 2 + 2, "backward": 4 + 2}  # x, which the gate's gradient needs; dx and dresidual
 GATED = {"forward": 2 + 1, "backward": 3 + 2}  # the gate; its gradient
 ALLOWED_PASSES = {
     "layer_norm": {"forward": 1 + 1, "backward": 2 + 1},
@@ -31,6 +32,8 @@ ALLOWED_PASSES = {
     "gated_rms_norm": GATED,
     "gated_rms_norm_gate_first": GATED,
     "gated_rms_norm_grouped": GATED,
+    "modulated_layer_norm": MODULATED,
+    "modulated_rms_norm": MODULATED,
     "batch_norm_training": BATCH_NORM_TRAINING,
     "batch_norm_training_relu": BATCH_NORM_TRAINING,
     "batch_norm_training_add_relu": {"forward": 3 + 1, "backward": 4 + 2},  # the residual; its gradient
@@ -239,7 +242,8 @@ def test_bytes_are_those_of_the_design(name):
 
 def small(name, layout="contiguous", dtype=torch.float32):
     """A workload of any operation with five slices of 192 elements of x, more in a group norm."""
-    shape = {"row_norms": (5, 192), "gated_norms": (5, 192), "batch_norm": (4, 5, 6, 8), "group_norm": (5, 64, 2, 3)}
+    shape = {"row_norms": (5, 192), "gated_norms": (5, 192), "modulated_norms": (5, 3, 64),
+             "batch_norm": (4, 5, 6, 8), "group_norm": (5, 64, 2, 3)}  # fmt: skip
     return Workload.make(OPERATIONS[name], shape[OPERATIONS[name].family.name], layout, dtype, CPU)
 
 

@@ -110,7 +110,7 @@ if not SIMULATED:  # hypothesis draws shapes at will, and each would be compiled
         x, residual = (t.to(kernel_device) for t in tensors)
         dims = data.draw(st.integers(1, x.dim()))
         kernels = getattr(backend, f"_{backend._forced}")
-        options = None, dims, 1, None, None, 1e-5, False, False, True, True, None, f32, f32
+        options = None, None, dims, 1, 1, None, None, 1e-5, False, False, True, True, None, f32, f32
         results = kernels.row_norm_forward(x, residual, *options)
         y, h, *_ = results
         assert torch.equal(h, x + residual)
@@ -126,9 +126,10 @@ if not SIMULATED:  # hypothesis draws shapes at will, and each would be compiled
         x, gate, dy = (t.to(kernel_device) for t in tensors)
         dims = data.draw(st.integers(1, x.dim()))
         kernels = getattr(backend, f"_{backend._forced}")
-        forward = x, None, gate, dims, 1, None, None, 1e-5, False, False, True, True, None, f32, None
+        forward = x, None, gate, None, dims, 1, 1, None, None, 1e-5, False, False, True, True, None, f32, None
         y, _, _, rstd = results = kernels.row_norm_forward(*forward)
-        backward = dy, None, x, gate, dims, 1, None, None, None, rstd, False, True, True, None, f32, None, None, None
+        options = None, None, None, rstd, False, True, True, None, f32, None, None, None
+        backward = dy, None, x, None, gate, None, dims, 1, 1, *options
         gradients = kernels.row_norm_backward(*backward)
         leaves = [t.detach().clone().requires_grad_() for t in (x, gate)]
         expected = F.rms_norm(leaves[0], x.shape[-dims:], None, 1e-5) * F.silu(leaves[1])

@@ -24,11 +24,12 @@ from .common import Stage
 
 ROWS, REHEARSED_ROWS = ((64, 1000), (33, 4096)), ((3, 40),)
 SHAPES = {
-    "row_norms": ROWS, "gated_norms": ROWS, "batch_norm": ((8, 64, 14, 14),), "group_norm": ((2, 64, 14, 14),),
+    "row_norms": ROWS, "gated_norms": ROWS, "modulated_norms": ((4, 33, 1000),), "batch_norm": ((8, 64, 14, 14),),
+    "group_norm": ((2, 64, 14, 14),),
 }  # fmt: skip
 REHEARSED = {
-    "row_norms": REHEARSED_ROWS, "gated_norms": REHEARSED_ROWS, "batch_norm": ((2, 64, 3, 3),),
-    "group_norm": ((2, 64, 3, 3),),
+    "row_norms": REHEARSED_ROWS, "gated_norms": REHEARSED_ROWS, "modulated_norms": ((2, 3, 40),),
+    "batch_norm": ((2, 64, 3, 3),), "group_norm": ((2, 64, 3, 3),),
 }  # fmt: skip
 MODE = "forward_backward"
 
@@ -107,7 +108,8 @@ def _clamp(kernels: str, device: torch.device) -> str | None:
 
 def _call(name: str, device: torch.device) -> tuple[Callable[[], tuple[Tensor, ...]], Workload]:
     operation = OPERATIONS[name]
-    shape = (512, 4096) if operation.family.name in ("row_norms", "gated_norms") else (8, 64, 28, 28)
+    sizes = {2: (512, 4096), 3: (4, 128, 4096), 4: (8, 64, 28, 28)}
+    shape = sizes[len(operation.family.probe)]
     workload = Workload.make(operation, shape, "contiguous", torch.bfloat16, device)
     return workload.runner(operation.fused, MODE), workload
 
