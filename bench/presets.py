@@ -24,7 +24,7 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     # 2048 tokens: Qwen3-Next's 32 value heads of 128 columns; Mamba 2's inner width at 2.7 B parameters, and at 7 B
     "gated": ((65536, 128), (2048, 5120), (2048, 8192)),
     "gated-quick": ((1024, 4096),),
-    # DiT-XL/2 at 256 x 256 pixels, eight images; Stable Diffusion 3 at 1024 x 1024, with guidance; FLUX.1, with its text
+    # DiT-XL/2 at 256 x 256 pixels, eight images; Stable Diffusion 3 at 1024 x 1024, with guidance; FLUX.1, and text
     "dit": ((8, 256, 1152), (2, 4096, 1536), (1, 4608, 3072)),
     "dit-quick": ((2, 256, 1152),),
     # what the batch norms of a ResNet-50 get from 224 x 224 images: the stem, then each stage's narrow and wide ones

@@ -37,8 +37,8 @@ def _call_with_rows(problem: Problem) -> None:
     if problem.direction == "forward":
         residual = rows(residual_dtype) if adds else None
         triton_kernels.row_norm_forward(
-            rows(types.x), residual, None, None, 1, 1, 1, parameter, bias, 1e-6, centers, False, True, True, None, types.x,
-            residual_dtype,
+            rows(types.x), residual, None, None, 1, 1, 1, parameter, bias, 1e-6, centers, False, True, True, None,
+            types.x, residual_dtype,
         )  # fmt: skip
     else:
         dh, h, mean = (

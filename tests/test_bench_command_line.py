@@ -36,7 +36,7 @@ def test_missing_packages_are_named_with_the_remedy():
         (["--dtypes", "fp32,int8"], "argument --dtypes: unknown dtype 'int8'; known: fp32"),
         (["--providers", "abacus"], "argument --providers: unknown provider 'abacus'; known: torch"),
         (["--mode", "backward"], "argument --mode: unknown mode 'backward'"),
-        (["--shapes", "64by64"], "'64by64' is neither a shape, ROWSxCOLS, SAMPLESxROWSxCOLS or NxCxHxW, nor one of models"),
+        (["--shapes", "64by64"], "'64by64' is neither a shape, ROWSxCOLS, SAMPLESxROWSxCOLS or NxCxHxW, nor one of mo"),
         (["--shapes", "0x64"], "'0x64' is neither"),
         (["--shapes", "4x8x2"], "no operation takes all that is asked for"),
         (["batch_norm", "--shapes", "64x64"], "64x64 doesn't fit: batch_norm_training takes NxCxHxW"),

@@ -13,8 +13,8 @@ from torch.nn import Module
 
 from .. import backend, reference
 from ..dtensors import is_dtensor
+from ..obstacles import PLAIN
 from . import lists
-from .lists import PLAIN
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

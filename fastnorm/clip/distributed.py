@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..dtensors import is_dtensor
+from ..obstacles import PLAIN
 from . import lists
-from .lists import PLAIN
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -17,6 +17,7 @@ from torch.utils._foreach_utils import _device_has_foreach_support
 
 from .. import policy_rules, reference
 from ..dtensors import is_dtensor
+from ..obstacles import PLAIN
 from ..operators import list_dtype
 from . import distributed, lists, observers
 from .lists import Parameters, Part
@@ -310,7 +311,7 @@ def _measure(
 
 def _scale_part_(part: Part, coefficient: Tensor) -> None:
     """Multiplies a part. coefficient: on its device; for a backend, in the dtype of its norms."""
-    if part.impl is None or type(coefficient) not in lists.PLAIN:
+    if part.impl is None or type(coefficient) not in PLAIN:
         factors = coefficient.unbind() if coefficient.dim() else [coefficient] * len(part.tensors)
         for tensor, factor in zip(part.tensors, factors, strict=True):
             tensor.mul_(factor.to(tensor.device))

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..clip.activations import ZeroCounts, layers_of
-from ..clip.lists import PLAIN
 from ..clip.policy_base import is_capturing
+from ..obstacles import PLAIN
 from ..ops import statistics
 from ..ops.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from ..ops.group_norm import GroupNorm

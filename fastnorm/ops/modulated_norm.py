@@ -104,11 +104,11 @@ def _modulated_norm(
     """The functional of the name `op`. Raises Overridden, as `check` does."""
     tensors = x, scale, shift, residual, gate
     are_plain = type(x) in PLAIN and all(t is None or type(t) in PLAIN for t in tensors)
-    if are_plain and x.dim() > 0 and not backend.is_compiling():
-        samples, *parameters = _by_samples(op, x, scale, shift, gate)
+    if are_plain and x.dim() > 0 and not torch.compiler.is_compiling():
+        samples, weight, bias, x_gate = _by_samples(op, x, scale, shift, gate)
         outputs = backend.call_directly(
-            op, x, residual, x.shape[-1:], *parameters[:2], eps, True, out_dtype or x.dtype, residual_dtype, "torch",
-            parameters[2], samples,
+            op, x, residual, x.shape[-1:], weight, bias, eps, True, out_dtype or x.dtype, residual_dtype, "torch",
+            x_gate, samples,
         )  # fmt: skip
         if outputs is not NotImplemented:
             return outputs
@@ -133,8 +133,8 @@ def _modulated_norm(
     if impl is None or x.numel() == 0:
         h = reference.gated_sum(x, residual, x_gate, residual_dtype)
         return reference.gated_row_norm(h, None, shape, scale, shift, *options, out_dtype), h
-    tensors = x, residual, scale, shift, None, x_gate
-    outputs = apply(RowNormFunction, *tensors, impl, shape, options, (out_dtype, residual_dtype))
+    inputs = x, residual, scale, shift, None, x_gate
+    outputs = apply(RowNormFunction, *inputs, impl, shape, options, (out_dtype, residual_dtype))
     return (outputs, x) if residual_dtype is None else outputs
 
 
@@ -144,7 +144,7 @@ def _by_samples(
     """The number of samples that x's first dimensions make, and scale, shift and gate as (samples, H): a row for each.
     """
     level = max(_level(op, name, p, x) for name, p in (("scale", scale), ("shift", shift), ("gate", gate)))
-    return math.prod(x.shape[:level]), *(_rows(p, x, level) for p in (scale, shift, gate))
+    return math.prod(x.shape[:level]), _rows(scale, x, level), _rows(shift, x, level), _rows(gate, x, level)
 
 
 def _level(op: str, name: str, parameter: Tensor | None, x: Tensor) -> int:
