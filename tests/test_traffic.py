@@ -31,6 +31,8 @@ INSTRUCTIONS = {
     "gated_layer_norm": (24.3, 40.7),
     "gated_rms_norm, gate first": (18.0, 32.3),
 }
+# Of modulated norms, with and without a mean to subtract. They have a bias and a gate more than add_rms_norm.
+MODULATED_INSTRUCTIONS = {True: (28.2, 32.7), False: (25.0, 28.7)}
 
 
 @dataclass
@@ -177,6 +179,36 @@ def test_narrow_rows():
         assert counters.stores.efficiency >= 0.95
 
 
+@pytest.mark.parametrize("samples", (2, 128))
+@pytest.mark.parametrize("subtract_mean", (True, False))
+def test_modulated_norms(samples, subtract_mean):
+    """Scale, shift and gate of a sample, chunks of one tensor, are read once; there is no copy, and no pass over rows
+    but the compulsory ones: x, residual → y, h, and dy, dh, h, x → dx, dresidual."""
+    rows, cols, dtype = 128, 1536, torch.bfloat16
+    x, residual, dy, dh = (torch.randn(rows, cols, dtype=dtype) for _ in range(4))
+    scale, shift, gate = torch.randn(samples, 3 * cols, dtype=dtype).chunk(3, 1)
+    with virtual_gpu() as gpu:
+        y, h, mean, rstd = kernels.row_norm_forward(
+            x, residual, None, gate, 1, 1, samples, scale, shift, 1e-6, subtract_mean, True, True, True, None, dtype,
+            dtype,
+        )  # fmt: skip
+        backward_outputs = kernels.row_norm_backward(
+            dy, dh, h, x, None, gate, 1, 1, samples, scale, shift, mean, rstd, True, True, True, None, *[dtype] * 4
+        )
+    forward, backward = gpu.launches  # a sample's sums need no further launch where one program takes it
+    size, parameter, statistics = x.nbytes, scale.nbytes, 4 * (1 + subtract_mean) * rows
+    assert forward.unique_read == 2 * size + 3 * parameter
+    assert forward.stores.bytes == 2 * size + statistics
+    assert backward.unique_read == 4 * size + 2 * parameter + statistics
+    assert backward.stores.bytes == 2 * size + 3 * parameter
+    for counters, outputs in ((forward, (y, h)), (backward, backward_outputs)):
+        assert all(counters.fully_written(t) for t in outputs if t is not None)
+        assert counters.local_bytes == 0
+        assert counters.loads.efficiency >= 1
+        most = MODULATED_INSTRUCTIONS[subtract_mean][counters is backward]
+        assert counters.thread_instructions <= most * x.numel()
+
+
 def packed(rows: int, cols: int, dtype: torch.dtype) -> Tensor:
     """Four heads of k, (2, S, 4, cols), in a packed projection."""
     return torch.randn(2, rows // 8, 3, 4, cols, dtype=dtype)[:, :, 1]
@@ -206,7 +238,7 @@ def test_launch_plans_of_heads_copy_nothing(make):
     compiled = []
     for rows in (256, 280, 344):
         x = make(rows, 128, torch.bfloat16)
-        options = None, None, 1, 1, None, None, 1e-6, False, False, True, True, None, x.dtype, None
+        options = None, None, None, 1, 1, 1, None, None, 1e-6, False, False, True, True, None, x.dtype, None
         with virtual_gpu():
             plan = plans.record("row_norm_forward", (x, *options))
         assert [step[0] for step in plan.steps] == ["launch"] and not plan.temporaries
