@@ -309,7 +309,9 @@ bool read(PyObject* const* args, int64_t operation, Call& call) {
   }
   call.out_dtype = out_dtype ? *out_dtype : default_dtype(call, operation, is_llama);
   const bool has_double_gate = call.gate.defined() && call.gate.scalar_type() == at::kDouble;
-  const auto computed = has_double_gate ? at::kDouble : call.h_dtype.value_or(o.x_dtype);
+  const bool reads_double = o.x_dtype == at::kDouble || o.residual_dtype == at::kDouble;
+  const bool is_double = has_double_gate || (kind == Kind::modulated && reads_double);
+  const auto computed = is_double ? at::kDouble : call.h_dtype.value_or(o.x_dtype);
   return unpack_eps(args[7], is_rms, computed, o.eps) && is_not_intercepted();
 }
 

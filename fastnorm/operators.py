@@ -68,15 +68,15 @@ def _like(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor | None:
     return None if dtype is None else x.new_empty(x.shape, dtype=dtype)
 
 
-def _parameter(
-    x: torch.Tensor, dims: int, given: torch.Tensor | None, dtype: torch.dtype | None
-) -> torch.Tensor | None:
-    """The gradient of a weight or bias: of its shape, or of a row's where it is not given."""
-    return None if dtype is None else x.new_empty(x.shape[-dims:] if given is None else given.shape, dtype=dtype)
+def gradient_shape(x: torch.Tensor, dims: int, samples: int, given: torch.Tensor | None) -> Sequence[int]:
+    """The shape of the gradient of a parameter, which the backward may go without."""
+    if given is not None:
+        return given.shape
+    return x.shape[-dims:] if samples == 1 else (samples, *x.shape[-dims:])
 
 
 @operator(
-    "(Tensor x, Tensor? residual, Tensor? gate, Tensor? x_gate, int dims, int groups, int samples, Tensor? weight, "
+    "(Tensor x, Tensor? residual, Tensor? gate, Tensor? x_gate, int dims, int groups, SymInt samples, Tensor? weight, "
     "Tensor? bias, float eps, bool subtract_mean, bool zero_centered, bool silu, bool norm_before_gate, "
     "ScalarType? cast_dtype, ScalarType out_dtype, ScalarType? residual_dtype)"
     " -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)"
@@ -100,7 +100,7 @@ def row_norm_forward(
 
 
 @operator(
-    "(Tensor dy, Tensor? dh, Tensor h, Tensor? x, Tensor? gate, Tensor? x_gate, int dims, int groups, int samples, "
+    "(Tensor dy, Tensor? dh, Tensor h, Tensor? x, Tensor? gate, Tensor? x_gate, int dims, int groups, SymInt samples, "
     "Tensor? weight, Tensor? bias, Tensor? mean, Tensor rstd, bool zero_centered, bool silu, bool norm_before_gate, "
     "ScalarType? cast_dtype, ScalarType x_dtype, ScalarType? residual_dtype, ScalarType? dweight_dtype, "
     "ScalarType? dbias_dtype)"
@@ -115,7 +115,10 @@ def row_norm_backward(
     dresidual = None if residual_dtype == x_dtype and x_gate is None else _like(h, residual_dtype)
     dgate = None if gate is None else _like(h, gate.dtype)
     dx_gate = None if x_gate is None else h.new_empty(x_gate.shape, dtype=x_gate.dtype)
-    dweight, dbias = _parameter(h, dims, weight, dweight_dtype), _parameter(h, dims, bias, dbias_dtype)
+    dweight, dbias = (
+        None if dtype is None else h.new_empty(gradient_shape(h, dims, samples, given), dtype=dtype)
+        for given, dtype in ((weight, dweight_dtype), (bias, dbias_dtype))
+    )
     return _like(h, x_dtype), dresidual, dgate, dx_gate, dweight, dbias
 
 

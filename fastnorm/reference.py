@@ -55,20 +55,9 @@ def gated_row_norm(
     subtract_mean: bool, zero_centered: bool, cast_dtype: torch.dtype | None, groups: int, silu: bool,
     norm_before_gate: bool, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """y = (x̂ · w + b) · act(gate), or with x · act(gate) for x; each group of columns has statistics of its own.
-
-    weight and bias may be (samples, *shape), a row for each of the samples, equal runs of x's rows; then there are
-    neither a gate nor groups.
-    """
+    """y = (x̂ · w + b) · act(gate), or with x · act(gate) for x; each group of columns has statistics of its own."""
     if gate is None and groups == 1:
-        samples = count_samples(shape, weight, bias)
-        if samples is None:
-            return row_norm(x, shape, weight, bias, eps, subtract_mean, zero_centered, cast_dtype, out_dtype)
-        dtype = stat_dtype(torch.promote_types(x.dtype, out_dtype))
-        x_hat = row_norm(x, shape, None, None, eps, subtract_mean, False, None, dtype)
-        weight, bias = (p if p is None or p.dim() == len(shape) else p.unsqueeze(1) for p in (weight, bias))
-        parameters = _applied(weight, zero_centered, dtype), None if bias is None else bias.to(dtype)
-        return _scaled(_by_samples(x_hat, samples, shape), *parameters).reshape(x.shape).to(out_dtype)
+        return row_norm(x, shape, weight, bias, eps, subtract_mean, zero_centered, cast_dtype, out_dtype)
     dtype = stat_dtype(torch.promote_types(x.dtype, out_dtype if gate is None else gate.dtype))
     factor = None if gate is None else (F.silu if silu else torch.sigmoid)(gate.to(dtype))
     h = x.to(dtype) if factor is None or norm_before_gate else x.to(dtype) * factor
@@ -281,6 +270,18 @@ def _by_samples(x: Tensor, samples: int, shape: Sequence[int]) -> Tensor:
     return x.reshape(samples, rows // max(samples, 1), *shape)
 
 
+def modulated_row_norm(
+    h: Tensor, shape: Sequence[int], samples: int, weight: Tensor | None, bias: Tensor | None, eps: float,
+    subtract_mean: bool, zero_centered: bool, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """y = x̂ · w + b; weight and bias: (samples, *shape), a row for each of the samples, equal runs of h's rows."""
+    dtype = stat_dtype(torch.promote_types(h.dtype, out_dtype))
+    x_hat = row_norm(h, shape, None, None, eps, subtract_mean, False, None, dtype)
+    weight, bias = (p if p is None else p.unsqueeze(1) for p in (weight, bias))
+    parameters = _applied(weight, zero_centered, dtype), None if bias is None else bias.to(dtype)
+    return _scaled(_by_samples(x_hat, samples, shape), *parameters).reshape(h.shape).to(out_dtype)
+
+
 def gated_sum(
     x: Tensor, residual: Tensor | None, x_gate: Tensor | None, residual_dtype: torch.dtype | None
 ) -> Tensor:
@@ -331,8 +332,13 @@ def row_norm_gradients(
     total, dweight, dbias, dgate = dh, None, None, None
     if dy is not None:
 
+        samples = count_samples(shape, *normalized[1:3])
+
         def formula(h: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None) -> Tensor:
-            return gated_row_norm(h, gate, shape, weight, bias, *(*options, dy.dtype))
+            if samples is None:
+                return gated_row_norm(h, gate, shape, weight, bias, *(*options, dy.dtype))
+            eps, subtract_mean, zero_centered, *_ = options
+            return modulated_row_norm(h, shape, samples, weight, bias, eps, subtract_mean, zero_centered, dy.dtype)
 
         # Views, because h is an output of the node whose backward runs, and autograd locks that node meanwhile.
         with torch.enable_grad():

@@ -38,7 +38,7 @@ def test_missing_packages_are_named_with_the_remedy():
         (["--mode", "backward"], "argument --mode: unknown mode 'backward'"),
         (["--shapes", "64by64"], "'64by64' is neither a shape, ROWSxCOLS, SAMPLESxROWSxCOLS or NxCxHxW, nor one of mo"),
         (["--shapes", "0x64"], "'0x64' is neither"),
-        (["--shapes", "4x8x2"], "no operation takes all that is asked for"),
+        (["--shapes", "4x8x2x3x5"], "no operation takes all that is asked for"),
         (["batch_norm", "--shapes", "64x64"], "64x64 doesn't fit: batch_norm_training takes NxCxHxW"),
         (["rms_norm", "--shapes", "2x32x4x4"], "2x32x4x4 doesn't fit: rms_norm takes ROWSxCOLS"),
         (

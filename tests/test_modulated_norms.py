@@ -28,7 +28,7 @@ Tensors = dict[str, Tensor]
 
 def by_turns(names: Iterable[str]) -> pytest.MarkDecorator:
     """Parametrises over the names, each with one operation: the other one shares all but the mean."""
-    return pytest.mark.parametrize("op, name", zip(itertools.cycle(OPS), names))
+    return pytest.mark.parametrize("op, name", list(zip(itertools.cycle(OPS), names)))
 
 
 def shape_of(kind: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -159,7 +159,7 @@ FORMS = {
     "many rows": dict(shape=(2, 70, 24)),
     "many blocks of rows": dict(shape=(2, 60, 1160)),
     "two dimensions": dict(shape=(5, 40), scale="b", shift="b", gate="h", residual="bs"),
-    "one dimension": dict(shape=(40,), scale="h", shift="h", gate="h", residual="h"),
+    "one positive size": dict(shape=(40,), scale="h", shift="h", gate="h", residual="h"),
     "four dimensions": dict(shape=(2, 3, 2, 24)),
     "bfloat16": dict(dtype=BF16),
     "float16": dict(dtype=F16),
@@ -206,6 +206,7 @@ def test_chunks_are_read_in_place(kind, kernel_device, monkeypatch):
             raise StopIteration
 
     monkeypatch.setattr(backend, "pick", lambda op, x: Recorder())
+    monkeypatch.setattr(backend, "call_directly", lambda *arguments: NotImplemented)
     with pytest.raises(StopIteration):
         modulated_layer_norm(x, scale, shift, residual, gate)
     assert [t.data_ptr() for t in seen] == [t.data_ptr() for t in (x, residual, gate, scale, shift)]
@@ -427,7 +428,7 @@ def test_the_module_is_the_functional(device):
     assert repr(module) == "AdaLayerNorm((8,), eps=0.1, out_dtype=torch.float64, residual_dtype=torch.float32)"
     with pytest.raises(RuntimeError, match=r"normalized_shape=\[9\], x must have the shape \[\*, 9\], but got"):
         fastnorm.AdaLayerNorm(9)(x, None, None)
-    with pytest.raises(ValueError, match="one dimension"):
+    with pytest.raises(ValueError, match="one positive size"):
         fastnorm.AdaLayerNorm((2, 8))
 
 
@@ -435,3 +436,56 @@ def test_eps_of_none_is_that_of_the_statistics(device):
     x = 1e-4 * torch.randn(3, 8, device=device)  # mean square and eps are of one order
     expected = modulated_rms_norm(x, eps=torch.finfo(F32).eps)[0]
     assert torch.equal(modulated_rms_norm(x)[0], expected)
+
+
+@pytest.mark.parametrize("residual_dtype", [F32, None], ids=str)
+def test_eps_of_none_is_that_of_float64_statistics(residual_dtype, device):
+    """Those are float64 if x or the residual is, whatever h's dtype."""
+    x, residual = 1e-5 * torch.randn(2, 3, 8, dtype=F64, device=device), 1e-5 * torch.randn(2, 3, 8, device=device)
+    for a, b in ((x, residual), (residual, x)):
+        y, h = modulated_rms_norm(a, None, None, b, residual_dtype=residual_dtype)
+        torch.testing.assert_close(y.double(), F.rms_norm(h.double(), (8,)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["scale", "shift", "gate"])
+def test_gradients_of_expanded_parameters_are_rounded_once(name, device):
+    """One row of a float16 parameter for all rows, beside another with a row for each: the terms of its gradient are
+    below float16's range, the sum is not."""
+    shape, dtype = (2, 512, 16), torch.float16
+    given = {n: torch.zeros(16, dtype=dtype, device=device) for n in ("scale", "shift", "gate")}
+    finer = "gate" if name == "shift" else "shift"
+    given[finer] = torch.ones(shape, dtype=dtype, device=device)
+    given[name] = (given[name] + 1).requires_grad_()
+    x, residual = (torch.ones(shape, dtype=dtype, device=device) * torch.arange(1, 17, device=device) for _ in range(2))
+    given |= {"x": x.to(dtype), "residual": residual.to(dtype)}
+    dy = (torch.rand(shape, device=device) + 0.5) * 2e-8
+    y, h = modulated_layer_norm(**given, out_dtype=F32, residual_dtype=F32)
+    outputs = 2 if name == "gate" else 1  # h has no part in the others
+    (found,) = torch.autograd.grad((y, h)[:outputs], given[name], (dy, dy)[:outputs])
+    wide = {n: t.detach().double().requires_grad_(n == name) for n, t in given.items()}
+    h = wide["residual"] + wide["gate"] * wide["x"]
+    y = F.layer_norm(h, (16,)) * (1 + wide["scale"]) + wide["shift"]
+    (right,) = torch.autograd.grad((y, h)[:outputs], wide[name], [dy.double()] * outputs)
+    torch.testing.assert_close(found.double(), right, rtol=2e-2, atol=6e-8)  # half a unit of float16's subnormals
+
+
+def test_the_number_of_samples_is_no_constant_of_a_graph():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def function(x, scale):
+        return modulated_layer_norm(x, scale, scale)[0]
+
+    graph = make_fx(function, tracing_mode="symbolic")(torch.randn(2, 3, 8), torch.randn(2, 1, 8))
+    x, scale = torch.randn(4, 3, 8), torch.randn(4, 1, 8)
+    torch.testing.assert_close(graph(x, scale), function(x, scale))
+
+
+def test_sizes_of_the_module():
+    import numpy as np
+
+    assert fastnorm.AdaLayerNorm(np.int64(8)).normalized_shape == fastnorm.AdaLayerNorm([8]).normalized_shape == (8,)
+    for wrong, error in ((8.0, TypeError), (True, TypeError), (-1, ValueError), ((), ValueError), ((2, 3), ValueError)):
+        with pytest.raises(error, match="normalized_shape"):
+            fastnorm.AdaLayerNorm(wrong)
+    with pytest.raises(RuntimeError, match=r"use torch\.jit\.trace"):
+        torch.jit.script(fastnorm.AdaLayerNorm(8))

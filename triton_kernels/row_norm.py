@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..operators import gradient_shape
 from ..views import contiguous, row_levels, rows_of_samples
 from . import launch, long_row_norm
 from .gates import activated, activation_slope
@@ -329,7 +330,7 @@ def row_norm_forward(
     (rows · groups,)."""
     y = empty_like(x, out_dtype)
     h = None if residual is None and x_gate is None else empty_like(x, residual_dtype)
-    of_samples = _of_samples((x_gate, weight, bias), dims)
+    of_samples = samples > 1 or _of_samples((x_gate, weight, bias), dims)
     levels = row_levels((x, residual, gate), dims)
     x, residual, gate = levels.tensors
     rows, cols = levels.rows, levels.cols // groups
@@ -365,7 +366,7 @@ def row_norm_forward(
 
 
 def _of_samples(parameters, dims):
-    """Whether the parameters, x_gate first, have a row for each sample."""
+    """Whether the parameters, x_gate first, are (samples, *shape), as they may be of a single sample, too."""
     return parameters[0] is not None or any(p is not None and p.dim() > dims for p in parameters)
 
 
@@ -389,8 +390,8 @@ def row_norm_backward(
     dweight, dbias: contiguous, shaped as what they are the gradients of, None where their dtype is None."""
     parameters = x_gate, weight, bias
     dtypes = [None if x_gate is None else x_gate.dtype, dweight_dtype, dbias_dtype]
-    shapes = [h.shape[-dims:] if p is None else p.shape for p in parameters]
-    of_samples = _of_samples(parameters, dims)
+    shapes = [gradient_shape(h, dims, samples, p) for p in parameters]
+    of_samples = samples > 1 or _of_samples(parameters, dims)
     dx = empty_like(h, x_dtype)
     serves = residual_dtype == x_dtype and x_gate is None
     dresidual = None if residual_dtype is None or serves else empty_like(h, residual_dtype)

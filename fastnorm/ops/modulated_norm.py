@@ -15,8 +15,9 @@ from torch.overrides import handle_torch_function
 
 from .. import backend, dtensors, reference
 from ..obstacles import PLAIN
-from .arguments import apply, check, options_repr, tensor_mistake
+from .arguments import apply, as_int, check, options_repr, tensor_mistake
 from .row_norm import Options, RowNormFunction, check_options
+from .scripting import scriptable
 from .symbolic import Overridden, refuse_overridden
 
 
@@ -117,7 +118,7 @@ def _modulated_norm(
     is_readable = not backend.needs_formula(op, x, residual, scale, shift, gate)
     shape, eps = check(op, x, x.shape[-1:] if isinstance(x, Tensor) else (1,), eps, residual=residual)
     check_options(op, out_dtype, residual_dtype)
-    _, scale, shift, x_gate = _by_samples(op, x, scale, shift, gate)
+    samples, scale, shift, x_gate = _by_samples(op, x, scale, shift, gate)
     out_dtype = out_dtype or x.dtype
     if residual is not None:
         residual_dtype = residual_dtype or torch.promote_types(x.dtype, residual.dtype)
@@ -132,7 +133,9 @@ def _modulated_norm(
     impl = backend.pick(op, x) if is_readable else None
     if impl is None or x.numel() == 0:
         h = reference.gated_sum(x, residual, x_gate, residual_dtype)
-        return reference.gated_row_norm(h, None, shape, scale, shift, *options, out_dtype), h
+        if scale is None and shift is None:
+            return reference.gated_row_norm(h, None, shape, None, None, *options, out_dtype), h
+        return reference.modulated_row_norm(h, shape, samples, scale, shift, *options[:3], out_dtype), h
     inputs = x, residual, scale, shift, None, x_gate
     outputs = apply(RowNormFunction, *inputs, impl, shape, options, (out_dtype, residual_dtype))
     return (outputs, x) if residual_dtype is None else outputs
@@ -177,10 +180,12 @@ def _level(op: str, name: str, parameter: Tensor | None, x: Tensor) -> int:
 def _rows(parameter: Tensor | None, x: Tensor, level: int) -> Tensor | None:
     """The parameter's rows, (samples, H), one for each of the samples that x's first `level` dimensions make.
 
-    Where it has fewer rows they are expanded, so that autograd adds up their gradients.
+    Where it has fewer rows they are expanded, so that autograd adds up their gradients: in float32 at least.
     """
     if parameter is None:
         return None
+    if parameter.dtype.itemsize < 4 and parameter.numel() < math.prod(x.shape[:level]) * x.shape[-1]:
+        parameter = parameter.float()
     if parameter.dim() == 2 < x.dim():
         parameter = parameter.unflatten(0, (parameter.shape[0], *[1] * (x.dim() - 2)))
     shape = (*x.shape[:level], *[1] * (x.dim() - 1 - level), x.shape[-1])
@@ -203,12 +208,16 @@ class AdaLayerNorm(torch.nn.Module):
         residual_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-        if len(shape) != 1:
-            raise ValueError(f"AdaLayerNorm(): normalized_shape must have one dimension, but got {list(shape)}")
+        is_one = not isinstance(normalized_shape, Sequence)
+        sizes = (normalized_shape,) if is_one else tuple(normalized_shape)  # type: ignore[arg-type]
+        shape = tuple(as_int("AdaLayerNorm", "normalized_shape", size) for size in sizes)
+        if len(shape) != 1 or shape[0] < 1:
+            raise ValueError(f"AdaLayerNorm(): normalized_shape must be one positive size, but got {list(shape)}")
         check_options("AdaLayerNorm", out_dtype, residual_dtype)
         self.normalized_shape, self.eps = shape, eps
         self.out_dtype, self.residual_dtype = out_dtype, residual_dtype
+
+    __prepare_scriptable__ = scriptable
 
     def forward(
         self,

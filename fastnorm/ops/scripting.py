@@ -25,7 +25,7 @@ def scriptable(module: nn.Module) -> nn.Module:
     keywords = (p for p in inspect.signature(own).parameters.values() if p.kind is p.KEYWORD_ONLY)
     defaults = {p.name: p.default for p in keywords if p.name in vars(module)}
     options = options_repr(module, **defaults).removeprefix(", ")
-    if options or not stock.__module__.startswith("torch.nn."):
+    if options or stock is nn.Module or not stock.__module__.startswith("torch.nn."):
         raise RuntimeError(
             f"torch.jit.script can't compile {own.__name__}({options}), because torch.nn has no such module: "
             "use torch.jit.trace"

@@ -216,7 +216,7 @@ def special(target: str) -> dict:
     """Whatever is not a plain repeated launch."""
     driver, written = start(target)
     x, w = torch.zeros(4, 64), torch.ones(64)
-    arguments = (x, None, None, 1, 1, w, None, 1e-5, False, False, True, True, None, torch.float32, None)
+    arguments = (x, None, None, None, 1, 1, 1, w, None, 1e-5, False, False, True, True, None, torch.float32, None)
     found = {}
 
     def launches() -> list[int]:
