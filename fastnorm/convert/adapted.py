@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..ops.arguments import options_repr
+from ..ops.arguments import options_repr, result_dtype
 from ..ops.batch_norm import BatchNorm2d
 from ..ops.group_norm import GroupNorm
 from ..ops.layer_norm import LayerNorm
+from ..ops.modulated_norm import modulated_layer_norm, modulated_rms_norm
 from ..ops.rms_norm import RMSNorm, rms_norm
 from ..ops.symbolic import has_hooks, module_node
 from ..ops.sync_batch_norm import SyncBatchNorm
+from .swap import core_of
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -128,6 +130,129 @@ class RMSNormAct(_Activated, RMSNorm):
 
 class RMSNormAct2d(_Activated, RMSNorm2d):
     """timm's RmsNormAct2d."""
+
+
+class Modulated(nn.Module):
+    """norm(x) · (1 + scale) + shift, with a scale and a shift from an embedding: diffusers' adaptive norms.
+
+    Subclasses are named as diffusers' are, and take their arguments. The children stay, and are called as in diffusers;
+    only `norm` is computed with the modulation in one kernel. CHUNKS: how many the projection of the embedding has.
+    CONDITION: the embedding's name. PROJECTION: the child that projects it.
+    """
+
+    CHUNKS: int
+    CONDITION = "emb"
+    PROJECTION = "linear"
+    silu: nn.Module
+    linear: nn.Module
+    norm: Any
+    emb: nn.Module | None
+
+    def projected(self, embedding: Tensor) -> tuple[Tensor, ...]:
+        return self.linear(self.silu(embedding)).chunk(self.CHUNKS, dim=1)
+
+    def modulated(self, x: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
+        """scale, shift: of each sample, (B, H), or of all, (H). Without a shift, none is added."""
+        if scale.dim() == 2:
+            scale, shift = scale[:, None], None if shift is None else shift[:, None]
+        norm = self.norm
+        is_known = isinstance(x, Tensor) and (scale.dim() == 1 or (x.dim() == 3 and scale.shape[0] in (1, x.shape[0])))
+        if not is_known or has_hooks(norm) or "forward" in vars(norm):
+            y = norm(x) * (1 + scale)
+            return y if shift is None else y + shift
+        weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+        dtype, functional = x.dtype, cast(Any, modulated_rms_norm)
+        if isinstance(norm, nn.LayerNorm):
+            functional = modulated_layer_norm
+            if core_of(type(norm)) in (nn.LayerNorm, LayerNorm):  # FP32LayerNorm keeps x's dtype under autocast, too
+                dtype = result_dtype("layer_norm", x, None)
+        elif weight is not None:  # as WeightTypedRMSNorm
+            dtype = weight.dtype if weight.dtype in _HALVES else torch.promote_types(dtype, weight.dtype)
+        for parameter in (scale, shift):
+            dtype = dtype if parameter is None else torch.promote_types(dtype, parameter.dtype)
+        if weight is not None:  # w·x̂ + b, scaled and shifted, is x̂ scaled and shifted; a row for each sample
+            factor = 1 + scale.to(torch.promote_types(scale.dtype, torch.float32))
+            scale = factor * weight - 1
+            if bias is not None:
+                shift = factor * bias if shift is None else torch.addcmul(shift.to(factor.dtype), factor, bias)
+        return functional(x, scale, shift, eps=norm.eps, out_dtype=dtype)[0]
+
+
+class AdaLayerNorm(Modulated):
+    CHUNKS, CONDITION = 2, "temb"
+    chunk_dim: int
+
+    def forward(self, x: Tensor, timestep: Tensor | None = None, temb: Any = None) -> Tensor:
+        if self.emb is not None:
+            temb = self.emb(timestep)
+        if self.chunk_dim == 1:
+            shift, scale = self.projected(temb)
+        else:
+            scale, shift = self.linear(self.silu(temb)).chunk(2, dim=0)
+        return self.modulated(x, scale, shift)
+
+
+class AdaLayerNormZero(Modulated):
+    CHUNKS = 6
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        hidden_dtype: torch.dtype | None = None,
+        emb: Any = None,
+    ) -> tuple[Tensor, ...]:
+        if self.emb is not None:
+            emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
+        shift, scale, *others = self.projected(emb)
+        return self.modulated(x, scale, shift), *others
+
+
+class AdaLayerNormZeroSingle(Modulated):
+    CHUNKS = 3
+
+    def forward(self, x: Tensor, emb: Any = None) -> tuple[Tensor, ...]:
+        shift, scale, gate = self.projected(emb)
+        return self.modulated(x, scale, shift), gate
+
+
+class AdaLayerNormContinuous(Modulated):
+    CHUNKS, CONDITION = 2, "conditioning_embedding"
+
+    def forward(self, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
+        scale, shift = self.linear(self.silu(conditioning_embedding).to(x.dtype)).chunk(2, dim=1)
+        return self.modulated(x, scale, shift)
+
+
+class SD35AdaLayerNormZeroX(Modulated):
+    CHUNKS = 9
+
+    def forward(self, hidden_states: Tensor, emb: Any = None) -> tuple[Tensor, ...]:
+        shift, scale, *others, shift_2, scale_2, gate_2 = self.projected(emb)
+        y, y_2 = self.modulated(hidden_states, scale, shift), self.modulated(hidden_states, scale_2, shift_2)
+        return y, *others, y_2, gate_2
+
+
+class LuminaRMSNormZero(Modulated):
+    CHUNKS = 4
+
+    def forward(self, x: Tensor, emb: Any = None) -> tuple[Tensor, ...]:
+        scale, *others = self.projected(emb)
+        return self.modulated(x, scale), *others
+
+
+class LuminaLayerNormContinuous(Modulated):
+    CHUNKS, CONDITION, PROJECTION = 1, "conditioning_embedding", "linear_1"
+    linear_1: nn.Module
+    linear_2: nn.Module | None
+
+    def forward(self, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
+        y = self.modulated(x, self.linear_1(self.silu(conditioning_embedding).to(x.dtype)))
+        return y if self.linear_2 is None else self.linear_2(y)
+
+
+MODULATED = {cls.__name__: cls for cls in Modulated.__subclasses__()}
 
 
 def _is_plain(module: nn.Module, cls: type) -> bool:

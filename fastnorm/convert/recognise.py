@@ -44,6 +44,7 @@ class Proposal:
 
     attributes: those of its instances, without parameters, buffers and children. shapes: of inputs to try it on.
     options: arguments of its constructor that differ from the defaults. names: parameters and eps with different names.
+    condition: the name and the shape of the embedding that a modulated norm takes.
     """
 
     kind: str
@@ -52,9 +53,12 @@ class Proposal:
     shapes: tuple[tuple[int, ...], ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     names: Names = ()
+    condition: tuple[str, tuple[int, ...]] | None = None
 
     @property
     def operation(self) -> str:
+        if self.condition:
+            return f"modulated_{OPERATIONS[self.kind]}"
         if issubclass(self.target, SyncBatchNorm):
             return "sync_batch_norm"
         return f"gated_{OPERATIONS[self.kind]}" if self.takes_gate else OPERATIONS[self.kind]
@@ -93,6 +97,8 @@ def is_norm(module: nn.Module) -> bool:
         return True
     if isinstance(module, torch.jit.ScriptModule):
         return "norm" in module.original_name.lower()
+    if core.__name__ in adapted.MODULATED or issubclass(core, adapted.Modulated):
+        return True
     is_small = set(module._modules) <= {"act", "drop", "parametrizations"}
     return is_small and ("norm" in core.__name__.lower() or _is_structured_as_norm(module))
 
@@ -100,7 +106,7 @@ def is_norm(module: nn.Module) -> bool:
 def proposals(module: nn.Module, kinds: tuple[str, ...]) -> Proposals:
     """The proposals for a norm, of the given kinds, the likeliest first."""
     core = core_of(type(module))
-    if issubclass(core, _OURS):
+    if issubclass(core, (*_OURS, adapted.Modulated)):
         return Proposals(obstacle="is fastnorm's already")
     if isinstance(module, torch.jit.ScriptModule):
         return Proposals(obstacle="TorchScript has compiled it")
@@ -109,6 +115,8 @@ def proposals(module: nn.Module, kinds: tuple[str, ...]) -> Proposals:
         if any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False)):
             raise _Unfit("it is lazy: run the model once before converting it")
         _refuse_shards(module)
+        if target := adapted.MODULATED.get(core.__name__):
+            return Proposals((_modulated(module, core, target, kinds),))
         kind = next((kind for kind, base in _BASES.items() if issubclass(core, base)), None)
         is_certain = core in (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, *_BATCH_NORMS)
         gate = "" if is_certain else _second_argument(core)
@@ -335,6 +343,25 @@ def _group(module: nn.GroupNorm, core: type) -> Iterator[Proposal]:
         template.register_parameter("bias", None)
     target = adapted.GroupNormAct if "act" in module._modules else None
     yield _proposal("group", template, [(2, channels, 3, 2), (3, channels, 4)], target)
+
+
+def _modulated(module: nn.Module, core: type[Any], target: type[Any], kinds: tuple[str, ...]) -> Proposal:
+    """diffusers' norms that take an embedding, by their names; verification finds whether they compute the same."""
+    given = [*inspect.signature(core.forward).parameters]
+    if given != [*inspect.signature(target.forward).parameters]:
+        raise _Unfit(f"its forward takes ({', '.join(given[1:])}), not what diffusers' does")
+    children = module._modules
+    norm, projection = children.get("norm"), children.get(target.PROJECTION)
+    width = getattr(projection, "out_features", 0) // target.CHUNKS
+    if norm is None or not width or type(getattr(norm, "eps", None)) is not float:
+        raise _Unfit(f"it has no norm with an eps, or no {target.PROJECTION} with out_features, as diffusers' have")
+    _refuse_shards(norm)
+    kind = "layer" if isinstance(norm, nn.LayerNorm) else "rms"
+    if kind not in kinds:
+        raise _Unfit(f"{kind!r} is not among the norms asked for")
+    name = target.CONDITION if children.get("emb") is None else "timestep"
+    samples = () if getattr(module, "chunk_dim", 1) == 0 else (2,)
+    return Proposal(kind, target, {}, ((2, 3, width),), condition=(name, (*samples, 8)))
 
 
 def _by_structure(module: nn.Module) -> Iterator[Proposal]:

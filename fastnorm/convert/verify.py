@@ -7,6 +7,7 @@ zeros, as at the start of a training, can't hide what the module does with them.
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ class _Probe:
     """One run. input and parameters: dtypes; None keeps the module's own. scale: the factor of the random input.
 
     gate: the factor of the random gate, 0 for None in its place, None for a forward that takes the input alone.
-    gate_dtype: None is the input's.
+    gate_dtype: None is the input's. condition: the name and the shape of a random embedding, of the parameters' dtype.
     """
 
     shape: tuple[int, ...]
@@ -46,6 +47,7 @@ class _Probe:
     is_activated: bool = False
     gate: float | None = None
     gate_dtype: torch.dtype | None = None
+    condition: tuple[str, tuple[int, ...]] | None = None
 
     def __str__(self) -> str:
         parameters = f" with {_short(self.parameters)} parameters" if self.parameters else ""
@@ -78,6 +80,8 @@ def verified(module: nn.Module, proposals: Proposals) -> tuple[Proposal | None, 
 def _verified(module: nn.Module, proposals: Proposals) -> tuple[Proposal | None, str]:
     best: tuple[float, Proposal] | None = None
     closest: tuple[tuple[int, float], str] | None = None
+    if proposals.found[0].condition:
+        module = _with_small_projection(module, proposals.found[0])
     known: dict[_Probe, dict[str, Tensor] | str] = {}  # the original's results, or why it has none
     for proposal in proposals.found:
         try:
@@ -92,6 +96,32 @@ def _verified(module: nn.Module, proposals: Proposals) -> tuple[Proposal | None,
         return best[1], ""
     assert closest is not None, "there is a proposal"
     return None, f"with {proposals.gate!r} as a gate, not {closest[1]}" if proposals.gate else f"not {closest[1]}"
+
+
+class _First(nn.Module):
+    """Stands for an embedding of several arguments."""
+
+    def forward(self, first: Tensor, *others: Any, **options: Any) -> Tensor:
+        return first
+
+
+def _with_small_projection(module: nn.Module, proposal: Proposal) -> nn.Module:
+    """The modulated norm with a small Linear for the embedding's projection, and none of what makes the embedding.
+
+    Both are called as before the swap, and may have as many elements as the rest of the model.
+    """
+    target: Any = proposal.target
+    assert proposal.condition is not None
+    like, wide = own_tensor(module), proposal.shapes[0][-1] * target.CHUNKS
+    linear = torch.nn.utils.skip_init(
+        nn.Linear, proposal.condition[1][-1], wide, device=like.device, dtype=like.dtype
+    )
+    small: nn.Module = object.__new__(type(module))
+    vars(small).update(vars(module))
+    small._modules = module._modules | {target.PROJECTION: linear}
+    if module._modules.get("emb") is not None:
+        small._modules["emb"] = _First()
+    return small
 
 
 def fingerprint(module: nn.Module) -> tuple[Any, ...]:
@@ -110,7 +140,7 @@ def _is_value(attribute: Any) -> bool:
 
 def own_tensor(module: nn.Module) -> Tensor:
     """An empty tensor of the module's dtype and device, which stand for its input's."""
-    tensors = [*own_parameters(module).values(), *module._buffers.values()]
+    tensors = [*own_parameters(module).values(), *module._buffers.values(), *module.parameters()]
     floating = [t for t in tensors if t is not None and t.is_floating_point()]
     like = floating[0] if floating else torch.empty(0, device="cpu")
     return torch.empty(0, dtype=like.dtype, device=like.device)
@@ -153,9 +183,10 @@ def _tried(twin: nn.Module, probe: _Probe) -> dict[str, Tensor]:
 
 def _probes(module: nn.Module, proposal: Proposal, is_certain: bool) -> Iterator[_Probe]:
     first, *others = proposal.shapes
-    own, eps = own_tensor(module).dtype, proposal.attributes["eps"]
+    own = own_tensor(module).dtype
+    eps = proposal.attributes["eps"] if proposal.condition is None else vars(module._modules["norm"])["eps"]
     gate = 1.0 if proposal.takes_gate else None
-    probe = _Probe(first, own, is_activated="act" in module._modules, gate=gate)
+    probe = _Probe(first, own, is_activated="act" in module._modules, gate=gate, condition=proposal.condition)
     synchronised = proposal.operation == "sync_batch_norm"  # its training would wait for other processes
     if not synchronised:
         yield probe
@@ -187,7 +218,7 @@ def _probes(module: nn.Module, proposal: Proposal, is_certain: bool) -> Iterator
 def _twin(module: nn.Module, cls: type, probe: _Probe | None) -> nn.Module:
     """A module of the class, with the module's attributes, twins of its children, and random tensors of its shapes.
 
-    probe: gives the dtype of the tensors. None is for children, whose tensors are copied.
+    probe: gives the dtype of the tensors. None is for children, whose tensors are copied; not those of modulated norms.
     """
     twin: nn.Module = object.__new__(cls)
     state = dict(vars(nn.Module()))
@@ -200,7 +231,8 @@ def _twin(module: nn.Module, cls: type, probe: _Probe | None) -> nn.Module:
             made = {name: t if t is None else nn.Parameter(t) for name, t in made.items()}
         state[key] = made
     children = ((name, child) for name, child in module._modules.items() if name != "parametrizations")
-    state["_modules"] = {name: child and _twin(child, type(child), None) for name, child in children}
+    inner = probe if probe is not None and probe.condition else None
+    state["_modules"] = {name: child and _twin(child, type(child), inner) for name, child in children}
     vars(twin).update(state)
     twin.training = module.training if probe is None else probe.training
     if probe is not None:
@@ -244,14 +276,19 @@ def _run(twin: nn.Module, probe: _Probe, may_change: bool) -> dict[str, Tensor]:
     may_change: whether the forward may change attributes, which a swapped norm wouldn't do.
     """
     generator = torch.Generator().manual_seed(2)
-    device = next((t.device for t in (*twin._parameters.values(), *twin._buffers.values()) if t is not None),
-                  torch.device("cpu"))  # fmt: skip
+    tensors = itertools.chain(twin.parameters(), twin.buffers())
+    device = next((t.device for t in tensors), torch.device("cpu"))
     x = _input(probe, generator).to(device, probe.input).requires_grad_()
     gate = None
     if probe.gate:
         values = probe.gate * torch.randn(probe.shape, generator=generator, device="cpu")
         gate = values.to(device, probe.gate_dtype or probe.input).requires_grad_()
     arguments = (x,) if probe.gate is None else (x, gate)
+    conditions = {}
+    if probe.condition:
+        name, shape = probe.condition
+        values = torch.randn(shape, generator=generator, device="cpu")
+        conditions[name] = values.to(device, probe.parameters or probe.input).requires_grad_()
     before = _attributes(twin)
     accelerators = [] if device.type == "cpu" else [device]
     with (
@@ -260,24 +297,28 @@ def _run(twin: nn.Module, probe: _Probe, may_change: bool) -> dict[str, Tensor]:
         torch.enable_grad(),
         torch.autocast(device.type, dtype=torch.bfloat16, enabled=probe.autocast),
     ):
-        y = type(twin).forward(twin, *arguments)  # not __call__, which runs global hooks
+        y = type(twin).forward(twin, *arguments, **conditions)  # not __call__, which runs global hooks
+    y, *others = y if probe.condition and isinstance(y, tuple) else (y,)
     if not isinstance(y, Tensor):
         raise TypeError(f"the result is a {type(y).__name__}, not a tensor")
-    if y.shape != x.shape:
+    if y.shape != x.shape and not probe.condition:
         raise TypeError(f"the result has the shape {list(y.shape)}")
     if not may_change and before != _attributes(twin):
         raise RuntimeError("its forward changes its attributes")
     leaves = {"the input's gradient": x}
     if gate is not None:
         leaves["the gate's gradient"] = gate
-    leaves |= {f"{name}'s gradient": p for name, p in twin._parameters.items() if p is not None}
-    dy = torch.randn(y.shape, generator=generator, device="cpu").to(y)
-    grads = torch.autograd.grad(y, list(leaves.values()), dy, allow_unused=True)
+    leaves |= {f"the {name}'s gradient": condition for name, condition in conditions.items()}
+    parameters = twin.named_parameters() if probe.condition else twin._parameters.items()
+    leaves |= {f"{name}'s gradient": p for name, p in parameters if p is not None}
+    dys = [torch.randn(t.shape, generator=generator, device="cpu").to(t) for t in (y, *others)]
+    grads = torch.autograd.grad([y, *others], list(leaves.values()), dys, allow_unused=True)
     for name, grad in zip(leaves, grads, strict=True):
         if grad is None:
             raise TypeError(f"{name} is missing: the result doesn't depend on it")
     buffers = {name: b for name, b in twin._buffers.items() if b is not None}
-    return {"the output": y.detach(), **dict(zip(leaves, grads, strict=True)), **buffers}
+    results = {"the output": y.detach()} | {f"output {i}": other.detach() for i, other in enumerate(others, 2)}
+    return {**results, **dict(zip(leaves, grads, strict=True)), **buffers}
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
