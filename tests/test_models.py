@@ -4,11 +4,12 @@ Every model goes through every condition in `make test-models`; `make test` has 
 activation checkpointing. nfnet_l0 has no norms: its trainings compare fastnorm's adaptive clipping with timm's.
 """
 
+import contextlib
 import copy
 import functools
 import io
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,14 @@ import torch
 from torch import nn
 
 import fastnorm
-from helpers.model_zoo import MODELS, TIMM, TRANSFORMERS, Case, class_of_transformers, output_of, train
+from fastnorm.convert import adapted
+from helpers.model_zoo import DIFFUSERS, MODELS, TIMM, TRANSFORMERS, Case, class_of_transformers, output_of, train
 from helpers.processes import in_processes
 
 all_models = pytest.mark.parametrize("name", MODELS)
-# timm is among the extras that `make test` installs; transformers is not
+# timm is among the extras that `make test` installs; transformers and diffusers are not
 some_are_slow = pytest.mark.parametrize(
-    "name", [*TIMM, *(pytest.param(name, marks=pytest.mark.models) for name in TRANSFORMERS)]
+    "name", [*TIMM, *(pytest.param(name, marks=pytest.mark.models) for name in TRANSFORMERS | DIFFUSERS)]
 )
 slow = pytest.mark.models
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_kernels")]
@@ -339,25 +341,161 @@ def test_norms_of_diffusers(name, options, replacement):
             torch.testing.assert_close(actual / scale, expected / scale, **tolerance)
 
 
+EMBEDDINGS = {"AdaLayerNorm": "temb"} | dict.fromkeys(
+    ("AdaLayerNormContinuous", "LuminaLayerNormContinuous"), "conditioning_embedding"
+)  # else emb
+COGVIDEO = {"output_dim": 64, "norm_elementwise_affine": True, "chunk_dim": 1}
+BARE, BY_RMS = {"elementwise_affine": False}, {"norm_type": "rms_norm"}
+# arguments, options, the shape of the embedding or the number of its rows in a table, what is computed in one kernel
+ADAPTIVE_NORMS_OF_DIFFUSERS = {
+    "AdaLayerNorm": [((32,), {}, (32,), "layer"), ((32, 10), {}, 10, "layer"), ((8,), COGVIDEO, (2, 8), "layer")],
+    "AdaLayerNormZero": [((32,), {}, (2, 32), "layer"), ((32,), {"norm_type": "fp32_layer_norm"}, (2, 32), "layer")],
+    "AdaLayerNormZeroSingle": [((32,), {}, (2, 32), "layer"), ((32,), {"bias": False}, (1, 32), "layer")],
+    "AdaLayerNormContinuous": [
+        ((32, 8), {}, (2, 8), "layer"), ((32, 8), BARE, (2, 8), "layer"), ((32, 8), {"bias": False}, (2, 8), "layer"),
+        ((32, 8), BY_RMS, (2, 8), "rms"), ((32, 8), BY_RMS | BARE, (2, 8), "rms"),
+    ],
+    "SD35AdaLayerNormZeroX": [((32,), {}, (2, 32), "layer")],
+    "LuminaRMSNormZero": [((32, 1e-5, True), {}, (2, 32), "rms")],
+    "LuminaLayerNormContinuous": [
+        ((32, 8), {"out_dim": 6}, (2, 8), "layer"), ((32, 8), BARE, (2, 8), "layer"), ((32, 8), BY_RMS, (2, 8), "rms")
+    ],
+}  # fmt: skip
+
+
 @slow
-def test_adaptive_norms_of_diffusers():
-    """What takes an embedding is left, and the norm in it is swapped."""
+@pytest.mark.parametrize("way", ["float32", "bfloat16", "autocast", "autocast of bfloat16"])
+@pytest.mark.parametrize(
+    "name, arguments, options, embedded, kind",
+    [(name, *case) for name, cases in ADAPTIVE_NORMS_OF_DIFFUSERS.items() for case in cases],
+)
+def test_adaptive_norms_of_diffusers(name, arguments, options, embedded, kind, way):
+    """Norm and modulation in one kernel: every output and gradient, and their dtypes."""
     module = pytest.importorskip("diffusers.models.normalization", reason="`make test-models` installs it")
-    original = module.AdaLayerNormContinuous(32, 8)
-    norm, x, embedding = copy.deepcopy(original), torch.randn(2, 5, 32), torch.randn(2, 8)
-    (swapped,) = fastnorm.convert(norm).swapped
-    assert (swapped.name, swapped.replacement) == ("norm", "LayerNorm")
-    torch.testing.assert_close(norm(x, embedding), original(x, embedding))
+    original = getattr(module, name)(*arguments, **options)
+    for parameter in original.parameters():
+        nn.init.normal_(parameter, 0.0, 0.5)
+    norm = copy.deepcopy(original)
+    report, inner = fastnorm.convert(norm).norms
+    assert (report.original, report.replacement) == (f"diffusers.{name}", name), report.reason
+    assert inner.name == "norm" and inner.replacement
+    dtype = torch.bfloat16 if way == "bfloat16" else torch.float32
+    results = []
+    for m in (norm.to(dtype), original.to(dtype)):
+        torch.manual_seed(0)
+        x = (1 + torch.randn(2, 5, 32)).to(torch.bfloat16 if "bfloat16" in way else dtype).requires_grad_()
+        if isinstance(embedded, int):
+            inputs, leaves = {"timestep": torch.tensor(3)}, [x]
+        else:
+            embedding = torch.randn(embedded).to(dtype).requires_grad_()
+            inputs, leaves = {EMBEDDINGS.get(name, "emb"): embedding}, [x, embedding]
+        with torch.autocast("cpu", torch.bfloat16, enabled="autocast" in way), modulations() as calls:
+            y = m(x, **inputs)
+        assert len(calls) == (m is norm) * (2 if name.startswith("SD35") else 1)
+        assert set(calls) <= {f"modulated_{kind}_norm"}
+        outputs = y if isinstance(y, tuple) else (y,)
+        dys = [torch.randn(output.shape).to(output) for output in outputs]
+        results.append([*outputs, *torch.autograd.grad(outputs, [*leaves, *m.parameters()], dys)])
+    tolerance = {} if way == "float32" else {"rtol": 5e-2, "atol": 5e-2}
+    for actual, expected in zip(*results, strict=True):
+        assert actual.dtype == expected.dtype
+        scale = expected.abs().max()
+        torch.testing.assert_close(actual / scale, expected / scale, **tolerance)
+
+
+@contextlib.contextmanager
+def modulations() -> Iterator[list[str]]:
+    """The modulated norms that converted norms call meanwhile, by their names."""
+    calls: list[str] = []
+
+    def counted(function):
+        return lambda *args, **options: calls.append(function.__name__) or function(*args, **options)
+
+    names = "modulated_layer_norm", "modulated_rms_norm"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.setattr(adapted, name, counted(getattr(adapted, name)))
+        yield calls
+
+
+@slow
+def test_an_adaptive_norm_keeps_all_but_its_class():
+    """Name, children, state, copies; a hook of the norm in it still sees the norm run; an embedding of other shapes."""
+    module = pytest.importorskip("diffusers.models.normalization", reason="`make test-models` installs it")
+    original, x, emb = module.AdaLayerNormZeroSingle(32), torch.randn(2, 5, 32), torch.randn(2, 32)
+    norm = copy.deepcopy(original)
+    assert len(fastnorm.convert(norm).swapped) == 2
+    assert repr(norm) == "Fast" + repr(original) and isinstance(norm, module.AdaLayerNormZeroSingle)
+    assert [*norm.state_dict()] == [*original.state_dict()]
+    assert vars(norm).keys() - vars(original).keys() == {"_fastnorm_original"}
+    expected = original(x, emb)
+    for other in (norm, copy.deepcopy(norm), reloaded(norm)):
+        with modulations() as calls:
+            torch.testing.assert_close(other(x, emb), expected)
+        assert calls
+        assert all("already" in report.reason for report in fastnorm.convert(other).norms)
+    torch.testing.assert_close(norm(x[:1], emb), original(x[:1], emb))  # broadcast as before
+    seen = []
+    handle = norm.norm.register_forward_hook(lambda *_: seen.append(True))
+    torch.testing.assert_close(norm(x, emb), expected)
+    handle.remove()
+    assert seen
+    assert fastnorm.revert(norm) == ("", "norm")
+    assert type(norm) is type(original) and type(norm.norm) is nn.LayerNorm and vars(norm).keys() == vars(original).keys()
+
+
+def _scaled_by_scale(self, x, emb=None):
+    shift, scale, gate = self.linear(self.silu(emb)).chunk(3, dim=1)
+    return self.norm(x) * scale[:, None] + shift[:, None], gate
+
+
+def _in_another_order(self, x, emb=None):
+    scale, shift, gate = self.linear(self.silu(emb)).chunk(3, dim=1)
+    return self.norm(x) * (1 + scale[:, None]) + shift[:, None], gate
+
+
+def _with_another_gate(self, x, emb=None):
+    shift, scale, gate = self.linear(self.silu(emb)).chunk(3, dim=1)
+    return self.norm(x) * (1 + scale[:, None]) + shift[:, None], gate.tanh()
+
+
+def _with_another_eps(self, x, emb=None):
+    shift, scale, gate = self.linear(self.silu(emb)).chunk(3, dim=1)
+    return nn.functional.layer_norm(x, (32,), eps=1e-3) * (1 + scale[:, None]) + shift[:, None], gate
+
+
+def _with_other_arguments(self, x, emb, mask=None):
+    return _scaled_by_scale(self, x, emb)
+
+
+@slow
+@pytest.mark.parametrize(
+    "forward, reason",
+    [(_scaled_by_scale, "differs by"), (_in_another_order, "differs by"), (_with_another_gate, "output 2 differs by"),
+     (_with_another_eps, "differs by"), (_with_other_arguments, "forward takes (x, emb, mask)")],
+)  # fmt: skip
+def test_adaptive_norms_that_compute_something_else_are_left(forward, reason):
+    module = pytest.importorskip("diffusers.models.normalization", reason="`make test-models` installs it")
+    original = type("AdaLayerNormZeroSingle", (module.AdaLayerNormZeroSingle,), {"forward": forward})(32)
+    nn.init.zeros_(original.linear.weight)  # as trainings of adaLN-Zero start: no modulation shows
+    norm = copy.deepcopy(original)
+    report, inner = fastnorm.convert(norm).norms
+    assert report.replacement is None and reason in report.reason and inner.replacement == "LayerNorm"
+    x, emb = torch.randn(2, 5, 32), torch.randn(2, 32)
+    torch.testing.assert_close(norm(x, emb), original(x, emb))
+    (without_kind,) = fastnorm.convert(module.AdaLayerNormZeroSingle(32), norms=("rms",)).left[:1]
+    assert "'layer' is not among the norms asked for" in without_kind.reason
 
 
 def test_the_documentation_names_what_is_tested():
     text = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
-    rows = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("| t")]
+    rows = [line.split("|")[1:3] for line in text.splitlines() if line.startswith(("| t", "| d"))]
     found = {model.split()[1]: norms for model, norms in rows}
     assert set(found) == set(MODELS)
     assert all(str(case.norms or "none") in found[name] for name, case in MODELS.items())
     paths = (*NORMS_OF_TRANSFORMERS, *GATED_NORMS_OF_TRANSFORMERS)
-    for path in (*(path.partition(".")[2] for path in paths), *NORMS_OF_TIMM, *NORMS_OF_DIFFUSERS):
+    for path in (*(path.partition(".")[2] for path in paths), *NORMS_OF_TIMM, *NORMS_OF_DIFFUSERS,
+                 *ADAPTIVE_NORMS_OF_DIFFUSERS):  # fmt: skip
         assert path in text
 
 
@@ -482,7 +620,8 @@ def _in_two_processes(rank: int, kind: str, name: str) -> None:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 @all_models
 def test_two_processes(name, kind, tmp_path, monkeypatch):
-    pytest.importorskip("timm" if name in TIMM else "transformers", reason="`make test-models` installs it")
+    package = "timm" if name in TIMM else "diffusers" if name in DIFFUSERS else "transformers"
+    pytest.importorskip(package, reason="`make test-models` installs it")
     # with nothing named, as users have it: an AGC of shards takes kernels and, where ranks share a unit, the formula
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     in_processes(2, _in_two_processes, tmp_path, kind, name)

@@ -1,4 +1,4 @@
-"""Real models from transformers and timm in small, random configurations, and how they are trained."""
+"""Real models from transformers, timm and diffusers in small, random configurations, and how they are trained."""
 
 import importlib
 import os
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers or diffusers is imported
 STEPS = 20
 TOKENS = 50
 AGC_FACTOR = 0.01
@@ -49,6 +49,40 @@ def _timm(name: str, **options) -> Callable[[], nn.Module]:
     return make
 
 
+class Denoised(NamedTuple):
+    """Has the names of transformers' results."""
+
+    loss: Tensor
+    logits: Tensor
+
+
+class Denoiser(nn.Module):
+    """A model of diffusers, which has no loss of its own, with a squared error."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        for module in model.modules():
+            if hasattr(module, "dropout_prob"):  # DiT's of the labels, which has no argument
+                module.dropout_prob = 0.0
+
+    def forward(self, labels: Tensor, **inputs: Tensor) -> Denoised:
+        (y,) = self.model(**inputs, return_dict=False)
+        return Denoised(F.mse_loss(y.float(), labels), y)
+
+    def gradient_checkpointing_enable(self, options: dict[str, bool]) -> None:
+        self.model.enable_gradient_checkpointing()
+
+
+def _diffusers(name: str, **options) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        diffusers = pytest.importorskip("diffusers", reason="`make test-models` installs it")
+        torch.manual_seed(0)
+        return _varied(Denoiser(getattr(diffusers, f"{name}Transformer2DModel")(**options)))
+
+    return make
+
+
 def _varied(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         if parameter.dim() == 1:
@@ -69,6 +103,40 @@ def _images(size: int) -> Callable[[torch.Generator], dict[str, Tensor]]:
         }
 
     return batch
+
+
+def _latents(generator: torch.Generator) -> dict[str, Tensor]:
+    return {
+        "hidden_states": torch.randn(4, 4, 8, 8, generator=generator),
+        "timestep": torch.randint(1000, (4,), generator=generator),
+        "labels": torch.randn(4, 4, 8, 8, generator=generator),
+    }
+
+
+def _latents_of_classes(generator: torch.Generator) -> dict[str, Tensor]:
+    return _latents(generator) | {"class_labels": torch.randint(10, (4,), generator=generator)}
+
+
+def _prompted(generator: torch.Generator) -> dict[str, Tensor]:
+    return {
+        "encoder_hidden_states": torch.randn(4, 6, 32, generator=generator),
+        "pooled_projections": torch.randn(4, 16, generator=generator),
+    }
+
+
+def _prompted_latents(generator: torch.Generator) -> dict[str, Tensor]:
+    return _latents(generator) | _prompted(generator)
+
+
+def _prompted_tokens(generator: torch.Generator) -> dict[str, Tensor]:
+    positions = torch.cartesian_prod(torch.arange(1), torch.arange(4), torch.arange(4)).float()
+    return _prompted(generator) | {
+        "hidden_states": torch.randn(4, 16, 4, generator=generator),
+        "timestep": torch.rand(4, generator=generator),
+        "img_ids": positions,
+        "txt_ids": torch.zeros(6, 3),
+        "labels": torch.randn(4, 16, 4, generator=generator),
+    }
 
 
 _DECODER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -93,6 +161,15 @@ _T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "d
        "decoder_start_token_id": 0}  # fmt: skip
 _BERT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
          "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip
+_DIT = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "sample_size": 8,
+        "num_embeds_ada_norm": 10}  # fmt: skip
+_FLUX = {"in_channels": 4, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
+         "joint_attention_dim": 32, "pooled_projection_dim": 16, "axes_dims_rope": (4, 6, 6)}  # fmt: skip
+_SD3 = {
+    "sample_size": 8, "in_channels": 4, "out_channels": 4, "num_layers": 2, "attention_head_dim": 16,
+    "num_attention_heads": 2, "joint_attention_dim": 32, "caption_projection_dim": 32, "pooled_projection_dim": 16,
+    "pos_embed_max_size": 8, "dual_attention_layers": (0,), "qk_norm": "rms_norm",
+}  # fmt: skip
 TIMM = {
     "resnet18": Case(_timm("resnet18", channels=(64, 64, 96, 96)), _images(48), 20),
     "convnext_atto": Case(_timm("convnext_atto", depths=(1, 1, 2, 1)), _images(32), 10),
@@ -113,7 +190,13 @@ TRANSFORMERS = {
     "Qwen3Next": Case(_transformers("Qwen3Next", **_QWEN3_NEXT), _tokens, 8),
     "FalconH1": Case(_transformers("FalconH1", **_FALCON_H1), _tokens, 7),
 }
-MODELS = TIMM | TRANSFORMERS
+# norms with an embedding count as two: the one in them is swapped too
+DIFFUSERS = {
+    "DiT": Case(_diffusers("DiT", **_DIT), _latents_of_classes, 7),
+    "FLUX": Case(_diffusers("Flux", **_FLUX), _prompted_tokens, 30),
+    "SD3": Case(_diffusers("SD3", **_SD3), _prompted_latents, 23),
+}
+MODELS = TIMM | TRANSFORMERS | DIFFUSERS
 
 
 def class_of_transformers(path: str) -> type:
