@@ -26,7 +26,8 @@ def convert(model: nn.Module, *, norms: Iterable[str] = KINDS, verify: bool = Tr
     torch.nn's norms are known by their type. Others (RMS norms of transformers, norms of timm, your own) are recognised
     by what they compute, if their forward takes an input, or an input and a gate, and if their class is derived
     from torch's or has an eps and at most a weight and a bias of one dimension. Norms with a gate become GatedRMSNorm
-    or GatedLayerNorm; the gate is the second argument, whatever its name.
+    or GatedLayerNorm; the gate is the second argument, whatever its name. diffusers' norms with an embedding, such as
+    AdaLayerNormZero, are looked up by their names; norm, scale and shift become one modulated norm.
 
     Verification runs a copy of each norm, with random parameters, and fastnorm's on random inputs, forward and
     backward, in the norm's dtype; norms that aren't torch.nn's also in float32, in bfloat16, in mixtures of both and
