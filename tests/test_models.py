@@ -462,7 +462,7 @@ def _with_another_gate(self, x, emb=None):
 
 def _with_another_eps(self, x, emb=None):
     shift, scale, gate = self.linear(self.silu(emb)).chunk(3, dim=1)
-    return nn.functional.layer_norm(x, (32,), eps=1e-3) * (1 + scale[:, None]) + shift[:, None], gate
+    return nn.functional.layer_norm(x, (32,), eps=1e-5) * (1 + scale[:, None]) + shift[:, None], gate
 
 
 def _with_other_arguments(self, x, emb, mask=None):
