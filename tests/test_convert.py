@@ -51,6 +51,7 @@ LEFT = {
     "InstanceNorm": (lambda: nn.InstanceNorm2d(16), "fastnorm has no InstanceNorm2d"),
     "lazy": (lambda: nn.LazyBatchNorm2d(), "lazy"),
     "fastnorm's": (lambda: fastnorm.LayerNorm(16), "fastnorm's already"),
+    "fastnorm's of a condition": (lambda: fastnorm.AdaLayerNorm(16), "fastnorm's already"),
 }
 
 

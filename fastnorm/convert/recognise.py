@@ -19,6 +19,7 @@ from ..ops.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from ..ops.gated_norm import GatedLayerNorm, GatedRMSNorm
 from ..ops.group_norm import GroupNorm
 from ..ops.layer_norm import LayerNorm
+from ..ops.modulated_norm import AdaLayerNorm
 from ..ops.rms_norm import RMSNorm
 from ..ops.row_norm import ACTIVATIONS
 from ..ops.sync_batch_norm import SyncBatchNorm
@@ -27,7 +28,7 @@ from .swap import Names, core_of
 
 KINDS = ("layer", "rms", "batch", "group")
 OPERATIONS = {"layer": "layer_norm", "rms": "rms_norm", "batch": "batch_norm", "group": "group_norm"}
-_OURS = (LayerNorm, RMSNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, GroupNorm)
+_OURS = (LayerNorm, RMSNorm, AdaLayerNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, GroupNorm)
 _OTHER_NORMS: tuple[type, ...] = (nn.modules.batchnorm._NormBase, nn.LocalResponseNorm, nn.CrossMapLRN2d)
 _BATCH_NORMS: dict[type, type[Any]] = {
     nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d, nn.BatchNorm3d: BatchNorm3d,
