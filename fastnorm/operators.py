@@ -122,6 +122,35 @@ def row_norm_backward(
     return _like(h, x_dtype), dresidual, dgate, dx_gate, dweight, dbias
 
 
+@operator(
+    "(Tensor[] inputs, Tensor?[] weights, Tensor[] cos, Tensor[] sin, bool interleaved, float eps, bool zero_centered, "
+    "ScalarType? cast_dtype, ScalarType out_dtype) -> Tensor[]"
+)
+def rms_norm_many_forward(inputs, weights, cos, sin, interleaved, eps, zero_centered, cast_dtype, out_dtype):
+    """RMSNorm of each input over its last dimension, and then its rotation: the ys, then each input's rstd, (rows,).
+
+    inputs: of one dtype, and of any shapes; weights: (cols,) or None, for each. cos, sin: empty, or for each input
+    (*, rotary_dim), its shape but for the last dimension: y_j = z_j · cos_j ± z_partner(j) · sin_j in the first
+    rotary_dim columns, with + and the partner j − rotary_dim / 2 in their second half, − and j + rotary_dim / 2 in the
+    first; interleaved: with + and j − 1 in odd columns, − and j + 1 in even ones.
+    """
+    return [
+        *(_like(x, out_dtype) for x in inputs), *(_statistic(x, math.prod(x.shape[:-1])) for x in inputs)
+    ]  # fmt: skip
+
+
+@operator(
+    "(Tensor[] grads, Tensor[] inputs, Tensor?[] weights, Tensor[] rstds, Tensor[] cos, Tensor[] sin, "
+    "bool interleaved, bool zero_centered, ScalarType? cast_dtype, bool[] wants_dweight) -> Tensor[]"
+)
+def rms_norm_many_backward(
+    grads, inputs, weights, rstds, cos, sin, interleaved, zero_centered, cast_dtype, wants_dweight
+):
+    """Each input's dx, in its dtype, then dweight of those that want one, in its weight's dtype."""
+    dweights = (weight for weight, is_wanted in zip(weights, wants_dweight, strict=True) if is_wanted)
+    return [*(_like(x, x.dtype) for x in inputs), *(torch.empty_like(weight) for weight in dweights)]
+
+
 def _channels(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor | None:
     return None if dtype is None else x.new_empty(x.shape[1], dtype=dtype)
 
