@@ -36,6 +36,7 @@ from .ops.group_norm import GroupNorm
 from .ops.layer_norm import AddLayerNorm, LayerNorm
 from .ops.modulated_norm import AdaLayerNorm
 from .ops.rms_norm import AddRMSNorm, RMSNorm
+from .ops.rms_norm_many import RMSNormMany
 from .ops.sync_batch_norm import SyncBatchNorm
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "LayerNorm",
     "Monitor",
     "RMSNorm",
+    "RMSNormMany",
     "SpikeSkip",
     "SyncBatchNorm",
     "ZClip",

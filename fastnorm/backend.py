@@ -27,7 +27,7 @@ from .obstacles import observer, why_unreadable
 class Operation:
     """One operation. names: further names that `explain` knows it by, of public functions and modules."""
 
-    family: str  # "row norm", "modulated norm", "channel norm" or "clip"
+    family: str  # "row norm", "modulated norm", "several row norms", "channel norm" or "clip"
     names: tuple[str, ...] = ()
     has_formula: bool = True  # False: fastnorm.reference has a backend's functions instead of one formula
 
@@ -41,6 +41,7 @@ OPERATIONS = {
     "gated_rms_norm": Operation("row norm", ("GatedRMSNorm",)),
     "modulated_layer_norm": Operation("modulated norm", ("AdaLayerNorm",)),
     "modulated_rms_norm": Operation("modulated norm"),
+    "rms_norm_many": Operation("several row norms", ("RMSNormMany",)),
     "batch_norm": Operation("channel norm", ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")),
     "batch_norm_evaluation": Operation("channel norm"),
     "sync_batch_norm": Operation("channel norm", ("SyncBatchNorm",), has_formula=False),

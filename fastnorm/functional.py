@@ -6,6 +6,7 @@ from .ops.group_norm import group_norm
 from .ops.layer_norm import add_layer_norm, layer_norm
 from .ops.modulated_norm import modulated_layer_norm, modulated_rms_norm
 from .ops.rms_norm import add_rms_norm, rms_norm
+from .ops.rms_norm_many import rms_norm_many
 
 __all__ = [
     "add_layer_norm",
@@ -18,4 +19,5 @@ __all__ = [
     "modulated_layer_norm",
     "modulated_rms_norm",
     "rms_norm",
+    "rms_norm_many",
 ]

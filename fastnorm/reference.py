@@ -305,6 +305,32 @@ def add_residual(x: Tensor, residual: Tensor | None, residual_dtype: torch.dtype
     return (x.to(dtype) + residual.to(dtype)).to(residual_dtype)
 
 
+def rotated(z: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """A rotary embedding of the first columns, as many as cos and sin have: z · cos + partner · sin. The second of a
+    pair is the first's partner, with a minus. Pairs are half of these columns apart or, interleaved, adjacent."""
+    rotary_dim = cos.shape[-1]
+    turned = z[..., :rotary_dim]
+    if interleaved:
+        partner = torch.stack((-turned[..., 1::2], turned[..., ::2]), -1).flatten(-2)
+    else:
+        first, second = turned.chunk(2, -1)
+        partner = torch.cat((-second, first), -1)
+    turned = turned * cos.to(z.dtype) + partner * sin.to(z.dtype)
+    return turned if rotary_dim == z.shape[-1] else torch.cat((turned, z[..., rotary_dim:]), -1)
+
+
+def rotated_rms_norm(
+    x: Tensor, weight: Tensor | None, rotation: tuple[Tensor, Tensor] | None, interleaved: bool, eps: float,
+    zero_centered: bool, cast_dtype: torch.dtype | None, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """RMSNorm over the last dimension, and `rotated` by (cos, sin), where given; rounded once, to out_dtype."""
+    if rotation is None:
+        return row_norm(x, x.shape[-1:], weight, None, eps, False, zero_centered, cast_dtype, out_dtype)
+    dtype = stat_dtype(torch.promote_types(x.dtype, out_dtype))
+    z = row_norm(x, x.shape[-1:], weight, None, eps, False, zero_centered, cast_dtype, dtype)
+    return rotated(z, *rotation, interleaved).to(out_dtype).contiguous()
+
+
 def stat_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of an input's statistics: float32, or float64 or complex where the input is."""
     return dtype if dtype == torch.float64 or dtype.is_complex else torch.float32
@@ -346,6 +372,29 @@ def row_norm_gradients(
         total, dweight, dbias, dgate = gradients(formula, normalized, dy)
         total = total if dh is None or total is None else total + dh
     return *_sum_gradients(total, x, x_gate, *dtypes), dweight, dbias, dgate, _x_gate_gradient(total, x, x_gate)
+
+
+def rms_norm_many_gradients(
+    inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None], cos: Sequence[Tensor], sin: Sequence[Tensor],
+    interleaved: bool, *options: Any,
+) -> list[Tensor | None]:  # fmt: skip
+    """The gradients of x₀, weight₀, x₁, … by the formula; None where undefined. csrc calls it.
+
+    inputs: x₀, weight₀, x₁, …; grads: None where a y is unused; cos, sin: empty without a rotation. options: eps,
+    zero_centered, cast_dtype.
+    """
+    rotations: list[Any] = list(zip(cos, sin, strict=True)) or [None] * len(grads)
+    found: list[Tensor | None] = []
+    for x, weight, dy, rotation in zip(inputs[::2], inputs[1::2], grads, rotations, strict=True):
+        if dy is None:
+            found += [None, None]
+            continue
+
+        def formula(x: Tensor, weight: Tensor | None, rotation: Any = rotation, dtype: Any = dy.dtype) -> Tensor:
+            return rotated_rms_norm(x, weight, rotation, interleaved, *(*options, dtype))
+
+        found += gradients(formula, (x, weight), dy)
+    return found
 
 
 def _sum_gradients(

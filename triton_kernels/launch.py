@@ -142,6 +142,18 @@ def backward_tiles(cols: int, itemsize: int, sums: int, streams: int, widest: in
     return chunk_tiles(cols, itemsize, sums, streams), False
 
 
+@remembered
+def many_row_tiles(cols: tuple[int, ...], itemsize: int, is_rotated: bool, sums: int = 0) -> tuple[RowTiles, ...]:
+    """The tilings of several inputs that one launch serves: with the same number of warps, so that some get more rows.
+
+    Rotated rows are short; a program has fewer of them, which leaves registers for their partners, cos and sin."""
+    each = [backward_tiles(n, itemsize, sums, 0, itemsize)[0] if sums else row_tiles(n, itemsize) for n in cols]
+    if is_rotated:
+        each = [t._replace(rows=max(1, t.rows // 2)) for t in each]
+    warps, resident = max(t.warps for t in each), min(t.resident for t in each)
+    return tuple(t._replace(rows=t.rows * (warps // t.warps), warps=warps, resident=resident) for t in each)
+
+
 def chunk_tiles(cols: int, itemsize: int, sums: int, streams: int) -> RowTiles:
     """The tiling of a row's chunks, for programs that keep only the parameter sums in registers: as many tiles as
     CHUNK_REGISTERS allow, up to 8, and chunks of one size, up to a tile."""
@@ -196,6 +208,18 @@ def backward_programs(
         return resident
     affordable = int(PARTIAL_SHARE * passes * rows * itemsize / (max(4, itemsize) * partials))
     return min(resident, affordable)
+
+
+def many_programs(
+    elements: int, tiles: tuple[RowTiles, ...], sizes: tuple[tuple[int, int], ...], itemsize: int, partial_cols: int
+) -> int:
+    """As backward_programs, of several inputs that share the programs. elements: of all inputs; sizes: the rows and
+    blocks of each; partial_cols: the columns of the inputs whose dweight is wanted."""
+    resident = min(multiprocessors() * tiles[0].resident, max(blocks for _, blocks in sizes))
+    if partial_cols == 0 or max(rows for rows, _ in sizes) < PARTIAL_ROWS:
+        return resident
+    affordable = int(PARTIAL_SHARE * 3 * elements * itemsize / (max(4, itemsize) * partial_cols))
+    return max(1, min(resident, affordable))
 
 
 def sample_programs(

@@ -17,6 +17,7 @@ from ..views import contiguous, row_levels, rows_of_samples
 from . import launch, long_row_norm
 from .gates import activated, activation_slope
 from .jit import jit
+from .rotary import load_partner_tiles, load_partner_weight, rotated, swapped
 from .tiles import (
     column_sums,
     empty_like,
@@ -73,23 +74,23 @@ def _center(tiles, total, lanes, REFINE: tl.constexpr, N_COLS: tl.constexpr, TIL
     return mean, centered, square_sum
 
 
-@jit(do_not_specialize=["n_rows", "sample_rows"])  # the same code for every batch: the same bits
-def _row_norm_forward_kernel(
-    x_ptr, residual_ptr, gate_ptr, x_gate_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr,
-    n_rows, x_steps, residual_steps, gate_steps, divisions, sample_rows, x_gate_stride, weight_stride, bias_stride,
+@triton.jit
+def norm_block(
+    block, x_ptr, residual_ptr, gate_ptr, x_gate_ptr, weight_ptr, bias_ptr, cos_ptr, sin_ptr, y_ptr, h_ptr, mean_ptr,
+    rstd_ptr, n_rows, x_steps, residual_steps, gate_steps, cos_steps, sin_steps, divisions,
+    sample_rows, x_gate_stride, weight_stride, bias_stride,
     EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr,
-    CAST: tl.constexpr, GROUPS: tl.constexpr, REFINE: tl.constexpr,
+    CAST: tl.constexpr, GROUPS: tl.constexpr, REFINE: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """y = (h − mean) · rstd · w + b with h = x + residual, rstd = 1/√(mean((h − mean)²) + eps); RMSNorm has mean 0.
-    A gate multiplies y, or x before all. With an x_gate h = x · x_gate + residual. x_gate, weight and bias may have a
-    row for each sample of sample_rows rows.
-
-    Grid: (blocks of ROWS rows, GROUPS of N_COLS columns)."""
+    """A block of ROWS rows: y = (h − mean) · rstd · w + b with h = x + residual, rstd = 1/√(mean((h − mean)²) + eps);
+    RMSNorm has mean 0. A gate multiplies y, or x before all. With an x_gate h = x · x_gate + residual. x_gate, weight
+    and bias may have a row for each sample of sample_rows rows. With cos and sin the first ROTARY columns of RMSNorm's
+    y are rotated."""
     stat = rstd_ptr.dtype.element_ty
     group = tl.program_id(1) if GROUPS > 1 else 0
     first = group * N_COLS
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    rows = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     row_mask = rows < n_rows if ROWS > 1 else None
     # offsets of tile 0, computed once a row; those of the other tiles are constants away
     lanes = tl.arange(0, TILE)[None, :]
@@ -112,6 +113,12 @@ def _row_norm_forward_kernel(
     gate_offsets = row_offsets(rows, gate_steps, divisions) + first + lanes
     gate_tiles = load_tiles(gate_ptr, gate_offsets, lanes, row_mask, N_COLS, TILE, N_TILES)
     x_gate_tiles = load_weight_tiles(x_gate_ptr, lanes, N_COLS, TILE, N_TILES, ROWS)
+    if cos_ptr is not None:
+        x_starts = row_offsets(rows, x_steps, divisions)
+        cos_starts, sin_starts = row_offsets(rows, cos_steps, divisions), row_offsets(rows, sin_steps, divisions)
+        cos_tiles = load_tiles(cos_ptr, cos_starts + lanes, lanes, row_mask, ROTARY, TILE, N_TILES)
+        sin_tiles = load_tiles(sin_ptr, sin_starts + lanes, lanes, row_mask, ROTARY, TILE, N_TILES)
+        partner_tiles = load_partner_tiles(x_ptr, x_starts, lanes, row_mask, ROTARY, INTERLEAVED, TILE, N_TILES)
     tiles = ()
     for t in tl.static_range(N_TILES):
         h = x_tiles[t].to(stat)
@@ -146,17 +153,47 @@ def _row_norm_forward_kernel(
             y += load_weight_tile(bias_ptr + first, lanes, t, stat, False, N_COLS, TILE, ROWS)
         if gate_ptr is not None and NORM_BEFORE_GATE:
             y *= activated(gate_tiles[t].to(stat), SILU)
+        if cos_ptr is not None:
+            if INTERLEAVED:
+                partner = swapped(y)
+            else:
+                partner = rounded_to(partner_tiles[t].to(stat) * rstd, CAST)
+                if weight_ptr is not None:
+                    partner *= load_partner_weight(weight_ptr, lanes, t, stat, ZERO_CENTERED, ROTARY, TILE, ROWS)
+            product = partner * sin_tiles[t].to(stat)
+            y = rotated(y, cos_tiles[t].to(stat), product, lanes + t * TILE, ROTARY, INTERLEAVED)
         store_tile(y_ptr + y_offsets + t * TILE, y, tile_mask(t, lanes, row_mask, N_COLS, TILE))
+
+
+@jit(do_not_specialize=["n_rows", "sample_rows"])  # the same code for every batch: the same bits
+def _row_norm_forward_kernel(
+    x_ptr, residual_ptr, gate_ptr, x_gate_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr,
+    n_rows, x_steps, residual_steps, gate_steps, divisions, sample_rows, x_gate_stride, weight_stride, bias_stride,
+    EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr,
+    CAST: tl.constexpr, GROUPS: tl.constexpr, REFINE: tl.constexpr,
+    N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """`norm_block` of every block.
+
+    Grid: (blocks of ROWS rows, GROUPS of N_COLS columns)."""
+    norm_block(
+        tl.program_id(0), x_ptr, residual_ptr, gate_ptr, x_gate_ptr, weight_ptr, bias_ptr, None, None, y_ptr, h_ptr,
+        mean_ptr, rstd_ptr, n_rows, x_steps, residual_steps, gate_steps, 0, 0, divisions,
+        sample_rows, x_gate_stride, weight_stride, bias_stride,
+        EPS, ZERO_CENTERED, SILU, NORM_BEFORE_GATE, CAST, GROUPS, REFINE, 0, False, N_COLS, TILE, N_TILES, ROWS,
+    )  # fmt: skip
 
 
 @triton.jit
 def _load_rows(
-    dy_ptr, h_ptr, gate_ptr, mean_ptr, rstd_ptr, block, group, first_row, end_row, dy_steps, h_steps, gate_steps,
-    divisions,
-    GROUPS: tl.constexpr, N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
+    dy_ptr, h_ptr, gate_ptr, cos_ptr, sin_ptr, mean_ptr, rstd_ptr, block, group, first_row, end_row,
+    dy_steps, h_steps, gate_steps, cos_steps, sin_steps, divisions,
+    GROUPS: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A block's tiles of h, dy and the gate, () without one, in the types of the memory, and its statistics: (rstd,
-    mean), or (rstd,) for RMSNorm, (ROWS, 1) each. Zeros for rows from end_row on."""
+    """A block's tiles of h, dy and the gate, () without one, in the types of the memory; its statistics: (rstd, mean),
+    or (rstd,) for RMSNorm, (ROWS, 1) each; and of its rotation, () without one, the tiles of cos and sin and, where
+    they are loaded, those of the partners' dy and sin. Zeros for rows from end_row on."""
     row_ids = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS) + first_row
     mask = row_ids < end_row
     rows, row_mask, lanes = row_ids[:, None], mask[:, None], tl.arange(0, TILE)[None, :]
@@ -170,18 +207,28 @@ def _load_rows(
     dy_tiles = load_tiles(dy_ptr, dy_offsets, lanes, row_mask, N_COLS, TILE, N_TILES)
     gate_offsets = row_offsets(rows, gate_steps, divisions) + cols
     gate_tiles = load_tiles(gate_ptr, gate_offsets, lanes, row_mask, N_COLS, TILE, N_TILES)
-    return h_tiles, dy_tiles, gate_tiles, statistics
+    rotation = ()
+    if cos_ptr is not None:
+        dy_starts = row_offsets(rows, dy_steps, divisions)
+        cos_starts, sin_starts = row_offsets(rows, cos_steps, divisions), row_offsets(rows, sin_steps, divisions)
+        rotation = (
+            load_tiles(cos_ptr, cos_starts + lanes, lanes, row_mask, ROTARY, TILE, N_TILES),
+            load_tiles(sin_ptr, sin_starts + lanes, lanes, row_mask, ROTARY, TILE, N_TILES),
+            load_partner_tiles(dy_ptr, dy_starts, lanes, row_mask, ROTARY, INTERLEAVED, TILE, N_TILES),
+            load_partner_tiles(sin_ptr, sin_starts, lanes, row_mask, ROTARY, INTERLEAVED, TILE, N_TILES),
+        )
+    return h_tiles, dy_tiles, gate_tiles, statistics, rotation
 
 
-# the same code for every batch: the same bits
-@jit(do_not_specialize=["n_rows", "n_blocks", "sample_rows", "sample_programs"])
-def _row_norm_backward_kernel(
-    dy_ptr, dh_ptr, h_ptr, x_ptr, gate_ptr, x_gate_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr,
+@triton.jit
+def gradient_blocks(
+    dy_ptr, dh_ptr, h_ptr, x_ptr, gate_ptr, x_gate_ptr, weight_ptr, bias_ptr, cos_ptr, sin_ptr, mean_ptr, rstd_ptr,
     dx_ptr, dresidual_ptr, dgate_ptr, dx_gate_ptr, dweight_ptr, dbias_ptr,
-    n_rows, n_blocks, dy_steps, dh_steps, h_steps, x_steps, gate_steps, divisions,
+    n_rows, n_blocks, dy_steps, dh_steps, h_steps, x_steps, gate_steps, cos_steps, sin_steps, divisions,
     sample_rows, sample_programs, x_gate_stride, weight_stride, bias_stride,
     ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, CAST: tl.constexpr,
-    GROUPS: tl.constexpr, PREFETCH: tl.constexpr, PER_ROW: tl.constexpr,
+    GROUPS: tl.constexpr, PREFETCH: tl.constexpr, PER_ROW: tl.constexpr, EVERY_PROGRAM: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """dx = (w·dy − c2 − x̂ · c1) · rstd + dh with c1 = mean(x̂ · w·dy), c2 = mean(w·dy); RMSNorm has no c2.
@@ -189,10 +236,11 @@ def _row_norm_backward_kernel(
     A gate behind the norm, y = z · act(gate): dy · act(gate) takes the place of dy, dgate = dy · z · act'(gate).
     Before it, u = x · act(gate): the kernel computes du, dx = du · act(gate), dgate = du · x · act'(gate).
     With an x_gate the first line is dh's: dresidual = dh, dx = x_gate · dh, dx_gate = Σ dh · x.
+    With cos and sin, dy rotated back takes the place of dy.
 
-    Grid: (programs, GROUPS of N_COLS columns), as many as are resident; each program takes every programs-th block of
-    ROWS rows. Of samples: sample_programs programs for each, or, PER_ROW, where each row is a sample, programs as
-    without samples, which store a row's dweight, dbias and dx_gate with it."""
+    Each program takes every programs-th block of ROWS rows. Of samples: sample_programs programs for each, or, PER_ROW,
+    where each row is a sample, programs as without samples, which store a row's dweight, dbias and dx_gate with it.
+    EVERY_PROGRAM: each has a block."""
     stat = rstd_ptr.dtype.element_ty
     lanes = tl.arange(0, TILE)[None, :]
     group = tl.program_id(1) if GROUPS > 1 else 0
@@ -214,16 +262,18 @@ def _row_norm_backward_kernel(
             weight_ptr += sample * weight_stride
         if bias_ptr is not None:
             bias_ptr += sample * bias_stride
-    # without it the compiler makes a second copy of store_partials, for programs without rows, and keeps in registers
-    # through the loop what both copies share
-    tl.assume(program < n_blocks)
+    if EVERY_PROGRAM:
+        # without it the compiler makes a second copy of store_partials, for programs without rows, and keeps in
+        # registers through the loop what both copies share
+        tl.assume(program < n_blocks)
     loaded = _load_rows(
-        dy_ptr, h_ptr, gate_ptr, mean_ptr, rstd_ptr, program, group, first_row, end_row, dy_steps, h_steps,
-        gate_steps, divisions, GROUPS, N_COLS, TILE, N_TILES, ROWS,
-    )
+        dy_ptr, h_ptr, gate_ptr, cos_ptr, sin_ptr, mean_ptr, rstd_ptr, program, group, first_row, end_row,
+        dy_steps, h_steps, gate_steps, cos_steps, sin_steps, divisions,
+        GROUPS, ROTARY, INTERLEAVED, N_COLS, TILE, N_TILES, ROWS,
+    )  # fmt: skip
     programs = tl.num_programs(0) if sample_programs is None else sample_programs
     for block in range(program, n_blocks, programs):
-        h_tiles, dy_tiles, gate_tiles, statistics = loaded
+        h_tiles, dy_tiles, gate_tiles, statistics, rotation = loaded
         rows = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)[:, None] + first_row
         offsets = rows * (GROUPS * N_COLS) + first + lanes
         dh_offsets = row_offsets(rows, dh_steps, divisions) + first + lanes
@@ -247,6 +297,12 @@ def _row_norm_backward_kernel(
                     dy *= activated(gate, SILU)
                 else:
                     h *= activated(gate, SILU)
+            if cos_ptr is not None:
+                if INTERLEAVED:
+                    product = swapped(dy * rotation[1][t].to(stat))
+                else:
+                    product = rotation[2][t].to(stat) * rotation[3][t].to(stat)
+                dy = rotated(dy, rotation[0][t].to(stat), -product, lanes + t * TILE, ROTARY, INTERLEAVED)
             x_factor, dy_factor = factors(h, dy, statistics)
             if PER_ROW:
                 row_mask = tile_mask(t, lanes, rows < end_row, N_COLS, TILE)
@@ -280,9 +336,10 @@ def _row_norm_backward_kernel(
         next_block = block + programs
         if PREFETCH:
             loaded = _load_rows(
-                dy_ptr, h_ptr, gate_ptr, mean_ptr, rstd_ptr, next_block, group, first_row, end_row, dy_steps,
-                h_steps, gate_steps, divisions, GROUPS, N_COLS, TILE, N_TILES, ROWS,
-            )
+                dy_ptr, h_ptr, gate_ptr, cos_ptr, sin_ptr, mean_ptr, rstd_ptr, next_block, group, first_row, end_row,
+                dy_steps, h_steps, gate_steps, cos_steps, sin_steps, divisions,
+                GROUPS, ROTARY, INTERLEAVED, N_COLS, TILE, N_TILES, ROWS,
+            )  # fmt: skip
         coefficients = gradient_coefficients(c1_sums, c2_sums, statistics, N_COLS)
         new_dx_gate_sums = ()
         for t in tl.static_range(N_TILES):
@@ -309,13 +366,38 @@ def _row_norm_backward_kernel(
         dx_gate_sums = new_dx_gate_sums
         if not PREFETCH:  # there are no registers for two blocks
             loaded = _load_rows(
-                dy_ptr, h_ptr, gate_ptr, mean_ptr, rstd_ptr, next_block, group, first_row, end_row, dy_steps,
-                h_steps, gate_steps, divisions, GROUPS, N_COLS, TILE, N_TILES, ROWS,
-            )
+                dy_ptr, h_ptr, gate_ptr, cos_ptr, sin_ptr, mean_ptr, rstd_ptr, next_block, group, first_row, end_row,
+                dy_steps, h_steps, gate_steps, cos_steps, sin_steps, divisions,
+                GROUPS, ROTARY, INTERLEAVED, N_COLS, TILE, N_TILES, ROWS,
+            )  # fmt: skip
     if not PER_ROW:
         store_partials(dweight_ptr, dweight_sums, first, GROUPS * N_COLS, N_COLS, TILE, N_TILES)
         store_partials(dbias_ptr, dbias_sums, first, GROUPS * N_COLS, N_COLS, TILE, N_TILES)
         store_partials(dx_gate_ptr, dx_gate_sums, first, GROUPS * N_COLS, N_COLS, TILE, N_TILES)
+
+
+# the same code for every batch: the same bits
+@jit(do_not_specialize=["n_rows", "n_blocks", "sample_rows", "sample_programs"])
+def _row_norm_backward_kernel(
+    dy_ptr, dh_ptr, h_ptr, x_ptr, gate_ptr, x_gate_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr,
+    dx_ptr, dresidual_ptr, dgate_ptr, dx_gate_ptr, dweight_ptr, dbias_ptr,
+    n_rows, n_blocks, dy_steps, dh_steps, h_steps, x_steps, gate_steps, divisions,
+    sample_rows, sample_programs, x_gate_stride, weight_stride, bias_stride,
+    ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, CAST: tl.constexpr,
+    GROUPS: tl.constexpr, PREFETCH: tl.constexpr, PER_ROW: tl.constexpr,
+    N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """`gradient_blocks` of one input.
+
+    Grid: (programs, GROUPS of N_COLS columns), as many as are resident; of samples, sample_programs for each."""
+    gradient_blocks(
+        dy_ptr, dh_ptr, h_ptr, x_ptr, gate_ptr, x_gate_ptr, weight_ptr, bias_ptr, None, None, mean_ptr, rstd_ptr,
+        dx_ptr, dresidual_ptr, dgate_ptr, dx_gate_ptr, dweight_ptr, dbias_ptr,
+        n_rows, n_blocks, dy_steps, dh_steps, h_steps, x_steps, gate_steps, 0, 0, divisions,
+        sample_rows, sample_programs, x_gate_stride, weight_stride, bias_stride,
+        ZERO_CENTERED, SILU, NORM_BEFORE_GATE, CAST, GROUPS, PREFETCH, PER_ROW, True, 0, False,
+        N_COLS, TILE, N_TILES, ROWS,
+    )  # fmt: skip
 
 
 def row_norm_forward(

@@ -280,43 +280,36 @@ def reciprocal_sqrt(v):
 
 @jit
 def _column_sum_kernel(
-    partial_ptr, sum_ptr, second_partial_ptr, second_sum_ptr, third_partial_ptr, third_sum_ptr, means_ptr,
-    n_rows, n_cols, count, sample_blocks, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    """sum = Σ partial over the rows, in a fixed order; the same of a second and third pair, where there are; means:
+    partials, sums, means_ptr, n_rows, n_cols, count, sample_blocks, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    """sum = Σ partial over the rows, in a fixed order, of each pair of the two tuples; n_cols: of each partial; means:
     sums / count. With sample_blocks, of each sample's n_rows rows by themselves.
 
     Grid: (blocks of COLS columns,), or sample_blocks of them for each sample."""
-    block = tl.program_id(0)
+    block, sample = tl.program_id(0), 0
     if sample_blocks is not None:
         sample = (block // sample_blocks).to(tl.int64)
         block %= sample_blocks
-        partial_ptr, sum_ptr = partial_ptr + sample * n_rows * n_cols, sum_ptr + sample * n_cols
-        if second_partial_ptr is not None:
-            second_partial_ptr += sample * n_rows * n_cols
-            second_sum_ptr += sample * n_cols
-        if third_partial_ptr is not None:
-            third_partial_ptr += sample * n_rows * n_cols
-            third_sum_ptr += sample * n_cols
     cols = block * COLS + tl.arange(0, COLS)[None, :]
-    total = tl.zeros((ROWS, COLS), partial_ptr.dtype.element_ty)
-    second_total = tl.zeros((ROWS, COLS), partial_ptr.dtype.element_ty)
-    third_total = tl.zeros((ROWS, COLS), partial_ptr.dtype.element_ty)
+    totals = ()
+    for i in tl.static_range(len(partials)):
+        totals = totals + (tl.zeros((ROWS, COLS), partials[i].dtype.element_ty),)
     for start in range(0, n_rows, ROWS):
         rows = start + tl.arange(0, ROWS)[:, None]
-        mask = (rows < n_rows) & (cols < n_cols)
-        offsets = rows.to(tl.int64) * n_cols + cols
-        total += tl.load(partial_ptr + offsets, mask=mask, other=0.0)
-        if second_partial_ptr is not None:
-            second_total += tl.load(second_partial_ptr + offsets, mask=mask, other=0.0)
-        if third_partial_ptr is not None:
-            third_total += tl.load(third_partial_ptr + offsets, mask=mask, other=0.0)
-    _store_column_sum(sum_ptr, means_ptr, total, cols, n_cols, count)
-    if second_partial_ptr is not None:
-        second_means_ptr = means_ptr + n_cols if means_ptr is not None else None
-        _store_column_sum(second_sum_ptr, second_means_ptr, second_total, cols, n_cols, count)
-    if third_partial_ptr is not None:
-        _store_column_sum(third_sum_ptr, None, third_total, cols, n_cols, count)
+        new_totals = ()
+        for i in tl.static_range(len(partials)):
+            partial_ptr = partials[i]
+            if sample_blocks is not None:
+                partial_ptr += sample * n_rows * n_cols[i]
+            mask = (rows < n_rows) & (cols < n_cols[i])
+            offsets = rows.to(tl.int64) * n_cols[i] + cols
+            new_totals = new_totals + (totals[i] + tl.load(partial_ptr + offsets, mask=mask, other=0.0),)
+        totals = new_totals
+    for i in tl.static_range(len(partials)):
+        sum_ptr, mean_ptr = sums[i], None if means_ptr is None else means_ptr + i * n_cols[i]
+        if sample_blocks is not None:
+            sum_ptr += sample * n_cols[i]
+        _store_column_sum(sum_ptr, mean_ptr, totals[i], cols, n_cols[i], count)
 
 
 @triton.jit
@@ -333,28 +326,25 @@ def column_sums(
     partials: list[torch.Tensor | None], dtypes: list[torch.dtype | None], means: torch.Tensor | None = None,
     count: int = 1, shapes: Sequence[Sequence[int]] | None = None, samples: int | None = None,
 ) -> list[torch.Tensor | None]:  # fmt: skip
-    """Sums up to three (programs, cols) partials into tensors of the given dtypes, in one launch; None for a None
-    dtype.
+    """Sums (programs, cols) partials, whose cols may differ, into tensors of the given dtypes, in one launch; None for
+    a None dtype.
 
     means: (2, cols), gets the sums of two partials divided by count, in its own dtype.
     shapes: of the sums, with cols elements; None is (cols,) for each.
     samples: partials are (samples · programs, cols), and a sum has cols elements for each sample."""
     shapes = shapes or [None if p is None else p.shape[1:] for p in partials]
-    sums = [
-        None if d is None else p.new_empty(s, dtype=d) for p, d, s in zip(partials, dtypes, shapes, strict=True)
-    ]
-    pairs = [(p, s) for p, s in zip(partials, sums, strict=True) if p is not None]
+    sums = [None if d is None else p.new_empty(s, dtype=d) for p, d, s in zip(partials, dtypes, shapes, strict=True)]
     if means is not None or any(s is not None for s in sums):
-        n_rows, n_cols = pairs[0][0].shape
-        n_rows //= samples or 1
-        first, second, third = (*pairs, (None, None), (None, None))[:3]
+        given = tuple(p for p in partials if p is not None)
+        into = tuple(s for p, s in zip(partials, sums, strict=True) if p is not None)
+        n_rows, n_cols = given[0].shape[0] // (samples or 1), tuple(p.shape[1] for p in given)
         # of few columns of many samples, half a line each: the samples make programs enough
         programs = launch.SUMMING_PROGRAMS if samples is None else launch.ceil_div(launch.SUMMING_PROGRAMS, 2)
-        rows, cols = launch.join_tile(n_rows, n_cols, programs)
-        blocks = launch.ceil_div(n_cols, cols)
+        rows, cols = launch.join_tile(n_rows, max(n_cols), programs)
+        blocks = launch.ceil_div(max(n_cols), cols)
         # grid: one program for each block of columns, of each sample
         _column_sum_kernel[(blocks * (samples or 1),)](
-            *first, *second, *third, means, n_rows, n_cols, count, None if samples is None else blocks,
+            given, into, means, n_rows, n_cols, count, None if samples is None else blocks,
             ROWS=rows, COLS=cols, **launch.options(4),
         )  # fmt: skip
     return sums

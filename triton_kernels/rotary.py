@@ -1,0 +1,58 @@
+"""A rotary embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864) of the first ROTARY columns of a row.
+
+y_j = z_j · cos_j ± z_p · sin_j, where p is the partner of column j. Half-split, the partners are ROTARY / 2 apart;
+INTERLEAVED, adjacent columns are partners. The first of a pair has the minus.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import load_weight, tile_mask
+
+
+@triton.jit
+def _partner(cols, ROTARY: tl.constexpr):
+    """The half-split partners of columns."""
+    return tl.where(cols < ROTARY // 2, cols + ROTARY // 2, cols - ROTARY // 2)
+
+
+@triton.jit
+def load_partner_tiles(
+    ptr, row_starts, lanes, row_mask, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, TILE: tl.constexpr,
+    N_TILES: tl.constexpr,
+):  # fmt: skip
+    """The partners' tiles of rows, in the type of the memory. They were read as tiles just now, so that the cache has
+    them: to exchange them through shared memory takes longer. () where INTERLEAVED: see `swapped`."""
+    tiles = ()
+    if not INTERLEAVED:
+        for t in tl.static_range(N_TILES):
+            mask = tile_mask(t, lanes, row_mask, ROTARY, TILE)
+            tiles = tiles + (tl.load(ptr + row_starts + _partner(lanes + t * TILE, ROTARY), mask=mask, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def load_partner_weight(
+    weight_ptr, lanes, t: tl.constexpr, dtype: tl.constexpr, ZERO_CENTERED: tl.constexpr, ROTARY: tl.constexpr,
+    TILE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Tile t of the partners' weights, (ROWS, TILE): as `load_weight_tile` does it for few rows."""
+    cols = lanes + t * TILE + tl.zeros((ROWS, 1), tl.int32)
+    return load_weight(weight_ptr + _partner(cols, ROTARY), cols < ROTARY, dtype, ZERO_CENTERED)
+
+
+@triton.jit
+def swapped(tile):
+    """A tile whose columns 2i and 2i + 1 are exchanged: within a thread."""
+    even, odd = tl.split(tl.reshape(tile, (tile.shape[0], tile.shape[1] // 2, 2)))
+    return tl.reshape(tl.join(odd, even), tile.shape)
+
+
+@triton.jit
+def rotated(z, cos, product, cols, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """z · cos − product in the first columns of pairs, z · cos + product in the second; z from column ROTARY on.
+    product: partner · sin; to rotate back, −(partner · its sin)."""
+    is_first = cols % 2 == 0 if INTERLEAVED else cols < ROTARY // 2
+    return tl.where(cols < ROTARY, tl.fma(z, cos, tl.where(is_first, -product, product)), z)
