@@ -210,16 +210,13 @@ def backward_programs(
     return min(resident, affordable)
 
 
-def many_programs(
-    elements: int, tiles: tuple[RowTiles, ...], sizes: tuple[tuple[int, int], ...], itemsize: int, partial_cols: int
-) -> int:
-    """As backward_programs, of several inputs that share the programs. elements: of all inputs; sizes: the rows and
-    blocks of each; partial_cols: the columns of the inputs whose dweight is wanted."""
-    resident = min(multiprocessors() * tiles[0].resident, max(blocks for _, blocks in sizes))
-    if partial_cols == 0 or max(rows for rows, _ in sizes) < PARTIAL_ROWS:
+def many_programs(elements: int, rows: int, blocks: int, tiles: RowTiles, itemsize: int, partial_cols: int) -> int:
+    """As backward_programs, of several inputs that share the programs. elements: of all inputs; rows and blocks: the
+    most that one has; tiles: of any, as they have the same warps; partial_cols: the columns of all wanted dweights."""
+    resident = min(multiprocessors() * tiles.resident, blocks)
+    if partial_cols == 0 or rows < PARTIAL_ROWS:
         return resident
-    affordable = int(PARTIAL_SHARE * 3 * elements * itemsize / (max(4, itemsize) * partial_cols))
-    return max(1, min(resident, affordable))
+    return max(1, min(resident, int(PARTIAL_SHARE * 3 * elements * itemsize / (max(4, itemsize) * partial_cols))))
 
 
 def sample_programs(

@@ -6,6 +6,7 @@ for the number of warps.
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 
 from ..views import RowLevels, contiguous, row_levels
@@ -16,50 +17,62 @@ from .tiles import column_sums, empty_like, row_steps
 from .types import stat_dtype, triton_dtype
 
 
-@jit(do_not_specialize=["sizes"])  # the same code for every batch: the same bits
+@triton.jit
+def _steps_of(steps, first: tl.constexpr, levels: tl.constexpr, TENSORS: tl.constexpr):
+    """Of an input with this many levels of rows: the steps of each of its tensors, and the divisions. `first`: where
+    they begin in the steps of all inputs."""
+    found = ()
+    for t in tl.static_range(TENSORS + 1):
+        part = ()
+        for level in tl.static_range(levels if t < TENSORS else levels - 1):
+            part = part + (steps[first + t * levels + level],)
+        found = found + (part,)
+    return found
+
+
+@jit
 def _rms_norm_many_forward_kernel(
-    pointers, strides, sizes, EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr, CAST: tl.constexpr,
-    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, TILES: tl.constexpr,
+    x_ptrs, weight_ptrs, cos_ptrs, sin_ptrs, y_ptrs, rstd_ptrs, sizes, steps,
+    EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr, CAST: tl.constexpr, ROTARY: tl.constexpr,
+    INTERLEAVED: tl.constexpr, LEVELS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """`norm_block` of every block of every input.
 
-    pointers: (x, weight, cos, sin, y, rstd) of each input; strides: (steps of x, cos and sin, divisions); sizes: (rows,
-    blocks); TILES: (columns, TILE, N_TILES, ROWS).
+    sizes: rows and blocks of each input, see `_sizes`; steps: of x, cos and sin, and the divisions, see `_steps`;
+    LEVELS: where an input's steps begin, and its levels; TILES: (columns, TILE, N_TILES, ROWS).
     Grid: (blocks of the first input, then of the second, …)."""
     block = tl.program_id(0)
-    for i in tl.static_range(len(pointers)):
-        x_ptr, weight_ptr, cos_ptr, sin_ptr, y_ptr, rstd_ptr = pointers[i]
-        x_steps, cos_steps, sin_steps, divisions = strides[i]
-        n_rows, n_blocks = sizes[i]
+    for i in tl.static_range(len(x_ptrs)):
+        n_rows, n_blocks = sizes[2 * i] >> 1, sizes[2 * i + 1] >> 1
         if (block >= 0) & (block < n_blocks):
+            x_steps, cos_steps, sin_steps, divisions = _steps_of(steps, LEVELS[i][0], LEVELS[i][1], 3)
             norm_block(
-                block, x_ptr, None, None, None, weight_ptr, None, cos_ptr, sin_ptr, y_ptr, None, None, rstd_ptr,
-                n_rows, x_steps, x_steps, x_steps, cos_steps, sin_steps, divisions, None, None, None, None,
+                block, x_ptrs[i], None, None, None, weight_ptrs[i], None, cos_ptrs[i], sin_ptrs[i], y_ptrs[i], None,
+                None, rstd_ptrs[i], n_rows, x_steps, x_steps, x_steps, cos_steps, sin_steps, divisions,
+                None, None, None, None,
                 EPS, ZERO_CENTERED, False, False, CAST, 1, False, ROTARY, INTERLEAVED,
                 TILES[i][0], TILES[i][1], TILES[i][2], TILES[i][3],
             )  # fmt: skip
         block -= n_blocks
 
 
-@jit(do_not_specialize=["sizes"])  # the same code for every batch: the same bits
+@jit
 def _rms_norm_many_backward_kernel(
-    pointers, strides, sizes, ZERO_CENTERED: tl.constexpr, CAST: tl.constexpr, ROTARY: tl.constexpr,
-    INTERLEAVED: tl.constexpr, PREFETCH: tl.constexpr, TILES: tl.constexpr,
+    dy_ptrs, x_ptrs, weight_ptrs, cos_ptrs, sin_ptrs, rstd_ptrs, dx_ptrs, dweight_ptrs, sizes, steps,
+    ZERO_CENTERED: tl.constexpr, CAST: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    PREFETCH: tl.constexpr, LEVELS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """`gradient_blocks` of one input after the other, each by all programs: so they end at about the same time.
 
-    pointers: (dy, x, weight, cos, sin, rstd, dx, dweight) of each input; strides: (steps of dy, x, cos and sin,
-    divisions); sizes and TILES: as in the forward.
+    steps: of dy, x, cos and sin, and the divisions; sizes, LEVELS and TILES: as in the forward.
     Grid: (programs,), as many as are resident."""
-    for i in tl.static_range(len(pointers)):
-        dy_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, rstd_ptr, dx_ptr, dweight_ptr = pointers[i]
-        dy_steps, x_steps, cos_steps, sin_steps, divisions = strides[i]
-        n_rows, n_blocks = sizes[i]
+    for i in tl.static_range(len(x_ptrs)):
+        dy_steps, x_steps, cos_steps, sin_steps, divisions = _steps_of(steps, LEVELS[i][0], LEVELS[i][1], 4)
         gradient_blocks(
-            dy_ptr, None, x_ptr, None, None, None, weight_ptr, None, cos_ptr, sin_ptr, None, rstd_ptr,
-            dx_ptr, None, None, None, dweight_ptr, None,
-            n_rows, n_blocks, dy_steps, dy_steps, x_steps, x_steps, x_steps, cos_steps, sin_steps, divisions,
-            None, None, None, None, None,
+            dy_ptrs[i], None, x_ptrs[i], None, None, None, weight_ptrs[i], None, cos_ptrs[i], sin_ptrs[i], None,
+            rstd_ptrs[i], dx_ptrs[i], None, None, None, dweight_ptrs[i], None,
+            sizes[2 * i] >> 1, sizes[2 * i + 1] >> 1, dy_steps, dy_steps, x_steps, x_steps, x_steps, cos_steps,
+            sin_steps, divisions, None, None, None, None, None,
             ZERO_CENTERED, False, False, CAST, 1, PREFETCH, False, False, ROTARY, INTERLEAVED,
             TILES[i][0], TILES[i][1], TILES[i][2], TILES[i][3],
         )  # fmt: skip
@@ -83,18 +96,16 @@ def rms_norm_many_forward(inputs, weights, cos, sin, interleaved, eps, zero_cent
     ys = [empty_like(x, out_dtype) for x in inputs]
     rstds = [x.new_empty(each.rows, dtype=stat_dtype(x)) for x, each in zip(inputs, levels, strict=True)]
     tiles = launch.many_row_tiles(tuple(each.cols for each in levels), itemsize, rotary > 0)
-    pointers, strides = [], []
-    for each, weight, y, rstd in zip(levels, map(contiguous, weights), ys, rstds, strict=True):
-        (x, cos_rows, sin_rows), (steps, divisions) = each.tensors, row_steps(each)
-        pointers.append((x, weight, cos_rows, sin_rows, y, rstd))
-        strides.append((*steps, divisions))
-    sizes = _sizes(levels, tiles)
+    blocks, sizes = _blocks_and_sizes(levels, tiles)
+    steps, starts = _steps(levels)
+    xs, cos, sin = zip(*(each.tensors for each in levels), strict=True)
     with launch.on_device(inputs[0]):
         # grid: one program for each block of tiles.rows rows of each input
-        _rms_norm_many_forward_kernel[(sum(blocks for _, blocks in sizes),)](
-            tuple(pointers), tuple(strides), sizes,
+        _rms_norm_many_forward_kernel[(sum(blocks),)](
+            xs, tuple(map(contiguous, weights)), cos, sin, tuple(ys), tuple(rstds), sizes, steps,
             EPS=eps, ZERO_CENTERED=zero_centered, CAST=triton_dtype(cast_dtype), ROTARY=rotary,
-            INTERLEAVED=interleaved, TILES=_columns_and_tiles(levels, tiles), **launch.options(tiles[0].warps),
+            INTERLEAVED=interleaved, LEVELS=starts, TILES=_columns_and_tiles(levels, tiles),
+            **launch.options(tiles[0].warps),
         )  # fmt: skip
     return ys + rstds
 
@@ -120,26 +131,24 @@ def rms_norm_many_backward(
         return [dx for dx, *_ in results] + [dweight for dweight in dweights if dweight is not None]
     dxs = [empty_like(x, x.dtype) for x in inputs]
     tiles = launch.many_row_tiles(tuple(each.cols for each in levels), itemsize, rotary > 0, 1)
-    sizes = _sizes(levels, tiles)
-    elements = sum(each.rows * each.cols for each in levels)
+    blocks, sizes = _blocks_and_sizes(levels, tiles)
+    steps, starts = _steps(levels)
     partial_cols = sum(each.cols for each, dtype in zip(levels, dtypes, strict=True) if dtype is not None)
-    programs = launch.many_programs(elements, tiles, sizes, itemsize, partial_cols)
+    elements = sum(each.rows * each.cols for each in levels)
+    rows = max(each.rows for each in levels)
+    programs = launch.many_programs(elements, rows, max(blocks), tiles[0], itemsize, partial_cols)
     partials = [
         None if dtype is None else x.new_empty(programs, each.cols, dtype=rstd.dtype)
         for x, each, rstd, dtype in zip(inputs, levels, rstds, dtypes, strict=True)
     ]
-    pointers, strides = [], []
-    for each, weight, rstd, dx, partial in zip(levels, map(contiguous, weights), rstds, dxs, partials, strict=True):
-        (dy, x, cos_rows, sin_rows), (steps, divisions) = each.tensors, row_steps(each)
-        pointers.append((dy, x, weight, cos_rows, sin_rows, rstd, dx, partial))
-        strides.append((*steps, divisions))
+    dys, xs, cos, sin = zip(*(each.tensors for each in levels), strict=True)
     with launch.on_device(inputs[0]):
         # grid: as many programs as are resident; each takes every programs-th block of every input
         _rms_norm_many_backward_kernel[(programs,)](
-            tuple(pointers), tuple(strides), sizes,
+            dys, xs, tuple(map(contiguous, weights)), cos, sin, tuple(rstds), tuple(dxs), tuple(partials), sizes, steps,
             ZERO_CENTERED=zero_centered, CAST=triton_dtype(cast_dtype), ROTARY=rotary, INTERLEAVED=interleaved,
-            PREFETCH=all(launch.prefetches(each, itemsize) for each in tiles), TILES=_columns_and_tiles(levels, tiles),
-            **launch.options(tiles[0].warps, tiles[0].resident),
+            PREFETCH=all(launch.prefetches(each, itemsize) for each in tiles), LEVELS=starts,
+            TILES=_columns_and_tiles(levels, tiles), **launch.options(tiles[0].warps, tiles[0].resident),
         )  # fmt: skip
         dweights = column_sums(partials, dtypes)
     return dxs + [dweight for dweight in dweights if dweight is not None]
@@ -162,8 +171,26 @@ def _are_kept(levels: list[RowLevels], itemsize: int, rotary: int) -> bool:
     return are_kept
 
 
-def _sizes(levels: list[RowLevels], tiles: tuple[launch.RowTiles, ...]) -> tuple[tuple[int, int], ...]:
-    return tuple((each.rows, launch.ceil_div(each.rows, t.rows)) for each, t in zip(levels, tiles, strict=True))
+def _blocks_and_sizes(levels: list[RowLevels], tiles: tuple[launch.RowTiles, ...]) -> tuple[list[int], tuple[int, ...]]:
+    """Each input's blocks of rows; and, twice as large and one more, the rows and blocks of the first input, then of
+    the second. Triton specialises kernels on 1 and multiples of 16, in tuples always: these numbers are neither, so
+    that every batch runs the same code."""
+    blocks = [launch.ceil_div(each.rows, t.rows) for each, t in zip(levels, tiles, strict=True)]
+    numbers = (n for each, count in zip(levels, blocks, strict=True) for n in (each.rows, count))
+    return blocks, tuple(n << 1 | 1 for n in numbers)
+
+
+def _steps(levels: list[RowLevels]) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+    """`row_steps` of all inputs in one tuple; and where those of an input begin in it, and its levels."""
+    steps: list[int] = []
+    starts = []
+    for each in levels:
+        of_tensors, divisions = row_steps(each)
+        starts.append((len(steps), len(each.sizes) + 1))
+        for of_tensor in of_tensors:
+            steps += [of_tensor] if isinstance(of_tensor, int) else of_tensor
+        steps += divisions or ()
+    return tuple(steps), tuple(starts)
 
 
 def _columns_and_tiles(levels: list[RowLevels], tiles: tuple[launch.RowTiles, ...]) -> tuple[tuple[int, ...], ...]:

@@ -32,7 +32,7 @@ def all_true(lanes):
 @triton.jit
 def row_offsets(rows, steps, divisions):
     """Where rows begin in a tensor, int64. divisions: None where its rows have one stride, `steps`; otherwise what
-    `row_steps` made. A row's number is divided once, not once an element."""
+    `row_steps` made, or () with one step. A row's number is divided once, not once an element."""
     if divisions is None:
         return rows * steps
     else:
