@@ -143,13 +143,19 @@ def backward_tiles(cols: int, itemsize: int, sums: int, streams: int, widest: in
 
 
 @remembered
-def many_row_tiles(cols: tuple[int, ...], itemsize: int, is_rotated: bool, sums: int = 0) -> tuple[RowTiles, ...]:
+def many_row_tiles(cols: tuple[int, ...], itemsize: int, pairs: int, sums: int = 0) -> tuple[RowTiles, ...]:
     """The tilings of several inputs that one launch serves: with the same number of warps, so that some get more rows.
 
-    Rotated rows are short; a program has fewer of them, which leaves registers for their partners, cos and sin."""
+    pairs: the distance of partners in a rotation, 0 without one. Rotated rows are short; a program has fewer of them,
+    which leaves registers for cos and sin, and tiles whose partners are tiles, unless those would be shorter than an
+    access."""
     each = [backward_tiles(n, itemsize, sums, 0, itemsize)[0] if sums else row_tiles(n, itemsize) for n in cols]
-    if is_rotated:
+    if pairs:
         each = [t._replace(rows=max(1, t.rows // 2)) for t in each]
+        paired = pairs & -pairs  # the largest power of two that divides it
+        if paired * itemsize >= ACCESS_BYTES:
+            tiles = (min(t.tile, paired) for t in each)
+            each = [t._replace(tile=w, count=ceil_div(n, w)) for t, w, n in zip(each, tiles, cols, strict=True)]
     warps, resident = max(t.warps for t in each), min(t.resident for t in each)
     return tuple(t._replace(rows=t.rows * (warps // t.warps), warps=warps, resident=resident) for t in each)
 

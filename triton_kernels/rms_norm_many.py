@@ -83,7 +83,7 @@ def rms_norm_many_forward(inputs, weights, cos, sin, interleaved, eps, zero_cent
     rotations = _rotations(inputs, cos, sin)
     levels = [row_levels((x, *rotation), 1) for x, rotation in zip(inputs, rotations, strict=True)]
     itemsize = launch.access_bytes((*inputs, inputs[0].new_empty(0, dtype=out_dtype)))
-    rotary = cos[0].shape[-1] if cos else 0
+    rotary, pairs = _rotary(cos, interleaved)
     if not _are_kept(levels, itemsize, rotary):
         results = [
             row_norm_forward(
@@ -95,7 +95,7 @@ def rms_norm_many_forward(inputs, weights, cos, sin, interleaved, eps, zero_cent
         return [y for y, *_ in results] + [rstd for *_, rstd in results]
     ys = [empty_like(x, out_dtype) for x in inputs]
     rstds = [x.new_empty(each.rows, dtype=stat_dtype(x)) for x, each in zip(inputs, levels, strict=True)]
-    tiles = launch.many_row_tiles(tuple(each.cols for each in levels), itemsize, rotary > 0)
+    tiles = launch.many_row_tiles(tuple(each.cols for each in levels), itemsize, pairs)
     blocks, sizes = _blocks_and_sizes(levels, tiles)
     steps, starts = _steps(levels)
     xs, cos, sin = zip(*(each.tensors for each in levels), strict=True)
@@ -118,7 +118,7 @@ def rms_norm_many_backward(
     levels = [row_levels((dy, x, *r), 1) for dy, x, r in zip(grads, inputs, rotations, strict=True)]
     dtypes = [weight.dtype if is_wanted else None for weight, is_wanted in zip(weights, wants_dweight, strict=True)]
     itemsize = launch.access_bytes((*grads, *inputs))
-    rotary = cos[0].shape[-1] if cos else 0
+    rotary, pairs = _rotary(cos, interleaved)
     if not _are_kept(levels, itemsize, rotary):
         results = [
             row_norm_backward(
@@ -130,7 +130,7 @@ def rms_norm_many_backward(
         dweights = [dweight for *_, dweight, _ in results]
         return [dx for dx, *_ in results] + [dweight for dweight in dweights if dweight is not None]
     dxs = [empty_like(x, x.dtype) for x in inputs]
-    tiles = launch.many_row_tiles(tuple(each.cols for each in levels), itemsize, rotary > 0, 1)
+    tiles = launch.many_row_tiles(tuple(each.cols for each in levels), itemsize, pairs, 1)
     blocks, sizes = _blocks_and_sizes(levels, tiles)
     steps, starts = _steps(levels)
     partial_cols = sum(each.cols for each, dtype in zip(levels, dtypes, strict=True) if dtype is not None)
@@ -157,6 +157,12 @@ def rms_norm_many_backward(
 def _rotations(inputs, cos, sin):
     """(cos, sin) of each input, or (None, None)."""
     return list(zip(cos, sin, strict=True)) or [(None, None)] * len(inputs)
+
+
+def _rotary(cos, interleaved: bool) -> tuple[int, int]:
+    """How many columns are rotated, and how far apart partners are; zeros without a rotation."""
+    rotary = cos[0].shape[-1] if cos else 0
+    return rotary, 1 if interleaved and rotary else rotary // 2
 
 
 def _are_kept(levels: list[RowLevels], itemsize: int, rotary: int) -> bool:

@@ -1,7 +1,8 @@
 """A rotary embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864) of the first ROTARY columns of a row.
 
 y_j = z_j · cos_j ± z_p · sin_j, where p is the partner of column j. Half-split, the partners are ROTARY / 2 apart;
-INTERLEAVED, adjacent columns are partners. The first of a pair has the minus.
+INTERLEAVED, adjacent columns are partners. The first of a pair has the minus. Half-split, whole tiles are partners
+where ROTARY / 2 is a multiple of TILE; otherwise partners are loaded once more.
 """
 
 from __future__ import annotations
@@ -12,8 +13,21 @@ import triton.language as tl
 from .tiles import load_weight, tile_mask
 
 
+@triton.constexpr_function
+def are_paired(rotary, tile):
+    """Whether the half-split partners of a tile are a tile."""
+    return rotary // 2 % tile == 0
+
+
+@triton.constexpr_function
+def partner(t, rotary, tile):
+    """The tile that is tile t's partner, where they are paired."""
+    half = rotary // 2 // tile
+    return t + half if t < half else t - half
+
+
 @triton.jit
-def _partner(cols, ROTARY: tl.constexpr):
+def _partner_cols(cols, ROTARY: tl.constexpr):
     """The half-split partners of columns."""
     return tl.where(cols < ROTARY // 2, cols + ROTARY // 2, cols - ROTARY // 2)
 
@@ -23,13 +37,13 @@ def load_partner_tiles(
     ptr, row_starts, lanes, row_mask, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, TILE: tl.constexpr,
     N_TILES: tl.constexpr,
 ):  # fmt: skip
-    """The partners' tiles of rows, in the type of the memory. They were read as tiles just now, so that the cache has
-    them: to exchange them through shared memory takes longer. () where INTERLEAVED: see `swapped`."""
+    """The partners' tiles of rows, in the type of the memory; () where they are at hand. They were read as tiles just
+    now, so that the cache has them: to exchange them through shared memory takes longer."""
     tiles = ()
-    if not INTERLEAVED:
+    if not INTERLEAVED and not are_paired(ROTARY, TILE):
         for t in tl.static_range(N_TILES):
             mask = tile_mask(t, lanes, row_mask, ROTARY, TILE)
-            tiles = tiles + (tl.load(ptr + row_starts + _partner(lanes + t * TILE, ROTARY), mask=mask, other=0.0),)
+            tiles = tiles + (tl.load(ptr + row_starts + _partner_cols(lanes + t * TILE, ROTARY), mask=mask, other=0.0),)
     return tiles
 
 
@@ -40,7 +54,7 @@ def load_partner_weight(
 ):  # fmt: skip
     """Tile t of the partners' weights, (ROWS, TILE): as `load_weight_tile` does it for few rows."""
     cols = lanes + t * TILE + tl.zeros((ROWS, 1), tl.int32)
-    return load_weight(weight_ptr + _partner(cols, ROTARY), cols < ROTARY, dtype, ZERO_CENTERED)
+    return load_weight(weight_ptr + _partner_cols(cols, ROTARY), cols < ROTARY, dtype, ZERO_CENTERED)
 
 
 @triton.jit
@@ -51,8 +65,17 @@ def swapped(tile):
 
 
 @triton.jit
-def rotated(z, cos, product, cols, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """z · cos − product in the first columns of pairs, z · cos + product in the second; z from column ROTARY on.
-    product: partner · sin; to rotate back, −(partner · its sin)."""
-    is_first = cols % 2 == 0 if INTERLEAVED else cols < ROTARY // 2
-    return tl.where(cols < ROTARY, tl.fma(z, cos, tl.where(is_first, -product, product)), z)
+def rotated(
+    z, cos, product, lanes, t: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Tile t: z · cos − product in the first columns of pairs, z · cos + product in the second; z from column ROTARY
+    on. product: partner · sin; to rotate back, −(partner · its sin)."""
+    cols = lanes + t * TILE
+    if INTERLEAVED:
+        product = tl.where(cols % 2 == 0, -product, product)
+    elif not are_paired(ROTARY, TILE):
+        product = tl.where(cols < ROTARY // 2, -product, product)
+    elif t * TILE < ROTARY // 2:
+        product = -product
+    turned = tl.fma(z, cos.to(z.dtype), product)
+    return turned if (t + 1) * TILE <= ROTARY else tl.where(cols < ROTARY, turned, z)

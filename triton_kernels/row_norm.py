@@ -17,7 +17,7 @@ from ..views import contiguous, row_levels, rows_of_samples
 from . import launch, long_row_norm
 from .gates import activated, activation_slope
 from .jit import jit
-from .rotary import load_partner_tiles, load_partner_weight, rotated, swapped
+from .rotary import are_paired, load_partner_tiles, load_partner_weight, partner, rotated, swapped
 from .tiles import (
     column_sums,
     empty_like,
@@ -145,6 +145,7 @@ def norm_block(
     if mean_ptr is not None:
         store_tile(mean_ptr + rows * GROUPS + group, mean, row_mask)
     store_tile(rstd_ptr + rows * GROUPS + group, rstd, row_mask)
+    normalized = ()
     for t in tl.static_range(N_TILES):
         y = rounded_to(tiles[t] * rstd, CAST)
         if weight_ptr is not None:
@@ -153,16 +154,24 @@ def norm_block(
             y += load_weight_tile(bias_ptr + first, lanes, t, stat, False, N_COLS, TILE, ROWS)
         if gate_ptr is not None and NORM_BEFORE_GATE:
             y *= activated(gate_tiles[t].to(stat), SILU)
-        if cos_ptr is not None:
-            if INTERLEAVED:
-                partner = swapped(y)
-            else:
-                partner = rounded_to(partner_tiles[t].to(stat) * rstd, CAST)
-                if weight_ptr is not None:
-                    partner *= load_partner_weight(weight_ptr, lanes, t, stat, ZERO_CENTERED, ROTARY, TILE, ROWS)
-            product = partner * sin_tiles[t].to(stat)
-            y = rotated(y, cos_tiles[t].to(stat), product, lanes + t * TILE, ROTARY, INTERLEAVED)
-        store_tile(y_ptr + y_offsets + t * TILE, y, tile_mask(t, lanes, row_mask, N_COLS, TILE))
+        if cos_ptr is None:
+            store_tile(y_ptr + y_offsets + t * TILE, y, tile_mask(t, lanes, row_mask, N_COLS, TILE))
+        else:
+            normalized = normalized + (y,)
+    if cos_ptr is not None:
+        for t in tl.static_range(N_TILES):
+            y = normalized[t]
+            if t * TILE < ROTARY:
+                if INTERLEAVED:
+                    other = swapped(y)
+                elif are_paired(ROTARY, TILE):
+                    other = normalized[partner(t, ROTARY, TILE)]
+                else:
+                    other = rounded_to(partner_tiles[t].to(stat) * rstd, CAST)
+                    if weight_ptr is not None:
+                        other *= load_partner_weight(weight_ptr, lanes, t, stat, ZERO_CENTERED, ROTARY, TILE, ROWS)
+                y = rotated(y, cos_tiles[t], other * sin_tiles[t].to(stat), lanes, t, ROTARY, INTERLEAVED, TILE)
+            store_tile(y_ptr + y_offsets + t * TILE, y, tile_mask(t, lanes, row_mask, N_COLS, TILE))
 
 
 @jit(do_not_specialize=["n_rows", "sample_rows"])  # the same code for every batch: the same bits
@@ -297,12 +306,15 @@ def gradient_blocks(
                     dy *= activated(gate, SILU)
                 else:
                     h *= activated(gate, SILU)
-            if cos_ptr is not None:
+            if cos_ptr is not None and t * TILE < ROTARY:
+                cos_tiles, sin_tiles, partner_dy_tiles, partner_sin_tiles = rotation
                 if INTERLEAVED:
-                    product = swapped(dy * rotation[1][t].to(stat))
+                    product = swapped(dy * sin_tiles[t].to(stat))
+                elif are_paired(ROTARY, TILE):
+                    product = dy_tiles[partner(t, ROTARY, TILE)].to(stat) * sin_tiles[partner(t, ROTARY, TILE)].to(stat)
                 else:
-                    product = rotation[2][t].to(stat) * rotation[3][t].to(stat)
-                dy = rotated(dy, rotation[0][t].to(stat), -product, lanes + t * TILE, ROTARY, INTERLEAVED)
+                    product = partner_dy_tiles[t].to(stat) * partner_sin_tiles[t].to(stat)
+                dy = rotated(dy, cos_tiles[t], -product, lanes, t, ROTARY, INTERLEAVED, TILE)
             x_factor, dy_factor = factors(h, dy, statistics)
             if PER_ROW:
                 row_mask = tile_mask(t, lanes, rows < end_row, N_COLS, TILE)
