@@ -19,11 +19,7 @@ INLINE Scaling<S> scaling_of(const ForwardRow<S>& row) {
   if constexpr (NORM == Norm::layer) {
     return Scaling<S>::template of<X>(moments(x, row.n, row.x_ahead), row);
   } else {
-    double sum = square_sum(x, row.n);
-    if (!std::isfinite(sum)) {
-      sum = moments_in_double(x, row.n, false).m2;
-    }
-    return {0, reciprocal_root<S>(sum / row.n, row.eps), 0};
+    return {0, reciprocal_rms(x, row.n, row.eps), 0};
   }
 }
 
@@ -154,4 +150,5 @@ constexpr RowKernels<ComputeType<T>> kernels_of = {
       gated_kernels<T, Norm::layer, Gate::before_norm>,
       {layer_norm_forward<T>, layer_norm_backward<T, Gate::before_add>}}},
     gated_forward<T, Norm::rms, Gate::none>,
+    {rotated_rms_norm_forward<T>, rotated_rms_norm_backward<T>},
     add_rows<T>};

@@ -221,6 +221,16 @@ INLINE S reciprocal_root(double mean_square, double eps) {
   return static_cast<S>(1 / std::sqrt(mean_square + eps));
 }
 
+// 1/√(mean(x²) + eps).
+template <typename T>
+INLINE ComputeType<T> reciprocal_rms(const T* x, int64_t n, double eps) {
+  double sum = square_sum(x, n);
+  if (!std::isfinite(sum)) {
+    sum = moments_in_double(x, n, false).m2;
+  }
+  return reciprocal_root<ComputeType<T>>(sum / n, eps);
+}
+
 // y = x · rstd · w with rstd = 1/√(mean(x²) + eps).
 template <typename T>
 Statistics<ComputeType<T>> rms_norm_forward(const ForwardRow<ComputeType<T>>& row) {
@@ -228,11 +238,7 @@ Statistics<ComputeType<T>> rms_norm_forward(const ForwardRow<ComputeType<T>>& ro
   const auto r = row;  // a copy: the compiler must assume that the stores below may change `row`
   const T* x = static_cast<const T*>(r.x);
   T* y = static_cast<T*>(r.y);
-  double sum = square_sum(x, r.n);
-  if (!std::isfinite(sum)) {
-    sum = moments_in_double(x, r.n, false).m2;
-  }
-  const S rstd = reciprocal_root<S>(sum / r.n, r.eps);
+  const S rstd = reciprocal_rms(x, r.n, r.eps);
   const auto finish = [&](auto rounds) ALWAYS_INLINE {
     each_vector<VecOf<T>, 2>(0, r.n, [=](int64_t i, int, ActiveLanes active) ALWAYS_INLINE {
       prefetch(x + i, r.x_ahead);
@@ -273,14 +279,14 @@ INLINE void store_gradient(const BackwardRow<S>& r, int64_t i, V gradient, Activ
 }
 
 // dx = (w·dy − x̂ · c1) · rstd + dh with c1 = mean(x̂ · w·dy);  dweight += dy · x̂;
-// dbias += dy.
-template <typename T, Gate GATE>
+// dbias += dy. D: the type of dy.
+template <typename T, Gate GATE, typename D = T>
 void rms_norm_backward(const BackwardRow<ComputeType<T>>& row) {
   using S = ComputeType<T>;
   using V = VecOf<T>;
   const auto r = row;  // a copy, as in rms_norm_forward
   const T* x = static_cast<const T*>(r.x);
-  const T* dy = static_cast<const T*>(r.dy);
+  const D* dy = static_cast<const D*>(r.dy);
   const T* dh = static_cast<const T*>(r.dh);
   const S rstd = r.statistics.rstd;
   Sum<V> sum;

@@ -10,6 +10,7 @@
 #include "row_norm.h"
 
 #include "column_sums.h"
+#include "rotations.h"
 #include "tensors.h"
 #include "views.h"
 
@@ -132,11 +133,15 @@ struct ForwardRows {
         groups(call.groups),
         adds(call.residual_dtype.has_value()),
         gated(call.gate.defined()),
-        needs_scratch(gated || x.converts() || residual.converts() || h.converts() || y.converts()),
+        needs_scratch(gated || call.cos.defined() || x.converts() || residual.converts() || h.converts() ||
+                      y.converts()),
         add(kernels<S>(working).add),
         forward(kernels_of<S>(call, working).forward) {
     if (call.norm == Norm::rms && call.bias && !call.gate.defined()) {
       forward = kernels<S>(working).biased_rms_norm;
+    }
+    if (call.cos.defined()) {
+      forward = kernels<S>(working).rotated_rms_norm.forward;
     }
   }
 
@@ -199,8 +204,9 @@ void forward_in(const ForwardCall& call, const ForwardResult& result, const RowL
   const int64_t sample_rows = n_rows / call.samples;
   const ForwardRows<S> tensors(call, result, levels);
   parallel(n_rows, width, [&](int64_t begin, int64_t end) {
-    Scratch<S> scratch(tensors.needs_scratch, 4, cols);
+    Scratch<S> scratch(tensors.needs_scratch, 6, cols);
     Parameters<S> parameters(call, width, call.norm == Norm::layer || call.bias || call.gate.defined());
+    Rotations<S> rotations(call, levels, scratch.row(4), scratch.row(5));
     ForwardRow<S> row{};
     row.n = cols;
     row.scratch = scratch.row(3);
@@ -225,6 +231,7 @@ void forward_in(const ForwardCall& call, const ForwardResult& result, const RowL
             if (i + 1 == end) {  // the next row is another thread's: no prefetch
               row.x_ahead = row.gate_ahead = row.y_ahead = 0;
             }
+            rotations.set(row, i);
             rows.run(i, row, scratch);
           }
         }
@@ -255,9 +262,10 @@ struct BackwardRows {
         groups(call.groups),
         gated(call.gate.defined()),
         x_gated(call.x_gate.defined()),
-        needs_scratch(gated || dy.converts() || dh.converts() || h.converts() || x.converts() || dx.converts() ||
-                      dresidual.converts()),
-        backward(kernels_of<S>(call, working).backward) {}
+        needs_scratch(gated || call.cos.defined() || dy.converts() || dh.converts() || h.converts() || x.converts() ||
+                      dx.converts() || dresidual.converts()),
+        backward(call.cos.defined() ? kernels<S>(working).rotated_rms_norm.backward
+                                    : kernels_of<S>(call, working).backward) {}
 
   BackwardRows group(int64_t index, int64_t cols) const {
     BackwardRows part = *this;
@@ -355,8 +363,9 @@ void backward_in(const BackwardCall& call, const BackwardResult& result, const R
   const ColumnSums<S> dx_gate(result.dx_gate, chunks, width);
   const bool sums_in_scratch = dweight.needs_scratch() || dbias.needs_scratch() || dx_gate.needs_scratch();
   parallel(chunks.count, chunks.rows * width, [&](int64_t begin, int64_t end) {
-    Scratch<S> scratch(tensors.needs_scratch, 6, cols), sums(sums_in_scratch, 3, width);
+    Scratch<S> scratch(tensors.needs_scratch, 8, cols), sums(sums_in_scratch, 3, width);
     Parameters<S> parameters(call, width, gate_of(call) == Gate::after_norm);
+    Rotations<S> rotations(call, levels, scratch.row(6), scratch.row(7));
     BackwardRow<S> row{};
     row.n = cols;
     row.scratch = scratch.row(5);
@@ -387,6 +396,7 @@ void backward_in(const BackwardCall& call, const BackwardResult& result, const R
             rows.end_look_ahead(row);
           }
           row.first = i == first;
+          rotations.set(row, i);
           rows.run(i, row, scratch);
         }
       }
@@ -421,6 +431,25 @@ void check_input(const at::Tensor& x, int64_t dims) {
 
 // x: what is normalised.
 template <typename Call>
+void check_rotation(const Call& call, const at::Tensor& x, std::optional<at::ScalarType> residual_dtype) {
+  TORCH_CHECK(call.cos.defined() == call.sin.defined(), "fastnorm: expected cos with sin, and only with it");
+  if (!call.cos.defined()) {
+    return;
+  }
+  const bool is_plain_rms_norm = call.norm == Norm::rms && gate_of(call) == Gate::none && !residual_dtype && !call.bias;
+  TORCH_CHECK(is_plain_rms_norm && call.dims == 1 && call.groups == 1 && call.samples == 1,
+              "fastnorm: no kernel for a rotation but of rms_norm's rows, without a gate, residual or bias");
+  at::DimVector sizes(x.sizes());
+  sizes.back() = call.cos.dim() == 0 ? 0 : call.cos.size(-1);
+  TORCH_CHECK(sizes.back() > 0 && sizes.back() % 2 == 0 && sizes.back() <= x.size(-1),
+              "fastnorm: expected cos with an even number of columns, at most ", x.size(-1), ", got ",
+              call.cos.sizes());
+  check_tensor(call.cos, "cos", sizes);
+  check_tensor(call.sin, "sin", sizes);
+}
+
+// x: what is normalised.
+template <typename Call>
 void check_features(const Call& call, const at::Tensor& x, std::optional<at::ScalarType> residual_dtype) {
   TORCH_CHECK(call.norm == Norm::rms || !call.cast_dtype, "fastnorm: no kernel for cast_dtype with subtract_mean");
   const int64_t width = c10::multiply_integers(normalized_sizes(x, call.dims)), n_rows = count_rows(x, call.dims);
@@ -448,6 +477,7 @@ void check_features(const Call& call, const at::Tensor& x, std::optional<at::Sca
   check(call.weight.value_or(at::Tensor()), "weight");
   check(call.bias.value_or(at::Tensor()), "bias");
   check(call.x_gate, "x_gate");
+  check_rotation(call, x, residual_dtype);
 }
 
 // weight, bias and x_gate as the kernels read them: (samples, cols) with adjacent columns, or contiguous.
@@ -464,6 +494,45 @@ void view_parameters(Call& call) {
 
 }  // namespace
 
+ForwardCall rms_norm_of(const at::Tensor& x, const std::optional<at::Tensor>& weight, double eps, bool zero_centered,
+                        std::optional<at::ScalarType> cast_dtype, at::ScalarType out_dtype, const at::Tensor& cos,
+                        const at::Tensor& sin, bool interleaved, bool saves_statistics) {
+  return {.norm = Norm::rms,
+          .x = x,
+          .dims = 1,
+          .groups = 1,
+          .samples = 1,
+          .weight = weight,
+          .eps = eps,
+          .zero_centered = zero_centered,
+          .cast_dtype = cast_dtype,
+          .out_dtype = out_dtype,
+          .saves_statistics = saves_statistics,
+          .cos = cos,
+          .sin = sin,
+          .interleaved = interleaved};
+}
+
+BackwardCall rms_norm_of(const at::Tensor& dy, const at::Tensor& x, const std::optional<at::Tensor>& weight,
+                         const at::Tensor& rstd, bool zero_centered, std::optional<at::ScalarType> cast_dtype,
+                         std::optional<at::ScalarType> dweight_dtype, const at::Tensor& cos, const at::Tensor& sin,
+                         bool interleaved) {
+  return {.norm = Norm::rms,
+          .dy = dy,
+          .h = x,
+          .dims = 1,
+          .groups = 1,
+          .samples = 1,
+          .weight = weight,
+          .rstd = rstd,
+          .zero_centered = zero_centered,
+          .cast_dtype = cast_dtype,
+          .dtypes = {x.scalar_type(), std::nullopt, dweight_dtype, std::nullopt},
+          .cos = cos,
+          .sin = sin,
+          .interleaved = interleaved};
+}
+
 ForwardResult norm_forward(ForwardCall call) {
   check_input(call.x, call.dims);
   if (call.residual.defined()) {
@@ -475,7 +544,7 @@ ForwardResult norm_forward(ForwardCall call) {
   const bool in_double =
       is_double(call.x) || is_double(call.residual) || is_double(call.gate) || call.residual_dtype == at::kDouble;
   ForwardResult result = make_results(call, in_double ? at::kDouble : at::kFloat);
-  const RowLevels levels({&call.x, &call.residual, &call.gate}, call.dims);
+  const RowLevels levels({&call.x, &call.residual, &call.gate, &call.cos, &call.sin}, call.dims);
   view_parameters(call);
   in_double ? forward_in<double>(call, result, levels) : forward_in<float>(call, result, levels);
   return result;
@@ -504,7 +573,7 @@ BackwardResult norm_backward(BackwardCall call) {
     check_statistics(call.mean, "mean", {count}, statistics_dtype);
   }
   BackwardResult result = make_results(call);
-  const RowLevels levels({&call.dy, &call.dh, &call.h, &call.x, &call.gate}, call.dims);
+  const RowLevels levels({&call.dy, &call.dh, &call.h, &call.x, &call.gate, &call.cos, &call.sin}, call.dims);
   view_parameters(call);
   in_double ? backward_in<double>(call, result, levels) : backward_in<float>(call, result, levels);
   return result;

@@ -1,5 +1,5 @@
 // The row norms on the CPU, for calls from C++: layer_norm and rms_norm, alone, after a residual addition, with a gate,
-// or modulated.
+// modulated, or, rms_norm, with a rotary embedding behind it.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,7 +13,8 @@ namespace fastnorm::cpu {
 // x, residual and gate have one shape, whose last `dims` dimensions are normalised, in `groups` equal parts; weight,
 // bias and x_gate have the sizes of those, or, with one row for each of `samples` equal runs of rows, (samples,
 // *sizes). Any strides. residual, gate and x_gate are undefined without one. A gate comes with none of the others, and
-// groups with neither samples nor an x_gate. h = residual + x_gate · x.
+// groups with neither samples nor an x_gate. h = residual + x_gate · x. cos and sin rotate y, as a Rotation in rows.h:
+// x's shape but for the last dimension, rotary_dim; undefined without a rotation, which comes with none of the others.
 struct ForwardCall {
   Norm norm;
   at::Tensor x, residual, gate, x_gate;
@@ -25,7 +26,14 @@ struct ForwardCall {
   at::ScalarType out_dtype;
   std::optional<at::ScalarType> residual_dtype;  // of h
   bool saves_statistics = true;
+  at::Tensor cos = {}, sin = {};
+  bool interleaved = false;
 };
+
+// rms_norm over the last dimension alone, with the rotation behind it.
+ForwardCall rms_norm_of(const at::Tensor& x, const std::optional<at::Tensor>& weight, double eps, bool zero_centered,
+                        std::optional<at::ScalarType> cast_dtype, at::ScalarType out_dtype, const at::Tensor& cos,
+                        const at::Tensor& sin, bool interleaved, bool saves_statistics = true);
 
 // y and h: x's shape, contiguous; mean and rstd: (rows · groups,). h is undefined without a residual and an x_gate,
 // mean for rms_norm, mean and rstd where they are not saved.
@@ -52,7 +60,14 @@ struct BackwardCall {
   bool zero_centered, silu, norm_before_gate;
   std::optional<at::ScalarType> cast_dtype;
   GradientDtypes dtypes;
+  at::Tensor cos = {}, sin = {};
+  bool interleaved = false;
 };
+
+BackwardCall rms_norm_of(const at::Tensor& dy, const at::Tensor& x, const std::optional<at::Tensor>& weight,
+                         const at::Tensor& rstd, bool zero_centered, std::optional<at::ScalarType> cast_dtype,
+                         std::optional<at::ScalarType> dweight_dtype, const at::Tensor& cos, const at::Tensor& sin,
+                         bool interleaved);
 
 // dx, dresidual, dgate: h's shape; dx_gate, dweight, dbias: their parameter's; all contiguous. Outputs that are not
 // wanted are undefined, and so are a dresidual that equals dx, and the gradient of a gate or x_gate that isn't there.

@@ -35,6 +35,17 @@ struct Statistics {
   S mean, rstd;
 };
 
+// A rotary embedding of a row's first `dim` columns, an even number: y_j = z_j · cos_j ± z_partner(j) · sin_j. In the
+// first half, − and the partner j + dim / 2; in the second, + and j − dim / 2. Interleaved: − and j + 1 in even columns,
+// + and j − 1 in odd ones. Other columns pass.
+template <typename S>
+struct Rotation {
+  const S* cos;
+  const S* sin;
+  int64_t dim;
+  bool interleaved;
+};
+
 // x, gate and y point to n elements of the kernel's dtype. weight is never null, bias only in an rms_norm with neither
 // a bias nor a gate. A gate needs scratch memory for n elements.
 template <typename S>
@@ -51,11 +62,12 @@ struct ForwardRow {
   bool silu;                             // the gate's activation; false is the sigmoid
   double eps;
   Dtype cast;  // x̂ is rounded to it before the weight multiplies; dtype_of<S> means no rounding
+  Rotation<S> rotation;  // read by `rotated_rms_norm` alone
 };
 
 // dh, dresidual, dweight and dbias may be null; there is no dh with a gate. dweight, dbias and dx_gate are sums over
 // rows: the first row writes them, the others add. Gate::before_add alone reads gated_x, what the x_gate multiplied,
-// and writes dresidual and dx_gate.
+// and writes dresidual and dx_gate. A rotation, like a gate, needs scratch memory for n elements.
 template <typename S>
 struct BackwardRow {
   const void* dy;
@@ -79,6 +91,7 @@ struct BackwardRow {
   int64_t x_ahead, dy_ahead, gate_ahead, gated_x_ahead, dx_ahead, dresidual_ahead, dgate_ahead;
   bool silu;
   Dtype cast;
+  Rotation<S> rotation;  // read by `rotated_rms_norm` alone
 };
 
 template <typename S>
@@ -92,6 +105,7 @@ template <typename S>
 struct RowKernels {
   NormKernels<S> norms[norm_count][gate_count];
   Statistics<S> (*biased_rms_norm)(const ForwardRow<S>&);  // the forward with a bias, without a gate
+  NormKernels<S> rotated_rms_norm;
   // h = residual + x_gate · x; residual or x_gate may be null.
   void (*add)(const void* x, const void* residual, const S* x_gate, void* h, int64_t n);
 };

@@ -88,11 +88,14 @@ class Rows2d {
   // The row itself, or a converted copy in scratch where its dtype is not the working dtype.
   const void* read(int64_t i, S* scratch) const {
     if (converts_) {
-      kernel_table<S>().load[static_cast<int>(dtype_)](data_ + offsets_(i), scratch, cols_);
+      kernel_table<S>().load[static_cast<int>(dtype_)](address(i), scratch, cols_);
       return scratch;
     }
-    return data_ == nullptr ? nullptr : data_ + offsets_(i);
+    return data_ == nullptr ? nullptr : address(i);
   }
+
+  // Where row i begins in the tensor.
+  const void* address(int64_t i) const { return data_ + offsets_(i); }
 
   bool converts() const { return converts_; }
 

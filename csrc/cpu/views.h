@@ -46,6 +46,7 @@ struct RowOffsets {
 
 // The rows of tensors of one shape, which are read in place: the last `dims` dimensions are the columns. The leading
 // dimensions are collapsed into as few levels as the strides of all tensors allow, up to three, as of (B, S, H, D).
+// Tensors after the first may have other columns, as cos and sin have.
 class RowLevels {
  public:
   // Replaces tensors by contiguous copies where their columns are not adjacent, or where there would be more levels.
