@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
+#include <limits>
 
 namespace fastnorm {
 namespace {
@@ -50,12 +51,12 @@ bool is_not_intercepted() {
   return is_dispatched_plainly() && !at::impl::torch_function_mode_enabled() && !is_differentiated_forward();
 }
 
-bool kernels_can_take(std::initializer_list<Tensor> tensors) {
+bool kernels_can_take(c10::ArrayRef<Tensor> tensors) {
   return !at::GradMode::is_enabled() && !is_differentiated_forward() && is_dispatched_plainly() &&
          std::all_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return !t.defined() || is_plain(t); });
 }
 
-bool any_requires_grad(std::initializer_list<Tensor> tensors) {
+bool any_requires_grad(c10::ArrayRef<Tensor> tensors) {
   return at::GradMode::is_enabled() &&
          std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.defined() && t.requires_grad(); });
 }
@@ -105,6 +106,14 @@ bool unpack_float(PyObject* object, double& out) {
   return true;
 }
 
+bool unpack_eps(PyObject* object, bool has_default, at::ScalarType type, double& out) {
+  if (object == Py_None) {
+    out = type == at::kDouble ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
+    return has_default;
+  }
+  return unpack_float(object, out);
+}
+
 std::optional<at::ScalarType> gradient_dtype(const torch::autograd::AutogradContext* ctx, size_t index,
                                              const Tensor& input) {
   return input.defined() && ctx->needs_input_grad(index) ? std::optional(input.scalar_type()) : std::nullopt;
@@ -112,6 +121,18 @@ std::optional<at::ScalarType> gradient_dtype(const torch::autograd::AutogradCont
 
 std::optional<Tensor> as_optional(const Tensor& tensor) {
   return tensor.defined() ? std::optional(tensor) : std::nullopt;
+}
+
+pybind11::list list_of(c10::ArrayRef<Tensor> tensors) {
+  pybind11::list objects;
+  for (const Tensor& tensor : tensors) {
+    objects.append(tensor.defined() ? pybind11::cast(tensor) : pybind11::none());
+  }
+  return objects;
+}
+
+pybind11::object or_none(const std::optional<at::ScalarType>& type) {
+  return type ? pybind11::cast(*type) : pybind11::none();
 }
 
 }  // namespace fastnorm

@@ -5,10 +5,10 @@
 #include <Python.h>
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/ArrayRef.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <initializer_list>
 #include <optional>
 
 namespace fastnorm {
@@ -28,9 +28,9 @@ bool is_not_intercepted();
 
 // In a backward: whether kernels can take these gradients and saved tensors, which hooks may have replaced, nothing
 // intercepts the call, and its results need no gradients themselves.
-bool kernels_can_take(std::initializer_list<at::Tensor> tensors);
+bool kernels_can_take(c10::ArrayRef<at::Tensor> tensors);
 
-bool any_requires_grad(std::initializer_list<at::Tensor> tensors);
+bool any_requires_grad(c10::ArrayRef<at::Tensor> tensors);
 
 // Whether autocast makes the result of this aten operator float32. fastnorm.ops.arguments has the same rule in Python.
 bool autocasts(const char* aten_operator, const at::Tensor& x);
@@ -44,6 +44,8 @@ bool unpack_optional(PyObject* object, at::IntArrayRef sizes, at::Device device,
 bool unpack_bool(PyObject* object, bool& out);
 bool unpack_dtype(PyObject* object, std::optional<at::ScalarType>& out);  // a known one, or None
 bool unpack_float(PyObject* object, double& out);
+// A float, or None where there is a default: the machine epsilon of what kernels compute in for inputs of this dtype.
+bool unpack_eps(PyObject* object, bool has_default, at::ScalarType type, double& out);
 
 // The dtype of the gradient of the node's input number `index`; none if the input is undefined or needs no gradient.
 std::optional<at::ScalarType> gradient_dtype(const torch::autograd::AutogradContext* ctx, size_t index,
@@ -56,17 +58,19 @@ inline PyCFunction as_method(PyObject* (*function)(PyObject*, PyObject* const*, 
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
 
+// A list in Python, with None for undefined tensors. Needs the GIL.
+pybind11::list list_of(c10::ArrayRef<at::Tensor> tensors);
+
+// None without a dtype.
+pybind11::object or_none(const std::optional<at::ScalarType>& type);
+
 // The gradients that a function of fastnorm.reference returns, function(inputs, dy, *options): made of PyTorch's
 // operations, so that they can be differentiated again. Undefined where it returns None. Needs the GIL.
 template <typename... Options>
-torch::autograd::variable_list reference_gradients(const char* function, std::initializer_list<at::Tensor> inputs,
-                                                   const at::Tensor& dy, Options&&... options) {
+torch::autograd::variable_list reference_gradients(const char* function, c10::ArrayRef<at::Tensor> inputs,
+                                                   Options&&... dy_and_options) {
   namespace py = pybind11;
-  py::list objects;
-  for (const at::Tensor& input : inputs) {
-    objects.append(input.defined() ? py::cast(input) : py::none());
-  }
-  const auto found = py::module_::import("fastnorm.reference").attr(function)(objects, dy, options...);
+  const auto found = py::module_::import("fastnorm.reference").attr(function)(list_of(inputs), dy_and_options...);
   torch::autograd::variable_list gradients;
   for (const auto& gradient : found) {
     gradients.push_back(gradient.is_none() ? at::Tensor() : py::cast<at::Tensor>(gradient));

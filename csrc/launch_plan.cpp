@@ -59,6 +59,7 @@ void launch_by_python(const py::handle& launcher, const Launch& launch, const st
 
 std::shared_ptr<const Plan> plan_from(const py::handle& described) {
   auto plan = std::make_shared<Plan>();
+  plan->returns_list = py::cast<bool>(described.attr("returns_list"));
   for (const auto& result : described.attr("results")) {
     plan->results.push_back(result.is_none() ? std::nullopt : std::optional(layout_from(result)));
   }

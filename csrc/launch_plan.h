@@ -44,6 +44,7 @@ struct Layout {
 
 struct Plan {
   std::vector<std::optional<Layout>> results;
+  bool returns_list;  // whether the launcher returns them as a list
   std::vector<Layout> temporaries;
   std::vector<std::variant<Copy, Launch>> steps;
   pybind11::object kernels;  // keeps the functions loaded

@@ -1,10 +1,10 @@
 // The autograd node of a whole call: torch::autograd::Function without the parts that such calls don't need.
 #pragma once
 
+#include <c10/util/ArrayRef.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 
-#include <initializer_list>
 #include <mutex>
 #include <string>
 #include <utility>
@@ -46,7 +46,7 @@ void fire_creation_hooks(const Pointer& node) {
 // Makes the outputs results of a new node with these inputs. An input that was not given is undefined, and so is its
 // gradient. save(ctx) saves what the backward needs; it is called last, when a saved output is known as an output.
 template <typename F, typename Save>
-void attach(const torch::autograd::variable_list& inputs, std::initializer_list<at::Tensor> outputs, const Save& save) {
+void attach(const torch::autograd::variable_list& inputs, c10::ArrayRef<at::Tensor> outputs, const Save& save) {
   auto* const made = new CallNode<F>();
   const auto node = owned<NodePtr>(made);
   made->set_next_edges(torch::autograd::collect_next_edges(inputs));

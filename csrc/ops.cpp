@@ -60,9 +60,9 @@ PYBIND11_MODULE(_C, m) {
 #ifdef FASTNORM_CUDA
   m.def("cuda_covers", &fastnorm::cuda_covers, "Whether the CUDA kernels run on the device of this index.");
 #endif
-  if (fastnorm::add_row_norm_calls(m.ptr()) != 0 || fastnorm::add_channel_norm_calls(m.ptr()) != 0 ||
-      fastnorm::add_list_functions(m.ptr()) != 0 || fastnorm::plans::add_functions(m.ptr()) != 0 ||
-      fastnorm::add_statistics_functions(m.ptr()) != 0) {
+  if (fastnorm::add_row_norm_calls(m.ptr()) != 0 || fastnorm::add_rms_norm_many_call(m.ptr()) != 0 ||
+      fastnorm::add_channel_norm_calls(m.ptr()) != 0 || fastnorm::add_list_functions(m.ptr()) != 0 ||
+      fastnorm::plans::add_functions(m.ptr()) != 0 || fastnorm::add_statistics_functions(m.ptr()) != 0) {
     throw pybind11::error_already_set();
   }
 }

@@ -87,6 +87,19 @@ struct Call {
     key.add(value ? 'D' : 'N', value ? static_cast<int64_t>(*value) : 0);
   }
   void add_value(at::MemoryFormat value) { key.add('M', static_cast<int64_t>(value)); }
+  template <typename T>
+  void add_value(const std::vector<T>& values) {
+    key.add('L', static_cast<int64_t>(values.size()));
+    for (const T& value : values) {
+      add_value(value);
+    }
+  }
+};
+
+// A launcher's results, and whether it returns them as a list: the results of a `Tensor[]`.
+struct Results {
+  std::vector<Tensor> tensors;
+  bool is_list = false;
 };
 
 // What is known of a key: how often it was seen, and its plan, once it is recorded. A null plan that is recorded means
@@ -115,23 +128,23 @@ py::object& python(const char* name) {
   return function;
 }
 
-// Calls the launcher in Python, which returns a tensor or a tuple of tensors and None.
-std::vector<Tensor> call_python(const char* name, const py::tuple& arguments) {
+// Calls the launcher in Python, which returns a tensor, a tuple of tensors and None, or a list of tensors.
+Results call_python(const char* name, const py::tuple& arguments) {
   const py::object found = python("launcher_of")(name)(*arguments);
-  std::vector<Tensor> results;
-  if (py::isinstance<py::tuple>(found)) {
+  Results results{{}, py::isinstance<py::list>(found)};
+  if (results.is_list || py::isinstance<py::tuple>(found)) {
     for (const auto& result : found) {
-      results.push_back(result.is_none() ? Tensor() : py::cast<Tensor>(result));
+      results.tensors.push_back(result.is_none() ? Tensor() : py::cast<Tensor>(result));
     }
   } else {
-    results.push_back(py::cast<Tensor>(found));
+    results.tensors.push_back(py::cast<Tensor>(found));
   }
   return results;
 }
 
 // Runs the plan of a call, or the launcher in Python. `arguments` makes the Python objects, where they are needed.
 template <typename Arguments>
-std::vector<Tensor> call(Call& call, const Arguments& arguments) {
+Results call(Call& call, const Arguments& arguments) {
   const at::Device device = call.tensors.at(0).device();
   const at::OptionalDeviceGuard guard(device.is_cpu() ? std::nullopt : std::optional(device));
   static PyObject* const device_types[] = {PyUnicode_InternFromString("cpu"), PyUnicode_InternFromString("cuda")};
@@ -163,7 +176,8 @@ std::vector<Tensor> call(Call& call, const Arguments& arguments) {
   }
   if (plan != nullptr) {
     try {
-      return run(*plan, call.tensors, PyTuple_GET_ITEM(parts, 3), PyLong_AsVoidPtr(PyTuple_GET_ITEM(parts, 2)));
+      return {run(*plan, call.tensors, PyTuple_GET_ITEM(parts, 3), PyLong_AsVoidPtr(PyTuple_GET_ITEM(parts, 2))),
+              plan->returns_list};
     } catch (const NoContext&) {
       // the launcher in Python creates a context
     }
@@ -179,11 +193,33 @@ py::object object_of(const Argument& argument) {
           return value.defined() ? py::cast(value) : py::none();
         } else if constexpr (std::is_same_v<T, std::optional<at::ScalarType>>) {
           return value ? py::cast(*value) : py::none();
+        } else if constexpr (std::is_same_v<T, std::vector<Tensor>>) {
+          py::list objects;
+          for (const Tensor& tensor : value) {
+            objects.append(object_of(tensor));
+          }
+          return objects;
         } else {
           return py::cast(value);
         }
       },
       argument);
+}
+
+std::optional<Argument> argument_from(PyObject* object);
+
+// A list of T, or none where an element is something else.
+template <typename T>
+std::optional<Argument> list_from(PyObject* list) {
+  std::vector<T> values;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
+    const auto argument = argument_from(PyList_GET_ITEM(list, i));
+    if (!argument || !std::holds_alternative<T>(*argument)) {
+      return std::nullopt;
+    }
+    values.push_back(std::get<T>(*argument));
+  }
+  return values;
 }
 
 // None for an object that a key can't hold.
@@ -216,6 +252,10 @@ std::optional<Argument> argument_from(PyObject* object) {
   if (THPMemoryFormat_Check(object)) {
     return reinterpret_cast<THPMemoryFormat*>(object)->memory_format;
   }
+  if (PyList_CheckExact(object)) {
+    const bool of_bools = PyList_GET_SIZE(object) > 0 && PyBool_Check(PyList_GET_ITEM(object, 0));
+    return of_bools ? list_from<bool>(object) : list_from<Tensor>(object);
+  }
   return std::nullopt;
 }
 
@@ -235,14 +275,15 @@ PyObject* call_operator(PyObject*, PyObject* const* arguments, Py_ssize_t count)
   }
   const auto results =
       is_known && !wanted.tensors.empty() ? call(wanted, [&] { return objects; }) : call_python(wanted.name, objects);
-  if (results.size() == 1) {
-    return THPVariable_Wrap(results[0]);
+  const auto& tensors = results.tensors;
+  if (tensors.size() == 1 && !results.is_list) {
+    return THPVariable_Wrap(tensors[0]);
   }
-  py::tuple wrapped(results.size());
-  for (size_t i = 0; i < results.size(); ++i) {
-    wrapped[i] = py::reinterpret_steal<py::object>(THPVariable_Wrap(results[i]));  // None, if it is undefined
+  py::list wrapped(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    wrapped[i] = py::reinterpret_steal<py::object>(THPVariable_Wrap(tensors[i]));  // None, if it is undefined
   }
-  return wrapped.release().ptr();
+  return results.is_list ? wrapped.release().ptr() : PyList_AsTuple(wrapped.ptr());
   END_HANDLE_TH_ERRORS
 }
 
@@ -264,13 +305,14 @@ std::vector<Tensor> call(const char* name, c10::ArrayRef<Argument> arguments) {
   for (const Argument& argument : arguments) {
     wanted.add(argument);
   }
-  return call(wanted, [&] {
+  const auto objects_of_all = [&] {
     py::tuple objects(arguments.size());
     for (size_t i = 0; i < arguments.size(); ++i) {
       objects[i] = object_of(arguments[i]);
     }
     return objects;
-  });
+  };
+  return call(wanted, objects_of_all).tensors;
 }
 
 int add_functions(PyObject* module) {

@@ -12,7 +12,6 @@
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <limits>
 #include <utility>
 #include <vector>
 
@@ -103,8 +102,6 @@ cpu::ForwardResult forward(const Call& call, bool saves_statistics) {
                                        o.norm_before_gate, o.cast_dtype, optional(call.out_dtype), call.h_dtype});
   return {results.at(0), results.at(1), results.at(2), results.at(3)};
 }
-
-pybind11::object or_none(const optional<ScalarType>& type) { return type ? pybind11::cast(*type) : pybind11::none(); }
 
 // What autograd keeps for the backward. h is x of the forward where that made no h; x is kept with an x_gate alone.
 struct Saved {
@@ -199,15 +196,6 @@ bool unpack_shape(PyObject* object, const Tensor& x, int64_t& dims) {
     }
   }
   return true;
-}
-
-// For RMSNorm None stands for the machine epsilon of the type that is computed in.
-bool unpack_eps(PyObject* object, bool has_default, ScalarType type, double& eps) {
-  if (object == Py_None) {
-    eps = type == at::kDouble ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
-    return has_default;
-  }
-  return unpack_float(object, eps);
 }
 
 // Reads (gate, activation, norm_before_gate, group_size), after the other arguments; call.options.dims is known.

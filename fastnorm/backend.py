@@ -106,7 +106,7 @@ def _import(name: str, module: str) -> ModuleType | None:
 
 
 def _with_plans() -> SimpleNamespace:
-    """Triton's operators, called through their launch plans. Those on lists of tensors have no plans."""
+    """Triton's operators, called through their launch plans. The clips', on lists of any length, have no plans."""
     call = _triton.plans.call if _native is None else _native.call_operator
     plans = {name: partial(call, name) for name in operators.OPERATORS}
     lists = {name: getattr(_triton, name) for name in plans if name.startswith("multi_tensor")}

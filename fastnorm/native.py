@@ -58,7 +58,7 @@ _row_norms = enumerate(
     f"{kind}{norm}" for kind in ("", "add_", "gated_", "modulated_") for norm in ("layer_norm", "rms_norm")
 )
 calls = {name: partial(_function("row_norm"), number) for number, name in _row_norms}
-calls |= {name: _function(name) for name in ("batch_norm", "group_norm")}
+calls |= {name: _function(name) for name in ("batch_norm", "group_norm", "rms_norm_many")}
 # call_operator(name, *arguments) runs an operator of the Triton backend by its launch plan; plan_count() counts them.
 call_operator, plan_count = map(_function, ("call_operator", "plan_count"))
 # Statistics of the norms' inputs, as they are computed (csrc/statistics.h).

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("fastnorm.native", exc_type=ImportError)
 pytestmark = pytest.mark.slow
 
-NAMES = "native", "modulated_native", "channel_native", "clip_native"
+NAMES = "native", "modulated_native", "rms_norm_many_native", "channel_native", "clip_native"
 FILES = [Path(__file__).with_name(f"test_{name}.py") for name in NAMES]
 SETS = ("default", "avx2", "avx512")
 BEST = torch.backends.cpu.get_cpu_capability().lower()

@@ -49,16 +49,21 @@ class Plan(NamedTuple):
     """Tensors are numbered: the call's arguments, its results that are not None, and temporaries.
 
     results, temporaries: (shape, strides, dtype) of each; None for a result that is None.
+    returns_list: whether the launcher returns the results as a list, and not as a tuple or one tensor.
     steps: ("copy", to, from, offset, shape, strides) or ("launch", function, grid, threads, shared bytes, parameters);
         a parameter is (−1, number) or (tensor's number, bytes from its first element).
     launches: for each launch the compiled kernel, which keeps it loaded, and the parameters of Triton's own launcher,
-        which takes constexprs as well.
+        which takes constexprs as well, and tuples: (_TUPLE, its parameters).
     """
 
     results: list[tuple | None]
+    returns_list: bool
     temporaries: list[tuple]
     steps: list[tuple]
     launches: list[tuple[Any, list[tuple[int, Any]]]]
+
+
+_TUPLE = -2
 
 
 class _NoPlan(Exception):
@@ -134,17 +139,34 @@ def record(name: str, arguments: tuple) -> Plan | None:
         recorder.note = recording.note
         with recording:
             results = launcher_of(name)(*arguments)
-        return _plan(recording, [a for a in arguments if isinstance(a, Tensor)], results)
+        return _plan(recording, _tensors(arguments), results)
     except _NoPlan:
         return None
     finally:
         recorder.note = None
 
 
+def _tensors(arguments: Iterable) -> list[Tensor]:
+    """The tensors among the arguments, and in lists of them, in order."""
+    found: list[Tensor] = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            found.append(argument)
+        elif isinstance(argument, list):
+            found += _tensors(argument)
+    return found
+
+
 def _without_aliases(arguments: tuple) -> tuple:
     """The arguments, with uninitialised tensors for those that share memory: an address must belong to one argument."""
-    storages = Counter(_storage(a) for a in arguments if isinstance(a, Tensor))
-    return tuple(_like(a) if isinstance(a, Tensor) and storages[_storage(a)] > 1 else a for a in arguments)
+    storages = Counter(map(_storage, _tensors(arguments)))
+
+    def alone(argument: Any) -> Any:
+        if isinstance(argument, list):
+            return list(map(alone, argument))
+        return _like(argument) if isinstance(argument, Tensor) and storages[_storage(argument)] > 1 else argument
+
+    return tuple(map(alone, arguments))
 
 
 def _like(tensor: Tensor) -> Tensor:
@@ -158,7 +180,8 @@ def _like(tensor: Tensor) -> Tensor:
 
 def _plan(recording: _Recording, inputs: list[Tensor], results: Any) -> Plan:
     """The plan of what was recorded, with tensors numbered in the order of `slots`."""
-    results = results if isinstance(results, tuple) else (results,)
+    returns_list = isinstance(results, list)
+    results = results if isinstance(results, (tuple, list)) else (results,)
     outputs = [result for result in results if result is not None]
     made = {_storage(tensor): tensor for tensor in recording.made}
     for output in outputs:
@@ -177,7 +200,7 @@ def _plan(recording: _Recording, inputs: list[Tensor], results: Any) -> Plan:
         steps.append(_launch(place, slots, compiled, grid, arguments))
         launches.append((compiled, [_parameter(place, slots, a) for a in (*arguments, *constexprs)]))
     layouts = [None if result is None else _layout(result) for result in results]
-    return Plan(layouts, [_layout(temporary) for temporary in made.values()], steps, launches)
+    return Plan(layouts, returns_list, [_layout(temporary) for temporary in made.values()], steps, launches)
 
 
 def _storage(tensor: Tensor) -> int:
@@ -218,6 +241,8 @@ def _flat(arguments: Iterable, types: Iterable) -> Iterable[Any]:
 
 
 def _parameter(place: dict[int, int], slots: list[Tensor], value: Any) -> tuple[int, Any]:
+    if isinstance(value, tuple):
+        return _TUPLE, tuple(_parameter(place, slots, part) for part in value)
     if not isinstance(value, Tensor):
         return -1, value
     slot = place[_storage(value)]
@@ -232,12 +257,12 @@ def call(name: str, *arguments: Any) -> Any:
     """Calls an operator by its launch plan; csrc/plans.cpp does the same where there is the extension."""
     driver = drivers.active
     device = driver.get_current_device()
-    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    tensors = _tensors(arguments)
     # meta tensors have no memory; and for tensors on another device the launcher makes that device current
     if needs_jit() or tensors[0].is_meta or tensors[0].device.index not in (None, device):
         return launcher_of(name)(*arguments)
     is_hip = backend() == "hip"
-    key = name, driver, device, *(_trait(a, is_hip) if isinstance(a, Tensor) else a for a in arguments)
+    key = name, driver, device, *(_trait(a, is_hip) for a in arguments)
     known = _known.get(key)
     if known is None:
         if len(_known) >= _MOST_KEYS:
@@ -251,10 +276,14 @@ def call(name: str, *arguments: Any) -> Any:
     return _run(known[1], tensors, driver.get_current_stream(device))
 
 
-def _trait(tensor: Tensor, is_hip: bool) -> tuple:
-    """What of a tensor its launcher and Triton's specialisation look at."""
-    is_large = is_hip and tensor.untyped_storage().nbytes() >= 2**31
-    return tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16, is_large
+def _trait(argument: Any, is_hip: bool) -> Any:
+    """What of an argument its launcher and Triton's specialisation look at."""
+    if isinstance(argument, list):
+        return tuple(_trait(part, is_hip) for part in argument)
+    if not isinstance(argument, Tensor):
+        return argument
+    is_large = is_hip and argument.untyped_storage().nbytes() >= 2**31
+    return argument.dtype, argument.shape, argument.stride(), argument.data_ptr() % 16, is_large
 
 
 def _run(plan: Plan, slots: list[Tensor], stream: int) -> Any:
@@ -272,10 +301,19 @@ def _run(plan: Plan, slots: list[Tensor], stream: int) -> Any:
             slots[to].copy_(slots[origin].as_strided(shape, strides, slots[origin].storage_offset() + offset))
             continue
         compiled, parameters = next(launches)
-        values = [value if slot < 0 else _at(slots[slot], value) for slot, value in parameters]
+        values = [_value(slots, *parameter) for parameter in parameters]
         compiled.run(*step[1], stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
     results = made[: len(plan.results)]
+    if plan.returns_list:
+        return results
     return results[0] if len(results) == 1 else tuple(results)
+
+
+def _value(slots: list[Tensor], slot: int, value: Any) -> Any:
+    """What Triton's own launcher takes for a parameter."""
+    if slot == _TUPLE:
+        return tuple(_value(slots, *part) for part in value)
+    return value if slot < 0 else _at(slots[slot], value)
 
 
 def _at(tensor: Tensor, offset: int) -> Tensor:

@@ -17,7 +17,7 @@ struct Chunks {
       : sample_rows(n_rows / samples),
         // At most 64 rows, so that float sums keep their digits. Fewer rows keep more threads busy, but below 16,
         // writing and reading the partial sums takes longer than that gains. At least two chunks, but of a single row.
-        rows(std::min<int64_t>(64, std::max((sample_rows + 7) / 8, std::min<int64_t>(16, (sample_rows + 1) / 2)))),
+        rows(std::clamp<int64_t>(std::max((sample_rows + 7) / 8, std::min<int64_t>(16, (sample_rows + 1) / 2)), 1, 64)),
         per_sample((sample_rows + rows - 1) / rows),
         count(samples * per_sample) {}
 
@@ -43,7 +43,7 @@ class ColumnSums {
     element_size_ = static_cast<int64_t>(total.element_size());
     const Dtype dtype = dtype_from(total.scalar_type());
     store_ = kernel_table<double>().store[static_cast<int>(dtype)];
-    if (per_sample_ > 1) {
+    if (per_sample_ != 1) {  // without rows the sums are zeros
       partials_ = empty({chunks.count, cols}, scalar_type_of<S>);
     } else if (dtype != dtype_of<S>) {
       store_row_ = kernel_table<S>().store[static_cast<int>(dtype)];

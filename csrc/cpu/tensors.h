@@ -72,7 +72,7 @@ class Rows2d {
     cols_ = levels.cols();
     dtype_ = dtype_from(tensor.scalar_type());
     converts_ = dtype_ != working;
-    is_fresh_ = is_fresh(tensor);
+    is_fresh_ = tensor.is_contiguous() && is_fresh(tensor);  // of expanded rows, the bytes would be counted again
   }
 
   // The columns [first, first + cols) of these rows.

@@ -47,7 +47,7 @@ def by_triton(monkeypatch) -> str:
     return backend._triton.device_type() or "cpu"
 
 
-BY_CPP = ("RowNormBackward", "GroupNormBackward", "BatchNormBackward")  # nodes of autograd
+BY_CPP = ("RowNormBackward", "RMSNormManyBackward", "GroupNormBackward", "BatchNormBackward")  # nodes of autograd
 
 
 def without_triton(monkeypatch) -> None:
