@@ -180,15 +180,39 @@ def channel_norm_arguments(choose: random.Random) -> tuple[str, tuple]:
     return choose.choice((("batch_norm_forward", forward), ("batch_norm_backward", backward)))
 
 
-def compared(target: str, tries: int) -> dict:
+def many_forward(xs: list[Tensor], weights: list[Tensor | None], wanted: list[bool], eps: float) -> list[Tensor]:
+    """A launcher of lists: the ys of RMSNorms, then the rstds that are wanted. It makes views, and copies rows."""
+    options = eps, False, False, True, True, None, torch.float32, None
+    results = [
+        fastnorm.triton_kernels.row_norm_forward(x, None, None, None, 1, 1, 1, weight, None, *options)
+        for x, weight in zip(xs, weights, strict=True)
+    ]
+    rstds = [rstd for (*_, rstd), is_wanted in zip(results, wanted, strict=True) if is_wanted]
+    return [*(y for y, *_ in results), *rstds]
+
+
+def list_arguments(choose: random.Random) -> tuple[str, tuple]:
+    """q and k, apart or parts of one tensor, or rows that are all in one place."""
+    dtype, cols, heads = choose.choice((torch.float32, torch.bfloat16)), choose.choice((64, 24)), choose.choice((1, 3))
+    kind = choose.choice(("packed", "packed", "expanded", "apart", "one"))
+    apart = [torch.zeros(2, 3, n, cols, dtype=dtype) for n in (heads, 1)]
+    packed = torch.zeros(2, 3, heads + 2, cols, dtype=dtype)
+    expanded = torch.zeros(1, 3, 1, cols, dtype=dtype).expand(2, 3, heads, cols)
+    xs = {"packed": [packed[:, :, :heads], packed[:, :, heads : heads + 1]], "one": apart[:1],
+          "expanded": [expanded, expanded], "apart": apart}[kind]  # fmt: skip
+    weight = torch.ones(cols)
+    weights = [choose.choice((None, weight, PLACES.choice((weight, torch.ones(cols))))) for _ in xs]
+    return "many_forward", (xs, weights, [choose.random() < 0.5 for _ in xs], choose.choice((1e-5, 1e-6)))
+
+
+def compared(target: str, tries: int, kinds: list) -> dict:
     """Calls at random: what C++ launches, and what Triton's JIT would."""
     driver, written = start(target)
     choose, different, made, reused = random.Random(0), [], 0, 0
     seeds = range(tries // 3)  # a call that comes again finds other memory
     for seed in choose.choices(seeds, k=tries):
-        arguments_of = channel_norm_arguments if seed % 3 == 0 else row_norm_arguments
-        name, arguments = arguments_of(random.Random(seed))
-        tensors = [a for a in arguments if isinstance(a, Tensor)]
+        name, arguments = kinds[seed % len(kinds)](random.Random(seed))
+        tensors = plans._tensors(arguments)
         before = _C.plan_count()
         written.clear()
         driver.launches.clear()
@@ -202,6 +226,7 @@ def compared(target: str, tries: int) -> dict:
         driver.launches.clear()
         results_by_python = plans.call(name, *arguments)
         by_python = named(driver.launches, tensors)
+        assert type(results) is type(results_by_python) is type(expected)
         outputs = [_described(each) for each in (results, results_by_python, expected)]
         if not (ours == by_python == theirs and outputs[0] == outputs[1] == outputs[2]):
             different.append([name, ours, by_python, theirs, outputs])
@@ -297,4 +322,7 @@ def special(target: str) -> dict:
 if __name__ == "__main__":
     target = sys.argv[1]
     found = {"special": special(target)} if target == "sm_90" else {}
-    print(json.dumps(found | {"compared": compared(target, 66)}))
+    found["compared"] = compared(target, 66, [channel_norm_arguments, row_norm_arguments, row_norm_arguments])
+    fastnorm.triton_kernels.many_forward = many_forward
+    found["lists"] = compared(target, 45, [list_arguments])
+    print(json.dumps(found))
