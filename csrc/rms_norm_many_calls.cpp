@@ -37,7 +37,11 @@ struct Options {
 
   // As integers, because ctx.saved_data holds no structs.
   std::vector<int64_t> packed() const {
-    return {on_triton, interleaved, zero_centered, sequence_dim, std::bit_cast<int64_t>(eps),
+    return {on_triton,
+            interleaved,
+            zero_centered,
+            sequence_dim,
+            std::bit_cast<int64_t>(eps),
             cast_dtype ? static_cast<int64_t>(*cast_dtype) : -1};
   }
 
@@ -151,10 +155,9 @@ variable_list pairs(const variable_list& xs, const variable_list& weights) {
 
 variable_list gradients_by_formula(const Options& o, const Saved& s, const variable_list& dys) {
   const pybind11::gil_scoped_acquire gil;
-  return reference_gradients("rms_norm_many_gradients", pairs(s.xs, s.weights), list_of(dys),
-                             list_of(expanded(s.cos, s.xs, o.sequence_dim)),
-                             list_of(expanded(s.sin, s.xs, o.sequence_dim)), o.interleaved, o.eps, o.zero_centered,
-                             or_none(o.cast_dtype));
+  return reference_gradients(
+      "rms_norm_many_gradients", pairs(s.xs, s.weights), list_of(dys), list_of(expanded(s.cos, s.xs, o.sequence_dim)),
+      list_of(expanded(s.sin, s.xs, o.sequence_dim)), o.interleaved, o.eps, o.zero_centered, or_none(o.cast_dtype));
 }
 
 // Inputs and gradients of the node: x₀, w₀, x₁, w₁, …
@@ -228,9 +231,9 @@ struct RMSNormManyFunction : torch::autograd::Function<RMSNormManyFunction> {
     variable_list dxs, dweights;
     for (size_t i = 0; i < s.xs.size(); ++i) {
       const auto dweight_dtype = wants_dweight[i] ? optional(s.weights[i].scalar_type()) : std::nullopt;
-      const auto result = cpu::norm_backward(cpu::rms_norm_of(dys[i], s.xs[i], as_optional(s.weights[i]), s.rstds[i],
-                                                              o.zero_centered, o.cast_dtype, dweight_dtype, of(cos, i),
-                                                              of(sin, i), o.interleaved));
+      const auto result =
+          cpu::norm_backward(cpu::rms_norm_of(dys[i], s.xs[i], as_optional(s.weights[i]), s.rstds[i], o.zero_centered,
+                                              o.cast_dtype, dweight_dtype, of(cos, i), of(sin, i), o.interleaved));
       dxs.push_back(result.dx);
       if (dweight_dtype) {
         dweights.push_back(result.dweight);
@@ -311,7 +314,7 @@ optional<ScalarType> common_dtype(const Call& call, bool is_llama) {
   optional<ScalarType> common;
   for (size_t i = 0; i < call.xs.size(); ++i) {
     const ScalarType x_dtype = call.xs[i].scalar_type();
-    const auto dtype = !is_llama ? (autocasts("aten::rms_norm", call.xs[i]) ? at::kFloat : x_dtype)
+    const auto dtype = !is_llama                   ? (autocasts("aten::rms_norm", call.xs[i]) ? at::kFloat : x_dtype)
                        : call.weights[i].defined() ? c10::promoteTypes(x_dtype, call.weights[i].scalar_type())
                                                    : x_dtype;
     if (common.value_or(dtype) != dtype) {

@@ -1,5 +1,5 @@
-// RMSNorm of several inputs in one call, each with its rotary embedding: the operators. Each input is a call of its own,
-// so that its results don't depend on the others.
+// RMSNorm of several inputs in one call, each with its rotary embedding: the operators. Each input is a call of its
+// own, so that its results don't depend on the others.
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
@@ -42,9 +42,8 @@ std::vector<Tensor> rms_norm_many_forward(at::TensorList inputs, const Weights& 
   check_lists(inputs, weights, cos, sin);
   std::vector<Tensor> results(2 * inputs.size());
   for (size_t i = 0; i < inputs.size(); ++i) {
-    const ForwardResult result =
-        norm_forward(rms_norm_of(inputs[i], weights.get(i), eps, zero_centered, cast_dtype, out_dtype, of(cos, i),
-                                 of(sin, i), interleaved));
+    const ForwardResult result = norm_forward(rms_norm_of(inputs[i], weights.get(i), eps, zero_centered, cast_dtype,
+                                                          out_dtype, of(cos, i), of(sin, i), interleaved));
     results[i] = result.y;
     results[inputs.size() + i] = result.rstd;
   }
@@ -64,9 +63,9 @@ std::vector<Tensor> rms_norm_many_backward(at::TensorList grads, at::TensorList 
     const optional<Tensor> weight = weights.get(i);
     TORCH_CHECK(!wants_dweight.get(i) || weight, "fastnorm: expected a weight where its gradient is wanted");
     const auto dweight_dtype = wants_dweight.get(i) ? optional(weight->scalar_type()) : std::nullopt;
-    const BackwardResult result = norm_backward(rms_norm_of(grads[i], inputs[i], weight, rstds[i], zero_centered,
-                                                            cast_dtype, dweight_dtype, of(cos, i), of(sin, i),
-                                                            interleaved));
+    const BackwardResult result =
+        norm_backward(rms_norm_of(grads[i], inputs[i], weight, rstds[i], zero_centered, cast_dtype, dweight_dtype,
+                                  of(cos, i), of(sin, i), interleaved));
     results[i] = result.dx;
     if (dweight_dtype) {
       results.push_back(result.dweight);

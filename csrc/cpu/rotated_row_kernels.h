@@ -90,8 +90,8 @@ void rotated_rms_norm_backward(const BackwardRow<ComputeType<T>>& row) {
   using S = ComputeType<T>;
   using V = VecOf<T>;
   auto r = row;  // a copy, as in rms_norm_forward
-  const auto read_dy = [dy = static_cast<const T*>(r.dy), ahead = r.dy_ahead](int64_t i, ActiveLanes active)
-                           ALWAYS_INLINE {
+  const T* dy = static_cast<const T*>(r.dy);
+  const auto read_dy = [=, ahead = r.dy_ahead](int64_t i, ActiveLanes active) ALWAYS_INLINE {
     prefetch(dy + i, ahead);
     return load(dy + i, active);
   };

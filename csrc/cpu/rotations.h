@@ -11,7 +11,7 @@
 
 namespace fastnorm::cpu {
 
-// Rows of cos or sin in S. A row is converted once for all rows of x in succession that it belongs to, as for all heads.
+// Rows of cos or sin in S. A row is converted once for successive rows of x that share it, as all heads do.
 template <typename S>
 class Factors {
  public:

@@ -36,8 +36,8 @@ struct Statistics {
 };
 
 // A rotary embedding of a row's first `dim` columns, an even number: y_j = z_j · cos_j ± z_partner(j) · sin_j. In the
-// first half, − and the partner j + dim / 2; in the second, + and j − dim / 2. Interleaved: − and j + 1 in even columns,
-// + and j − 1 in odd ones. Other columns pass.
+// first half, − and the partner j + dim / 2; in the second, + and j − dim / 2. Interleaved: − and j + 1 in even
+// columns, + and j − 1 in odd ones. Other columns pass.
 template <typename S>
 struct Rotation {
   const S* cos;
@@ -61,7 +61,8 @@ struct ForwardRow {
   int64_t x_ahead, gate_ahead, y_ahead;  // prefetch distance: bytes from this row to the next, or 0
   bool silu;                             // the gate's activation; false is the sigmoid
   double eps;
-  Dtype cast;  // x̂ is rounded to it before the weight multiplies; dtype_of<S> means no rounding
+  // x̂ is rounded to it before the weight multiplies; dtype_of<S> means no rounding.
+  Dtype cast;
   Rotation<S> rotation;  // read by `rotated_rms_norm` alone
 };
 
