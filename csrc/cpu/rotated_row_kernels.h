@@ -84,7 +84,7 @@ Statistics<ComputeType<T>> rotated_rms_norm_forward(const ForwardRow<ComputeType
   return {0, rstd};
 }
 
-// The norm's gradients are those of rms_norm_backward; dz, in scratch memory, stands for dy.
+// rms_norm_backward, where dz, in scratch memory, stands for dy.
 template <typename T>
 void rotated_rms_norm_backward(const BackwardRow<ComputeType<T>>& row) {
   using S = ComputeType<T>;
@@ -100,5 +100,5 @@ void rotated_rms_norm_backward(const BackwardRow<ComputeType<T>>& row) {
   rotate<V, true>(r.rotation, r.n, read_dy, put);
   r.dy = r.scratch;
   r.dy_ahead = 0;
-  rms_norm_backward<T, Gate::none, S>(r);
+  rms_norm_gradients<T, Gate::none, S>(r);
 }

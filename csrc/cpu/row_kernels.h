@@ -280,11 +280,10 @@ INLINE void store_gradient(const BackwardRow<S>& r, int64_t i, V gradient, Activ
 
 // dx = (w·dy − x̂ · c1) · rstd + dh with c1 = mean(x̂ · w·dy);  dweight += dy · x̂;
 // dbias += dy. D: the type of dy.
-template <typename T, Gate GATE, typename D = T>
-void rms_norm_backward(const BackwardRow<ComputeType<T>>& row) {
+template <typename T, Gate GATE, typename D>
+INLINE void rms_norm_gradients(const BackwardRow<ComputeType<T>>& r) {
   using S = ComputeType<T>;
   using V = VecOf<T>;
-  const auto r = row;  // a copy, as in rms_norm_forward
   const T* x = static_cast<const T*>(r.x);
   const D* dy = static_cast<const D*>(r.dy);
   const T* dh = static_cast<const T*>(r.dh);
@@ -315,6 +314,12 @@ void rms_norm_backward(const BackwardRow<ComputeType<T>>& row) {
       add_to_column(r.dbias + i, load(dy + i, active), r.first, active);
     });
   }
+}
+
+template <typename T, Gate GATE>
+void rms_norm_backward(const BackwardRow<ComputeType<T>>& row) {
+  const auto r = row;  // a copy, as in rms_norm_forward
+  rms_norm_gradients<T, GATE, T>(r);
 }
 
 // x̂ = (x − mean) · rstd.

@@ -160,6 +160,8 @@ struct ForwardRows {
     h.prepare(begin, end);
   }
 
+  bool has_one_stride() const { return x.has_one_stride() && gate.has_one_stride(); }
+
   void look_ahead(int64_t i, ForwardRow<S>& row) const {
     row.x_ahead = x.ahead(i);
     row.gate_ahead = gate.ahead(i);
@@ -225,7 +227,7 @@ void forward_in(const ForwardCall& call, const ForwardResult& result, const RowL
           const int64_t sample = i / sample_rows, stop = std::min((sample + 1) * sample_rows, last);
           parameters.set(row, sample, group * cols);
           for (; i < stop; ++i) {
-            if (!levels.is_plain()) {
+            if (!rows.has_one_stride()) {
               rows.look_ahead(i, row);
             }
             if (i + 1 == end) {  // the next row is another thread's: no prefetch
@@ -281,6 +283,10 @@ struct BackwardRows {
     dx.prepare(begin, end);
     dresidual.prepare(begin, end);
     dgate.prepare(begin, end);
+  }
+
+  bool has_one_stride() const {
+    return dy.has_one_stride() && h.has_one_stride() && x.has_one_stride() && gate.has_one_stride();
   }
 
   void look_ahead(int64_t i, BackwardRow<S>& row) const {
@@ -389,7 +395,7 @@ void backward_in(const BackwardCall& call, const BackwardResult& result, const R
         row.dx_gate = dx_gate.chunk(chunk, 0, sums.row(2));
         rows.look_ahead(first, row);
         for (int64_t i = first; i < last; ++i) {
-          if (!levels.is_plain()) {
+          if (!rows.has_one_stride()) {
             rows.look_ahead(i, row);
           }
           if (i + 1 == end_row) {  // the next row is another thread's

@@ -99,6 +99,9 @@ class Rows2d {
 
   bool converts() const { return converts_; }
 
+  // Whether every row is as far from the next: so is what to prefetch.
+  bool has_one_stride() const { return offsets_.levels == 1; }
+
   // The prefetch distance in bytes: from row i to the next where rows are read in place, otherwise 0.
   int64_t ahead(int64_t i) const { return converts_ ? 0 : offsets_(i + 1) - offsets_(i); }
 

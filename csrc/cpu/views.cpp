@@ -92,6 +92,9 @@ RowOffsets RowLevels::offsets(const at::Tensor& tensor) const {
     offsets.steps[level] = tensor.stride(dim) - inner;
     inner = size * tensor.stride(dim);
   }
+  while (offsets.levels > 1 && offsets.steps[offsets.levels - 1] == 0) {
+    --offsets.levels;  // of a contiguous tensor beside others: no division
+  }
   return offsets;
 }
 

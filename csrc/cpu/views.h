@@ -55,7 +55,6 @@ class RowLevels {
 
   int64_t rows() const { return rows_; }
   int64_t cols() const { return cols_; }
-  bool is_plain() const { return levels_.size() <= 1; }  // each tensor's rows have one stride
   // Of a tensor of the shape: of those above, or a contiguous one.
   RowOffsets offsets(const at::Tensor& tensor) const;
 
