@@ -118,9 +118,10 @@ def rms_norm_many(
     try:
         return _rms_norm_many(inputs, eps, rotary, interleaved, sequence_dim, zero_centered, out_dtype, rounding)
     except Overridden:
-        tensors = [t for pair in inputs for t in pair]
+        pairs = inputs if isinstance(inputs, (tuple, list)) else ()
+        tensors = [t for pair in (*pairs, rotary) if isinstance(pair, (tuple, list)) for t in pair]
         return handle_torch_function(
-            rms_norm_many, (*tensors, *(rotary or ())), inputs, eps, rotary=rotary, interleaved=interleaved,
+            rms_norm_many, (inputs, *pairs, rotary, *tensors), inputs, eps, rotary=rotary, interleaved=interleaved,
             sequence_dim=sequence_dim, zero_centered=zero_centered, out_dtype=out_dtype, rounding=rounding,
         )  # fmt: skip
 
@@ -131,6 +132,7 @@ def _rms_norm_many(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     op = "rms_norm_many"
     if rotary is not None and not (isinstance(rotary, (tuple, list)) and len(rotary) == 2):
+        refuse_overridden(rotary)
         raise TypeError(f"{op}(): argument 'rotary' must be a pair (cos, sin), not {_described(rotary)}")
     cos, sin = (None, None) if rotary is None else rotary
     outputs = backend.call_directly(
@@ -139,11 +141,8 @@ def _rms_norm_many(
     if outputs is not NotImplemented:
         return outputs
     pairs = _pairs(op, inputs)
-    check_options(op, out_dtype, None, rounding)
-    if not isinstance(interleaved, bool):
-        raise TypeError(f"{op}(): argument 'interleaved' must be bool, not {type(interleaved).__name__}")
+    dimension = _check_options(op, interleaved, sequence_dim, out_dtype, rounding)
     eps = None if eps is None else as_float(op, "eps", eps)
-    dimension = as_int(op, "sequence_dim", sequence_dim)
     if any(dtensors.is_dtensor(x) for x, _ in pairs):
         if rotary is not None:
             raise RuntimeError(f"{op}(): rotary takes no DTensors; pass the local heads, x.to_local()")
@@ -192,6 +191,14 @@ def _out_dtype(x: Tensor, weight: Tensor | None, out_dtype: torch.dtype | None, 
     return x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
 
 
+def _check_options(op: str, interleaved: Any, sequence_dim: Any, out_dtype: Any, rounding: Any) -> int:
+    """sequence_dim as an int."""
+    check_options(op, out_dtype, None, rounding)
+    if not isinstance(interleaved, bool):
+        raise TypeError(f"{op}(): argument 'interleaved' must be bool, not {type(interleaved).__name__}")
+    return as_int(op, "sequence_dim", sequence_dim)
+
+
 def _described(value: Any) -> str:
     return f"{len(value)} of them" if isinstance(value, (tuple, list)) else type(value).__name__
 
@@ -202,6 +209,7 @@ def _pairs(op: str, inputs: Any) -> list[tuple[Any, Any]]:
         raise TypeError(f"{op}(): argument 'inputs' must be a list of pairs (x, weight), not {type(inputs).__name__}")
     for i, pair in enumerate(inputs):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            refuse_overridden(pair)
             raise TypeError(f"{op}(): inputs[{i}] must be a pair (x, weight), not {_described(pair)}")
     if not inputs:
         raise ValueError(f"{op}(): inputs must have at least one pair (x, weight)")
@@ -287,10 +295,9 @@ class RMSNormMany(torch.nn.Module):
         self.widths = tuple(as_int("RMSNormMany", "widths", width) for width in widths)
         if not self.widths or min(self.widths) < 1:
             raise ValueError(f"RMSNormMany(): widths must be positive, and at least one, but got {list(self.widths)}")
-        check_options("RMSNormMany", out_dtype, None, rounding)
-        self.eps, self.elementwise_affine = eps, elementwise_affine
-        self.interleaved, self.sequence_dim, self.zero_centered = interleaved, sequence_dim, zero_centered
-        self.out_dtype, self.rounding = out_dtype, rounding
+        self.sequence_dim = _check_options("RMSNormMany", interleaved, sequence_dim, out_dtype, rounding)
+        self.eps, self.elementwise_affine, self.interleaved = eps, elementwise_affine, interleaved
+        self.zero_centered, self.out_dtype, self.rounding = zero_centered, out_dtype, rounding
         weights = (torch.empty(width, device=device, dtype=dtype) for width in self.widths)
         self.weights = torch.nn.ParameterList(map(torch.nn.Parameter, weights)) if elementwise_affine else None
         self.reset_parameters()
