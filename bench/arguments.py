@@ -60,7 +60,7 @@ def shapes(text: str) -> tuple[Shape, ...]:
     return tuple(dict.fromkeys(itertools.chain.from_iterable(several(_shapes)(text))))
 
 
-PATTERNS = "ROWSxCOLS, SAMPLESxROWSxCOLS or NxCxHxW"
+PATTERNS = "ROWSxCOLS, SAMPLESxROWSxCOLS, ROWSxCOLSxKVCOLS, NxCxHxW or SAMPLESxPOSITIONSxHEADSxKVHEADSxCOLS"
 
 
 def _shapes(item: str) -> tuple[Shape, ...]:

@@ -26,8 +26,9 @@ from .timing import Budget, CpuTimer, CudaTimer, Runner, interleave
 from .workload import Workload
 
 TARGET = "sm_90"
-NORMS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "batch_norm_training_add_relu", "group_norm_silu")
-SHAPES = {2: (4, 256), 4: (2, 64, 4, 4)}
+NORMS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "rms_norm_many_rotary",
+         "batch_norm_training_add_relu", "group_norm_silu")  # fmt: skip
+SHAPES = {2: (4, 256), 4: (2, 64, 4, 4), 5: (1, 2, 2, 1, 64)}
 CLIPPED = 300 * [(64,)]
 CLIPS = ("clip_grad_norm_", "clip_grad_norm_ by a policy")  # ZClip
 BUDGET = Budget(repeats=15, min_time=0.1, max_time=4.0, min_sample=5e-3)

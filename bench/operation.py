@@ -48,10 +48,11 @@ class Family:
 class Operation:
     """One operation: its tensors, the stock formula, fastnorm's form, and the bytes that the algorithm must move.
 
-    `shapes` maps the problem's shape, which is that of x, to the shape of every input by name, x first, in the order in
-    which `stock` and `fused` take them. `passes` counts reads + writes of one such tensor; `mask_bits` those of a
-    ReLU's mask in forward + backward, in bits an element. `before_relu` is the formula up to the ReLU, where there is
-    one. `explained_as` is what fastnorm.explain knows the operation by, where it isn't `name`.
+    `shapes` maps the problem's shape, which is that of x where that is the only large input, to the shape of every
+    input by name, x first, in the order in which `stock` and `fused` take them. `passes` counts reads + writes of
+    `elements` elements, those of x, or of all large inputs; `mask_bits` those of a ReLU's mask in forward + backward,
+    in bits an element. `before_relu` is the formula up to the ReLU, where there is one. `explained_as` is what
+    fastnorm.explain knows the operation by, where it isn't `name`.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Operation:
     mask_bits: int = 0
     before_relu: Callable[..., Tensor] | None = None
     explained_as: str = ""
+    elements: Callable[[Shape], int] = math.prod
 
     def label(self, layout: str) -> str:
         """The name, and the layout where there is more than one."""
@@ -78,7 +80,7 @@ class Operation:
 
     def compulsory_bytes(self, mode: str, shape: Shape, dtype: torch.dtype) -> int:
         """Bytes that `mode` can't do without; parameters and statistics are left out, as in the design's table."""
-        elements = math.prod(shape)
+        elements = self.elements(shape)
         if mode == "forward":
             return self.passes["forward"] * elements * dtype.itemsize
         mask_bytes = self.mask_bits * elements // 8

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastnorm import functional
 
-from . import channel_norms, gated_norms, modulated_norms
+from . import channel_norms, gated_norms, modulated_norms, rms_norm_many
 from .operation import Family, Operation, Outputs
 
 EPS = 1e-6  # the value that most pretrained models use, the same for all providers
@@ -58,8 +58,11 @@ ROW_NORMS = (
 )  # fmt: skip
 OPERATIONS = {
     operation.name: operation
-    for operation in (*ROW_NORMS, *gated_norms.OPERATIONS, *modulated_norms.OPERATIONS, *channel_norms.OPERATIONS)
-}
+    for operation in (
+        *ROW_NORMS, *gated_norms.OPERATIONS, *modulated_norms.OPERATIONS, *rms_norm_many.OPERATIONS,
+        *channel_norms.OPERATIONS,
+    )
+}  # fmt: skip
 FAMILIES = {
     family: tuple(name for name, operation in OPERATIONS.items() if operation.family.name == family)
     for family in dict.fromkeys(operation.family.name for operation in OPERATIONS.values())

@@ -1,6 +1,7 @@
 """The shapes and dtypes that are benchmarked, as data.
 
-A shape is (rows, cols), (samples, rows, cols), or (n, channels, height, width).
+A shape is (rows, cols), (samples, rows, cols), (rows, cols, kv cols), (n, channels, height, width), or (samples,
+positions, heads, kv heads, cols).
 """
 
 import torch
@@ -27,6 +28,12 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     # DiT-XL/2 at 256 x 256 pixels, eight images; Stable Diffusion 3 at 1024 x 1024, with guidance; FLUX.1, and text
     "dit": ((8, 256, 1152), (2, 4096, 1536), (1, 4608, 3072)),
     "dit-quick": ((2, 256, 1152),),
+    # queries and keys of Qwen3-8B, one long text and several short ones, and of Qwen3-0.6B
+    "attention": ((1, 4096, 32, 8, 128), (4, 512, 32, 8, 128), (1, 4096, 16, 8, 128)),
+    "attention-quick": ((1, 512, 16, 8, 128),),
+    # DeepSeek-V3's latents of 4096 tokens: queries', keys and values'
+    "mla": ((4096, 1536, 512),),
+    "mla-quick": ((512, 1536, 512),),
     # what the batch norms of a ResNet-50 get from 224 x 224 images: the stem, then each stage's narrow and wide ones
     "resnet50": (
         (32, 64, 112, 112),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .operation import LAYOUTS, Operation, Outputs, Shape
 
-AROUND_ONE = ("weight", "running_var")
+AROUND_ONE = ("weight", "weight_k", "weight_kv", "running_var")
 KINK_MARGIN = 1e-4  # of |z| in float32: far above what sums in another order make of it
 
 

@@ -34,6 +34,8 @@ ALLOWED_PASSES = {
     "gated_rms_norm_grouped": GATED,
     "modulated_layer_norm": MODULATED,
     "modulated_rms_norm": MODULATED,
+    "rms_norm_many_rotary": {"forward": 1 + 1, "backward": 2 + 1},  # of queries and keys
+    "rms_norm_many_latents": {"forward": 1 + 1, "backward": 2 + 1},
     "batch_norm_training": BATCH_NORM_TRAINING,
     "batch_norm_training_relu": BATCH_NORM_TRAINING,
     "batch_norm_training_add_relu": {"forward": 3 + 1, "backward": 4 + 2},  # the residual; its gradient
@@ -230,8 +232,10 @@ def test_the_files_of_results_are_what_their_json_makes(path, tmp_path, monkeypa
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_bytes_are_those_of_the_design(name):
-    shape = (5, 10, 4, 8)[: len(OPERATIONS[name].family.probe)]
-    elements = math.prod(shape)
+    shape = (5, 10, 4, 8, 2)[: len(OPERATIONS[name].family.probe)]
+    elements = {"rms_norm_many_rotary": 5 * 10 * (4 + 8) * 2, "rms_norm_many_latents": 5 * (10 + 4)}.get(
+        name, math.prod(shape)
+    )
     mask_bits = 0 if "relu" not in name else 1 + (2 if "training" in name else 1)  # written once, read with every dy
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2), (torch.float64, 8)):
         forward = OPERATIONS[name].compulsory_bytes("forward", shape, dtype)
@@ -242,9 +246,11 @@ def test_bytes_are_those_of_the_design(name):
 
 def small(name, layout="contiguous", dtype=torch.float32):
     """A workload of any operation with five slices of 192 elements of x, more in a group norm."""
-    shape = {"row_norms": (5, 192), "gated_norms": (5, 192), "modulated_norms": (5, 3, 64),
-             "batch_norm": (4, 5, 6, 8), "group_norm": (5, 64, 2, 3)}  # fmt: skip
-    return Workload.make(OPERATIONS[name], shape[OPERATIONS[name].family.name], layout, dtype, CPU)
+    shapes = {"row_norms": (5, 192), "gated_norms": (5, 192), "modulated_norms": (5, 3, 64),
+              "batch_norm": (4, 5, 6, 8), "group_norm": (5, 64, 2, 3)}  # fmt: skip
+    many = {"rms_norm_many_rotary": (1, 5, 3, 1, 64), "rms_norm_many_latents": (5, 192, 64)}
+    shape = many[name] if name in many else shapes[OPERATIONS[name].family.name]
+    return Workload.make(OPERATIONS[name], shape, layout, dtype, CPU)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

@@ -32,13 +32,13 @@ def test_missing_packages_are_named_with_the_remedy():
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["group_hug"], "unknown operation 'group_hug'; known: row_norms, gated_norms, modulated_norms, batch_norm"),
+        (["group_hug"], "unknown operation 'group_hug'; known: row_norms, gated_norms, modulated_norms, rms_norm_man"),
         (["--dtypes", "fp32,int8"], "argument --dtypes: unknown dtype 'int8'; known: fp32"),
         (["--providers", "abacus"], "argument --providers: unknown provider 'abacus'; known: torch"),
         (["--mode", "backward"], "argument --mode: unknown mode 'backward'"),
-        (["--shapes", "64by64"], "'64by64' is neither a shape, ROWSxCOLS, SAMPLESxROWSxCOLS or NxCxHxW, nor one of mo"),
+        (["--shapes", "64by64"], "'64by64' is neither a shape, ROWSxCOLS, SAMPLESxROWSxCOLS, ROWSxCOLSxKVCOLS, NxC"),
         (["--shapes", "0x64"], "'0x64' is neither"),
-        (["--shapes", "4x8x2x3x5"], "no operation takes all that is asked for"),
+        (["--shapes", "4x8x2x3x5x6"], "no operation takes all that is asked for"),
         (["batch_norm", "--shapes", "64x64"], "64x64 doesn't fit: batch_norm_training takes NxCxHxW"),
         (["rms_norm", "--shapes", "2x32x4x4"], "2x32x4x4 doesn't fit: rms_norm takes ROWSxCOLS"),
         (
@@ -46,6 +46,7 @@ def test_missing_packages_are_named_with_the_remedy():
             "1x64x1x1 doesn't fit: batch_norm_training trains on more than 1 value",
         ),
         (["group_norm", "--shapes", "2x100x8x8"], "group_norm_plain has 32 groups, which can't share 100 channels"),
+        (["rms_norm_many", "--shapes", "1x2x4x1x7"], "rms_norm_many_rotary rotates pairs, and 7 columns are odd"),
         (["rms_norm", "--layouts", "channels_last"], "argument --layouts: rms_norm has only contiguous"),
         (["--repeats", "0"], "'0' is not above zero"),
         (["--min-time", "soon"], "'soon' is not a number"),

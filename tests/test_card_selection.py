@@ -28,6 +28,7 @@ KERNELS_IN = {
         "test_every_variant.*norm first.*gated_layer_norm",
     ],
     "long_row_norm.py": ["test_long_rows.*rms_norm", "test_long_rows.*layer_norm", "test_gated_norms.*test_long_rows"],
+    "rms_norm_many.py": ["test_rotations.*triton", "test_without_a_rotation.*triton", "test_dtypes.*triton"],
     "tiles.py": ["test_values_and_gradients.*triton"],
     "planes.py": ["test_batch_norm_in_training.*contiguous", "test_group_norm.*contiguous"],
     "pixels.py": ["test_batch_norm_in_training.*channels_last", "test_group_norm.*channels_last"],

@@ -288,6 +288,23 @@ def test_tables_under_vmap():
 
     given = [tensors[name] for name in ("x0", "x1", "cos", "sin")]
     torch.testing.assert_close(torch.vmap(run)(*given), formula(Case(table="BS"), tensors))
+    x0, x1, cos, sin = (t[0] for t in given)
+    for alone in (lambda cos: run(x0, x1, cos, sin), lambda sin: run(x0, x1, cos, sin)):
+        found = torch.vmap(alone)(tensors["cos"])
+        for i in range(2):
+            torch.testing.assert_close(found[0][i], alone(tensors["cos"][i])[0])
+
+
+def test_derivatives_along_tables():
+    """Forward mode, of a table alone."""
+    tensors = inputs(Case(dtype=F64, weight=F64, cos=F64, sin=F64))
+    case, direction = Case(dtype=F64), torch.randn(5, 16, dtype=F64)
+    for name in ("cos", "sin"):
+        found, expected = (
+            torch.func.jvp(lambda t, f=f, name=name: f(case, tensors | {name: t}), (tensors[name],), (direction,))
+            for f in (call, formula)
+        )
+        torch.testing.assert_close(found, expected)
 
 
 def test_operators_keep_to_their_schemas(kernel_device):

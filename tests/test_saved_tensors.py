@@ -9,6 +9,7 @@ from fastnorm import functional as F
 
 pytest.importorskip("fastnorm.native", exc_type=ImportError)
 pytestmark = pytest.mark.usefixtures("native_named")
+TABLES = torch.randn(2, 6, 4).unbind()
 NORMS = {
     "layer_norm": lambda x, w: F.layer_norm(x, (8,), w),
     "rms_norm": lambda x, w: F.rms_norm(x, (8,), w),
@@ -16,6 +17,7 @@ NORMS = {
     "add_rms_norm": lambda x, w: F.add_rms_norm(x, x, (8,), w)[0],
     "gated_layer_norm": lambda x, w: F.gated_layer_norm(x, x, (8,), w),
     "gated_rms_norm": lambda x, w: F.gated_rms_norm(x, x, (8,), w, norm_before_gate=False, group_size=4),
+    "rms_norm_many": lambda x, w: F.rms_norm_many([(x, w)], rotary=TABLES, sequence_dim=0)[0],
     "batch_norm": lambda x, w: F.batch_norm(x, None, None, w, None, True),
     "batch_norm, relu": lambda x, w: F.batch_norm(x, None, None, w, None, True, residual=x, activation="relu"),
     "group_norm": lambda x, w: F.group_norm(x, 2, w),

@@ -12,8 +12,8 @@ from itertools import combinations
 import pytest
 
 # in this order: the time may run out
-FIRST = ("test_row_norms.py", "test_gated_norms.py", "test_channel_norms.py", "test_clip_kernels.py",
-         "test_clip_backends.py", "test_agc.py", "test_gpu.py", "test_gpu_large.py")  # fmt: skip
+FIRST = ("test_row_norms.py", "test_gated_norms.py", "test_rms_norm_many.py", "test_channel_norms.py",
+         "test_clip_kernels.py", "test_clip_backends.py", "test_agc.py", "test_gpu.py", "test_gpu_large.py")  # fmt: skip
 # only on a card; and every case of them
 ON_A_CARD, WHOLE = ("test_gpu.py", "test_gpu_large.py"), ("test_gpu_large.py",)
 # they name no backend and run on the card where there is one; the other tests in that file are about torch's optimizers
@@ -72,6 +72,13 @@ LEFT_OUT = {
     "test_models.py::test_gated_rms_norm_against_transformers": "as test_gated_norms.py::test_llama_rounding",
     "test_opinfo.py": "torch's samples: a shape, and kernels for it, each",
     "test_policy_kernels.py::test_wrong_arguments_raise": "errors, which the host raises",
+    "test_rms_norm_many.py::test_as_in_models": "a rotation as the others",
+    "test_rms_norm_many.py::test_inputs_of_several_dtypes": "what Python does with lists",
+    "test_rms_norm_many.py::test_long_rows_are_not_rotated_by_triton": "an error, which the launcher raises",
+    "test_rms_norm_many.py::test_no_columns": "what no kernel reads",
+    "test_rms_norm_many.py::test_no_rows": "what no kernel reads",
+    "test_rms_norm_many.py::test_the_kernels_get_the_views_themselves": "what the launchers are given",
+    "test_rms_norm_many_calls.py": "what autograd, compilers and callers see",
     "test_traffic.py": "a virtual GPU counts bytes",
     "test_unusual_gradients.py": "what no kernel reads",
     "test_unusual_tensors.py": "what no kernel reads",

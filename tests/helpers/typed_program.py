@@ -28,6 +28,8 @@ def norms(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
     y, h = functional.add_rms_norm(x, residual, (8,), weight, residual_dtype=torch.float32)
     assert_type(h, Tensor)
     assert_type(functional.gated_rms_norm(x, None, (8,), weight, norm_before_gate=False, group_size=4), Tensor)
+    assert_type(functional.rms_norm_many([(x, weight), (x, None)], sequence_dim=-2), tuple[Tensor, ...])
+    assert_type(fastnorm.RMSNormMany([8], interleaved=True).forward(x, rotary=None), tuple[Tensor, ...])
     assert_type(fastnorm.GatedLayerNorm(8, activation="sigmoid").forward(x, residual), Tensor)
     assert_type(fastnorm.AddRMSNorm(8).forward(x, residual), tuple[Tensor, Tensor])
     assert_type(fastnorm.RMSNorm(8, eps=None).forward(x), Tensor)
@@ -42,6 +44,8 @@ def mistakes(x: Tensor) -> None:
     functional.add_rms_norm(x, (8,))  # type: ignore[call-arg, arg-type]
     functional.gated_rms_norm(x, (8,))  # type: ignore[call-arg, arg-type]
     fastnorm.GatedRMSNorm(8, activation="relu")  # type: ignore[arg-type]
+    functional.rms_norm_many([x])  # type: ignore[list-item]
+    fastnorm.RMSNormMany(8)  # type: ignore[arg-type]
     fastnorm.BatchNorm1d(8, activation="silu")  # type: ignore[arg-type]
     fastnorm.use("cuda")  # type: ignore[arg-type]
     fastnorm.adaptive_clip_grad_([x], unit_dims="rows")  # type: ignore[arg-type]
