@@ -14,6 +14,7 @@ from torch.overrides import handle_torch_function
 from .. import backend, dtensors, reference
 from .arguments import apply, as_float, as_int, check, options_repr, result_dtype, tensor_mistake
 from .row_norm import Gradients, check_options, row_norm
+from .scripting import scriptable
 from .statistics import tell
 from .symbolic import Overridden, refuse_overridden
 
@@ -305,6 +306,8 @@ class RMSNormMany(torch.nn.Module):
     def reset_parameters(self) -> None:
         for weight in self.weights or ():
             torch.nn.init.zeros_(weight) if self.zero_centered else torch.nn.init.ones_(weight)
+
+    __prepare_scriptable__ = scriptable
 
     def forward(self, *inputs: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, ...]:
         found = [tuple(x.shape[-1:]) if isinstance(x, Tensor) else None for x in inputs]
