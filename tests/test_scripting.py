@@ -67,6 +67,7 @@ REFUSED = {
     "AddLayerNorm()": lambda: fastnorm.AddLayerNorm(8),
     "GatedRMSNorm()": lambda: fastnorm.GatedRMSNorm(8),
     "GatedLayerNorm(group_size=4)": lambda: fastnorm.GatedLayerNorm(8, group_size=4),
+    "RMSNormMany()": lambda: fastnorm.RMSNormMany((8,)),
     "LayerNorm(zero_centered=True)": lambda: fastnorm.LayerNorm(8, zero_centered=True),
     "RMSNorm(rounding=llama)": lambda: fastnorm.RMSNorm(8, rounding="llama"),
     "RMSNorm(out_dtype=torch.float64)": lambda: fastnorm.RMSNorm(8, out_dtype=torch.float64),
