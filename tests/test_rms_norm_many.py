@@ -17,6 +17,7 @@ from helpers.many_norms import (
     F32,
     F64,
     HEADS,
+    PLACES,
     ROTATIONS,
     Case,
     call,
@@ -38,6 +39,12 @@ DTYPES = (F32, BF16, F16, F64)
 @pytest.mark.parametrize("name", ROTATIONS)
 def test_rotations(name, device):
     case = Case(**ROTATIONS[name])
+    check(case, inputs(case, device))
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_places_of_positions(name, device):
+    case = Case(**PLACES[name])
     check(case, inputs(case, device))
 
 

@@ -21,6 +21,7 @@ from helpers.many_norms import (
     F32,
     F64,
     HEADS,
+    PLACES,
     ROTATIONS,
     Case,
     call,
@@ -75,7 +76,7 @@ def test_the_same_tensor_twice(device):
 
 @pytest.mark.parametrize("name", ["all columns", "interleaved, some columns", "heads first, by samples", "no weights"])
 def test_gradcheck_and_gradgradcheck(name, device):
-    case = Case(**ROTATIONS[name]).alike(dtype=F64, cos=F64, sin=F64)
+    case = Case(**(ROTATIONS | PLACES)[name]).alike(dtype=F64, cos=F64, sin=F64)
     case = case.alike(weight=case.weight and F64, rotary_dim=case.rotary_dim and 4)
     case = case.alike(shapes=tuple((*shape[:-1], 6) for shape in case.shapes))
     tensors = inputs(case, device)
@@ -202,7 +203,7 @@ def test_eps_of_none_is_that_of_the_statistics(dtype, device):
 @pytest.mark.parametrize("name", ["all columns", "interleaved, some columns", "heads first, by samples", "no weights"])
 def test_torch_compile(name, device, fresh_dynamo):
     """fullgraph, with the operators of the backend that is named, or with the formula."""
-    case = Case(**ROTATIONS[name])
+    case = Case(**(ROTATIONS | PLACES)[name])
     tensors, dys = inputs(case, device), gradients_of(case, device)
     graphs = Graphs()
     expected = results(case, tensors, dys)

@@ -13,7 +13,8 @@ import pytest
 
 # in this order: the time may run out
 FIRST = ("test_row_norms.py", "test_gated_norms.py", "test_rms_norm_many.py", "test_channel_norms.py",
-         "test_clip_kernels.py", "test_clip_backends.py", "test_agc.py", "test_gpu.py", "test_gpu_large.py")  # fmt: skip
+         "test_clip_kernels.py", "test_clip_backends.py", "test_agc.py", "test_gpu.py",
+         "test_gpu_large.py")  # fmt: skip
 # only on a card; and every case of them
 ON_A_CARD, WHOLE = ("test_gpu.py", "test_gpu_large.py"), ("test_gpu_large.py",)
 # they name no backend and run on the card where there is one; the other tests in that file are about torch's optimizers
@@ -73,6 +74,13 @@ LEFT_OUT = {
     "test_opinfo.py": "torch's samples: a shape, and kernels for it, each",
     "test_policy_kernels.py::test_wrong_arguments_raise": "errors, which the host raises",
     "test_rms_norm_many.py::test_as_in_models": "a rotation as the others",
+    "test_rms_norm_many.py::test_an_angle_is_taken_off_again": "a rotation as the others",
+    "test_rms_norm_many.py::test_no_angle_is_the_norm_alone": "a rotation as the others",
+    "test_rms_norm_many.py::test_places_of_positions": "what the launchers are given",
+    "test_rms_norm_many.py::test_results_are_the_same_from_run_to_run": "as the test of batches",
+    "test_rms_norm_many.py::test_strides_of_many_levels": "what no kernel reads",
+    "test_rms_norm_many.py::test_tables_of_other_strides": "what the launchers are given",
+    "test_rms_norm_many.py::test_weights_of_several_dtypes": "what Python does with lists",
     "test_rms_norm_many.py::test_inputs_of_several_dtypes": "what Python does with lists",
     "test_rms_norm_many.py::test_long_rows_are_not_rotated_by_triton": "an error, which the launcher raises",
     "test_rms_norm_many.py::test_no_columns": "what no kernel reads",

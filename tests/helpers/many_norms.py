@@ -189,16 +189,6 @@ ROTATIONS = {
     "odd columns": dict(shapes=((2, 5, 3, 33), (2, 5, 1, 33)), rotary_dim=32),
     "odd columns, interleaved": dict(shapes=((2, 5, 3, 33),), rotary_dim=20, options={"interleaved": True}),
     "columns of no power of two": dict(shapes=((2, 3, 2, 96), (2, 3, 1, 80)), rotary_dim=80),
-    "by samples": dict(table="BS"),
-    "one sample's for all": dict(table="1S", options={"interleaved": True}),
-    "heads first": dict(shapes=((2, 4, 5, 16), (2, 1, 5, 16)), options={"sequence_dim": -2}),
-    "heads first, by samples": dict(shapes=((2, 4, 5, 16), (2, 1, 5, 16)), table="BS", options={"sequence_dim": -2}),
-    "counted from the front": dict(table="BS", options={"sequence_dim": 1}),
-    "positions before samples": dict(shapes=((5, 2, 4, 16), (5, 2, 1, 16)), options={"sequence_dim": 0}),
-    "without heads": dict(shapes=((2, 5, 16), (2, 5, 16)), table="BS", options={"sequence_dim": -2}),
-    "no batch": dict(shapes=((5, 4, 16), (5, 1, 16))),
-    "positions and columns": dict(shapes=((5, 16),), options={"sequence_dim": 0}),
-    "five dimensions": dict(shapes=((2, 2, 3, 2, 16), (2, 2, 3, 1, 16)), table="BS"),
     "other widths": dict(shapes=((2, 3, 2, 40), (2, 3, 1, 24)), rotary_dim=24),
     "no weights": dict(weight=None),
     "zero_centered": dict(options={"zero_centered": True}),
@@ -213,6 +203,21 @@ ROTATIONS = {
     "wide rows": dict(shapes=((2, 2, 1, 1160), (2, 2, 1, 1160)), rotary_dim=64),
     "wide rows, whole": dict(shapes=((1, 3, 1, 2056),)),
     "wide rows, interleaved": dict(shapes=((1, 3, 1, 1162),), options={"interleaved": True}),
+}  # fmt: skip
+
+
+# where x has its positions, and which of them share cos and sin
+PLACES = {
+    "by samples": dict(table="BS"),
+    "one sample's for all": dict(table="1S", options={"interleaved": True}),
+    "heads first": dict(shapes=((2, 4, 5, 16), (2, 1, 5, 16)), options={"sequence_dim": -2}),
+    "heads first, by samples": dict(shapes=((2, 4, 5, 16), (2, 1, 5, 16)), table="BS", options={"sequence_dim": -2}),
+    "counted from the front": dict(table="BS", options={"sequence_dim": 1}),
+    "positions before samples": dict(shapes=((5, 2, 4, 16), (5, 2, 1, 16)), options={"sequence_dim": 0}),
+    "without heads": dict(shapes=((2, 5, 16), (2, 5, 16)), table="BS", options={"sequence_dim": -2}),
+    "no batch": dict(shapes=((5, 4, 16), (5, 1, 16))),
+    "positions and columns": dict(shapes=((5, 16),), options={"sequence_dim": 0}),
+    "five dimensions": dict(shapes=((2, 2, 3, 2, 16), (2, 2, 3, 1, 16)), table="BS"),
 }  # fmt: skip
 
 
