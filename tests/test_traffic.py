@@ -33,6 +33,8 @@ INSTRUCTIONS = {
 }
 # Of modulated norms, with and without a mean to subtract. They have a bias and a gate more than add_rms_norm.
 MODULATED_INSTRUCTIONS = {True: (28.2, 32.7), False: (25.0, 28.7)}
+# Of RMSNorms with a rotation by halves, of adjacent columns, and without one.
+MANY_INSTRUCTIONS = {False: (37.3, 36.3), True: (29.0, 32.4), None: (15.3, 20.5)}
 
 
 @dataclass
@@ -207,6 +209,39 @@ def test_modulated_norms(samples, subtract_mean):
         assert counters.loads.efficiency >= 1
         most = MODULATED_INSTRUCTIONS[subtract_mean][counters is backward]
         assert counters.thread_instructions <= most * x.numel()
+
+
+@pytest.mark.parametrize("interleaved", (False, True, None))
+def test_rms_norm_many(interleaved):
+    """Queries and keys of a packed projection, as they lie in it, in one launch a direction. cos and sin come from memory
+    once, for all heads of all inputs. None: without a rotation."""
+    positions, heads, cols, dtype = 64, (4, 2), 128, torch.bfloat16
+    q, k, _ = torch.randn(2, positions, 8, cols, dtype=dtype).split((*heads, 2), 2)
+    dys = [torch.randn(2, positions, n, cols, dtype=dtype) for n in heads]
+    weights = [torch.randn(cols, dtype=dtype) for _ in heads]
+    tables = [torch.randn(positions, cols, dtype=dtype) for _ in range(2 if interleaved is not None else 0)]
+    rotary = [[t[None, :, None].expand(x.shape) for x in (q, k)] for t in tables] or [[], []]
+    options = bool(interleaved), False, None
+    with virtual_gpu() as gpu:
+        *ys, first, second = kernels.rms_norm_many_forward(
+            [q, k], weights, *rotary, options[0], 1e-6, *options[1:], dtype
+        )
+        results = kernels.rms_norm_many_backward(
+            dys, [q, k], weights, [first, second], *rotary, *options, [True, True]
+        )
+    forward, backward, sums = gpu.launches
+    size, parameters, statistics = q.nbytes + k.nbytes, 2 * weights[0].nbytes, 4 * 2 * positions * sum(heads)
+    parameters += sum(t.nbytes for t in tables)
+    assert forward.unique_read == size + parameters
+    assert forward.stores.bytes == size + statistics
+    assert backward.unique_read == 2 * size + parameters + statistics
+    assert backward.stores.bytes == size + 2 * 4 * cols * backward.blocks
+    for counters, outputs in ((forward, (*ys, first, second)), (backward, results[:2]), (sums, results[2:])):
+        assert all(counters.fully_written(t) for t in outputs)
+        assert counters.local_bytes == 0
+    most = MANY_INSTRUCTIONS[interleaved]
+    for counters, instructions in zip((forward, backward), most, strict=True):
+        assert counters.thread_instructions <= instructions * (q.numel() + k.numel())
 
 
 def packed(rows: int, cols: int, dtype: torch.dtype) -> Tensor:
