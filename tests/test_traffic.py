@@ -213,8 +213,8 @@ def test_modulated_norms(samples, subtract_mean):
 
 @pytest.mark.parametrize("interleaved", (False, True, None))
 def test_rms_norm_many(interleaved):
-    """Queries and keys of a packed projection, as they lie in it, in one launch a direction. cos and sin come from memory
-    once, for all heads of all inputs. None: without a rotation."""
+    """Queries and keys of a packed projection, as they lie in it, in one launch a direction. cos and sin come from
+    memory once, for all heads of all inputs. None: without a rotation."""
     positions, heads, cols, dtype = 64, (4, 2), 128, torch.bfloat16
     q, k, _ = torch.randn(2, positions, 8, cols, dtype=dtype).split((*heads, 2), 2)
     dys = [torch.randn(2, positions, n, cols, dtype=dtype) for n in heads]
@@ -226,9 +226,7 @@ def test_rms_norm_many(interleaved):
         *ys, first, second = kernels.rms_norm_many_forward(
             [q, k], weights, *rotary, options[0], 1e-6, *options[1:], dtype
         )
-        results = kernels.rms_norm_many_backward(
-            dys, [q, k], weights, [first, second], *rotary, *options, [True, True]
-        )
+        results = kernels.rms_norm_many_backward(dys, [q, k], weights, [first, second], *rotary, *options, [True, True])
     forward, backward, sums = gpu.launches
     size, parameters, statistics = q.nbytes + k.nbytes, 2 * weights[0].nbytes, 4 * 2 * positions * sum(heads)
     parameters += sum(t.nbytes for t in tables)
