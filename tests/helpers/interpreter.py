@@ -1,10 +1,12 @@
 """Triton's interpreter, made to round as a GPU does, and faster."""
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import torch
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 
@@ -13,6 +15,8 @@ def install() -> None:
     _fuse_multiply_add()
     _patch_once()
     _remember_types()
+    _skip_checks_of_equal_types()
+    _pass_semantics_on()
     # what a sum would be in 64 bits is computed for an assertion, which stands only with `debug`
     builder = interpreter.interpreter_builder
     builder.options = replace(builder.options, sanitize_overflow=False)
@@ -64,9 +68,10 @@ def _patch_once() -> None:
 
 def _remember_types() -> None:
     """Triton's interpreter makes a type, and wraps its shape anew, for every value of an expression, which takes longer
-    than its arithmetic; there are few types."""
-    numpy_types, blocks, tensors = {}, {}, {}
+    than its arithmetic; there are few types. Equal shapes are one object, which `_skip_checks_of_equal_types` asks."""
+    numpy_types, blocks, shapes = {}, {}, {}
     numpy_type, make_block, make_tensor = interpreter._get_np_dtype, tl.block_type.__init__, tl.tensor.__init__
+    equal = tl.dtype.__eq__
 
     def numpy_type_of(dtype):
         scalar = dtype.scalar
@@ -74,19 +79,73 @@ def _remember_types() -> None:
             numpy_types[scalar.name] = numpy_type(scalar)
         return numpy_types[scalar.name]
 
+    def form_of(type):
+        """Shape and number of elements of a tensor of this type."""
+        made = tl.tensor.__new__(tl.tensor)
+        make_tensor(made, None, type)
+        return made.shape, made.numel
+
+    of_scalars = form_of(tl.int32)
+
     def init_block(self, element_ty, shape):
-        key = element_ty.name, *(getattr(n, "value", n) for n in shape)
+        sizes = tuple(getattr(n, "value", n) for n in shape)
+        key = element_ty.name, sizes
         if key not in blocks:
             make_block(self, element_ty, shape)
+            if sizes not in shapes:
+                shapes[sizes] = {"shape": self.shape, "of_tensors": form_of(self), "retyped": {}}
+            vars(self).update(shapes[sizes])
             blocks[key] = vars(self).copy()
         vars(self).update(blocks[key], element_ty=element_ty)
 
+    def with_element_ty(self, scalar_ty):
+        if scalar_ty.name not in self.retyped:
+            self.retyped[scalar_ty.name] = tl.block_type(scalar_ty, self.shape)
+        return self.retyped[scalar_ty.name]
+
     def init_tensor(self, handle, type):
-        key = (*type.shape,) if type.is_block() else None
-        if key not in tensors:
-            make_tensor(self, handle, type)
-            tensors[key] = {"shape": self.shape, "numel": self.numel}
-        vars(self).update(tensors[key], handle=handle, type=type, dtype=type.scalar)
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = type.of_tensors if type.is_block() else of_scalars
 
     interpreter._get_np_dtype = numpy_type_of
-    tl.block_type.__init__, tl.tensor.__init__ = init_block, init_tensor
+    tl.block_type.__init__, tl.block_type.with_element_ty = init_block, with_element_ty
+    tl.block_type.to_ir = lambda self, builder: self  # the interpreter's builder would make an equal one
+    tl.tensor.__init__ = init_tensor
+    tl.dtype.__eq__ = lambda self, other: self is other or equal(self, other)
+
+
+def _skip_checks_of_equal_types() -> None:
+    """Triton's interpreter promotes and broadcasts the operands of every operation, in steps that each look at both;
+    operands of one type, or of one shape, come out as they went in."""
+    semantic = TritonSemantic
+    check, broadcast = semantic.binary_op_type_checking_impl, semantic.broadcast_impl_value
+    # 16-bit types are left out, as a division takes them to float32
+    unpromoted = {t.name for t in (tl.float32, tl.float64, tl.int1, tl.int32, tl.int64, tl.uint64)}
+
+    def check_operands(self, lhs, rhs, *options, **more):
+        if isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor):
+            name = lhs.dtype.name
+            if name == rhs.dtype.name and name in unpromoted:
+                return self.broadcast_impl_value(lhs, rhs)
+        return check(self, lhs, rhs, *options, **more)
+
+    def broadcast_operands(self, lhs, rhs):
+        return (lhs, rhs) if lhs.shape is rhs.shape else broadcast(self, lhs, rhs)
+
+    semantic.binary_op_type_checking_impl, semantic.broadcast_impl_value = check_operands, broadcast_operands
+    semantic.computation_type_impl = cache(semantic.computation_type_impl)
+
+
+def _pass_semantics_on() -> None:
+    """Triton's interpreter copies the keywords of every operation, to replace one of them."""
+    semantic = TritonSemantic(interpreter.interpreter_builder)
+
+    def patch(owner, name, member, builder, *scope):
+        def operation(*args, **kwargs):
+            kwargs["_semantic"] = semantic
+            return member(*args, **kwargs)
+
+        set_attribute = scope[0].set_attr if scope else setattr  # Triton before 3.7 takes nothing back here
+        set_attribute(owner, name, operation)
+
+    interpreter._patch_attr = patch
