@@ -153,11 +153,27 @@ variable_list pairs(const variable_list& xs, const variable_list& weights) {
   return tensors;
 }
 
+// As `expanded`, of any tensor: a hook of saved tensors may have returned a subclass.
+variable_list expanded_by_operations(const Tensor& factor, const variable_list& xs, int64_t sequence_dim) {
+  variable_list views;
+  for (size_t i = 0; factor.defined() && i < xs.size(); ++i) {
+    at::DimVector sizes(xs[i].dim(), 1), expanded_sizes(xs[i].sizes());
+    sizes[sequence_dim_of(xs[i], sequence_dim)] = factor.size(-2);
+    sizes.back() = expanded_sizes.back() = factor.size(-1);
+    if (factor.dim() == 3) {
+      sizes[0] = factor.size(0);
+    }
+    views.push_back(factor.reshape(sizes).expand(expanded_sizes));
+  }
+  return views;
+}
+
 variable_list gradients_by_formula(const Options& o, const Saved& s, const variable_list& dys) {
   const pybind11::gil_scoped_acquire gil;
-  return reference_gradients(
-      "rms_norm_many_gradients", pairs(s.xs, s.weights), list_of(dys), list_of(expanded(s.cos, s.xs, o.sequence_dim)),
-      list_of(expanded(s.sin, s.xs, o.sequence_dim)), o.interleaved, o.eps, o.zero_centered, or_none(o.cast_dtype));
+  const variable_list cos = expanded_by_operations(s.cos, s.xs, o.sequence_dim);
+  const variable_list sin = expanded_by_operations(s.sin, s.xs, o.sequence_dim);
+  return reference_gradients("rms_norm_many_gradients", pairs(s.xs, s.weights), list_of(dys), list_of(cos),
+                             list_of(sin), o.interleaved, o.eps, o.zero_centered, or_none(o.cast_dtype));
 }
 
 // Inputs and gradients of the node: x₀, w₀, x₁, w₁, …
@@ -287,10 +303,13 @@ bool fits(const Tensor& factor, const Tensor& x, int64_t given_dim) {
 
 // Reads (cos, sin, sequence_dim): both None, or both tensors. The inputs are known.
 bool read_rotation(PyObject* const* args, Call& call) {
+  if (!PyLong_CheckExact(args[2])) {
+    return false;
+  }
   if (args[0] == Py_None || args[1] == Py_None) {
     return args[0] == args[1];
   }
-  if (!unpack(args[0], call.cos) || !unpack(args[1], call.sin) || !PyLong_CheckExact(args[2])) {
+  if (!unpack(args[0], call.cos) || !unpack(args[1], call.sin)) {
     return false;
   }
   int64_t& dim = call.options.sequence_dim;

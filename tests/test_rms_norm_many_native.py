@@ -494,7 +494,8 @@ def test_calls_that_are_wrong_or_not_plain_are_declined():
     for change in changes:
         assert direct(c, **change) is NotImplemented, change
     assert direct(c, served=0) is NotImplemented
-    assert direct(c, cos=None, sin=None, sequence_dim=None) is not NotImplemented
+    assert direct(c, cos=None, sin=None) is not NotImplemented
+    assert direct(c, cos=None, sin=None, sequence_dim=None) is NotImplemented
     assert_declined_where_somebody_looks_on(lambda x: direct(c, inputs=[(x, wq)]), q)
     with pytest.raises(TypeError, match="takes 10 arguments, but got 3"):
         native.calls["rms_norm_many"](1, 2, 3)
