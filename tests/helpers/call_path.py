@@ -180,20 +180,9 @@ def channel_norm_arguments(choose: random.Random) -> tuple[str, tuple]:
     return choose.choice((("batch_norm_forward", forward), ("batch_norm_backward", backward)))
 
 
-def many_forward(xs: list[Tensor], weights: list[Tensor | None], wanted: list[bool], eps: float) -> list[Tensor]:
-    """A launcher of lists: the ys of RMSNorms, then the rstds that are wanted. It makes views, and copies rows."""
-    options = eps, False, False, True, True, None, torch.float32, None
-    results = [
-        fastnorm.triton_kernels.row_norm_forward(x, None, None, None, 1, 1, 1, weight, None, *options)
-        for x, weight in zip(xs, weights, strict=True)
-    ]
-    rstds = [rstd for (*_, rstd), is_wanted in zip(results, wanted, strict=True) if is_wanted]
-    return [*(y for y, *_ in results), *rstds]
-
-
 def list_arguments(choose: random.Random) -> tuple[str, tuple]:
-    """q and k, apart or parts of one tensor, or rows that are all in one place."""
-    dtype, cols, heads = choose.choice((torch.float32, torch.bfloat16)), choose.choice((64, 24)), choose.choice((1, 3))
+    """RMSNorm of q and k, apart or parts of one tensor, or of rows that are all in one place, rotated or not."""
+    dtype, cols, heads = choose.choice((torch.float32, torch.bfloat16)), 64, choose.choice((1, 3))
     kind = choose.choice(("packed", "packed", "expanded", "apart", "one"))
     apart = [torch.zeros(2, 3, n, cols, dtype=dtype) for n in (heads, 1)]
     packed = torch.zeros(2, 3, heads + 2, cols, dtype=dtype)
@@ -202,8 +191,15 @@ def list_arguments(choose: random.Random) -> tuple[str, tuple]:
           "expanded": [expanded, expanded], "apart": apart}[kind]  # fmt: skip
     weight = torch.ones(cols)
     weights = [choose.choice((None, weight, PLACES.choice((weight, torch.ones(cols))))) for _ in xs]
-    eps = choose.choice((1e-3, 1e-4))  # not `special`'s: Triton would take the kernels that its driver loaded
-    return "many_forward", (xs, weights, [choose.random() < 0.5 for _ in xs], eps)
+    table = torch.zeros(3, 1, 32)
+    tables = [table.expand(*x.shape[:3], 32) for x in xs] if choose.random() < 0.5 else []
+    rotation = tables, tables, choose.random() < 0.5
+    if choose.random() < 0.5:
+        eps = choose.choice((1e-3, 1e-4))  # not `special`'s: Triton would take the kernels that its driver loaded
+        return "rms_norm_many_forward", (xs, weights, *rotation, eps, False, None, torch.float32)
+    grads = [PLACES.choice((x, torch.zeros(x.shape, dtype=dtype))) for x in xs]
+    rstds = [torch.ones(x.numel() // cols) for x in xs]
+    return "rms_norm_many_backward", (grads, xs, weights, rstds, *rotation, False, None, [w is not None for w in weights])
 
 
 def compared(driver: Driver, written: list, tries: int, kinds: list) -> dict:
@@ -324,6 +320,5 @@ if __name__ == "__main__":
     found = {"special": special(target)} if target == "sm_90" else {}
     started = start(target)
     found["compared"] = compared(*started, 66, [channel_norm_arguments, row_norm_arguments, row_norm_arguments])
-    fastnorm.triton_kernels.many_forward = many_forward
-    found["lists"] = compared(*started, 45, [list_arguments])
+    found["lists"] = compared(*started, 36, [list_arguments])
     print(json.dumps(found))
