@@ -1,7 +1,7 @@
 """Triton's interpreter, made to round as a GPU does, and faster."""
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ def _round_bfloat16() -> None:
 
     def cast(self, src, dst_type, rounding_mode=None):
         source, target = src.dtype.scalar, dst_type.scalar
-        if tl.bfloat16 not in (source, target) or source not in types or target not in types:
+        if "bf16" not in (source.name, target.name) or source not in types or target not in types:
             return stock(self, src, dst_type)
         data = torch.from_numpy(src.data.copy())
         data = (data.view(torch.bfloat16) if source == tl.bfloat16 else data).to(types[target])
@@ -68,7 +68,8 @@ def _patch_once() -> None:
 
 def _remember_types() -> None:
     """Triton's interpreter makes a type, and wraps its shape anew, for every value of an expression, which takes longer
-    than its arithmetic; there are few types. Equal shapes are one object, which `_skip_checks_of_equal_types` asks."""
+    than its arithmetic; there are few types. Equal shapes are one object, by which `_skip_checks_of_equal_types` knows
+    them."""
     numpy_types, blocks, shapes = {}, {}, {}
     numpy_type, make_block, make_tensor = interpreter._get_np_dtype, tl.block_type.__init__, tl.tensor.__init__
     equal = tl.dtype.__eq__
@@ -115,25 +116,39 @@ def _remember_types() -> None:
 
 
 def _skip_checks_of_equal_types() -> None:
-    """Triton's interpreter promotes and broadcasts the operands of every operation, in steps that each look at both;
-    operands of one type, or of one shape, come out as they went in."""
-    semantic = TritonSemantic
-    check, broadcast = semantic.binary_op_type_checking_impl, semantic.broadcast_impl_value
+    """Triton's interpreter promotes and broadcasts the operands of every operation, in steps that each look at both.
+    Operands of one type come out as they went in; and numpy broadcasts, so that here only the result's type is told."""
+    stock_check, broadcast = TritonSemantic.binary_op_type_checking_impl, TritonSemantic.broadcast_impl_value
     # 16-bit types are left out, as a division takes them to float32
     unpromoted = {t.name for t in (tl.float32, tl.float64, tl.int1, tl.int32, tl.int64, tl.uint64)}
+    joint_types = {}
 
-    def check_operands(self, lhs, rhs, *options, **more):
+    class OfOperands(TritonSemantic):
+        def broadcast_impl_value(self, lhs, rhs):
+            if lhs.shape is rhs.shape:
+                return lhs, rhs
+            key = id(lhs.shape), id(rhs.shape)  # `_remember_types` keeps them
+            if key not in joint_types:
+                joint_types[key] = broadcast(self, lhs, rhs)[0].type
+            retype = joint_types[key].with_element_ty
+            return self.tensor(lhs.handle, retype(lhs.dtype)), self.tensor(rhs.handle, retype(rhs.dtype))
+
+    of_operands = OfOperands(interpreter.interpreter_builder)
+
+    def check(self, lhs, rhs, *options, **more):
         if isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor):
             name = lhs.dtype.name
             if name == rhs.dtype.name and name in unpromoted:
-                return self.broadcast_impl_value(lhs, rhs)
-        return check(self, lhs, rhs, *options, **more)
+                return of_operands.broadcast_impl_value(lhs, rhs)
+        return stock_check(of_operands, lhs, rhs, *options, **more)
 
-    def broadcast_operands(self, lhs, rhs):
+    def broadcast_unequal(self, lhs, rhs):
         return (lhs, rhs) if lhs.shape is rhs.shape else broadcast(self, lhs, rhs)
 
-    semantic.binary_op_type_checking_impl, semantic.broadcast_impl_value = check_operands, broadcast_operands
-    semantic.computation_type_impl = cache(semantic.computation_type_impl)
+    TritonSemantic.binary_op_type_checking_impl = check
+    TritonSemantic.broadcast_impl_value = broadcast_unequal
+    TritonSemantic.computation_type_impl = cache(TritonSemantic.computation_type_impl)
+    TritonSemantic.scalar_constant = lru_cache(2**12)(TritonSemantic.scalar_constant)
 
 
 def _pass_semantics_on() -> None:
