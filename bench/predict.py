@@ -8,6 +8,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import product
@@ -23,8 +24,10 @@ from .commands import Outcome
 
 GATED = ("gated_rms_norm", "gated_rms_norm_gate_first")
 MODULATED = "modulated_layer_norm"
-OPERATIONS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", *GATED, MODULATED)
+ROTARY = "rms_norm_many_rotary"
+OPERATIONS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", *GATED, MODULATED, ROTARY)
 SAMPLE_ROWS = 1024  # of a modulated norm: DiT's tokens of an image of 512 x 512
+HEAD = 128  # columns; a token's columns are three heads of queries for each head of keys
 DIRECTIONS = ("forward", "backward")
 TARGETS = {"sm_80": "A100", "sm_90": "H100", "sm_100": "B200"}
 WIDTHS = (128, 768, 1024, 2048, 2560, 4096, 5120, 7168, 8192, 12288, 16384, 32768)
@@ -61,7 +64,9 @@ def _predict(cell: tuple) -> dict[str, Any]:
     operation, direction, dtype, target, millions, cols, latency = cell
     machine = machine_of(target, latency)
     rows = max(1, (millions << 20) // cols)
-    if operation in (*GATED, MODULATED):
+    if operation == ROTARY:
+        call = _rotary_call(direction, dtype, rows, cols, machine)
+    elif operation in (*GATED, MODULATED):
         call = _own_call(operation, direction, dtype, rows, cols, machine)
     else:
         call = predict_problem(Problem(target, operation, direction, dtype, rows, cols), machine)
@@ -94,3 +99,25 @@ def _own_call(operation: str, direction: str, dtype: str, rows: int, cols: int, 
             launches.clear()
             torch.autograd.backward(outputs, (dy, dh)[: len(outputs)])
     return predict(launches, machine)
+
+
+def _rotary_call(direction: str, dtype: str, rows: int, cols: int, machine: Any) -> Any:
+    """The same of queries and keys, parts of one tensor, that are rotated behind their norms."""
+    from gputime.capture import recording
+    from gputime.model import predict
+    from gputime.problem import DTYPES
+
+    types, heads = DTYPES[dtype], cols // HEAD
+    with recording(machine.target, machine.multiprocessors) as launches, fastnorm.use("triton"):
+        packed = torch.empty(1, rows, heads, HEAD, dtype=types.x, device="meta")
+        weights = torch.empty(2, HEAD, dtype=types.parameters, device="meta").unbind()
+        parts = packed.split((heads - heads // 4, heads // 4), dim=2)
+        pairs = [(x.detach().requires_grad_(), w.requires_grad_()) for x, w in zip(parts, weights, strict=True)]
+        cos, sin = torch.empty(2, rows, HEAD, dtype=types.x, device="meta").unbind()
+        outputs = fastnorm.functional.rms_norm_many(pairs, rotary=(cos, sin))
+        if direction == "backward":
+            launches.clear()
+            torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
+    passes = 2 if direction == "forward" else 3
+    # the model would count cos and sin once for each head
+    return replace(predict(launches, machine), useful_bytes=float(passes * packed.nbytes + cos.nbytes + sin.nbytes))
