@@ -20,7 +20,7 @@ def test_plans_launch_what_triton_would_launch(target, kernel_cache):
     assert compared["made"] >= 20 and compared["reused"] >= 20
     lists = told_of["lists"]
     assert not lists["different"]
-    assert lists["made"] >= 6 and lists["reused"] >= 15
+    assert lists["made"] >= 4 and lists["reused"] >= 10
     if "special" in told_of:
         check_what_is_no_plain_repeated_launch(told_of["special"])
 

@@ -320,5 +320,5 @@ if __name__ == "__main__":
     found = {"special": special(target)} if target == "sm_90" else {}
     started = start(target)
     found["compared"] = compared(*started, 66, [channel_norm_arguments, row_norm_arguments, row_norm_arguments])
-    found["lists"] = compared(*started, 36, [list_arguments])
+    found["lists"] = compared(*started, 24, [list_arguments])
     print(json.dumps(found))
