@@ -371,7 +371,9 @@ MISTAKES = {
     "rotary of three": ({"rotary": (TABLE,) * 3}, TypeError, ("'rotary'",)),
     "rotary of a tensor": ({"rotary": TABLE}, TypeError, ("'rotary'",)),
     "cos of a list": ({"rotary": ([1.0], TABLE)}, TypeError, ("cos",)),
+    "cos of None": ({"rotary": (None, TABLE)}, TypeError, ("cos",)),
     "sin of None": ({"rotary": (TABLE, None)}, TypeError, ("sin",)),
+    "cos and sin of None": ({"rotary": (None, None)}, TypeError, ("cos",)),
     "sin of integers": ({"rotary": (TABLE, TABLE.long())}, RuntimeError, ("sin",)),
     "cos of complex numbers": ({"rotary": (TABLE.cfloat(), TABLE)}, RuntimeError, ("cos",)),
     "cos on another device": ({"rotary": (TABLE.to("meta"), TABLE)}, RuntimeError, ("cos",)),
@@ -389,7 +391,7 @@ MISTAKES = {
     "cos of one dimension": ({"rotary": (torch.ones(8),) * 2}, RuntimeError, ("cos", "[8]")),
     "cos of no dimension": ({"rotary": (torch.tensor(1.0),) * 2}, RuntimeError, ("cos", "[]")),
     "samples that are positions": (
-        {"rotary": (torch.ones(2, 2, 8),) * 2, "sequence_dim": 0}, RuntimeError, ("cos", "inputs[0]")
+        {"rotary": (torch.ones(2, 2, 8),) * 2, "sequence_dim": 0}, RuntimeError, ("cos", "inputs[0]", "[2, R], with")
     ),
     "positions in the columns": (
         {"rotary": (TABLE, TABLE), "sequence_dim": -1}, ValueError, ("sequence_dim", "inputs[0]")

@@ -132,10 +132,14 @@ def _rms_norm_many(
     zero_centered: bool, out_dtype: torch.dtype | None, rounding: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     op = "rms_norm_many"
-    if rotary is not None and not (isinstance(rotary, (tuple, list)) and len(rotary) == 2):
-        refuse_overridden(rotary)
-        raise TypeError(f"{op}(): argument 'rotary' must be a pair (cos, sin), not {_described(rotary)}")
-    cos, sin = (None, None) if rotary is None else rotary
+    cos = sin = None
+    if rotary is not None:
+        if not (isinstance(rotary, (tuple, list)) and len(rotary) == 2):
+            refuse_overridden(rotary)
+            raise TypeError(f"{op}(): argument 'rotary' must be a pair (cos, sin), not {_described(rotary)}")
+        cos, sin = rotary
+        if cos is None:  # beside a sin of None, the call in C++ would take it for no rotation
+            raise TypeError(f"{op}(): cos must be Tensor, not NoneType")
     outputs = backend.call_directly(
         op, inputs, cos, sin, sequence_dim, interleaved, eps, zero_centered, out_dtype, rounding
     )
@@ -147,9 +151,8 @@ def _rms_norm_many(
     if any(dtensors.is_dtensor(x) for x, _ in pairs):
         if rotary is not None:
             raise RuntimeError(f"{op}(): rotary takes no DTensors; pass the local heads, x.to_local()")
-        rms_norm = "rms_norm"
         return tuple(
-            row_norm(rms_norm, x, None, x.shape[-1:], w, None, eps, zero_centered, out_dtype, rounding=rounding)
+            row_norm("rms_norm", x, None, x.shape[-1:], w, None, eps, zero_centered, out_dtype, rounding=rounding)
             for x, w in pairs
         )
     for i, (x, weight) in enumerate(pairs):
@@ -243,10 +246,11 @@ def _rotation(op: str, i: int, x: Tensor, cos: Any, sin: Any, sequence_dim: int)
         positions, width = x.shape[where], table.shape[-1] if table.dim() else 0
         fits = table.dim() == 2 or (table.dim() == 3 and where > 0 and table.shape[0] in (1, x.shape[0]))
         if not fits or table.shape[-2] != positions or width % 2 or not 0 < width <= x.shape[-1]:
+            of_batches = f" or [{x.shape[0]}, {positions}, R]" if where > 0 else ""
             raise RuntimeError(
-                f"{op}(): {name} must have the shape [{positions}, R] or [{x.shape[0]}, {positions}, R], with an even "
-                f"R ≤ {x.shape[-1]}, for inputs[{i}] of the shape {list(x.shape)} with the positions in dimension "
-                f"{where}, but got {list(table.shape)}"
+                f"{op}(): {name} must have the shape [{positions}, R]{of_batches}, with an even R ≤ {x.shape[-1]}, for "
+                f"inputs[{i}] of the shape {list(x.shape)} with the positions in dimension {where}, but got "
+                f"{list(table.shape)}"
             )
         mistake = tensor_mistake(op, name, table, x, tuple(table.shape))
         if mistake is not None:
