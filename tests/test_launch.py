@@ -199,3 +199,16 @@ def test_units_take_no_more_warps_than_a_card_has(itemsize, length):
     assert tiles.warps <= 16
     # one unit a program, as the kernel that doesn't hold it takes them
     assert launch.keeps_powers(tiles) or tiles.rows == 1
+
+
+@pytest.mark.parametrize("sums", [0, 1])
+@itemsizes
+def test_rotated_rows_have_few_tiles(itemsize, sums):
+    """Where partners would be tiles of a few columns, the tiles are the norm's own: no thread has whole rows, and the
+    kernel stays short."""
+    for cols in (64, 72, 80, 96, 112, 128, 192, 256):
+        alone = launch.many_row_tiles((cols,), itemsize, 0, sums)[0]
+        for rotary in range(2, cols + 1, 2):
+            tiles = launch.many_row_tiles((cols,), itemsize, rotary // 2, sums)[0]
+            assert tiles.count <= max(alone.count, launch.MOST_PAIRED_TILES), (cols, rotary, tiles)
+            assert tiles.tile * tiles.count >= cols
