@@ -154,4 +154,4 @@ def _clip(frame: pd.DataFrame) -> str:
 
 def _shapes(frame: pd.DataFrame) -> list[str]:
     """With the layout of images, whichever it is."""
-    return shapes(frame, "×", lambda shape, _: shape.count("×") < 3)
+    return shapes(frame, "×", lambda shape, _: shape.count("×") != 3)
