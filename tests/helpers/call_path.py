@@ -199,7 +199,8 @@ def list_arguments(choose: random.Random) -> tuple[str, tuple]:
         return "rms_norm_many_forward", (xs, weights, *rotation, eps, False, None, torch.float32)
     grads = [PLACES.choice((x, torch.zeros(x.shape, dtype=dtype))) for x in xs]
     rstds = [torch.ones(x.numel() // cols) for x in xs]
-    return "rms_norm_many_backward", (grads, xs, weights, rstds, *rotation, False, None, [w is not None for w in weights])
+    wanted = [weight is not None for weight in weights]
+    return "rms_norm_many_backward", (grads, xs, weights, rstds, *rotation, False, None, wanted)
 
 
 def compared(driver: Driver, written: list, tries: int, kinds: list) -> dict:
