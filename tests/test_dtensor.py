@@ -143,6 +143,28 @@ def check_first_block(mesh):
         torch.testing.assert_close([g.full_tensor() for g in actual], list(expected))
 
 
+def check_several(mesh):
+    """rms_norm_many: each input by itself, and no rotation."""
+    leaves = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in ((4, 3, 8), (8,), (5, 6), (6,))]
+    mine = [placed(leaf, mesh, "S0" if leaf.dim() > 1 else "R") for leaf in leaves]
+    expected, actual = (
+        functional.rms_norm_many(list(zip(tensors[::2], tensors[1::2], strict=True))) for tensors in (leaves, mine)
+    )
+    for y, plain in zip(actual, expected, strict=True):
+        assert y.placements == placements_of("S0")
+        torch.testing.assert_close(y.full_tensor(), plain)
+    dys = dy_of(expected)
+    expected = torch.autograd.grad(expected, leaves, dys)
+    actual = torch.autograd.grad(actual, mine, [placed(dy, mesh, "S0").detach() for dy in dys])
+    torch.testing.assert_close([g.full_tensor() for g in actual], list(expected))
+    tables = torch.ones(4, 2), torch.ones(4, 2)
+    with pytest.raises(RuntimeError, match="rotary takes no DTensors"):
+        functional.rms_norm_many([(mine[0], mine[1])], rotary=tables)
+    for wrong in ((mine[0], mine[3]), (None, mine[3])):
+        with pytest.raises((RuntimeError, TypeError), match=r"inputs\[1\]"):
+            functional.rms_norm_many([(mine[0], mine[1]), wrong])
+
+
 def check_strides(mesh):
     """A transposed input, and a gradient that is placed otherwise, which DTensor reduces or cuts."""
     x, weight = torch.randn(8, 5, 3, dtype=torch.float64).permute(2, 1, 0), torch.randn(8, dtype=torch.float64)
@@ -444,6 +466,7 @@ def process(rank: int) -> None:
     with fastnorm.use("native" if fastnorm.backend.statuses()["native"].available else "reference"):
         check_every_norm(meshes)
         check_first_block(meshes["line"])
+        check_several(meshes["line"])
         check_strides(meshes["line"])
         check_double_backward(meshes["line"])
         check_unfinished_collectives(meshes["line"])

@@ -148,6 +148,8 @@ def _rms_norm_many(
     pairs = _pairs(op, inputs)
     dimension = _check_options(op, interleaved, sequence_dim, out_dtype, rounding)
     eps = None if eps is None else as_float(op, "eps", eps)
+    for i, (x, weight) in enumerate(pairs):
+        _check_pair(op, i, x, weight)
     if any(dtensors.is_dtensor(x) for x, _ in pairs):
         if rotary is not None:
             raise RuntimeError(f"{op}(): rotary takes no DTensors; pass the local heads, x.to_local()")
@@ -155,8 +157,6 @@ def _rms_norm_many(
             row_norm("rms_norm", x, None, x.shape[-1:], w, None, eps, zero_centered, out_dtype, rounding=rounding)
             for x, w in pairs
         )
-    for i, (x, weight) in enumerate(pairs):
-        _check_pair(op, i, x, weight)
     rotations = [None if rotary is None else _rotation(op, i, x, cos, sin, dimension) for i, (x, _) in enumerate(pairs)]
     calls = [
         (x, weight, rotation, x.dtype if rounding == "llama" else None, _out_dtype(x, weight, out_dtype, rounding))
