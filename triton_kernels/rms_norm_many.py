@@ -38,8 +38,9 @@ def _rms_norm_many_forward_kernel(
 ):  # fmt: skip
     """`norm_block` of every block of every input.
 
-    sizes: rows and blocks of each input, see `_blocks_and_sizes`; steps: of x, cos and sin, and the divisions, see `_steps`;
-    LEVELS: where an input's steps begin, and its levels; TILES: (columns, TILE, N_TILES, ROWS).
+    sizes: rows and blocks of each input, see `_blocks_and_sizes`; steps: of x, cos and sin, and the divisions, see
+    `_steps`; LEVELS: where an input's steps begin, and its levels; TILES: (columns, TILE, N_TILES, ROWS).
+
     Grid: (blocks of the first input, then of the second, …)."""
     block = tl.program_id(0)
     for i in tl.static_range(len(x_ptrs)):
