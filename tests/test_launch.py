@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 
 from fastnorm import backend
 from fastnorm.backend import ROW_NORMS
+from fastnorm.views import row_levels
 from helpers.layouts import far_apart
 from helpers.norms import backward, forward
 
 launch = pytest.importorskip("fastnorm.triton_kernels.launch", reason="needs Triton")
+traits = pytest.importorskip("fastnorm.triton_kernels.jit").traits
 
 HEAD_WIDTHS = (64, 80, 96, 128, 256)
 MODEL_WIDTHS = (768, 1024, 1280, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192, 12288, 16384)
@@ -210,5 +212,17 @@ def test_rotated_rows_have_few_tiles(itemsize, sums):
         alone = launch.many_row_tiles((cols,), itemsize, 0, sums)[0]
         for rotary in range(2, cols + 1, 2):
             tiles = launch.many_row_tiles((cols,), itemsize, rotary // 2, sums)[0]
-            assert tiles.count <= max(alone.count, launch.MOST_PAIRED_TILES), (cols, rotary, tiles)
+            assert tiles.count <= max(alone.count, launch.MAX_PAIRED_TILES), (cols, rotary, tiles)
             assert tiles.tile * tiles.count >= cols
+
+
+def test_every_batch_of_several_inputs_runs_the_same_code():
+    """Triton makes constants of numbers in tuples that are 1, and other code for multiples of 16."""
+    many = pytest.importorskip("fastnorm.triton_kernels.rms_norm_many")
+    tiles = launch.many_row_tiles((64,), 2, 0)
+    kinds = set()
+    for rows in (1, 5, 16, 48, 4096):
+        blocks, sizes = many._blocks_and_sizes([row_levels([torch.empty(rows, 64)], 1)], tiles)
+        assert (sizes[0] >> 1, sizes[1] >> 1) == (rows, blocks[0])
+        kinds.add(tuple(traits(sizes, False)))
+    assert len(kinds) == 1

@@ -24,7 +24,7 @@ INTERPRETED = triton.knobs.runtime.interpret  # read once, as the kernels' decor
 WARP = 32
 ACCESS_BYTES = 16  # the widest load of a thread
 MAX_PADDING = 1 / 8  # of a row: idle lanes that a tiling may cost
-MOST_PAIRED_TILES = 8  # of a row whose rotation has tiles as partners
+MAX_PAIRED_TILES = 8  # of a row whose rotation has tiles as partners
 MAX_KEPT_REGISTERS = 64  # of a thread with 16 warps, for a row that the forward keeps
 # Registers of a thread, for rows that the backward keeps in registers beside their parameter sums. A program of 16
 # warps has 128 of them for each thread; the others hold addresses, masks and what is loaded next.
@@ -149,7 +149,7 @@ def many_row_tiles(cols: tuple[int, ...], itemsize: int, pairs: int, sums: int =
 
     pairs: the distance of partners in a rotation, 0 without one. Rotated rows are short; a program has fewer of them,
     which leaves registers for cos and sin, and tiles whose partners are tiles, unless those would be shorter than an
-    access, or more than MOST_PAIRED_TILES: of 32 tiles of 4 columns a thread has whole rows, and compiling takes long.
+    access, or more than MAX_PAIRED_TILES: of 32 tiles of 4 columns a thread has whole rows, and compiling takes long.
     """
     each = [backward_tiles(n, itemsize, sums, 0, itemsize)[0] if sums else row_tiles(n, itemsize) for n in cols]
     if pairs:
@@ -158,7 +158,7 @@ def many_row_tiles(cols: tuple[int, ...], itemsize: int, pairs: int, sums: int =
         if paired * itemsize >= ACCESS_BYTES:
             tiles = (min(t.tile, paired) for t in each)
             each = [
-                t._replace(tile=w, count=ceil_div(n, w)) if ceil_div(n, w) <= MOST_PAIRED_TILES else t
+                t._replace(tile=w, count=ceil_div(n, w)) if ceil_div(n, w) <= MAX_PAIRED_TILES else t
                 for t, w, n in zip(each, tiles, cols, strict=True)
             ]
     warps, resident = max(t.warps for t in each), min(t.resident for t in each)
