@@ -14,7 +14,7 @@
 
 #include "arguments.h"
 #include "calls.h"
-#include "cpu/row_norm.h"
+#include "cpu/rms_norm_many.h"
 #include "node.h"
 #include "plans.h"
 #include "statistics.h"
@@ -90,35 +90,22 @@ variable_list expanded(const Tensor& factor, const variable_list& xs, int64_t se
   return views;
 }
 
-// The tensor of an input, or an undefined one where the list is empty.
-Tensor of(const variable_list& tensors, size_t i) { return tensors.empty() ? Tensor() : tensors[i]; }
-
 struct Results {
   variable_list ys, rstds;
 };
 
 Results forward(const Call& call, bool saves_statistics) {
   const Options& o = call.options;
-  const size_t n = call.xs.size();
   const variable_list cos = expanded(call.cos, call.xs, o.sequence_dim);
   const variable_list sin = expanded(call.sin, call.xs, o.sequence_dim);
-  Results results;
-  if (o.on_triton) {
-    const auto found = plans::call("rms_norm_many_forward", {call.xs, call.weights, cos, sin, o.interleaved, o.eps,
-                                                             o.zero_centered, o.cast_dtype, optional(call.out_dtype)});
-    TORCH_CHECK(found.size() == 2 * n, "fastnorm: rms_norm_many_forward returned ", found.size(), " tensors");
-    results.ys.assign(found.begin(), found.begin() + n);
-    results.rstds.assign(found.begin() + n, found.end());
-    return results;
-  }
-  for (size_t i = 0; i < n; ++i) {
-    auto [y, h, mean, rstd] = cpu::norm_forward(
-        cpu::rms_norm_of(call.xs[i], as_optional(call.weights[i]), o.eps, o.zero_centered, o.cast_dtype, call.out_dtype,
-                         of(cos, i), of(sin, i), o.interleaved, saves_statistics));
-    results.ys.push_back(std::move(y));
-    results.rstds.push_back(std::move(rstd));
-  }
-  return results;
+  const variable_list found =
+      o.on_triton ? plans::call("rms_norm_many_forward", {call.xs, call.weights, cos, sin, o.interleaved, o.eps,
+                                                          o.zero_centered, o.cast_dtype, optional(call.out_dtype)})
+                  : cpu::rms_norm_many(call.xs, call.weights, cos, sin, o.interleaved, o.eps, o.zero_centered,
+                                       o.cast_dtype, call.out_dtype, saves_statistics);
+  const size_t n = call.xs.size();
+  TORCH_CHECK(found.size() == 2 * n, "fastnorm: rms_norm_many_forward returned ", found.size(), " tensors");
+  return {{found.begin(), found.begin() + n}, {found.begin() + n, found.end()}};
 }
 
 // What autograd keeps for the backward.
@@ -244,19 +231,8 @@ struct RMSNormManyFunction : torch::autograd::Function<RMSNormManyFunction> {
       return plans::call("rms_norm_many_backward", {dys, s.xs, s.weights, s.rstds, cos, sin, o.interleaved,
                                                     o.zero_centered, o.cast_dtype, wants_dweight});
     }
-    variable_list dxs, dweights;
-    for (size_t i = 0; i < s.xs.size(); ++i) {
-      const auto dweight_dtype = wants_dweight[i] ? optional(s.weights[i].scalar_type()) : std::nullopt;
-      const auto result =
-          cpu::norm_backward(cpu::rms_norm_of(dys[i], s.xs[i], as_optional(s.weights[i]), s.rstds[i], o.zero_centered,
-                                              o.cast_dtype, dweight_dtype, of(cos, i), of(sin, i), o.interleaved));
-      dxs.push_back(result.dx);
-      if (dweight_dtype) {
-        dweights.push_back(result.dweight);
-      }
-    }
-    dxs.insert(dxs.end(), dweights.begin(), dweights.end());
-    return dxs;
+    return cpu::rms_norm_many_gradients(dys, s.xs, s.weights, s.rstds, cos, sin, o.interleaved, o.zero_centered,
+                                        o.cast_dtype, wants_dweight);
   }
 };
 

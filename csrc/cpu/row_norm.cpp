@@ -500,45 +500,6 @@ void view_parameters(Call& call) {
 
 }  // namespace
 
-ForwardCall rms_norm_of(const at::Tensor& x, const std::optional<at::Tensor>& weight, double eps, bool zero_centered,
-                        std::optional<at::ScalarType> cast_dtype, at::ScalarType out_dtype, const at::Tensor& cos,
-                        const at::Tensor& sin, bool interleaved, bool saves_statistics) {
-  return {.norm = Norm::rms,
-          .x = x,
-          .dims = 1,
-          .groups = 1,
-          .samples = 1,
-          .weight = weight,
-          .eps = eps,
-          .zero_centered = zero_centered,
-          .cast_dtype = cast_dtype,
-          .out_dtype = out_dtype,
-          .saves_statistics = saves_statistics,
-          .cos = cos,
-          .sin = sin,
-          .interleaved = interleaved};
-}
-
-BackwardCall rms_norm_of(const at::Tensor& dy, const at::Tensor& x, const std::optional<at::Tensor>& weight,
-                         const at::Tensor& rstd, bool zero_centered, std::optional<at::ScalarType> cast_dtype,
-                         std::optional<at::ScalarType> dweight_dtype, const at::Tensor& cos, const at::Tensor& sin,
-                         bool interleaved) {
-  return {.norm = Norm::rms,
-          .dy = dy,
-          .h = x,
-          .dims = 1,
-          .groups = 1,
-          .samples = 1,
-          .weight = weight,
-          .rstd = rstd,
-          .zero_centered = zero_centered,
-          .cast_dtype = cast_dtype,
-          .dtypes = {x.scalar_type(), std::nullopt, dweight_dtype, std::nullopt},
-          .cos = cos,
-          .sin = sin,
-          .interleaved = interleaved};
-}
-
 ForwardResult norm_forward(ForwardCall call) {
   check_input(call.x, call.dims);
   if (call.residual.defined()) {

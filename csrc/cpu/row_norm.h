@@ -30,11 +30,6 @@ struct ForwardCall {
   bool interleaved = false;
 };
 
-// rms_norm over the last dimension alone, with the rotation behind it.
-ForwardCall rms_norm_of(const at::Tensor& x, const std::optional<at::Tensor>& weight, double eps, bool zero_centered,
-                        std::optional<at::ScalarType> cast_dtype, at::ScalarType out_dtype, const at::Tensor& cos,
-                        const at::Tensor& sin, bool interleaved, bool saves_statistics = true);
-
 // y and h: x's shape, contiguous; mean and rstd: (rows · groups,). h is undefined without a residual and an x_gate,
 // mean for rms_norm, mean and rstd where they are not saved.
 struct ForwardResult {
@@ -63,11 +58,6 @@ struct BackwardCall {
   at::Tensor cos = {}, sin = {};
   bool interleaved = false;
 };
-
-BackwardCall rms_norm_of(const at::Tensor& dy, const at::Tensor& x, const std::optional<at::Tensor>& weight,
-                         const at::Tensor& rstd, bool zero_centered, std::optional<at::ScalarType> cast_dtype,
-                         std::optional<at::ScalarType> dweight_dtype, const at::Tensor& cos, const at::Tensor& sin,
-                         bool interleaved);
 
 // dx, dresidual, dgate: h's shape; dx_gate, dweight, dbias: their parameter's; all contiguous. Outputs that are not
 // wanted are undefined, and so are a dresidual that equals dx, and the gradient of a gate or x_gate that isn't there.
