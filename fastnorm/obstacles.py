@@ -47,8 +47,8 @@ def observer() -> str | None:
     return None
 
 
-def can_branch_on(x: Tensor) -> bool:
-    """Whether Python may branch on x's values: they are on the CPU, and nothing traces or transforms the call.
+def has_values(x: Tensor) -> bool:
+    """Whether x is a plain tensor of real numbers, and nothing traces or transforms the call.
 
     Not the same as the kernels' conditions above: values can be read in forward mode, and of a lazily negated view.
     Modes are asked first, because they see every access to a tensor.
@@ -63,7 +63,7 @@ def can_branch_on(x: Tensor) -> bool:
         and x.layout is torch.strided
         and not x.is_nested
         and not x._is_zerotensor()
-        and x.device.type == "cpu"
+        and not x.is_meta
         and x.is_floating_point()
         and x.numel() > 0
     )

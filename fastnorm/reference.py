@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import policy_rules
-from .obstacles import can_branch_on, why_unreadable
+from .obstacles import has_values, why_unreadable
 from .operators import list_dtype
 from .views import ChannelView, suggested_format
 
@@ -30,7 +30,7 @@ def row_norm(
     cast_dtype: x̂ is rounded to it; None leaves it as it is.
     """
     is_single = subtract_mean and math.prod(shape) == 1
-    if subtract_mean and not is_single and can_branch_on(x):
+    if subtract_mean and not is_single and has_values(x):
         constants = _constants(x, range(-len(shape), 0))
         x = x if constants is None else x - constants
     is_stocks = not is_single and not zero_centered and cast_dtype is None and _have_dtype_of(x, weight, bias)
@@ -82,10 +82,10 @@ def _scaled(x_hat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor
 
 
 def _constants(x: Tensor, dims: Iterable[int]) -> Tensor | None:
-    """The value of each row that is constant along `dims`, 0 for the other rows; None where all of it would be 0.
+    """The value of each row that is constant along `dims`, 0 for the other rows; None where all of it is known to be 0.
 
-    Subtracting it makes constant rows exactly 0. Stock's CPU kernels would divide the rounding error of such a row's
-    mean by √eps, and by √eps³ in the backward. Four neighbours in each row mostly tell that it isn't constant.
+    Subtracting it makes constant rows exactly 0. Stock's kernels would divide the rounding error of such a row's mean
+    by √eps, and by √eps³ in the backward. On the CPU, four neighbours in each row mostly tell that it isn't constant.
     """
     values, dims = x.detach(), tuple(dims)
     at_first = [slice(None)] * x.dim()
@@ -94,11 +94,18 @@ def _constants(x: Tensor, dims: Iterable[int]) -> Tensor | None:
     at_few = at_first.copy()
     at_few[max(dims, key=lambda dim: x.shape[dim])] = slice(4)
     first = values[tuple(at_first)]
-    alike = (values[tuple(at_few)] == first).all(dims, keepdim=True)
-    if not alike.any() or not (alike & (first != 0)).any():
-        return None
+    looks = _are_at_hand(values)
+    if looks:
+        alike = (values[tuple(at_few)] == first).all(dims, keepdim=True)
+        if not alike.any() or not (alike & (first != 0)).any():
+            return None
     constants = torch.where((values == first).all(dims, keepdim=True), first, 0)
-    return constants if constants.any() else None
+    return constants if not looks or constants.any() else None
+
+
+def _are_at_hand(values: Tensor) -> bool:
+    """Whether Python can branch on the values. Those of another device it would have to wait for."""
+    return values.device.type == "cpu"
 
 
 def _of_single_elements(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -111,8 +118,8 @@ def batch_norm(
     running: tuple[Tensor, Tensor] | None, training: bool, momentum: float | Tensor, eps: float, relu: bool,
 ) -> Tensor:  # fmt: skip
     """y = relu((x − mean) · rstd · w + b + residual); in training, `running` (mean and variance) moves by momentum."""
-    branches = training and can_branch_on(x) and x.dim() > 1
-    constants = _constants(x, _unit_dims(x)) if branches else None
+    centres = training and has_values(x) and x.dim() > 1
+    constants = _constants(x, _unit_dims(x)) if centres else None
     x = x if constants is None else x - constants
     mean, var = running or (None, None)
     mixes = constants is None and _stock_mixes(x, weight, bias, mean, var)
@@ -159,7 +166,7 @@ def group_norm(
     if weight is None and bias is not None:
         weight = torch.ones_like(bias)  # without one, stock's backward on the CPU raises before torch 2.13
     is_single = x.shape[1] == groups and math.prod(x.shape[2:]) == 1
-    if not is_single and can_branch_on(x):
+    if not is_single and has_values(x):
         grouped = x.unflatten(1, (groups, -1))
         constants = _constants(grouped, range(2, grouped.dim()))
         if constants is not None:

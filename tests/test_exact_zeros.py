@@ -1,22 +1,29 @@
-"""Where x̂ is 0, in rows, groups and channels of one element or of one value, results are exact on every backend; the
-reference, where values are alike, on the CPU."""
+"""Where x̂ is 0, in rows, groups and channels of one element or of one value, results are exact on every backend."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 import fastnorm
-from fastnorm import functional
+from fastnorm import backend, functional, reference
 from helpers import channel_norms, norms
+from helpers.backends import backend_parameters, device_of
 from helpers.environment import SIMULATED
 from helpers.norms import DTYPES
 
 
-@pytest.fixture
-def exact_device(device):
-    """As `device`, without the reference on a GPU: rows of one value are there what stock's kernels make of them."""
-    if device != "cpu" and fastnorm.explain(torch.empty(2, 2, device=device), "layer_norm").backend == "reference":
-        pytest.skip("stock's kernels on a GPU round the mean of equal values")
-    return device
+@pytest.fixture(params=[*backend_parameters("reference", "native", "triton"), "reference-unseen"])
+def exact_device(request, monkeypatch) -> Iterator[str]:
+    """As `device`, and the reference once more as it is on a GPU, where it can't look at values without waiting."""
+    name, *unseen = request.param.split("-")
+    status = backend.statuses()[name]
+    if not status.available:
+        pytest.skip(f"{name} backend: {status.detail}")
+    if unseen:
+        monkeypatch.setattr(reference, "_are_at_hand", lambda values: False)
+    with fastnorm.use(name):
+        yield device_of(name)
 
 
 layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
