@@ -7,6 +7,7 @@
 #include <torch/csrc/utils/object_ptr.h>
 
 #include <cstring>
+#include <vector>
 
 #include "arguments.h"
 
@@ -51,42 +52,31 @@ PyObject* all_readable(PyObject*, PyObject* tensors) {
   END_HANDLE_TH_ERRORS
 }
 
-// Whether the tuple is the tensor's shape. False, too, where sizes() would raise or call Python.
-bool has_shape(const Tensor& tensor, PyObject* shape) {
-  const auto* const impl = tensor.unsafeGetTensorImpl();
-  if (tensor.is_nested() || impl->is_python_dispatch() || impl->has_symbolic_sizes_strides()) {
-    return false;
-  }
-  const auto sizes = tensor.sizes();
-  if (!PyTuple_Check(shape) || PyTuple_GET_SIZE(shape) != static_cast<Py_ssize_t>(sizes.size())) {
-    return false;
-  }
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    PyObject* const size = PyTuple_GET_ITEM(shape, i);
-    int overflow = 0;
-    if (!PyLong_Check(size) || PyLong_AsLongLongAndOverflow(size, &overflow) != sizes[i] || overflow != 0) {
-      return false;
-    }
-  }
-  return true;
-}
-
-PyObject* have_shapes(PyObject*, PyObject* arguments) {
+// The number of dimensions and the sizes of each tensor, as bytes. None where sizes() of one would raise or call Python.
+PyObject* shape_key(PyObject*, PyObject* tensors) {
   HANDLE_TH_ERRORS
-  PyObject *tensors = nullptr, *shapes = nullptr;
-  if (!PyArg_ParseTuple(arguments, "OO!:have_shapes", &tensors, &PyList_Type, &shapes)) {
-    throw python_error();
-  }
   const Py_ssize_t count = PyObject_Size(tensors);
   if (count < 0) {
     throw python_error();
   }
-  bool found = count == PyList_GET_SIZE(shapes);
-  if (found) {
-    each(tensors,
-         [&](Py_ssize_t i, const Tensor& tensor) { return found = has_shape(tensor, PyList_GET_ITEM(shapes, i)); });
+  bool is_known = true;
+  std::vector<int64_t> key;
+  key.reserve(3 * static_cast<size_t>(count));
+  each(tensors, [&](Py_ssize_t, const Tensor& tensor) {
+    const auto* const impl = tensor.unsafeGetTensorImpl();
+    is_known = !tensor.is_nested() && !impl->is_python_dispatch() && !impl->has_symbolic_sizes_strides();
+    if (is_known) {
+      const auto sizes = tensor.sizes();
+      key.push_back(static_cast<int64_t>(sizes.size()));
+      key.insert(key.end(), sizes.begin(), sizes.end());
+    }
+    return is_known;
+  });
+  if (!is_known) {
+    Py_RETURN_NONE;
   }
-  return PyBool_FromLong(found);
+  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(key.data()),
+                                   static_cast<Py_ssize_t>(key.size() * sizeof(int64_t)));
   END_HANDLE_TH_ERRORS
 }
 
@@ -117,8 +107,7 @@ int add_list_functions(PyObject* module) {
   static PyMethodDef methods[] = {
       {"all_readable", all_readable, METH_O,
        "all_readable(tensors): whether kernels can read all as they lie, and all are on one device"},
-      {"have_shapes", have_shapes, METH_VARARGS,
-       "have_shapes(tensors, shapes): whether they have these shapes; False, too, where only Python can tell"},
+      {"shape_key", shape_key, METH_O, "shape_key(tensors): their shapes as bytes; None where only Python can tell"},
       {"list_key", list_key, METH_O, "list_key(tensors): addresses, sizes and dtypes as bytes"},
       {nullptr, nullptr, 0, nullptr}};
   return PyModule_AddFunctions(module, methods);

@@ -306,11 +306,9 @@ def all_readable(tensors: Sequence[torch.Tensor]) -> bool | None:
     return bool(_native.all_readable(tensors))
 
 
-def have_shapes(tensors: Sequence[torch.Tensor], shapes: list[torch.Size]) -> bool:
-    """Whether the tensors have these shapes, one for each, in order."""
-    if _native is not None and not torch.compiler.is_compiling() and _native.have_shapes(tensors, shapes):
-        return True
-    return [tensor.shape for tensor in tensors] == shapes  # also what is not plain
+def shape_key(tensors: Sequence[torch.Tensor]) -> bytes | None:
+    """The tensors' shapes as bytes; None where they must be compared one by one."""
+    return None if _native is None or torch.compiler.is_compiling() else _native.shape_key(tensors)
 
 
 def _choose(op: str, x: torch.Tensor) -> tuple[str, str]:

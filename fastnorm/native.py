@@ -51,7 +51,7 @@ def _function(name: str) -> Any:
 globals().update({name: _define(operator) for name, operator in operators.OPERATORS.items()})
 # Checks of lists of tensors: whether kernels can read them, whether they have the shapes of a list, and a key of their
 # addresses and sizes (csrc/lists.h).
-all_readable, have_shapes, list_key = map(_function, ("all_readable", "have_shapes", "list_key"))
+all_readable, shape_key, list_key = map(_function, ("all_readable", "shape_key", "list_key"))
 
 # Whole calls with autograd (csrc/calls.h); they return NotImplemented for wrong or unusual arguments.
 _row_norms = enumerate(

@@ -181,7 +181,7 @@ CHANGES = {
         "operators.py", "bool subtract_mean, bool zero_centered", "int count, ",
         "with another signature of row_norm_forward",
     ),
-    "a function more": ("native.py", "^_library =", "del _C.have_shapes\n", "without have_shapes"),
+    "a function more": ("native.py", "^_library =", "del _C.shape_key\n", "without shape_key"),
     "definitions of its own": (
         "native.py", "^_library =", "_older = torch.library.Library('fastnorm', 'DEF')\n"
         "_older.define('batch_norm_statistics(Tensor x, MemoryFormat format) -> Tensor')\n",

@@ -16,18 +16,20 @@ NORM_TYPES = (2.0, 1.0, inf, -inf, 0.0, -1.0, 0.5, 3.0, 1.7, -2.5)
 
 
 def test_shapes_of_lists():
+    """Equal keys mean equal shapes: where a size is, and which dimension it belongs to, is in them."""
     tensors = [torch.ones(()), torch.ones(3), torch.ones(2, 0, 5), torch.ones(300, 2).T, torch.eye(3).to_sparse()]
-    shapes = [t.shape for t in tensors]
-    assert native.have_shapes(tensors, shapes) and native.have_shapes(tuple(tensors), list(map(tuple, shapes)))
-    assert native.have_shapes([], [])
-    others = (0, (1,)), (1, ()), (1, (4,)), (1, (2**70,)), (1, [3]), (1, (3.0,)), (2, (2, 0)), (3, (300, 2))
+    key = native.shape_key(tensors)
+    assert key == native.shape_key([torch.empty(t.shape, dtype=torch.int8) for t in tensors])
+    assert key == native.shape_key(tuple(tensors)) and native.shape_key([]) == b""
+    others = (0, (1,)), (1, ()), (1, (4,)), (1, (3, 1)), (2, (2, 0)), (2, (0, 2, 5)), (3, (300, 2))
     for place, shape in others:
-        assert not native.have_shapes(tensors, [*shapes[:place], shape, *shapes[place + 1 :]])
-    assert not native.have_shapes(tensors, shapes[:4]) and not native.have_shapes(tensors[:4], shapes)
+        assert key != native.shape_key([*tensors[:place], torch.ones(shape), *tensors[place + 1 :]])
+    assert key != native.shape_key(tensors[:4]) and native.shape_key([torch.ones(2), torch.ones(())]) != (
+        native.shape_key([torch.ones(()), torch.ones(2)])
+    )
+    assert native.shape_key([*tensors, torch.nested.nested_tensor([torch.ones(2)])]) is None
     with pytest.raises(TypeError, match="expected tensors, but got int"):
-        native.have_shapes([3], [(3,)])
-    with pytest.raises(TypeError):
-        native.have_shapes(tensors, tuple(shapes))
+        native.shape_key([3])
 
 
 def test_only_clipped_tensors_are_touched():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -217,7 +217,7 @@ class AdaGC(ClipPolicy):
         return state
 
     def _bind(self, memory: Memory, tensors: Sequence[Tensor], names: list[str] | None) -> None:
-        memory.shapes, memory.names = _shared([t.shape for t in tensors]), names
+        memory.shapes, memory.names = [t.shape for t in tensors], names
 
     def _require_same(
         self, memory: Memory, tensors: Sequence[Tensor], names: list[str] | None, norm_type: float
@@ -230,16 +230,20 @@ class AdaGC(ClipPolicy):
         if names is not None and memory.names is not None and names != memory.names:
             one, other = next((a, b) for a, b in zip(memory.names, names, strict=True) if a != b)
             raise RuntimeError(f"AdaGC's state is of {one}, where the list now has {other}. {remedy}")
-        if not backend.have_shapes(tensors, known):
-            place = next(i for i, (t, shape) in enumerate(zip(tensors, known, strict=True)) if t.shape != shape)
+        key = backend.shape_key(tensors)
+        if key is not None and key == memory.shape_key:
+            return
+        place = next((i for i, (t, shape) in enumerate(zip(tensors, known, strict=True)) if t.shape != shape), None)
+        if place is not None:
             culprit = names[place] if names else f"gradient {place}"
             raise RuntimeError(f"AdaGC's state is of {culprit} with the shape {tuple(known[place])}, but it has "
                                f"{tuple(tensors[place].shape)}. {remedy}")  # fmt: skip
+        memory.shape_key = key
 
     def _loaded(self, state_dict: Mapping[str, Any]) -> Memory | None:
         memory = super()._loaded(state_dict)
         if memory is not None:
-            memory.shapes = _shared(map(torch.Size, state_dict["shapes"]))
+            memory.shapes = list(map(torch.Size, state_dict["shapes"]))
             memory.names = _names(state_dict["names"], len(memory.shapes)) if "names" in state_dict else None
         return memory
 
@@ -252,12 +256,6 @@ class AdaGC(ClipPolicy):
                 raise ValueError(f"shapes must be those of tensors, but one is {tuple(shape)}")
         size = rules.HEADER + len(shapes)
         return range(size, size + 1)
-
-
-def _shared(shapes: Iterable[torch.Size]) -> list[torch.Size]:
-    """The shapes, where equal ones are one object: thousands of them would not stay in the cache between calls."""
-    known: dict[torch.Size, torch.Size] = {}
-    return [known.setdefault(shape, shape) for shape in shapes]
 
 
 def _is_list(value: object) -> bool:

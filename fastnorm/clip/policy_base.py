@@ -26,7 +26,8 @@ _MOST_NORMS = 2**53  # a float64 that counts to more would stand still
 class Memory:
     """What a policy keeps of the lists that it has seen. shapes and names: of AdaGC's tensors, names if there are any.
 
-    calls: at least as many as norms entered the state. is_placed: whether a list has settled the state's device.
+    calls: at least as many as norms entered the state. shape_key: the shapes as bytes, which are quick to compare.
+    is_placed: whether a list has settled the state's device.
     """
 
     state: Tensor
@@ -34,6 +35,7 @@ class Memory:
     calls: int = 0
     shapes: list[torch.Size] | None = None
     names: list[str] | None = None
+    shape_key: bytes | None = None
     is_placed: bool = True
 
 
