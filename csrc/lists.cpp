@@ -22,27 +22,46 @@ bool is_readable(const Tensor& tensor, const Tensor& first) {
          tensor.is_non_overlapping_and_dense();
 }
 
-// Calls visit(i, tensor) for each tensor until it returns false. Raises TypeError unless it is a sequence of tensors.
+// Calls visit(i, object) for each object of a sequence until it returns false.
 template <typename Visit>
-void each(PyObject* sequence, const Visit& visit) {
+void each_object(PyObject* sequence, const Visit& visit) {
   const THPObjectPtr fast(PySequence_Fast(sequence, "expected a sequence of tensors"));
   if (!fast) {
     throw python_error();
   }
   for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(fast.get()); ++i) {
-    PyObject* const item = PySequence_Fast_GET_ITEM(fast.get(), i);
-    TORCH_CHECK_TYPE(THPVariable_Check(item), "expected tensors, but got ", Py_TYPE(item)->tp_name);
-    if (!visit(i, THPVariable_Unpack(item))) {
+    if (!visit(i, PySequence_Fast_GET_ITEM(fast.get(), i))) {
       return;
     }
   }
+}
+
+// Calls visit(i, tensor) for each tensor until it returns false. Raises TypeError for anything else.
+template <typename Visit>
+void each(PyObject* sequence, const Visit& visit) {
+  each_object(sequence, [&](Py_ssize_t i, PyObject* item) {
+    TORCH_CHECK_TYPE(THPVariable_Check(item), "expected tensors, but got ", Py_TYPE(item)->tp_name);
+    return visit(i, THPVariable_Unpack(item));
+  });
+}
+
+PyObject* are_plain(PyObject*, PyObject* tensors) {
+  HANDLE_TH_ERRORS
+  bool found = true;
+  each_object(tensors, [&](Py_ssize_t, PyObject* item) { return found = THPVariable_CheckExact(item); });
+  return PyBool_FromLong(found);
+  END_HANDLE_TH_ERRORS
 }
 
 PyObject* all_readable(PyObject*, PyObject* tensors) {
   HANDLE_TH_ERRORS
   bool found = true;
   Tensor first;
-  each(tensors, [&](Py_ssize_t i, const Tensor& tensor) {
+  each_object(tensors, [&](Py_ssize_t i, PyObject* item) {
+    if (!THPVariable_CheckExact(item)) {
+      return found = false;
+    }
+    const Tensor& tensor = THPVariable_Unpack(item);
     if (i == 0) {  // not each time: copies of handles count their owners
       first = tensor;
     }
@@ -52,7 +71,24 @@ PyObject* all_readable(PyObject*, PyObject* tensors) {
   END_HANDLE_TH_ERRORS
 }
 
-// The number of dimensions and the sizes of each tensor, as bytes. None where sizes() of one would raise or call Python.
+PyObject* gradients(PyObject*, PyObject* parameters) {
+  HANDLE_TH_ERRORS
+  THPObjectPtr found(PyList_New(0));
+  each_object(parameters, [&](Py_ssize_t, PyObject* item) {
+    const bool is_plain = THPVariable_CheckExact(item);
+    THPObjectPtr grad(is_plain ? THPVariable_Wrap(THPVariable_Unpack(item).grad())
+                               : PyObject_GetAttrString(item, "grad"));
+    if (!grad || (grad.get() != Py_None && PyList_Append(found.get(), grad.get()) != 0)) {
+      throw python_error();
+    }
+    return true;
+  });
+  return found.release();
+  END_HANDLE_TH_ERRORS
+}
+
+// The number of dimensions and the sizes of each tensor, as bytes. None where sizes() of one would raise or call
+// Python.
 PyObject* shape_key(PyObject*, PyObject* tensors) {
   HANDLE_TH_ERRORS
   const Py_ssize_t count = PyObject_Size(tensors);
@@ -106,7 +142,9 @@ PyObject* list_key(PyObject*, PyObject* tensors) {
 int add_list_functions(PyObject* module) {
   static PyMethodDef methods[] = {
       {"all_readable", all_readable, METH_O,
-       "all_readable(tensors): whether kernels can read all as they lie, and all are on one device"},
+       "all_readable(tensors): whether all are plain tensors that kernels can read as they lie, on one device"},
+      {"are_plain", are_plain, METH_O, "are_plain(tensors): whether all are plain tensors or parameters"},
+      {"gradients", gradients, METH_O, "gradients(parameters): their gradients, of those that have one"},
       {"shape_key", shape_key, METH_O, "shape_key(tensors): their shapes as bytes; None where only Python can tell"},
       {"list_key", list_key, METH_O, "list_key(tensors): addresses, sizes and dtypes as bytes"},
       {nullptr, nullptr, 0, nullptr}};

@@ -20,7 +20,7 @@ from torch.compiler import is_compiling
 
 from . import operators, reference
 from .dtensors import arrived, is_dtensor, rows_of, why_not_by_rows
-from .obstacles import observer, why_unreadable
+from .obstacles import PLAIN, observer, why_unreadable
 
 
 @dataclass(frozen=True)
@@ -299,11 +299,25 @@ def _cannot_serve(op: str, name: str, obstacle: str) -> RuntimeError:
     return RuntimeError(f"{op}: fastnorm.use({name!r}) names a backend that can't serve this call: {obstacle}")
 
 
-def all_readable(tensors: Sequence[torch.Tensor]) -> bool | None:
-    """Whether kernels can read these plain tensors in place, all on one device; None where each must be looked at."""
-    if _native is None or torch._C._len_torch_dispatch_stack():
-        return None
-    return bool(_native.all_readable(tensors))
+def are_plain(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether none of the tensors is a subclass but torch.nn.Parameter."""
+    if _native is not None and not torch.compiler.is_compiling():
+        return _native.are_plain(tensors)
+    return set(map(type, tensors)) <= PLAIN
+
+
+def all_readable(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether these are plain tensors that kernels can read in place, all on one device; False where that is not known
+    of all at once."""
+    return _native is not None and not torch._C._len_torch_dispatch_stack() and _native.all_readable(tensors)
+
+
+def gradients(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The gradients of the parameters that have one."""
+    if _native is not None and not torch.compiler.is_compiling() and not torch._C._len_torch_function_stack():
+        return _native.gradients(parameters)
+    # Each .grad is read once, because that takes longer than all the rest; dynamo can't trace a walrus here.
+    return [grad for grad in [parameter.grad for parameter in parameters] if grad is not None]
 
 
 def shape_key(tensors: Sequence[torch.Tensor]) -> bytes | None:

@@ -51,7 +51,8 @@ def _function(name: str) -> Any:
 globals().update({name: _define(operator) for name, operator in operators.OPERATORS.items()})
 # Checks of lists of tensors: whether kernels can read them, whether they have the shapes of a list, and a key of their
 # addresses and sizes (csrc/lists.h).
-all_readable, shape_key, list_key = map(_function, ("all_readable", "shape_key", "list_key"))
+are_plain, all_readable, gradients = map(_function, ("are_plain", "all_readable", "gradients"))
+shape_key, list_key = map(_function, ("shape_key", "list_key"))
 
 # Whole calls with autograd (csrc/calls.h); they return NotImplemented for wrong or unusual arguments.
 _row_norms = enumerate(

@@ -103,7 +103,7 @@ def _units(shape: torch.Size, unit_dims: UnitDims) -> int:
 def _clip(params: list[Tensor], units: list[int], rule: tuple[float, float, float]) -> None:
     """Clips by kernels where gradient and parameter lie unit by unit in the same order, else by the formula."""
     grads = list(map(_GRAD, params))
-    if not set(map(type, params)) <= PLAIN:
+    if not backend.are_plain(params):
         params, grads, units = _local(params, grads, units)
     if not grads:
         return
@@ -138,8 +138,7 @@ def _clip_one(grad: Tensor, param: Tensor, units: int, rule: tuple[float, float,
 def _all_lie_alike(grads: list[Tensor], params: list[Tensor]) -> bool:
     """A fast `_lie_alike` for whole lists. False only means that each pair must be asked."""
     return (
-        set(map(type, params)) <= PLAIN
-        and bool(backend.all_readable(params))
+        backend.all_readable(params)
         and params[0].device == grads[0].device
         and all(map(Tensor.is_contiguous, grads))
         and all(map(Tensor.is_contiguous, params))

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 from torch.utils.weak import TensorWeakRef
 
+from .. import backend
 from . import distributed, lists, observers
 from .norms import begin, measure
 from .policies import SpikeSkip
@@ -96,7 +97,7 @@ def clip_grad_norm_in_optimizer(
     _require_fused(optimizer)
     params, names = lists.of_optimizer(optimizer)
     over = distributed.reductions(process_groups, params, names)
-    gradients = lists.gradients(params)
+    gradients = backend.gradients(params)
     _require_plain(gradients)
     if not gradients and not over:
         return torch.zeros(())
@@ -230,7 +231,7 @@ def _drop(optimizer: Optimizer, foreign: bool = False) -> None:
 
 
 def _gradients(optimizer: Optimizer) -> list[Tensor]:
-    return lists.gradients(lists.of_optimizer(optimizer)[0])
+    return backend.gradients(lists.of_optimizer(optimizer)[0])
 
 
 def _versions(gradients: list[Tensor]) -> list[int]:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import backend
 from ..dtensors import is_dtensor
-from ..obstacles import PLAIN
 from . import lists
 
 if TYPE_CHECKING:
@@ -37,12 +37,12 @@ class Reduction(NamedTuple):
 
 def local_values(tensors: list[Tensor]) -> list[Tensor]:
     """This rank's shards of the DTensors, with partial placements reduced. Returns the list itself if it has none."""
-    return tensors if set(map(type, tensors)) <= PLAIN else [_local_values(tensor) for tensor in tensors]
+    return tensors if backend.are_plain(tensors) else [_local_values(tensor) for tensor in tensors]
 
 
 def local_storage(tensors: list[Tensor]) -> list[Tensor]:
     """The local tensors of the DTensors, to be written in place. Returns the list itself if it has none."""
-    if set(map(type, tensors)) <= PLAIN:
+    if backend.are_plain(tensors):
         return tensors
     return [tensor.to_local() if is_dtensor(tensor) else tensor for tensor in tensors]
 

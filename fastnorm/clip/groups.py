@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from .. import backend
 from . import distributed, lists, observers
 from .norms import begin, measure, raise_if_nonfinite, scale_
 from .policy_base import ClipPolicy, PolicyCall, refuse_class, threshold_of
@@ -104,7 +105,7 @@ def _clip(
     groups: dict[Any, _Group], norm_type: float, error_if_nonfinite: bool, over: list[distributed.Reduction]
 ) -> dict[Any, Tensor]:
     """All that can raise is done for every group before a gradient is written."""
-    grads = {key: lists.gradients(group.owners) for key, group in groups.items() if group.owners or over}
+    grads = {key: backend.gradients(group.owners) for key, group in groups.items() if group.owners or over}
     limits = {
         key: begin(groups[key].max_norm, theirs, groups[key].names, norm_type, over, trial=error_if_nonfinite)
         for key, theirs in grads.items()

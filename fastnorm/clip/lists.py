@@ -95,12 +95,6 @@ def _named(item: str) -> Callable[[str], bool]:
     return lambda name: f"{name}.".startswith(f"{item}.") or fnmatchcase(f"{name}.", f"{item}.*")
 
 
-def gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients of the parameters that have one."""
-    # Each .grad is read once, because that takes longer than all the rest; dynamo can't trace a walrus here.
-    return [grad for grad in [parameter.grad for parameter in parameters] if grad is not None]
-
-
 def split(op: str, tensors: list[Tensor]) -> list[Part]:
     """Divides a list: a part for each device's tensors that kernels can read, and one without a backend for the rest.
 
@@ -113,7 +107,7 @@ def split(op: str, tensors: list[Tensor]) -> list[Part]:
     if obstacle is not None:
         backend.refuse_formula(op, obstacle)
         return [Part(None, tensors, everywhere)]
-    if set(map(type, tensors)) <= PLAIN and backend.all_readable(tensors):
+    if backend.all_readable(tensors):
         return [Part(backend.pick(op, tensors[0]), tensors, everywhere)]
     impls: dict[torch.device | None, Any] = {}  # None: what no kernel can read
     positions: dict[torch.device | None, list[int]] = {}

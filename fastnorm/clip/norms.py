@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _device_has_foreach_support
 
-from .. import policy_rules, reference
+from .. import backend, policy_rules, reference
 from ..dtensors import is_dtensor
 from ..obstacles import PLAIN
 from ..operators import list_dtype
@@ -99,7 +99,7 @@ def clip_grads_with_norm_(
         TypeError: for a policy, which only `clip_grad_norm_` takes.
     """
     params, _ = lists.listed(parameters)
-    grads = lists.gradients(params)
+    grads = backend.gradients(params)
     refuse_policy(max_norm, "max_norm")
     max_norm = float(max_norm)
     if not grads:
@@ -160,7 +160,7 @@ def clip_grad_norm_(
     norm_type, max_norm = float(norm_type), threshold_of(max_norm)
     kept = lists.selected(params, names, exempt, "exempt")
     over = distributed.reductions(process_groups, params, names)
-    grads = lists.gradients(params)
+    grads = backend.gradients(params)
     if not grads and not over:
         return torch.tensor(0.0)
     _check_foreach(grads, foreach)
@@ -200,7 +200,7 @@ def clip_grad_value_(parameters: Parameters, clip_value: float | Tensor, foreach
     """
     refuse_policy(clip_value, "clip_value")
     clip_value = float(clip_value)
-    grads = lists.gradients(lists.listed(parameters)[0])
+    grads = backend.gradients(lists.listed(parameters)[0])
     _check_foreach(grads, foreach)
     for impl, tensors, _ in lists.split("clip_grad_norm", grads) if grads else ():
         if impl is None or clip_value != clip_value:
