@@ -322,6 +322,7 @@ def test_what_cant_be_timed_alone_is_named(monkeypatch):
     report = fastnorm.convert(model)
     with monkeypatch.context() as patch:
         patch.setattr(torch.distributed, "is_initialized", lambda: True)
+        patch.setattr(torch.distributed, "get_world_size", lambda: 2)
         with pytest.raises(ValueError, match="1 is a SyncBatchNorm, which waits for other processes"):
             report.estimate(X)
     model[0].weight._fsdp_flattened = True

@@ -54,7 +54,7 @@ def estimated(
         recorded = _recorded(model, norms, lambda: model(*args, **kwargs))
         if not recorded:
             raise ValueError(f"estimate: the forward pass calls none of the {len(norms)} swapped norms, so nothing can "
-                             "be timed; torch.compile leaves no calls: estimate before it")  # fmt: skip
+                             "be timed; torch.compile leaves no calls: call it before that")  # fmt: skip
         pass_s = _timer(lambda: model(*args, **kwargs)).timeit(PASSES).mean
         times = tuple(_times_of(calls, swapped, model.training) for calls in recorded)
     return ConversionEstimate(times, pass_s)
@@ -73,11 +73,12 @@ def _timed_norms(model: nn.Module, names: Collection[str]) -> dict[str, nn.Modul
     norms = {name: modules[name] for name in names if name in modules and is_swapped(modules[name])}
     if not norms:
         raise ValueError("estimate: no norm of the model is swapped any more")
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    others = group and torch.distributed.get_world_size() > 1
     for name, norm in norms.items():
         if any(is_shard(p) or hasattr(p, "full_tensor") for p in norm.parameters()):
-            raise ValueError(f"estimate: the parameters of {name} are sharded: estimate before it")
-        if several and isinstance(norm, nn.SyncBatchNorm):
+            raise ValueError(f"estimate: the parameters of {name} are sharded: call it before that")
+        if others and isinstance(norm, nn.SyncBatchNorm):
             raise ValueError(f"estimate: {name} is a SyncBatchNorm, which waits for other processes")
     inner = {id(child) for norm in norms.values() if isinstance(norm, Modulated) for child in list(norm.modules())[1:]}
     return {name: norm for name, norm in norms.items() if id(norm) not in inner}
