@@ -48,7 +48,8 @@ test-codegen: $(NATIVE)  ## what Triton's kernels are compiled to, on six archit
 	FASTNORM_TEST_CODEGEN=all OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS) tests/test_codegen.py
 
 test-models: $(MODELS)  ## convert and clipping on real models and trainers: transformers, timm, Lightning, Accelerate
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m models $(PYTEST_ARGS) tests/test_models.py tests/test_trainers.py tests/test_hub_layers.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m models $(PYTEST_ARGS) tests/test_models.py tests/test_trainers.py tests/test_hub_layers.py \
+	  tests/test_bench_presets.py
 
 # In a copy of the sources: the extension for another torch must not stay behind in this tree. Without lint, as mypy
 # checks against the newest torch's annotations. The constraint holds for all that pip installs, or torchvision, which

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from . import memory
 from .operation import Shape
 from .presets import SHAPES
 
@@ -25,6 +26,12 @@ def name(known: Collection[str], kind: str) -> Callable[[str], str]:
 def several(one: Callable[[str], Any]) -> Callable[[str], tuple]:
     """A parser of values separated by commas."""
     return lambda text: tuple(dict.fromkeys(one(item.strip()) for item in text.split(",")))
+
+
+def memory_state(text: str) -> str:
+    """A state of memory.py, written as one word."""
+    words = {state.replace(" ", "-"): state for state in memory.STATES}
+    return words[name(words, "memory")(text)]
 
 
 def positive(kind: type[int] | type[float]) -> Callable[[str], int | float]:

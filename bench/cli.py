@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from . import clip, commands, host, models, monitor, predict, problem, real_model, report, summary
-from .arguments import PATTERNS, device, name, positive, several, shapes
+from .arguments import PATTERNS, device, memory_state, name, positive, several, shapes
 from .operation import LAYOUTS, MODES
 from .operations import FAMILIES, OPERATIONS
 from .presets import DTYPES, SHAPES
@@ -128,6 +128,9 @@ def _add_norms(add: Callable) -> None:
     for flag, of, default, said in choices:
         kind, text = flag.strip("-").removesuffix("s"), f"of: {', '.join(of)} (default: {said})"
         add(flag, type=several(name(of, kind)), metavar=kind[0].upper(), default=default, help=text)
+    text = "of a CPU: in-use, as in a process that has run for a while; new, whose pages are made in every call "
+    text += "(default: both; with --quick, in-use)"
+    add("--memory", type=several(memory_state), metavar="M", help=text)
     add("--plots", action="store_true", help="draw PNG files too")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import ceiling, clip, machine, report, run
+from . import ceiling, clip, machine, memory, report, run
 from .labels import absences, aligned
 from .measurement import OK
 from .operation import Operation, Shape, shape_name
@@ -25,9 +25,10 @@ QUICK_OPERATIONS = (*FAMILIES[ROWS.name], "batch_norm_training_add_relu")
 def norms(options: Namespace) -> Outcome:
     """The norms, of which those are taken that were named, or all that fit the shapes."""
     problems = _problems(options)
+    states = _memory(options)
     facts = start(options.device, options.threads)
     chosen = options.layouts, options.dtypes, options.mode, options.providers
-    bench = run.Bench(run.Plan(problems, *chosen, options.device, budget_of(options)))
+    bench = run.Bench(run.Plan(problems, *chosen, options.device, budget_of(options), states))
     bench.ceilings.at(ceiling.LARGE_BYTES)  # the first figure that is printed
     return _timed(bench, facts, report.NORMS, machine.slug(facts["device"]) + _suffix(options), options)
 
@@ -71,12 +72,12 @@ def _timed(
             progress.set_description(part)
             for case in cases:
                 results += case
-                progress.set_postfix_str(" ".join(map(str, list(case[0].values())[1:5])) if case else "")
+                progress.set_postfix_str(" ".join(map(str, list(case[0].values())[1:6])) if case else "")
                 progress.update()
             progress.write(report.tables(results[known:], kind))
             document |= bench.facts()
             paths = report.write(options.output / stem, document, kind)
-    print(kind.legend)
+    print(report.legend(results, kind))
     if getattr(options, "plots", False):
         from . import plots  # seaborn takes a second to import
 
@@ -99,6 +100,15 @@ def _problems(options: Namespace) -> dict[str, tuple[Shape, ...]]:
         options.parser.error("no operation takes all that is asked for:\n  " + "\n  ".join(misfits.values()))
     presets = {op.name: SHAPES[op.family.quick if options.quick else op.family.preset] for op in operations}
     return {name: options.shapes or presets[name] for name in presets if misfits[name] is None}
+
+
+def _memory(options: Namespace) -> tuple[str, ...]:
+    """The states that were asked for, or all that there are; only the first with --quick."""
+    known = memory.states(options.device)
+    for state in options.memory or ():
+        if state not in known:
+            options.parser.error(f"argument --memory: on {options.device} here memory is only {', '.join(known)}")
+    return options.memory or (known[:1] if options.quick else known)
 
 
 def _misfit(operation: Operation, options: Namespace) -> str | None:

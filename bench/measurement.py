@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from . import memory
 from .providers import Provider, one_line
 from .timing import Budget, CpuTimer, CudaTimer, Runner, interleave, quartiles
 
@@ -17,8 +18,9 @@ def measure(
 ) -> tuple[dict[str, Result], dict[str, list[float]]]:
     """The results, and the samples of those that were timed, both by the provider's name.
 
-    case: what names it; more: the benchmark's own entries, as they are without a time. `judge` gives those of the
-    verdict: `backend`, the one of fastnorm's that served, `status`, and `detail`, which says what is off. `call` gives
+    case: what names it, with the state of the memory, if calls are timed in a particular one; more: the benchmark's own
+    entries, as they are without a time. `judge` gives those of the verdict: `backend`, the one of fastnorm's that
+    served, `status`, and `detail`, which says what is off. `call` gives
     what is timed, in which a provider can't but move `moved` bytes. The times stay None if `status` is WRONG or FAILED;
     host_s is what the host takes for a call on a GPU, beside the device's time.
     """
@@ -33,11 +35,15 @@ def measure(
             results[provider.name] |= {"status": FAILED, "detail": one_line(error)}
     good = [provider for provider in providers if results[provider.name]["status"] in (OK, INEXACT)]
     runners = {provider.name: Runner(call(provider), provider.activate) for provider in good}
-    samples = interleave(runners, timer, budget)
-    for name, seconds in samples.items():
-        first, median, third = quartiles(seconds)
-        with runners[name].activate():
-            times = (median, first, third, timer.host_seconds(runners[name].call))
-        facts = {"rounds": len(seconds), "compulsory_bytes": moved, "gb_per_s": moved / median / 1e9}
-        results[name] |= facts | dict(zip(TIMES, times, strict=True))
+    state = case.get("memory", memory.AS_IT_IS)
+    with memory.entered(state):
+        if state == memory.IN_USE:
+            memory.settle([runner.run for runner in runners.values()])
+        samples = interleave(runners, timer, budget)
+        for name, seconds in samples.items():
+            first, median, third = quartiles(seconds)
+            with runners[name].activate():
+                times = (median, first, third, timer.host_seconds(runners[name].call))
+            facts = {"rounds": len(seconds), "compulsory_bytes": moved, "gb_per_s": moved / median / 1e9}
+            results[name] |= facts | dict(zip(TIMES, times, strict=True))
     return results, samples

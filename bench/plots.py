@@ -11,6 +11,7 @@ from matplotlib.colors import TwoSlopeNorm
 
 from . import ceiling, report
 from .labels import mode_label
+from .memory import IN_USE
 
 AUTOMATIC = "fastnorm"
 COLOURS = {
@@ -38,7 +39,8 @@ def write(directory: Path, stem: str, document: dict[str, Any]) -> list[Path]:
     frame = frame.assign(
         rows=lengths[0].astype(int), columns=lengths[1].astype(int), images=frame["shape"].str.count("x") > 1,
         mode=frame["mode"].map(mode_label),
-        kind=frame["dtype"] + frame["layout"].map(lambda layout: "" if layout == "contiguous" else f" · {layout}"),
+        kind=frame["dtype"] + frame["layout"].map(lambda layout: "" if layout == "contiguous" else f" · {layout}")
+        + report.memory(frame).map(lambda state: "" if state == IN_USE else f" · {state} memory"),
     )  # fmt: skip
     large = next(c for c in document["copy_ceilings_gb_per_s"] if c["nbytes"] == ceiling.LARGE_BYTES)
     device, paths = document["machine"]["device"], []

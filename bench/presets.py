@@ -10,6 +10,28 @@ from .operation import Shape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
+# (channels, size) of the images that a model's batch norms get from 224 x 224 pixels
+RESNET18 = ((64, 112), (64, 56), (128, 28), (256, 14), (512, 7))
+RESNET50 = (
+    *((64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28)),
+    *((256, 28), (256, 14), (1024, 14), (512, 14), (512, 7), (2048, 7)),
+)
+MOBILENETV3_LARGE = (
+    *((16, 112), (64, 112), (64, 56), (24, 56), (72, 56), (72, 28), (40, 28), (120, 28), (240, 28)),
+    *((240, 14), (80, 14), (200, 14), (184, 14), (480, 14), (112, 14), (672, 14), (672, 7), (160, 7), (960, 7)),
+)
+# and its layer norms of channels, the last behind the pooling
+CONVNEXT_ATTO = ((40, 56), (80, 28), (160, 14), (320, 7), (320, 1))
+
+
+def _images(samples: int, maps: tuple[tuple[int, int], ...]) -> tuple[Shape, ...]:
+    return tuple((samples, channels, size, size) for channels, size in maps)
+
+
+def _pixels(samples: int, maps: tuple[tuple[int, int], ...]) -> tuple[Shape, ...]:
+    return tuple((samples * size * size, channels) for channels, size in maps)
+
+
 SHAPES: dict[str, tuple[Shape, ...]] = {
     # one sequence of 4096 tokens at the hidden sizes of language models
     "models": tuple((4096, cols) for cols in (768, 1024, 1536, 2048, 3072, 4096, 8192, 16384)),
@@ -34,7 +56,17 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     # DeepSeek-V3's latents of 4096 tokens: queries', keys and values'
     "mla": ((4096, 1536, 512),),
     "mla-quick": ((512, 1536, 512),),
-    # what the batch norms of a ResNet-50 get from 224 x 224 images: the stem, then each stage's narrow and wide ones
+    # all that the norms of these models get, each shape once
+    "resnet18-8": _images(8, RESNET18),
+    "resnet18-32": _images(32, RESNET18),
+    "resnet50-8": _images(8, RESNET50),
+    "resnet50-32": _images(32, RESNET50),
+    "mobilenetv3-8": _images(8, MOBILENETV3_LARGE),
+    "convnext-atto-8": _pixels(8, CONVNEXT_ATTO),
+    "minilm": ((8 * 128, 384),),  # all-MiniLM-L6, eight texts of 128 tokens
+    "vit-tiny-8": ((8 * 197, 192),),  # of 14 x 14 patches and the class token
+    "llama-512": ((8 * 256, 512),),  # eight texts of 256 tokens; it doesn't normalise queries and keys
+    # of a ResNet-50's, the stem, then each stage's narrow and wide ones
     "resnet50": (
         (32, 64, 112, 112),
         *((32, width, size, size) for width, size in ((64, 56), (256, 56), (128, 28), (512, 28))),

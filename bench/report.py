@@ -9,12 +9,17 @@ from typing import Any
 import pandas as pd
 
 from . import ceiling
+from . import memory as allocator
 from .check import FACTOR_FOR_OTHERS, STOCK_ERROR_FACTOR
 from .labels import absences, aligned, duration, is_loss, mode_label, ratio
 
 TIMES = (
     "median: time of a call over the rounds; IQR: interquartile range as % of it.\n"
     "GB/s: the bytes that the algorithm can't do without / median"
+)
+MEMORY = (
+    "in use: malloc keeps what is freed, as in a process that has run for a while; new: each large output comes from\n"
+    "the system, and its pages are made as it is written. Times without a state are of memory in use, if that is timed."
 )
 
 
@@ -46,14 +51,40 @@ def tables(results: Iterable[dict], kind: Kind, style: str = "simple") -> str:
 
 
 def _body(part: pd.DataFrame, kind: Kind, style: str) -> str:
-    cells = kind.cells(part)
+    cells = _by_memory(kind.cells(part), memory(part))
     case = list(cells.columns[:2])
     complaints = [
         f"{result.status}: {result.provider}, {' '.join(cells.loc[result.Index, case])}: {result.detail}"
-        for result in part[part["median_s"].isna()].itertuples()
+        for result in part.loc[cells.index].query("median_s.isna()").itertuples()
     ]
     cells.loc[cells[case].eq(cells[case].shift()).all(axis=1), case] = ""
     return "\n".join((markdown(cells, style, _right(cells, 3)), *complaints))
+
+
+def memory(frame: pd.DataFrame) -> pd.Series:
+    """The state of the memory of each result: in use where it doesn't say, as it was before there was a choice."""
+    stated = frame.get("memory", pd.Series(index=frame.index, dtype=object))
+    return stated.fillna(allocator.IN_USE)
+
+
+def states_of(memory: pd.Series) -> list[str]:
+    """The states that a table has to name; none if all was in use."""
+    states = list(memory.unique())
+    return [] if states == [allocator.IN_USE] else states
+
+
+def _by_memory(cells: pd.DataFrame, memory: pd.Series) -> pd.DataFrame:
+    """The rows of the first state, with the speed-ups in every state side by side."""
+    if not (states := states_of(memory)):
+        return cells
+    rows = {state: cells[memory == state] for state in states}  # each has the same cases, in the same order
+    table = rows[states[0]]
+    for column in [name for name in cells if name.startswith("vs ")]:
+        place = table.columns.get_loc(column)
+        table = table.drop(columns=column)
+        for i, state in enumerate(states):
+            table.insert(place + i, f"{column}, {state}", rows[state][column].to_numpy())
+    return table
 
 
 def markdown(cells: pd.DataFrame, style: str = "github", align: Sequence[str] | None = None) -> str:
@@ -74,8 +105,17 @@ def losing(results: Iterable[dict], kind: Kind) -> str:
     if lost.empty:
         return f"{title}: {f'none of {len(ours)}' if ours else 'nothing to compare'}"
     cells = kind.cells(lost)
+    if states_of(memory(frame_of(ours))):
+        cells.insert(2, "memory", memory(lost))
     cells.insert(0, "case", kind.titles(lost))
-    return f"{title}: {len(lost)} of {len(ours)}\n\n{markdown(cells, 'simple', _right(cells, 4))}"
+    align = _right(cells, list(cells).index("median"))
+    return f"{title}: {len(lost)} of {len(ours)}\n\n{markdown(cells, 'simple', align)}"
+
+
+def legend(results: Iterable[dict], kind: Kind) -> str:
+    """What the columns are."""
+    frame = frame_of(results)
+    return "\n".join((kind.legend, *[MEMORY] * bool(len(frame) and states_of(memory(frame)))))
 
 
 def write(path: Path, document: dict[str, Any], kind: Kind) -> list[Path]:
@@ -87,7 +127,8 @@ def write(path: Path, document: dict[str, Any], kind: Kind) -> list[Path]:
         file.writelines(f"# {key}: {value}\n" for key, value in document["machine"].items())
         pd.DataFrame(document["results"]).to_csv(file, index=False)
     above = (aligned(document["machine"].items()), ceiling_line(document), absences(document["absent"]))
-    text = "\n\n".join(filter(None, above)), tables(document["results"], kind, "github"), kind.legend
+    results = document["results"]
+    text = "\n\n".join(filter(None, above)), tables(results, kind, "github"), legend(results, kind)
     paths[2].write_text("```\n{}\n```\n\n{}\n\n{}\n".format(*text), encoding="utf-8")
     return paths
 

@@ -1,5 +1,6 @@
 """Check, then time: from a plan to results."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import torch
 from .ceiling import Ceilings
 from .check import Reference
 from .measurement import INEXACT, OK, WRONG, Result, measure
+from .memory import IN_USE
 from .operation import Operation, Shape, shape_name
 from .operations import OPERATIONS
 from .presets import DTYPES
@@ -26,7 +28,10 @@ WORTH = ("error_of_allowed", "ceiling_gb_per_s", "percent_of_ceiling", "speedup_
 
 @dataclass(frozen=True)
 class Plan:
-    """What to benchmark, by the names that the command line uses. shapes: those of each operation, which it takes."""
+    """What to benchmark, by the names that the command line uses.
+
+    shapes: those of each operation, which it takes; memory: the states of the allocator, as memory.py names them.
+    """
 
     shapes: dict[str, tuple[Shape, ...]]
     layouts: tuple[str, ...]
@@ -35,6 +40,7 @@ class Plan:
     providers: tuple[str, ...]
     device: torch.device
     budget: Budget
+    memory: tuple[str, ...] = (IN_USE,)
 
     def layouts_of(self, operation: Operation) -> tuple[str, ...]:
         """Those of the plan's layouts that the operation is timed in."""
@@ -49,7 +55,6 @@ class Bench:
 
     def __init__(self, plan: Plan, timer: CpuTimer | CudaTimer | None = None):
         self.plan = plan
-        _settle_malloc()
         self.timer = timer or timer_for(plan.device)
         self.ceilings = Ceilings(plan.device, self.timer)
         operations = [OPERATIONS[name] for name in plan.shapes]
@@ -62,8 +67,8 @@ class Bench:
         return {"budget": asdict(self.plan.budget), "absent": self.absent, "copy_ceilings_gb_per_s": ceilings}
 
     def parts(self) -> Iterator[tuple[str, Iterator[list[Result]]]]:
-        """Each operation's name and cases, which are lists of a result for each provider: for each shape, layout, dtype
-        and mode."""
+        """Each operation's name and cases, which are lists of a result for each provider: for each shape, layout,
+        dtype, mode and state of the memory."""
         for name, shapes in self.plan.shapes.items():
             problems = itertools.product(shapes, self.plan.layouts_of(OPERATIONS[name]), self.plan.dtypes)
             run = partial(self._run_workload, OPERATIONS[name])
@@ -73,7 +78,7 @@ class Bench:
         """How many lists of results all parts have."""
         plan = self.plan
         problems = sum(len(shapes) * len(plan.layouts_of(OPERATIONS[name])) for name, shapes in plan.shapes.items())
-        return problems * len(plan.dtypes) * len(plan.modes)
+        return problems * len(plan.dtypes) * len(plan.modes) * len(plan.memory)
 
     def _absent(self, operation: Operation, layout: str) -> dict[str, str]:
         torch.compiler.reset()
@@ -88,12 +93,13 @@ class Bench:
         workload = Workload.make(operation, shape, layout, DTYPES[dtype], self.plan.device)
         reference = Reference(workload, max(self.plan.modes, key=len))  # forward_backward holds forward's values too
         functions = {provider.name: provider.build(operation) for provider in providers}
-        ceiling = self.ceilings.at(workload.inputs["x"].nbytes)
-        for mode in self.plan.modes:
+        verdict = functools.cache(lambda provider, mode: _verdict(provider, functions[provider.name], reference, mode))
+        for mode, memory in itertools.product(self.plan.modes, self.plan.memory):
+            ceiling = self.ceilings.at(workload.inputs["x"].nbytes, memory)
             case = {"operation": operation.name, "mode": mode, "shape": shape_name(shape), "layout": layout}
             results, samples = measure(
-                case | {"dtype": dtype}, dict.fromkeys(WORTH), providers,
-                lambda provider, mode=mode: _verdict(provider, functions[provider.name], reference, mode),
+                case | {"dtype": dtype, "memory": memory}, dict.fromkeys(WORTH), providers,
+                lambda provider, mode=mode: verdict(provider, mode),
                 lambda provider, mode=mode: workload.runner(functions[provider.name], mode),
                 self.timer, self.plan.budget, operation.compulsory_bytes(mode, shape, DTYPES[dtype]),
             )
@@ -103,15 +109,6 @@ class Bench:
                 for baseline in {STOCK, COMPILE} & samples.keys():
                     results[name][f"speedup_vs_{baseline}"] = paired_ratio(samples[baseline], seconds)
             yield list(results.values())
-
-
-def _settle_malloc() -> None:
-    """Frees one block of the size from which glibc's malloc keeps what is freed below it.
-
-    Until then it hands the memory of every call's outputs back to the system, and all providers are timed at faulting
-    it in again: 4 of 5 ms at (2048, 1024) in float32. A process that has run a model for a moment is past that.
-    """
-    torch.ones(31 * 2**20, dtype=torch.uint8)
 
 
 def _verdict(provider: Provider, function: Callable, reference: Reference, mode: str) -> Result:

@@ -26,7 +26,7 @@ import pandas as pd
 from .card.summary import tables
 from .labels import LOSS, github, mode_label, speedup
 from .predict import TARGETS
-from .report import frame_of, host_cells, markdown, prediction_cells, shapes, shown, wide
+from .report import frame_of, host_cells, markdown, memory, prediction_cells, shapes, shown, states_of, wide
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -87,7 +87,11 @@ def _card(document: dict, is_headline: bool) -> str:
 
 
 def _case(frame: pd.DataFrame) -> dict[str, pd.Series]:
-    return {"operation": "`" + frame["operation"] + "`", "mode": frame["mode"].map(mode_label)}
+    """Operation and mode, and the memory where it was not always in use."""
+    mode, state = frame["mode"].map(mode_label), memory(frame)
+    if states_of(state):
+        mode += ", memory " + state
+    return {"operation": "`" + frame["operation"] + "`", "mode": mode}
 
 
 def _cells(frame: pd.DataFrame) -> str:

@@ -40,6 +40,11 @@ class Runner:
     call: Callable[[], object]
     activate: Callable[[], AbstractContextManager] = nullcontext
 
+    def run(self) -> None:
+        """The call in its context."""
+        with self.activate():
+            self.call()
+
 
 class CpuTimer:
     """Wall-clock time of a loop of calls, with the garbage collector off."""

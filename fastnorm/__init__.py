@@ -27,7 +27,7 @@ from .clip import (
     gradient_health,
     patch_torch_clip,
 )
-from .convert import ConversionReport, convert, revert
+from .convert import ConversionEstimate, ConversionReport, convert, revert
 from .convert.hub import hub_layers
 from .monitor import Monitor
 from .ops.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
@@ -49,6 +49,7 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "ClipPolicy",
+    "ConversionEstimate",
     "ConversionReport",
     "GatedLayerNorm",
     "GatedRMSNorm",

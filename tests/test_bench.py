@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import ceiling, check, cli, labels, models, monitor, plots, providers, report, run, timing
+from bench import ceiling, check, cli, labels, memory, models, monitor, plots, providers, report, run, timing
 from bench.operations import OPERATIONS
 from bench.workload import Workload
 
@@ -48,9 +48,11 @@ ALLOWED_PASSES = {
 
 
 @pytest.fixture(autouse=True)
-def small_copies(monkeypatch):
-    """The copy beyond all caches takes a second, which the command's tests don't need."""
+def quick_commands(monkeypatch):
+    """The copy beyond all caches takes a second, which the command's tests don't need. Nor do they need every state of
+    the memory: tests/test_bench_memory.py has those."""
     monkeypatch.setattr(ceiling, "LARGE_BYTES", 2**16)
+    monkeypatch.setattr(memory, "states", lambda device: (memory.IN_USE,))
 
 
 def add_provider(monkeypatch, name, build, ours=False):

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import fastnorm
-from fastnorm.convert import adapted
+from fastnorm.convert import adapted, measure
 from helpers.model_zoo import DIFFUSERS, MODELS, TIMM, TRANSFORMERS, Case, class_of_transformers, output_of, train
 from helpers.processes import in_processes
 
@@ -119,6 +119,27 @@ def test_bfloat16_autocast(name):
 @some_are_slow
 def test_activation_checkpointing(name):
     check_training(name, checkpointed)
+
+
+@some_are_slow
+def test_estimates_time_every_norm(name, monkeypatch):
+    """But those that a modulated norm computes itself."""
+    monkeypatch.setattr(measure, "ROUNDS", 1)
+    monkeypatch.setattr(measure, "SAMPLE", 0.0)
+    case = MODELS[name]
+    model, batch = case.make().train(), batch_of(case)
+    report = fastnorm.convert(model)
+    if not case.norms:
+        with pytest.raises(ValueError, match="convert swapped no norm"):
+            report.estimate(batch["x"])
+        return
+    before = copy.deepcopy(model.state_dict())
+    found = report.estimate(batch["x"]) if "x" in batch else report.estimate(**batch)
+    swapped = {norm.name for norm in report.swapped}
+    timed = {name for name in swapped if name.rpartition(".")[0] not in swapped}
+    assert sorted(name for norm in found.norms for name in norm.names) == sorted(timed)
+    assert all(norm.training is not None for norm in found.norms)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 @slow

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
+from weakref import ref
 
 from torch import nn
 
 from .. import backend
+from .estimate import ConversionEstimate
 from .recognise import KINDS, Proposal, Proposals, is_norm, proposals
 from .report import ConversionReport, NormReport
 from .swap import core_of, is_swapped, restore, swap
 from .verify import fingerprint, own_tensor, verified
 
-__all__ = ["ConversionReport", "NormReport", "convert", "revert"]
+__all__ = ["ConversionEstimate", "ConversionReport", "NormReport", "convert", "revert"]
 
 
 def convert(model: nn.Module, *, norms: Iterable[str] = KINDS, verify: bool = True) -> ConversionReport:
@@ -41,7 +43,7 @@ def convert(model: nn.Module, *, norms: Iterable[str] = KINDS, verify: bool = Tr
         verify: whether to verify each swap. Without verification only torch.nn's own types are swapped.
 
     Returns:
-        A report of what was swapped, what was left, and why, to be printed.
+        A report of what was swapped, what was left, and why, to be printed. Its `estimate` times what that gains.
 
     Raises:
         TypeError: if the model is no module, or `norms` a string.
@@ -63,7 +65,7 @@ def convert(model: nn.Module, *, norms: Iterable[str] = KINDS, verify: bool = Tr
         if key not in tried:
             tried[key] = _chosen(module, proposals(module, kinds), verify)
         reports.append(_converted(module, names, *tried[key]))
-    return ConversionReport(tuple(reports))
+    return ConversionReport(tuple(reports), ref(model))
 
 
 def revert(model: nn.Module) -> tuple[str, ...]:

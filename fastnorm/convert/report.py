@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
+from weakref import ref
+
+from torch import nn
 
 from ..text import table
+from .estimate import ConversionEstimate
+from .measure import estimated
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,10 @@ class ConversionReport:
     """
 
     norms: tuple[NormReport, ...]
+    _model: ref[nn.Module] | None = field(default=None, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ConversionReport, (self.norms,)  # a pickle doesn't know the model
 
     @property
     def swapped(self) -> tuple[NormReport, ...]:
@@ -48,6 +57,32 @@ class ConversionReport:
     def left(self) -> tuple[NormReport, ...]:
         """The norms that were left as they are, each with its reason."""
         return tuple(norm for norm in self.norms if norm.replacement is None)
+
+    def estimate(self, *args: Any, **kwargs: Any) -> ConversionEstimate:
+        """Times the swapped norms beside their originals, on inputs like those that a run of the model gives to them.
+
+        The model runs forward a few times, in its mode; in training the norms' backward is timed too. Each kind of norm
+        and input is timed once, in turns with its original, with torch.utils.benchmark. Parameters, gradients, buffers,
+        hooks, mode and random numbers of torch stay as they were, also if the model raises.
+
+        Args:
+            *args: the inputs of the model's forward.
+            **kwargs: those by keyword.
+
+        Returns:
+            Milliseconds of the norms before and after, and of the whole pass, to be printed.
+
+        Raises:
+            TypeError: without inputs.
+            ValueError: if no norm was swapped, or the model calls none; if the model is gone or reverted, has
+                uninitialised or sharded parameters, or lies on a device other than a CPU or a CUDA GPU.
+
+        What the model raises is passed on.
+        """
+        model = None if self._model is None else self._model()
+        if model is None:
+            raise ValueError("estimate: the model of this report is gone, or the report was pickled without it")
+        return estimated(model, {norm.name: str(norm.replacement) for norm in self.swapped}, args, kwargs)
 
     def __str__(self) -> str:
         rows = [

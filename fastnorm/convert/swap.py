@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 Names = tuple[tuple[str, str], ...]  # (fastnorm's name, the module's name) of attributes with different names
-_RECORD = "_fastnorm_original"
+RECORD = "_fastnorm_original"  # the attribute that keeps what `restore` needs
 # rebuilt class -> the class it was made from, which `restore` gives back. Weak keys: torch makes a class a module.
 _sources: WeakKeyDictionary[type, type] = WeakKeyDictionary()
 
@@ -33,7 +33,7 @@ class _Original(NamedTuple):
 
 def is_swapped(module: torch.nn.Module) -> bool:
     """Whether `swap` has changed the module's class."""
-    return _RECORD in module.__dict__
+    return RECORD in module.__dict__
 
 
 def core_of(cls: type[Any]) -> type[Any]:
@@ -60,12 +60,12 @@ def swap(module: torch.nn.Module, target: type, attributes: Mapping[str, Any], n
     )
     module.__class__ = _rebuilt(type(module), core, combined(target, core, names))  # type: ignore[arg-type]
     present.update(changed)
-    present[_RECORD] = original
+    present[RECORD] = original
 
 
 def restore(module: torch.nn.Module) -> None:
     """Undoes `swap`."""
-    original, swapped = module.__dict__.pop(_RECORD), type(module)
+    original, swapped = module.__dict__.pop(RECORD), type(module)
     module.__class__ = _rebuilt(swapped, core_of(swapped), original.core)
     for key, value in module.__dict__.items():
         # Wrappers of a module's forward, such as accelerate's hooks, keep the swapped class's method as an attribute.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .recognise import MODULE_STATE, Proposal, Proposals, is_shard, own_parameters
-from .swap import combined, core_of
+from .swap import RECORD, combined, core_of
 
 # Relative to the largest value of each result. The 16-bit ones allow for an original that rounds, or sums, in 16 bits.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -124,11 +124,17 @@ def _with_small_projection(module: nn.Module, proposal: Proposal) -> nn.Module:
     return small
 
 
+def copy_of(module: nn.Module) -> nn.Module:
+    """A norm with the values of its tensors, in tensors of its own, and without hooks."""
+    return _twin(module, core_of(type(module)), None)
+
+
 def fingerprint(module: nn.Module) -> tuple[Any, ...]:
     """Equal for modules with bitwise equal twins, of which one verification is enough."""
     tensors = [(key, t if t is None or nn.parameter.is_lazy(t) else (tuple(t.shape), t.dtype, t.device, is_shard(t)))
                for key, t in (*own_parameters(module).items(), *module._buffers.items())]  # fmt: skip
-    attributes = [(k, v if _is_value(v) else id(v)) for k, v in vars(module).items() if k not in MODULE_STATE]
+    attributes = [(k, v if _is_value(v) else repr(v) if k == RECORD else id(v))
+                  for k, v in vars(module).items() if k not in MODULE_STATE]  # fmt: skip
     children = [(key, child and fingerprint(child)) for key, child in module._modules.items()]
     return type(module), module.training, tuple(tensors), tuple(attributes), tuple(children)
 
