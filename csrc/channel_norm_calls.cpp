@@ -312,9 +312,14 @@ bool read(PyObject* const* args, int64_t served, BatchCall& call) {
   return is_not_intercepted();
 }
 
-bool all_alike(const BatchCall& call) {
-  const auto is_alike = [&](const Tensor& t) { return !t.defined() || t.scalar_type() == call.x.scalar_type(); };
-  return is_alike(call.running_mean) && is_alike(call.running_var) && is_alike(call.weight) && is_alike(call.bias);
+// Whether PyTorch's own CPU kernel takes these dtypes: all are x's, or all but a 16-bit x are float32, of which the
+// weight is one. fastnorm.reference has the same rule in Python.
+bool stock_takes(const BatchCall& call) {
+  const auto all_are = [&](ScalarType type) {
+    const auto is = [&](const Tensor& t) { return !t.defined() || t.scalar_type() == type; };
+    return is(call.running_mean) && is(call.running_var) && is(call.weight) && is(call.bias);
+  };
+  return all_are(call.x.scalar_type()) || (call.x.element_size() == 2 && call.weight.defined() && all_are(at::kFloat));
 }
 
 PyObject* batch_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -328,7 +333,7 @@ PyObject* batch_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const BatchOptions& o = call.options;
   // evaluation without activation and residual: PyTorch's own CPU kernel is as fast as a copy
   const bool is_stock = !o.on_triton && !o.training && !o.relu && !o.residual_dtype && !(served & native_named);
-  if (is_stock && !all_alike(call)) {
+  if (is_stock && !stock_takes(call)) {
     Py_RETURN_NOTIMPLEMENTED;
   }
   Tensor y;

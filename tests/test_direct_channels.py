@@ -301,11 +301,14 @@ def test_plain_evaluation_is_pytorchs_own_kernel_unless_native_is_named(monkeypa
 
 
 def test_who_computes_a_plain_evaluation():
-    """As above, told by the call in C++ itself: NATIVE_NAMED decides, and one dtype is a condition of PyTorch's."""
+    """As above, told by the call in C++ itself: NATIVE_NAMED decides, and the dtypes are those that PyTorch's takes."""
     x = torch.randn(3, 8, 5, requires_grad=True)
+    narrow, wide = x.detach().bfloat16().requires_grad_(), dict.fromkeys(("weight", "bias"), torch.ones(8))
+    wide |= dict.fromkeys(("running_mean", "running_var"), torch.ones(8))
     for served, changes, name in (
         (NATIVE_ON_CPU, {}, "NativeBatchNormBackward0"),
         (NATIVE_ON_CPU | TRITON_ON_GPU, {}, "NativeBatchNormBackward0"),
+        (NATIVE_ON_CPU, {"x": narrow} | wide, "NativeBatchNormBackward0"),
         (NATIVE_ON_CPU | NATIVE_NAMED, {}, "BatchNormBackward"),
         (NATIVE_ON_CPU, {"relu": True}, "BatchNormBackward"),
         (NATIVE_ON_CPU, {"residual": torch.randn(3, 8, 5)}, "BatchNormBackward"),
@@ -317,6 +320,9 @@ def test_who_computes_a_plain_evaluation():
     for tensor in ("weight", "bias", "running_mean", "running_var"):
         changes = {"training": False, tensor: torch.ones(8, dtype=F64)}
         assert direct("batch_norm", NATIVE_ON_CPU, **changes) is NotImplemented
+    for refused in ({"weight": None}, {"bias": torch.ones(8, dtype=BF16)}):
+        mixed = {"x": narrow, "training": False} | wide | refused
+        assert direct("batch_norm", NATIVE_ON_CPU, **mixed) is NotImplemented
 
 
 def test_plain_evaluation_is_the_same_both_ways(monkeypatch):
@@ -325,7 +331,8 @@ def test_plain_evaluation_is_the_same_both_ways(monkeypatch):
     for dtype, shape, channels_last in product(DTYPES, SHAPES, (False, True)):
         same = {"weight": dtype, "bias": dtype, "running": dtype}
         case = case_of("batch_norm", shape, dtype, training=False, channels_last=channels_last, **same)
-        for case in (case, case.alike(weight=None, bias=None), case.alike(bias=None)):  # noqa: B020
+        mixed = case.alike(weight=F32, bias=F32, running=F32)
+        for case in (case, case.alike(weight=None, bias=None), case.alike(bias=None), mixed):  # noqa: B020
             tensors = inputs(case)
             with fastnorm.use(None):
                 found = everything(case, tensors)
