@@ -78,6 +78,7 @@ def test_scaling_and_clamping_every_size(dtype):
     assert all(map(torch.equal, tensors, expected))
 
 
+@pytest.mark.slow
 def test_a_hundred_million_elements():
     """Stock's float32 sum is off by one part in a hundred here."""
     x = torch.full((1,), 0.1).expand(100_000_000).contiguous()

@@ -279,6 +279,7 @@ def stand_in(grad: Tensor) -> Tensor:
     return grad.resolve_neg().to(torch.float64 if grad.dtype == torch.float64 else torch.float32).contiguous()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["zclip", "adagc"])
 def test_under_torch_compile(name, fresh_dynamo):
     policy, eager = EVERY[name](), EVERY[name]()

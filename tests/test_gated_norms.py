@@ -110,6 +110,7 @@ LONG = [
 ]
 
 
+@pytest.mark.slow
 @orders
 @pytest.mark.parametrize("op, dtype, shape, group_size", LONG[1:3] if SIMULATED else LONG, ids=str)
 def test_long_rows(op, dtype, shape, group_size, norm_before_gate, kernel_device):

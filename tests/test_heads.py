@@ -106,6 +106,7 @@ def test_widths_of_heads(cols, dtype, kernel_device):
     check_all(*strided("rms_norm", (2, 9, 4, cols), dtype, kernel_device, transposed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", ("add_rms_norm", "gated_rms_norm"))
 def test_long_rows(op, kernel_device):
     """That don't fit in registers."""

@@ -52,6 +52,7 @@ def test_values_and_gradients(op, dtype, shape, device):
     check(case, inputs(case, device))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op, dtype, shape", LONG, ids=str)
 def test_long_rows(op, dtype, shape, kernel_device):
     case = plain_case(op, shape, dtype)
