@@ -32,6 +32,21 @@ def test_shapes_of_lists():
         native.shape_key([3])
 
 
+def test_gradients_and_types_of_lists():
+    class Computed(torch.nn.Parameter):
+        grad = property(lambda self: torch.full((2,), 3.0))
+
+    with_grad, without = torch.nn.Parameter(torch.ones(2)), torch.ones(2, requires_grad=True)
+    with_grad.grad = torch.ones(2)
+    computed = Computed(torch.ones(2))
+    first, second = native.gradients((with_grad, without, computed))
+    assert first is with_grad.grad and torch.equal(second, computed.grad) and native.gradients([without]) == []
+    assert native.are_plain([with_grad, without]) and native.are_plain([]) and native.all_readable([with_grad, without])
+    assert not native.are_plain([without, computed]) and not native.all_readable([without, computed])
+    with pytest.raises(AttributeError, match="'int' object has no attribute 'grad'"):
+        native.gradients([with_grad, 3])
+
+
 def test_only_clipped_tensors_are_touched():
     """A write would make the copy that these clones have put off."""
     tensors = [torch.ones(70)._lazy_clone() for _ in range(4)]
