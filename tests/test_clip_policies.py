@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastnorm
 from fastnorm import backend
 from helpers.backends import backend_parameters, on_a_card_too
-from helpers.clipping import copied, inf, nan, odd_lists, outcome, parameters_with
+from helpers.clipping import copied, inf, nan, odd_lists, outcome, parameters_with, stock_takes_sparse
 from helpers.graphs import NAMESPACES
 from helpers.policies import EVERY, Adagc, Autoclip, Spikes, Zclip, apply, close, deferred, give, recorded
 
@@ -235,7 +235,8 @@ class NoWaits(TorchDispatchMode):
 @pytest.mark.parametrize("name", EVERY)
 def test_the_host_waits_for_nothing(name, odd, served_by):
     policy = EVERY[name]()
-    strange = [torch.randn(6, 8)[:, ::2], torch.randn(3).double(), torch.randn(5).half(), torch.randn(4).to_sparse()]
+    strange = [torch.randn(6, 8)[:, ::2], torch.randn(3).double(), torch.randn(5).half()]
+    strange += [torch.randn(4).to_sparse()] * stock_takes_sparse()
     for grads in [strange] * 12 if odd and name != "spikeskip" else recorded(300 if name == "autoclip" else 20):
         parameters = parameters_with([copied(grad) for grad in grads])
         with NoWaits():
