@@ -285,7 +285,7 @@ def gradient_blocks(
     for block in range(program, n_blocks, programs):
         h_tiles, dy_tiles, gate_tiles, statistics, rotation = loaded
         rows = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)[:, None] + first_row
-        row_mask = rows < end_row if ROWS > 1 else None
+        row_mask = None if PACKED else rows < end_row  # one row a program, never beyond the last: no mask to keep
         offsets = rows * (GROUPS * N_COLS) + first + lanes
         dh_offsets = row_offsets(rows, dh_steps, divisions) + first + lanes
         dh_tiles = load_tiles(dh_ptr, dh_offsets, lanes, row_mask, N_COLS, TILE, N_TILES)
