@@ -74,7 +74,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     add("host", host.main, "time what calls cost the host, without a GPU too", files)
     text = "compile every shipped kernel for every architecture, without a GPU, and read the machine code"
     _add_codegen(add("codegen", _codegen, text, files))
-    text = "predict what the row norms reach on three GPUs by a timing model, without a GPU"
+    text = "predict what the norms reach on three GPUs by a timing model, without a GPU"
     _add_predict(add("predict", predict.main, text, files))
     text = "swap the LayerNorms of a pretrained model, and compare results and time"
     add("real-model", real_model.main, text, files, timing)

@@ -2,8 +2,10 @@
 
 The model is the optional package gputime, which reads the machine code that ptxas emits. Its numbers are predictions:
 they rank versions of a kernel, and are no measurements. Cells are per cent of what a copy of the same bytes reaches.
+Row norms are predicted at widths, norms over channels at the images of two models.
 """
 
+import math
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -25,9 +27,22 @@ from .commands import Outcome
 GATED = ("gated_rms_norm", "gated_rms_norm_gate_first")
 MODULATED = "modulated_layer_norm"
 ROTARY = "rms_norm_many_rotary"
-OPERATIONS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", *GATED, MODULATED, ROTARY)
+ROW_NORMS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", *GATED, MODULATED, ROTARY)
+# The model's name of a call, what is fused in, and the passes over x that it needs, forward and backward: x, and dy,
+# are read once for the sums and once for the result.
+CHANNEL_NORMS = {
+    "batch_norm_training_add_relu": ("batch_norm", {"residual": True, "activation": "relu"}, (4, 6)),
+    "group_norm_silu": ("group_norm", {"activation": "silu"}, (3, 5)),
+}
+LAYOUTS = ("contiguous", "channels_last")
+IMAGES = {  # channels, height and width in a ResNet-50's stages and in the UNet of Stable Diffusion
+    "batch_norm_training_add_relu": ("256x56x56", "512x28x28", "1024x14x14", "2048x7x7"),
+    "group_norm_silu": ("320x64x64", "640x32x32", "1280x16x16", "1280x8x8"),
+}
 SAMPLE_ROWS = 1024  # of a modulated norm: DiT's tokens of an image of 512 x 512
 HEAD = 128  # columns; a token's columns are three heads of queries for each head of keys
+OPERATIONS = (*ROW_NORMS, *CHANNEL_NORMS)
+BYTES = {"bf16": 2, "fp32": 4}
 DIRECTIONS = ("forward", "backward")
 TARGETS = {"sm_80": "A100", "sm_90": "H100", "sm_100": "B200"}
 WIDTHS = (128, 768, 1024, 2048, 2560, 4096, 5120, 7168, 8192, 12288, 16384, 32768)
@@ -40,10 +55,10 @@ def main(options: Namespace) -> Outcome:
         sys.exit("python -m bench predict needs the timing model gputime on PYTHONPATH")
     cells = list(_cells(options))
     with ProcessPoolExecutor(options.jobs) as pool:
-        results = list(tqdm(pool.map(_predict, cells), total=len(cells), unit="cell"))
+        results = list(tqdm(pool.map(_predicted, cells), total=len(cells), unit="cell"))
     facts = {name: version(name) for name in ("torch", "triton")} | {"fastnorm": fastnorm.__version__}
     document = {"machine": facts, "latency": options.latency, "results": results}
-    print(report.markdown(report.prediction_cells(results, TARGETS), "simple"))
+    print("\n\n".join(report.markdown(table, "simple") for table in report.prediction_tables(results, TARGETS)))
     path = options.output / f"predictions{'-quick' * options.quick}.json"
     report.write_json(path, document)
     print("wrote", path)
@@ -52,8 +67,39 @@ def main(options: Namespace) -> Outcome:
 
 def _cells(options: Namespace) -> Iterator[tuple]:
     widths, millions = (WIDTHS[5:6], MILLIONS[:1]) if options.quick else (options.widths, options.millions)
-    chosen = options.operations, DIRECTIONS, options.dtypes, options.targets, millions, widths, (options.latency,)
-    return product(*chosen)
+    for operation in options.operations:
+        chosen = (operation,), DIRECTIONS, options.dtypes, options.targets, millions
+        if operation in CHANNEL_NORMS:
+            images = IMAGES[operation][: 1 if options.quick else None]
+            yield from product(*chosen, images, (options.latency,), LAYOUTS)
+        else:
+            yield from product(*chosen, widths, (options.latency,))
+
+
+def _predicted(cell: tuple) -> dict[str, Any]:
+    """In a process of its own."""
+    return (_predict_image if cell[0] in CHANNEL_NORMS else _predict)(cell)
+
+
+def _predict_image(cell: tuple) -> dict[str, Any]:
+    """As `_predict`, of as many images as have that many elements. What is copied are the passes."""
+    from gputime.__main__ import machine_of, predict_problem
+    from gputime.problem import Problem
+
+    operation, direction, dtype, target, millions, image, latency, layout = cell
+    machine = machine_of(target, latency)
+    name, fused, passes = CHANNEL_NORMS[operation]
+    sizes = tuple(map(int, image.split("x")))
+    samples = max(1, (millions << 20) // math.prod(sizes))
+    problem = Problem(target, name, direction, dtype, image=(samples, *sizes), layout=layout, **fused)
+    call = predict_problem(problem, machine)
+    moved = passes[DIRECTIONS.index(direction)] * samples * math.prod(sizes) * BYTES[dtype]
+    return {
+        "operation": operation, "direction": direction, "dtype": dtype, "target": target, "millions": millions,
+        "image": image, "layout": layout, "us": round(call.us, 1),
+        "percent_of_copy": round(100 * moved / machine.bandwidth / call.us * 1e6), "bound": call.bound,
+        "spilled": max(kernel.spilled for kernel in call.kernels),
+    }  # fmt: skip
 
 
 def _predict(cell: tuple) -> dict[str, Any]:

@@ -236,10 +236,22 @@ def wide(frame: pd.DataFrame, rows: list[str], across: str, columns: Iterable[st
     return table.reindex(columns=list(columns)).astype(object).fillna(missing).reset_index()
 
 
-def prediction_cells(results: Iterable[dict], targets: dict[str, str]) -> pd.DataFrame:
-    """A row for each call and GPU, a column for each width: per cent of a copy's speed, l where latency bounds it."""
+def prediction_tables(results: Iterable[dict], targets: dict[str, str]) -> list[pd.DataFrame]:
+    """One of the row norms, and one for the images of each norm over channels."""
+    tables: dict[str, list[dict]] = {}
+    for result in results:
+        tables.setdefault(result["operation"] if "image" in result else "", []).append(result)
+    return [_prediction_cells(of_table, targets) for of_table in tables.values()]
+
+
+def _prediction_cells(results: list[dict], targets: dict[str, str]) -> pd.DataFrame:
+    """A row for each call and GPU, a column for each width, or image: per cent of a copy's speed, l where latency
+    bounds it."""
     frame = frame_of(results)
     frame["call"] = "`" + frame["operation"] + "` " + frame["direction"]
+    if "image" in frame:
+        frame["call"] += ", " + frame["layout"]
+        frame["cols"] = frame["image"].str.replace("x", " × ")
     frame["elements"] = [f"{millions} M" for millions in frame["millions"]]
     frame["GPU"], frame["cols"] = frame["target"].map(targets), frame["cols"].map(str)
     bounds = zip(frame["percent_of_copy"], frame["bound"], strict=True)

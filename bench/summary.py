@@ -26,7 +26,7 @@ import pandas as pd
 from .card.summary import tables
 from .labels import LOSS, github, mode_label, speedup
 from .predict import TARGETS
-from .report import frame_of, host_cells, markdown, memory, prediction_cells, shapes, shown, states_of, wide
+from .report import frame_of, host_cells, markdown, memory, prediction_tables, shapes, shown, states_of, wide
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -69,7 +69,7 @@ def _table(kind: str, names: Sequence[str]) -> str:
     if kind == "host":
         return markdown(host_cells(results))
     if kind == "predictions":
-        return markdown(prediction_cells(results, TARGETS))
+        return "\n\n".join(map(markdown, prediction_tables(results, TARGETS)))
     frame = frame_of(results)
     if kind == "clip":
         return _clip(frame[frame["provider"].isin(CLIPS)])

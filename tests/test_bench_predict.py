@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import predict as predictions
 from bench import summary
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -15,17 +16,20 @@ MODEL = {
     "__init__.py": "",
     "problem.py": """
 from collections import namedtuple
-Problem = namedtuple("Problem", "target operation direction dtype rows cols")
+shape = "rows cols image layout residual activation"
+Problem = namedtuple("Problem", "target operation direction dtype " + shape, defaults=(None,) * 6)
 """,
     "__main__.py": """
 from types import SimpleNamespace as Space
 
 def machine_of(target, latency):
-    return latency
+    return Space(latency=latency, bandwidth=4e12)
 
-def predict_problem(problem, latency):
-    assert problem.rows * problem.cols == 32 << 20
-    bound = "latency" if problem.direction == "backward" else "dram"
+def predict_problem(problem, machine):
+    n, c, h, w = problem.image or (1, problem.rows, problem.cols, 1)
+    assert (32 << 20) - c * h * w < n * c * h * w <= 32 << 20
+    assert problem.activation == {"batch_norm": "relu", "group_norm": "silu"}.get(problem.operation)
+    bound, latency = "latency" if problem.direction == "backward" else "dram", machine.latency
     return Space(us=100.04 * latency, share=0.914 / latency, bound=bound, kernels=[Space(spilled=0), Space(spilled=8)])
 """,
 }
@@ -61,6 +65,21 @@ def test_cells_are_predicted_written_and_shown(model, monkeypatch):
     assert [[cell.strip() for cell in row] for row in rows] == [
         ["`rms_norm` forward", "bf16", "32 M", "H100", "46"], ["`rms_norm` backward", "bf16", "32 M", "H100", "46 l"],
     ]  # fmt: skip
+
+
+def test_norms_over_channels_have_a_table_of_images(model):
+    """Per cent of a copy of the passes that are needed: 4 forward, 6 backward, of 41 images in bf16."""
+    cell = ["--operations", "rms_norm,batch_norm_training_add_relu", "--targets", "sm_90", "--dtypes", "bf16"]
+    done = predict(model, "--quick", *cell)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((model / "predictions-quick.json").read_text())["results"]
+    percent = [100 * passes * 41 * 256 * 56 * 56 * 2 / 4e12 / 100.04e-6 for passes in (4, 4, 6, 6)]
+    assert [r["percent_of_copy"] for r in results if "image" in r] == [round(p) for p in percent]
+    rows, images = summary.prediction_tables(results, {"sm_90": "H100"})
+    assert [*rows.columns] == ["call", "dtype", "elements", "GPU", "4096"]
+    assert [*images.columns] == ["call", "dtype", "elements", "GPU", "256 × 56 × 56"]
+    calls = [f"`batch_norm_training_add_relu` {d}, {m}" for d in ("forward", "backward") for m in predictions.LAYOUTS]
+    assert [*images["call"]] == calls
 
 
 def test_without_the_model_it_says_what_is_missing(tmp_path):

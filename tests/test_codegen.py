@@ -140,7 +140,7 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(kernels):
     bytes of each tile the backward's threads hold these widths, with few of them idle."""
     rows = [k for k in kernels if is_row_kernel(k) and not (k["cols"] and k["cols"] % 8)]
     narrow = {name(k): k["access"] for k in rows if k["access"] < (8 if k["dtype"] == "mixed" else 16)}
-    widths = "1280", "2560", "5120", "7168"
+    widths = "1280", "2560", "5120", "7168", "12288"
     halved = {n: access for n, access in narrow.items() if "_backward bf16" in n and n.endswith(widths)}
     assert narrow == halved and set(halved.values()) == {8}
 

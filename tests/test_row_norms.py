@@ -25,6 +25,7 @@ LONG = [
     ("add_rms_norm", torch.float32, (2, 16400)),
     ("rms_norm", torch.bfloat16, (3, 7168)),  # without the weight, which is read again; and at the next two
     ("layer_norm", torch.bfloat16, (3, 12288)),
+    ("rms_norm", torch.float16, (7, 9000)),
     ("add_rms_norm", torch.float16, (2, 16384)),
     ("layer_norm", torch.bfloat16, (3, 7168)),
     ("add_rms_norm", torch.float32, (2, 11001)),  # read twice, as the next

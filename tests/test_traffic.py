@@ -66,7 +66,8 @@ class Run:
         """Of the backward."""
         itemsize = self.x.element_size()
         streams = self.op.startswith("add_") + (self.op in GATED) + self.op.endswith("gate first")
-        return launch.backward_tiles(self.x.shape[-1] // self.groups, itemsize, self.parameters, streams, itemsize)[0]
+        cols, can_pack = self.x.shape[-1] // self.groups, self.op not in GATED
+        return launch.backward_tiles(cols, itemsize, self.parameters, streams, itemsize, can_pack)[0]
 
 
 @functools.cache
@@ -98,7 +99,7 @@ def run(
 
 
 # widths of which no program holds a row in bf16 beside its sums
-READ_AGAIN = [(op, cols) for op in ("layer_norm", "add_layer_norm") for cols in (12288, 16384)]
+READ_AGAIN = [(op, 16384) for op in ("layer_norm", "add_layer_norm")]
 READ_AGAIN += [("rms_norm", 32768), ("add_rms_norm", 16384), ("add_rms_norm", 32768)]
 READ_AGAIN += [(op, cols) for op in GATED for cols in (12288, 16384) if (op, cols) != ("gated_rms_norm", 12288)]
 operations = pytest.mark.parametrize("op", OPERATIONS)
@@ -302,6 +303,8 @@ def test_wide_rows_are_read_once(op, cols):
     _, (reads, writes) = seen.passes
     statistics = 4 * 4 * seen.statistics * (32 * tiles.warps // tiles.rows)  # read by every thread
     parameters = 4 * seen.backward_parameters * seen.weight.nbytes
+    if tiles.packed:  # the weight once more for dx, but for the tile that comes first there, too
+        parameters += 4 * seen.weight.nbytes * (tiles.count - 1) // tiles.count
     assert backward.loads.bytes == reads * seen.x.nbytes + parameters + statistics
     assert backward.stores.bytes == writes * seen.x.nbytes + 4 * seen.parameters * cols * backward.blocks
     assert backward.local_bytes == 0

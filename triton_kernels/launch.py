@@ -29,6 +29,7 @@ MAX_KEPT_REGISTERS = 64  # of a thread with 16 warps, for a row that the forward
 # Registers of a thread, for rows that the backward keeps in registers beside their parameter sums. A program of 16
 # warps has 128 of them for each thread; the others hold addresses, masks and what is loaded next.
 KEPT_REGISTERS = 96
+PACKED_REGISTERS = 24  # of such a thread, for a float32 row: the longest whose 16-bit tiles fit beside two sums
 CHUNK_REGISTERS = 64  # of such a thread, for the parameter sums of a chunk; others hold the tiles of h and dy
 NARROW_REGISTERS = 32  # of a thread, for rows shorter than one access of a warp; halved for each parameter sum beside
 PARTIAL_SHARE = 0.03  # of the backward's traffic that partial sums may add, from PARTIAL_ROWS rows on
@@ -60,6 +61,7 @@ class RowTiles(NamedTuple):
     warps: int
     width: int  # registers of an element: 2 in float64
     resident: int = 1  # programs of the backward on a multiprocessor, each of which gets that share of its registers
+    packed: bool = False  # the backward keeps rows as loaded, and computes their factors twice
 
     @property
     def registers(self) -> int:
@@ -121,12 +123,15 @@ def _narrow_tiles(cols: int, vector: int, width: int, sums: int) -> RowTiles:
 
 
 @remembered
-def backward_tiles(cols: int, itemsize: int, sums: int, streams: int, widest: int) -> tuple[RowTiles, bool]:
+def backward_tiles(
+    cols: int, itemsize: int, sums: int, streams: int, widest: int, can_pack: bool = False
+) -> tuple[RowTiles, bool]:
     """The tiling of the backward, and whether a program keeps whole rows in registers.
 
     If it does not, it reads a row twice, and the tiles are those of a chunk of the row. sums: parameter sums; streams:
     tensors beside h and dy whose tiles a program holds: a gradient of the residual stream, a gate, and x, which is not
-    h, where a gate comes before the norm; widest: like `itemsize`, but with the weight among the tensors.
+    h, where a gate comes before the norm; widest: like `itemsize`, but with the weight among the tensors; can_pack:
+    the kernel can keep the tiles of h and dy as they were loaded.
     """
     tiles = row_tiles(cols, itemsize, sums)
     if tiles.warps < 16 and tiles.registers == 32 and streams + sums > 2 and (tiles.rows > 1 or streams > 1):
@@ -135,6 +140,10 @@ def backward_tiles(cols: int, itemsize: int, sums: int, streams: int, widest: in
         tiles = halved._replace(rows=tiles.rows // 2) if tiles.rows > 1 else halved._replace(warps=2 * tiles.warps)
     if tiles.warps < 16:
         return tiles, True
+    # RMSNorm's rows are packed where that leaves registers for the next row: without dh
+    if can_pack and widest == 2 and tiles.registers <= PACKED_REGISTERS and streams < sums <= 2:
+        tile = 16 * WARP * ACCESS_BYTES // itemsize // 2  # half of an access: fewer registers for c1 and c2
+        return RowTiles(tile, ceil_div(cols, tile), 1, 16, 1, packed=True), True
     # x̂, w·dy and a sum; with two sums, dy as well. Elements of more than 16 bits take more registers while loaded.
     kept = tiles.registers * (2 * sums + 1) + 8 * (widest > 2)
     kept += streams * (tiles.registers * min(itemsize, 4) // 4 + 8)
@@ -180,10 +189,10 @@ def column_chunks(cols: int, tiles: RowTiles) -> int:
     return ceil_div(cols, tiles.tile * tiles.count)
 
 
-def prefetches(tiles: RowTiles, itemsize: int) -> bool:
+def prefetches(tiles: RowTiles, itemsize: int, sums: int) -> bool:
     """Whether a program of the backward loads its next rows before it stores. A thread of 16 warps has no registers for
-    them; elements of more than 16 bits have enough bytes in flight without."""
-    return itemsize == 2 and tiles.warps < 16
+    them, but beside a packed row and one sum; elements of more than 16 bits have enough bytes in flight without."""
+    return itemsize == 2 and (tiles.warps < 16 or (tiles.packed and sums == 1))
 
 
 def is_long(cols: int, itemsize: int) -> bool:

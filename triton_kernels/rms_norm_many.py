@@ -74,7 +74,7 @@ def _rms_norm_many_backward_kernel(
             rstd_ptrs[i], dx_ptrs[i], None, None, None, dweight_ptrs[i], None,
             sizes[2 * i] >> 1, sizes[2 * i + 1] >> 1, dy_steps, dy_steps, x_steps, x_steps, x_steps, cos_steps,
             sin_steps, divisions, None, None, None, None, None,
-            ZERO_CENTERED, False, False, CAST, 1, PREFETCH, False, False, ROTARY, INTERLEAVED,
+            ZERO_CENTERED, False, False, CAST, 1, PREFETCH, False, False, False, ROTARY, INTERLEAVED,
             TILES[i][0], TILES[i][1], TILES[i][2], TILES[i][3],
         )  # fmt: skip
 
@@ -148,7 +148,7 @@ def rms_norm_many_backward(
         _rms_norm_many_backward_kernel[(programs,)](
             dys, xs, tuple(map(contiguous, weights)), cos, sin, tuple(rstds), tuple(dxs), tuple(partials), sizes, steps,
             ZERO_CENTERED=zero_centered, CAST=triton_dtype(cast_dtype), ROTARY=rotary, INTERLEAVED=interleaved,
-            PREFETCH=all(launch.prefetches(each, itemsize) for each in tiles), LEVELS=starts,
+            PREFETCH=all(launch.prefetches(each, itemsize, 1) for each in tiles), LEVELS=starts,
             TILES=_columns_and_tiles(levels, tiles), **launch.options(tiles[0].warps, tiles[0].resident),
         )  # fmt: skip
         dweights = column_sums(partials, dtypes)

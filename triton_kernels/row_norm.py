@@ -15,6 +15,7 @@ import triton.language as tl
 from ..operators import gradient_shape
 from ..views import contiguous, row_levels, rows_of_samples
 from . import launch, long_row_norm
+from .compiler import opaque
 from .gates import activated, activation_slope
 from .jit import jit
 from .rotary import are_paired, load_partner_tiles, load_partner_weight, partner, rotated, swapped
@@ -236,8 +237,8 @@ def gradient_blocks(
     n_rows, n_blocks, dy_steps, dh_steps, h_steps, x_steps, gate_steps, cos_steps, sin_steps, divisions,
     sample_rows, sample_programs, x_gate_stride, weight_stride, bias_stride,
     ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, CAST: tl.constexpr,
-    GROUPS: tl.constexpr, PREFETCH: tl.constexpr, PER_ROW: tl.constexpr, EVERY_PROGRAM: tl.constexpr,
-    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    GROUPS: tl.constexpr, PREFETCH: tl.constexpr, PACKED: tl.constexpr, PER_ROW: tl.constexpr,
+    EVERY_PROGRAM: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """dx = (w·dy − c2 − x̂ · c1) · rstd + dh with c1 = mean(x̂ · w·dy), c2 = mean(w·dy); RMSNorm has no c2.
@@ -249,7 +250,7 @@ def gradient_blocks(
 
     Each program takes every programs-th block of ROWS rows. Of samples: sample_programs programs for each, or, PER_ROW,
     where each row is a sample, programs as without samples, which store a row's dweight, dbias and dx_gate with it.
-    EVERY_PROGRAM: each has a block."""
+    EVERY_PROGRAM: each has a block. PACKED: rows are kept as they were loaded; there is no gate, x_gate or rotation."""
     stat = rstd_ptr.dtype.element_ty
     lanes = tl.arange(0, TILE)[None, :]
     group = tl.program_id(1) if GROUPS > 1 else 0
@@ -284,11 +285,12 @@ def gradient_blocks(
     for block in range(program, n_blocks, programs):
         h_tiles, dy_tiles, gate_tiles, statistics, rotation = loaded
         rows = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)[:, None] + first_row
+        row_mask = None if PACKED else rows < end_row  # one row a program, never beyond the last: no mask to keep
         offsets = rows * (GROUPS * N_COLS) + first + lanes
         dh_offsets = row_offsets(rows, dh_steps, divisions) + first + lanes
-        dh_tiles = load_tiles(dh_ptr, dh_offsets, lanes, rows < end_row, N_COLS, TILE, N_TILES)
+        dh_tiles = load_tiles(dh_ptr, dh_offsets, lanes, row_mask, N_COLS, TILE, N_TILES)
         x_offsets = row_offsets(rows, x_steps, divisions) + lanes
-        x_tiles = load_tiles(x_ptr, x_offsets, lanes, rows < end_row, N_COLS, TILE, N_TILES)
+        x_tiles = load_tiles(x_ptr, x_offsets, lanes, row_mask, N_COLS, TILE, N_TILES)
         x_gate_row, weight_row = x_gate_ptr, weight_ptr
         if PER_ROW:
             row = tl.minimum(rows, end_row - 1)
@@ -317,14 +319,16 @@ def gradient_blocks(
                 dy = rotated(dy, cos_tiles[t], -product, lanes, t, ROTARY, INTERLEAVED, TILE)
             x_factor, dy_factor = factors(h, dy, statistics)
             if PER_ROW:
-                row_mask = tile_mask(t, lanes, rows < end_row, N_COLS, TILE)
+                mask = tile_mask(t, lanes, row_mask, N_COLS, TILE)
                 if dweight_ptr is not None:
-                    store_tile(dweight_ptr + offsets + t * TILE, dy_factor * x_factor, row_mask)
+                    store_tile(dweight_ptr + offsets + t * TILE, dy_factor * x_factor, mask)
                 if dbias_ptr is not None:
-                    store_tile(dbias_ptr + offsets + t * TILE, dy, row_mask)
+                    store_tile(dbias_ptr + offsets + t * TILE, dy, mask)
             else:
                 if dweight_ptr is not None:
                     dweight_sum = tl.fma(dy_factor, rounded_to(x_factor, CAST), dweight_sums[t])
+                    if PACKED:
+                        dweight_sum = opaque(dweight_sum)
                     new_dweight_sums = new_dweight_sums + (dweight_sum,)
                 if dbias_ptr is not None:
                     new_dbias_sums = new_dbias_sums + (dbias_sums[t] + dy,)
@@ -339,9 +343,10 @@ def gradient_blocks(
                 if bias_ptr is not None:
                     z += load_weight_tile(bias_ptr + first, lanes, t, stat, False, N_COLS, TILE, ROWS)
                 dgate = dy_tiles[t].to(stat) * z * activation_slope(gate, SILU)
-                store_tile(dgate_ptr + offsets + t * TILE, dgate, tile_mask(t, lanes, rows < end_row, N_COLS, TILE))
+                store_tile(dgate_ptr + offsets + t * TILE, dgate, tile_mask(t, lanes, row_mask, N_COLS, TILE))
             c1_sums, c2_sums = tl.fma(x_factor, wdy_factor, c1_sums), c2_sums + wdy_factor
-            x_factors, wdy_factors = x_factors + (x_factor,), wdy_factors + (wdy_factor,)
+            if not PACKED:
+                x_factors, wdy_factors = x_factors + (x_factor,), wdy_factors + (wdy_factor,)
         dweight_sums, dbias_sums = new_dweight_sums, new_dbias_sums
         x_gate_tiles = load_weight_tiles(x_gate_row, lanes, N_COLS, TILE, N_TILES, ROWS)
         # the next block is loaded before this one is stored: stores might alias loads, which then wait for them
@@ -355,11 +360,19 @@ def gradient_blocks(
         coefficients = gradient_coefficients(c1_sums, c2_sums, statistics, N_COLS)
         new_dx_gate_sums = ()
         for t in tl.static_range(N_TILES):
-            mask = tile_mask(t, lanes, rows < end_row, N_COLS, TILE)
-            if dh_ptr is not None:
-                dx = gradient(x_factors[t], wdy_factors[t], coefficients, statistics[0], dh_tiles[t])
+            mask = tile_mask(t, lanes, row_mask, N_COLS, TILE)
+            if PACKED:
+                # once more, from the tiles as they were loaded, which take half of the factors' registers
+                x_factor, wdy_factor = factors(opaque(h_tiles[t]), opaque(dy_tiles[t]), statistics)
+                if weight_ptr is not None:
+                    weight_ptrs = weight_row + first
+                    wdy_factor *= load_weight_tile(weight_ptrs, lanes, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
             else:
-                dx = gradient(x_factors[t], wdy_factors[t], coefficients, statistics[0], None)
+                x_factor, wdy_factor = x_factors[t], wdy_factors[t]
+            if dh_ptr is not None:
+                dx = gradient(x_factor, wdy_factor, coefficients, statistics[0], dh_tiles[t])
+            else:
+                dx = gradient(x_factor, wdy_factor, coefficients, statistics[0], None)
             if gate_ptr is not None and not NORM_BEFORE_GATE:
                 gate = gate_tiles[t].to(stat)
                 dgate = dx * h_tiles[t].to(stat) * activation_slope(gate, SILU)
@@ -396,7 +409,7 @@ def _row_norm_backward_kernel(
     n_rows, n_blocks, dy_steps, dh_steps, h_steps, x_steps, gate_steps, divisions,
     sample_rows, sample_programs, x_gate_stride, weight_stride, bias_stride,
     ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, CAST: tl.constexpr,
-    GROUPS: tl.constexpr, PREFETCH: tl.constexpr, PER_ROW: tl.constexpr,
+    GROUPS: tl.constexpr, PREFETCH: tl.constexpr, PACKED: tl.constexpr, PER_ROW: tl.constexpr,
     N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """`gradient_blocks` of one input.
@@ -407,7 +420,7 @@ def _row_norm_backward_kernel(
         dx_ptr, dresidual_ptr, dgate_ptr, dx_gate_ptr, dweight_ptr, dbias_ptr,
         n_rows, n_blocks, dy_steps, dh_steps, h_steps, x_steps, gate_steps, 0, 0, divisions,
         sample_rows, sample_programs, x_gate_stride, weight_stride, bias_stride,
-        ZERO_CENTERED, SILU, NORM_BEFORE_GATE, CAST, GROUPS, PREFETCH, PER_ROW, True, 0, False,
+        ZERO_CENTERED, SILU, NORM_BEFORE_GATE, CAST, GROUPS, PREFETCH, PACKED, PER_ROW, True, 0, False,
         N_COLS, TILE, N_TILES, ROWS,
     )  # fmt: skip
 
@@ -513,7 +526,8 @@ def row_norm_backward(
     widest = launch.access_bytes((dy, dh, h, x, gate, weight, dx, dresidual))
     # of a gate before the norm, x and the gate are held until du is there
     streams = (dh is not None) + (x is not None) + (gate is not None) + (gate is not None and not norm_before_gate)
-    tiles, is_kept = launch.backward_tiles(cols, itemsize, sums, streams, widest)
+    can_pack = gate is None and x_gate is None and launch.backend() == "cuda"
+    tiles, is_kept = launch.backward_tiles(cols, itemsize, sums, streams, widest, can_pack)
     multiprocessors = launch.multiprocessors() // (launch.column_chunks(cols, tiles) * groups)
     wanted = sum(d is not None for d in dtypes)
     passes = 3 + (dh is not None) + 2 * (gate is not None) + 2 * (x is not None)
@@ -537,8 +551,9 @@ def row_norm_backward(
             # grid: as many programs as are resident, or some for each sample; each takes every programs-th block
             _row_norm_backward_kernel[(programs if per_row else samples * programs, groups)](
                 *arguments, *partials, rows, blocks, *steps, divisions, *sampling, *parameter_strides,
-                **features, PREFETCH=launch.prefetches(tiles, itemsize), PER_ROW=per_row, N_COLS=cols, TILE=tiles.tile,
-                N_TILES=tiles.count, ROWS=tiles.rows, **launch.options(tiles.warps, tiles.resident),
+                **features, PREFETCH=launch.prefetches(tiles, itemsize, sums), PACKED=tiles.packed, PER_ROW=per_row,
+                N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows,
+                **launch.options(tiles.warps, tiles.resident),
             )  # fmt: skip
         else:
             strides = (*steps, divisions, sample_rows if of_samples else None, *parameter_strides)
