@@ -52,7 +52,8 @@ REASONS = {"jagged": "NestedTensor", "sparse rows": "sparse_coo", "quantised": "
            "negative view": "sign", "zero": "memory", "uninitialised": "UninitializedParameter",
            "uninitialised buffer": "UninitializedBuffer"}  # fmt: skip
 kinds = pytest.mark.parametrize("kind", KINDS)
-W, B, MEAN, VARIANCE = torch.randn(6), torch.randn(6), torch.randn(6), torch.rand(6) + 1
+W = torch.tensor([0.7, -1.2, 0.4, 1.5, -0.3, 0.9])  # of both signs: the masks are of what is positive
+B, MEAN, VARIANCE = torch.randn(6), torch.randn(6), torch.rand(6) + 1
 STATISTICS = {"running_mean": MEAN, "running_var": VARIANCE}
 CALLS = {
     "layer_norm": ((5, 3, 6), dict(normalized_shape=(6,), weight=W, bias=B)),

@@ -29,11 +29,11 @@ NORMS = ("rms_norm", "layer_norm")
 TOLERANCE = 0.02  # of the largest value: variants round elsewhere, in bfloat16
 
 
-def _kept(cols, itemsize, sums, streams, widest):
+def _kept(cols, itemsize, sums, *_):
     return launch.row_tiles(cols, itemsize, sums), True
 
 
-def _read_again(cols, itemsize, sums, streams, widest):
+def _read_again(cols, itemsize, sums, streams, *_):
     return launch.chunk_tiles(cols, itemsize, sums, streams), False
 
 
@@ -67,7 +67,7 @@ def variants() -> dict[str, Callable[[], AbstractContextManager]]:
     change = partial(patch.object, launch)
     return {
         "as it is": ExitStack,
-        "without prefetch": lambda: change("prefetches", lambda tiles, itemsize: False),
+        "without prefetch": lambda: change("prefetches", lambda *_: False),
         "row kept": lambda: change("backward_tiles", _kept),
         "row read again": lambda: change("backward_tiles", _read_again),
         "without maxnreg": lambda: change("options", _warps_alone),
