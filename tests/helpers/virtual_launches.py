@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from torch import Tensor
+
 from fastnorm import backend
 from fastnorm.triton_kernels import plans
 
@@ -22,5 +24,10 @@ def install(gpu: Any) -> None:
         gpu.kernels[found[1]] = launchers[-1].kernel  # Triton makes the launcher just before
         return found
 
+    def launch(function, grid, values, tensors):
+        # An address belongs to the first tensor that has it. Those that begin last come first, as views of one
+        # projection lie within each other's bounds.
+        gpu.launch(function, grid, values, sorted(tensors, key=Tensor.data_ptr, reverse=True))
+
     gpu.launcher_cls, gpu.utils.load_binary = launcher, load
-    plans.launcher = gpu.launch
+    plans.launcher = launch
