@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import fastnorm
 
-from . import report
+from . import presets, report
 from .commands import Outcome
 
 GATED = ("gated_rms_norm", "gated_rms_norm_gate_first")
@@ -42,7 +42,6 @@ IMAGES = {  # channels, height and width in a ResNet-50's stages and in the UNet
 SAMPLE_ROWS = 1024  # of a modulated norm: DiT's tokens of an image of 512 x 512
 HEAD = 128  # columns; a token's columns are three heads of queries for each head of keys
 OPERATIONS = (*ROW_NORMS, *CHANNEL_NORMS)
-BYTES = {"bf16": 2, "fp32": 4}
 DIRECTIONS = ("forward", "backward")
 TARGETS = {"sm_80": "A100", "sm_90": "H100", "sm_100": "B200"}
 WIDTHS = (128, 768, 1024, 2048, 2560, 4096, 5120, 7168, 8192, 12288, 16384, 32768)
@@ -93,7 +92,7 @@ def _predict_image(cell: tuple) -> dict[str, Any]:
     samples = max(1, (millions << 20) // math.prod(sizes))
     problem = Problem(target, name, direction, dtype, image=(samples, *sizes), layout=layout, **fused)
     call = predict_problem(problem, machine)
-    moved = passes[DIRECTIONS.index(direction)] * samples * math.prod(sizes) * BYTES[dtype]
+    moved = passes[DIRECTIONS.index(direction)] * samples * math.prod(sizes) * presets.DTYPES[dtype].itemsize
     return {
         "operation": operation, "direction": direction, "dtype": dtype, "target": target, "millions": millions,
         "image": image, "layout": layout, "us": round(call.us, 1),

@@ -19,7 +19,7 @@ from helpers.environment import SIMULATED, release  # it tells Triton to interpr
 import fastnorm
 from fastnorm import backend, build
 from helpers import card_selection, collection, fast_selection
-from helpers.backends import backend_parameters, clip_device_of, device_of
+from helpers.backends import backend_parameters, clip_device_of, device_of, on_backend
 
 # A test that hangs ends, and is named. Not among pytest's options: they would ask for pytest-timeout, which a rented
 # card does without.
@@ -80,30 +80,22 @@ if backend._triton is not None and backend._triton.INTERPRETED:
     interpreter.install()
 
 
-def _on_backend(request, device_of: Callable[[str], str] = device_of) -> Iterator[str]:
-    status = backend.statuses()[request.param]
-    if not status.available:
-        pytest.skip(f"{status.name} backend: {status.detail}")
-    with fastnorm.use(request.param):
-        yield device_of(request.param)
-
-
 @pytest.fixture(params=backend_parameters("reference", "native", "triton"))
 def device(request) -> Iterator[str]:
     """Runs the test on every backend, and gives it the device whose tensors that backend serves."""
-    yield from _on_backend(request)
+    yield from on_backend(request.param)
 
 
 @pytest.fixture(params=backend_parameters("native", "triton"))
 def kernel_device(request) -> Iterator[str]:
     """As `device`, for what only the kernels promise."""
-    yield from _on_backend(request)
+    yield from on_backend(request.param)
 
 
 @pytest.fixture(params=backend_parameters("reference", "native", "triton"))
 def clip_device(request) -> Iterator[str]:
     """As `device`, for the clips."""
-    yield from _on_backend(request, clip_device_of)
+    yield from on_backend(request.param, clip_device_of)
 
 
 @pytest.fixture(params=["native", "triton"])

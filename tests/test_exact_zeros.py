@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import fastnorm
-from fastnorm import backend, functional, reference
+from fastnorm import functional, reference
 from helpers import channel_norms, norms
-from helpers.backends import backend_parameters, device_of
+from helpers.backends import backend_parameters, on_backend
 from helpers.environment import SIMULATED
 from helpers.norms import DTYPES
 
@@ -17,13 +17,9 @@ from helpers.norms import DTYPES
 def exact_device(request, monkeypatch) -> Iterator[str]:
     """As `device`, and the reference once more as it is on a GPU, where it can't look at values without waiting."""
     name, *unseen = request.param.split("-")
-    status = backend.statuses()[name]
-    if not status.available:
-        pytest.skip(f"{name} backend: {status.detail}")
     if unseen:
         monkeypatch.setattr(reference, "_are_at_hand", lambda values: False)
-    with fastnorm.use(name):
-        yield device_of(name)
+    yield from on_backend(name)
 
 
 layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])

@@ -1,8 +1,11 @@
 """The backends as parameters of a test, and the device whose tensors each serves."""
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 
+import fastnorm
 from fastnorm import backend
 
 
@@ -15,6 +18,15 @@ def device_of(name: str) -> str:
 def backend_parameters(*names: str) -> list:
     marks = {"triton": [pytest.mark.triton]}
     return [pytest.param(name, id=name, marks=marks.get(name, [])) for name in names]
+
+
+def on_backend(name: str, device_of: Callable[[str], str] = device_of) -> Iterator[str]:
+    """For fixtures: the device whose tensors a backend serves, which is named meanwhile; skips where it is missing."""
+    status = backend.statuses()[name]
+    if not status.available:
+        pytest.skip(f"{status.name} backend: {status.detail}")
+    with fastnorm.use(name):
+        yield device_of(name)
 
 
 def has_cuda_clips() -> bool:
