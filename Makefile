@@ -19,6 +19,9 @@ OUT ?= build/card
 MINUTES ?= 9
 STABILITY := $(filter-out %/common.py,$(wildcard examples/stability/*.py))
 
+# Else each of the processes that tests start would compile the package, and each worker the tests, anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install test test-fast test-codegen fuzz coverage test-models test-torch test-triton lint bench real-model examples docs card gpu sanitize wheel clean distclean

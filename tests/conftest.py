@@ -21,6 +21,8 @@ from fastnorm import backend, build
 from helpers import card_selection, collection, fast_selection
 from helpers.backends import backend_parameters, clip_device_of, device_of, on_backend
 
+gc.disable()  # until the tests are collected; see pytest_collection_finish
+
 # A test that hangs ends, and is named. Not among pytest's options: they would ask for pytest-timeout, which a rented
 # card does without.
 os.environ.setdefault("PYTEST_TIMEOUT", "600")
@@ -67,6 +69,12 @@ def pytest_collection_modifyitems(config, items: list[pytest.Item]) -> None:
     if re.search(r"\bcard\b", config.option.markexpr):
         others = set(items) - set(chosen)
         items[:] = [*chosen, *(item for item in items if item in others)]
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of collected tests, and all modules: the garbage collector would walk them again and again."""
+    gc.freeze()
+    gc.enable()
 
 
 if SIMULATED:
