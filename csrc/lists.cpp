@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -87,29 +88,45 @@ PyObject* gradients(PyObject*, PyObject* parameters) {
   END_HANDLE_TH_ERRORS
 }
 
-// The number of dimensions and the sizes of each tensor, as bytes. None where sizes() of one would raise or call
-// Python.
-PyObject* shape_key(PyObject*, PyObject* tensors) {
+// The number of dimensions and the sizes of each tensor, as bytes: `known` itself, which is a key or None, if it has
+// them. None where sizes() of one would raise or call Python.
+PyObject* shape_key(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  const Py_ssize_t count = PyObject_Size(tensors);
-  if (count < 0) {
-    throw python_error();
-  }
-  bool is_known = true;
+  TORCH_CHECK_TYPE(count == 2, "shape_key(tensors, known)");
+  PyObject* const known = arguments[1];
+  const bool has_known = PyBytes_Check(known);
+  const auto* const known_key = has_known ? reinterpret_cast<const int64_t*>(PyBytes_AS_STRING(known)) : nullptr;
+  const size_t known_size = has_known ? PyBytes_GET_SIZE(known) / sizeof(int64_t) : 0;
+  size_t same = 0;  // numbers of the key that are those of `known`; `key` stays empty as long as all are
   std::vector<int64_t> key;
-  key.reserve(3 * static_cast<size_t>(count));
-  each(tensors, [&](Py_ssize_t, const Tensor& tensor) {
+  bool is_known = true;
+  each(arguments[0], [&](Py_ssize_t, const Tensor& tensor) {
     const auto* const impl = tensor.unsafeGetTensorImpl();
     is_known = !tensor.is_nested() && !impl->is_python_dispatch() && !impl->has_symbolic_sizes_strides();
-    if (is_known) {
-      const auto sizes = tensor.sizes();
-      key.push_back(static_cast<int64_t>(sizes.size()));
-      key.insert(key.end(), sizes.begin(), sizes.end());
+    if (!is_known) {
+      return false;
     }
-    return is_known;
+    const auto sizes = tensor.sizes();
+    const auto dims = static_cast<int64_t>(sizes.size());
+    if (key.empty() && same + 1 + sizes.size() <= known_size && known_key[same] == dims &&
+        std::equal(sizes.begin(), sizes.end(), known_key + same + 1)) {
+      same += 1 + sizes.size();
+      return true;
+    }
+    if (key.empty()) {
+      key.assign(known_key, known_key + same);
+    }
+    key.push_back(dims);
+    key.insert(key.end(), sizes.begin(), sizes.end());
+    return true;
   });
   if (!is_known) {
     Py_RETURN_NONE;
+  }
+  if (key.empty()) {
+    return has_known && same == known_size
+               ? Py_NewRef(known)
+               : PyBytes_FromStringAndSize(reinterpret_cast<const char*>(known_key), same * sizeof(int64_t));
   }
   return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(key.data()),
                                    static_cast<Py_ssize_t>(key.size() * sizeof(int64_t)));
@@ -145,7 +162,9 @@ int add_list_functions(PyObject* module) {
        "all_readable(tensors): whether all are plain tensors that kernels can read as they lie, on one device"},
       {"are_plain", are_plain, METH_O, "are_plain(tensors): whether all are plain tensors or parameters"},
       {"gradients", gradients, METH_O, "gradients(parameters): their gradients, of those that have one"},
-      {"shape_key", shape_key, METH_O, "shape_key(tensors): their shapes as bytes; None where only Python can tell"},
+      {"shape_key", as_method(&shape_key), METH_FASTCALL,
+       "shape_key(tensors, known): their shapes as bytes, `known` itself if it has them; None where only Python can "
+       "tell"},
       {"list_key", list_key, METH_O, "list_key(tensors): addresses, sizes and dtypes as bytes"},
       {nullptr, nullptr, 0, nullptr}};
   return PyModule_AddFunctions(module, methods);

@@ -128,32 +128,27 @@ FASTNORM_RULE bool adagc(const Policy& policy, Team& team, bool is_warm) {
   const double max_norm = c[0], lambda_abs = c[1], lambda_rel = c[2], beta = c[3], total = team.total();
   double* const averages = policy.state + HEADER;
   const double early = bounded(lambda_abs / (total + 1e-6));
-  const auto factor = [&](int64_t i) {
-    if (!is_warm) {
-      return early;
-    }
-    const double norm = team.norm(i), average = averages[i];
-    const bool is_first_norm = average == INFINITY && is_finite(norm);
-    const double bound = lambda_rel * average;  // almost all norms are below theirs, which spares a division
-    return norm == 0 || is_first_norm || norm < bound ? 1 : bounded(bound / norm);
+  // Selections and no branches, here and below: where gradients are noise, half of the branches are mispredicted.
+  const auto factor = [=](double norm, double average) {
+    const bool is_free = norm == 0 || (average == INFINITY && is_finite(norm));
+    const double own = is_free ? 1 : bounded(lambda_rel * average / norm);
+    return is_warm ? own : early;
   };
   const bool is_capped = max_norm < INFINITY;
-  const double clipped_total = is_capped ? team.norm_of([&](int64_t i) { return factor(i) * team.norm(i); }) : 0;
+  const double clipped_total =
+      is_capped ? team.norm_of([&](int64_t i) { return factor(team.norm(i), averages[i]) * team.norm(i); }) : 0;
   const double cap = is_capped ? bounded(max_norm / (clipped_total + 1e-6)) : 1;
+  const bool total_enters = enters(total);
   bool clips = false;
   team.each(team.tensors(), [&](int64_t i) {
-    const double own = factor(i), norm = team.norm(i), average = averages[i];
+    const double norm = team.norm(i), average = averages[i], own = factor(norm, average), clipped = own * norm;
     clips |= team.write(i, own * cap);
+    const double early_average = clipped < average ? clipped : average;
+    const double late_average = average == INFINITY ? norm : beta * average + (1 - beta) * clipped;
     // A tensor whose first gradients are zero would be frozen for ever. Norms of a negative order may have a finite
     // total although one of them is infinite.
-    if (!enters(total) || !enters(norm)) {
-      return;
-    }
-    if (!is_warm) {
-      averages[i] = own * norm < average ? own * norm : average;
-    } else {
-      averages[i] = average == INFINITY ? norm : beta * average + (1 - beta) * (own * norm);
-    }
+    const bool is_entered = total_enters & enters(norm);
+    averages[i] = is_entered ? is_warm ? late_average : early_average : average;
   });
   return clips;
 }

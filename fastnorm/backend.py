@@ -320,9 +320,9 @@ def gradients(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [grad for grad in [parameter.grad for parameter in parameters] if grad is not None]
 
 
-def shape_key(tensors: Sequence[torch.Tensor]) -> bytes | None:
-    """The tensors' shapes as bytes; None where they must be compared one by one."""
-    return None if _native is None or torch.compiler.is_compiling() else _native.shape_key(tensors)
+def shape_key(tensors: Sequence[torch.Tensor], known: bytes | None) -> bytes | None:
+    """The tensors' shapes as bytes, `known` itself if it has them; None where they must be compared one by one."""
+    return None if _native is None or torch.compiler.is_compiling() else _native.shape_key(tensors, known)
 
 
 def _choose(op: str, x: torch.Tensor) -> tuple[str, str]:

@@ -17,19 +17,25 @@ NORM_TYPES = (2.0, 1.0, inf, -inf, 0.0, -1.0, 0.5, 3.0, 1.7, -2.5)
 
 def test_shapes_of_lists():
     """Equal keys mean equal shapes: where a size is, and which dimension it belongs to, is in them."""
+
+    def key_of(tensors, known=None):
+        return native.shape_key(tensors, known)
+
     tensors = [torch.ones(()), torch.ones(3), torch.ones(2, 0, 5), torch.ones(300, 2).T, torch.eye(3).to_sparse()]
-    key = native.shape_key(tensors)
-    assert key == native.shape_key([torch.empty(t.shape, dtype=torch.int8) for t in tensors])
-    assert key == native.shape_key(tuple(tensors)) and native.shape_key([]) == b""
-    others = (0, (1,)), (1, ()), (1, (4,)), (1, (3, 1)), (2, (2, 0)), (2, (0, 2, 5)), (3, (300, 2))
-    for place, shape in others:
-        assert key != native.shape_key([*tensors[:place], torch.ones(shape), *tensors[place + 1 :]])
-    assert key != native.shape_key(tensors[:4]) and native.shape_key([torch.ones(2), torch.ones(())]) != (
-        native.shape_key([torch.ones(()), torch.ones(2)])
-    )
-    assert native.shape_key([*tensors, torch.nested.nested_tensor([torch.ones(2)])]) is None
+    key = key_of(tensors)
+    assert key == key_of([torch.empty(t.shape, dtype=torch.int8) for t in tensors])
+    assert key == key_of(tuple(tensors)) and key_of([]) == b""
+    lists = [tensors[:4], [*tensors, torch.ones(2)], [torch.ones(2)], []]
+    for place, shape in (0, (1,)), (1, ()), (1, (4,)), (1, (3, 1)), (2, (2, 0)), (2, (0, 2, 5)), (3, (300, 2)):
+        lists.append([*tensors[:place], torch.ones(shape), *tensors[place + 1 :]])
+    for other in lists:
+        assert key_of(other) != key and key_of(other) == key_of(other, key) == key_of(other, b"")
+        assert key_of(tensors, key_of(other)) == key
+    assert key_of(tuple(tensors), key) is key
+    assert key_of([torch.ones(2), torch.ones(())]) != key_of([torch.ones(()), torch.ones(2)])
+    assert key_of([*tensors, torch.nested.nested_tensor([torch.ones(2)])], key) is None
     with pytest.raises(TypeError, match="expected tensors, but got int"):
-        native.shape_key([3])
+        key_of([3])
 
 
 def test_gradients_and_types_of_lists():

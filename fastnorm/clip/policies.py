@@ -230,8 +230,8 @@ class AdaGC(ClipPolicy):
         if names is not None and memory.names is not None and names != memory.names:
             one, other = next((a, b) for a, b in zip(memory.names, names, strict=True) if a != b)
             raise RuntimeError(f"AdaGC's state is of {one}, where the list now has {other}. {remedy}")
-        key = backend.shape_key(tensors)
-        if key is not None and key == memory.shape_key:
+        key = backend.shape_key(tensors, memory.shape_key)
+        if key is not None and key is memory.shape_key:
             return
         place = next((i for i, (t, shape) in enumerate(zip(tensors, known, strict=True)) if t.shape != shape), None)
         if place is not None:
