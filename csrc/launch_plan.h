@@ -56,9 +56,10 @@ std::shared_ptr<const Plan> plan_from(const pybind11::handle& described);
 // Thrown by the first launch of a thread that has no GPU context yet. Triton's own launcher creates one.
 struct NoContext {};
 
-// Allocates, copies and launches; returns the results. The launcher is the address of a function with the parameters of
-// cuLaunchKernel, or a Python function. Needs the GIL, and releases it while the driver launches.
-std::vector<at::Tensor> run(const Plan& plan, const std::vector<at::Tensor>& inputs, const pybind11::handle& launcher,
+// Allocates, copies and launches; returns the results. The slots are the call's tensors, one at least. The launcher is
+// the address of a function with the parameters of cuLaunchKernel, or a Python function. Needs the GIL, and releases it
+// while the driver launches.
+std::vector<at::Tensor> run(const Plan& plan, std::vector<at::Tensor> slots, const pybind11::handle& launcher,
                             void* stream);
 
 // The address of a launcher that does nothing, for measuring the host's time.

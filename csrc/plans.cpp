@@ -176,8 +176,9 @@ Results call(Call& call, const Arguments& arguments) {
   }
   if (plan != nullptr) {
     try {
-      return {run(*plan, call.tensors, PyTuple_GET_ITEM(parts, 3), PyLong_AsVoidPtr(PyTuple_GET_ITEM(parts, 2))),
-              plan->returns_list};
+      return {
+          run(*plan, std::move(call.tensors), PyTuple_GET_ITEM(parts, 3), PyLong_AsVoidPtr(PyTuple_GET_ITEM(parts, 2))),
+          plan->returns_list};
     } catch (const NoContext&) {
       // the launcher in Python creates a context
     }
