@@ -263,6 +263,9 @@ def test_odd_lists_as_plain_ones(name, served_by):
             stand_ins = [None if g is None else stand_in(g) for g in grads]
             total, found = outcome(fastnorm.clip_grad_norm_, grads, policy)
             expected, wanted = outcome(fastnorm.clip_grad_norm_, stand_ins, plain)
+            if not stock_takes_sparse() and any(g is not None and g.is_sparse for g in grads):
+                assert total is NotImplementedError
+                break
             close(total.double(), expected.double(), rtol=1e-5)
             assert policy.threshold == pytest.approx(plain.threshold, rel=1e-5)
             if name == "duplicates":

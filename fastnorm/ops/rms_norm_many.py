@@ -69,7 +69,7 @@ class RMSNormManyFunction(torch.autograd.Function):
                 interleaved, zero_centered, cast_dtype, wanted,
             )  # fmt: skip
             dweights = iter(results[len(given) :])
-            for i, dx, is_wanted in zip(given, results, wanted, strict=False):
+            for i, dx, is_wanted in zip(given, results[: len(given)], wanted, strict=True):
                 found[2 * i], found[2 * i + 1] = dx, next(dweights) if is_wanted else None
         return *none, *found
 

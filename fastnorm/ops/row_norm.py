@@ -112,7 +112,8 @@ def row_norm(
     )
     if outputs is not NotImplemented:
         return outputs
-    is_gated, gate = bool(gate), gate or _NO_GATE
+    is_gated = len(gate) > 0  # torch.compile of 2.9 knows no truth of a NamedTuple
+    gate = gate if len(gate) > 0 else _NO_GATE
     if dtensors.is_dtensor(x) and isinstance(normalized_shape, (tuple, list)):
         tensors = x, residual, gate.tensor
         obstacle = dtensors.why_not_by_rows(x, len(normalized_shape), tensors, (weight, bias))
