@@ -110,9 +110,11 @@ KNOWN_SPILLS = {
 
 def test_row_kernels_do_not_spill(kernels):
     spilled = {name(k): k["spilled"] for k in kernels if k["spilled"]}
-    known = dict(KNOWN_SPILLS)
-    if release(metadata.version("triton")) < (3, 6):  # whose compilers find no registers for these, and newer ones do
-        known |= {"gfx1100 rms_norm row_norm_backward bf16 7168": 24, "sm_90 rms_norm row_norm_backward bf16 16384": 16}
+    known, triton = dict(KNOWN_SPILLS), release(metadata.version("triton"))
+    if triton < (3, 7):  # older compilers find no registers for these
+        known["sm_90 rms_norm row_norm_backward bf16 16384"] = 16
+    if triton < (3, 6):
+        known["gfx1100 rms_norm row_norm_backward bf16 7168"] = 24
     for kernel, most in known.items():
         assert spilled.pop(kernel, 0) <= most
     assert not spilled

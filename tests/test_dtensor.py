@@ -313,12 +313,19 @@ def check_refused(reason: str, function):
 
 def check_order(grid):
     """Where the second of two mesh dimensions cuts first, which from_local could not say of y, DTensor computes."""
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec
+    from torch.distributed.tensor.placement_types import _StridedShard
+
     x = placed(torch.randn(8, 8), grid, "S0 S0")
+    assert why_not_by_rows(x, 1, (x,)) is None
+    strided = placed(torch.randn(8, 8), grid, "S0 S0")
+    strided._spec = DTensorSpec(grid, (_StridedShard(0, split_factor=2), Shard(0)), x._spec.tensor_meta)
+    assert "own rules" in why_not_by_rows(strided, 1, (strided,))
     if not hasattr(x._spec, "shard_order"):
         return  # torch 2.9 has one order
-    from torch.distributed.tensor._dtensor_spec import DTensorSpec, ShardOrderEntry
+    from torch.distributed.tensor._dtensor_spec import ShardOrderEntry
 
-    assert why_not_by_rows(x, 1, (x,)) is None
     order = (ShardOrderEntry(tensor_dim=0, mesh_dims=(1, 0)),)
     x._spec = DTensorSpec(grid, x.placements, x._spec.tensor_meta, shard_order=order)
     assert "another order" in why_not_by_rows(x, 1, (x,))
