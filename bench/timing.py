@@ -135,10 +135,16 @@ def _calibrate(runner: Runner, timer: CpuTimer | CudaTimer, min_sample: float) -
     """How many calls make a sample of `min_sample` seconds; also the warm-up."""
     calls = 1
     with runner.activate():
-        while (seconds := calls * timer.sample(runner.call, calls)) < min_sample and calls < timer.most_calls:
-            # the first call of all is often slow by far: grow in steps instead of trusting it
+        while True:
+            seconds = calls * timer.sample(runner.call, calls)
+            if calls == timer.most_calls:
+                return calls
+            if seconds >= min_sample:  # again: the first two calls compile and record, and any may be interrupted
+                seconds = calls * min(timer.sample(runner.call, calls) for _ in range(2))
+            if seconds >= min_sample:
+                return calls
+            # in steps, for the same reason
             calls = min(timer.most_calls, max(calls + 1, min(10 * calls, round(1.2 * calls * min_sample / seconds))))
-    return calls
 
 
 def quartiles(samples: list[float]) -> tuple[float, float, float]:

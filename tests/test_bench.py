@@ -422,6 +422,18 @@ def test_runners_take_turns_and_change_who_goes_first():
     assert samples == {name: [1.0] * 3 for name in "abc"}
 
 
+def test_slow_first_calls_are_not_taken_for_the_time_of_a_call():
+    class FakeTimer:
+        most_calls = 1000
+        seconds = iter([0.2, 0.1])  # of two calls, and then 1 ms
+
+        def sample(self, call, calls):
+            return next(self.seconds, 1e-3)
+
+    assert timing._calibrate(timing.Runner(lambda: None), FakeTimer(), 5e-3) == 6
+    assert timing._calibrate(timing.Runner(lambda: None), FakeTimer(), 9.0) == 1000
+
+
 def test_losses_are_marked_and_times_have_three_digits():
     assert [labels.ratio(value) for value in (None, 1.5, 0.996, 0.994)] == ["–", "1.50x", "1.00x", "0.99x ▼"]
     assert [labels.duration(seconds) for seconds in (2.0, 0.0123, 123e-6, 5e-9)] == [
