@@ -36,7 +36,7 @@ test: $(NATIVE) lint  ## lint, then all tests
 # One OpenMP thread each, or the workers fight for the cores; tests of threading set their own number.
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not models" $(PYTEST_ARGS)
 
-test-fast: $(NATIVE)  ## while editing: each operation, backend and dtype once in every test, a minute and a half on two cores
+test-fast: $(NATIVE)  ## while editing: each operation, backend and dtype once in every test, a minute on two cores
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "fast and not models" --hypothesis-profile few $(PYTEST_ARGS)
 
 fuzz: $(NATIVE)  ## the tests of random inputs, with 20 times as many, other ones each time
