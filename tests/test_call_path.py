@@ -34,6 +34,7 @@ def check_what_is_no_plain_repeated_launch(found: dict) -> None:
     assert found["without memory"] == [0, 2, [[4, 64], [4, 64]]]
     assert found["unusual"] == [[0, 1], [0, 1]]
     assert found["stream"] == 7
+    assert found["memory of deterministic runs"], "not filled with NaN, as torch.empty's is"
     assert found["plans of another driver"] == 1
     assert found["without a context"] == [1, 1]
     assert "error 719" in found["error"]
