@@ -61,7 +61,7 @@ test-torch: export PIP_CONSTRAINT = $(OTHER_TORCH)/constraints.txt
 test-torch:  ## the whole of `make test` with another torch (TORCH=2.9.1), in an environment of its own under build/
 	test -x $(OTHER_TORCH)/bin/python || $(PYTHON) -m venv $(OTHER_TORCH)
 	echo torch==$(TORCH) >$(PIP_CONSTRAINT)
-	rm -rf $(OTHER_TORCH)/source && mkdir $(OTHER_TORCH)/source
+	rm -rf $(OTHER_TORCH)/source $(OTHER_TORCH)/.native && mkdir $(OTHER_TORCH)/source
 	tar -cf - --exclude=./build --exclude=./.git --exclude='./.venv*' --exclude='_C*.so' --exclude=_build.json . \
 	  | tar -xf - -C $(OTHER_TORCH)/source
 	$(MAKE) -C $(OTHER_TORCH)/source VENV=$(OTHER_TORCH) -o lint test
