@@ -29,7 +29,7 @@ Layout layout_from(const py::handle& described) {
   return {py::cast<Sizes>(parts[0]), py::cast<Sizes>(parts[1]), py::cast<at::ScalarType>(parts[2])};
 }
 
-// at::empty_strided, past the dispatch that finds the device's kernel: half of what it costs.
+// at::empty_strided, past the dispatch that finds the device's kernel.
 Tensor empty(const Layout& layout, at::Device device) {
   const auto key = device.is_cpu() ? c10::DispatchKey::CPU : c10::DispatchKey::CUDA;
   return at::_ops::empty_strided::redispatch(c10::DispatchKeySet(key), c10::fromIntArrayRefSlow(layout.sizes),

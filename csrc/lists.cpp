@@ -99,11 +99,11 @@ PyObject* shape_key(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const size_t known_size = has_known ? PyBytes_GET_SIZE(known) / sizeof(int64_t) : 0;
   size_t same = 0;  // numbers of the key that are those of `known`; `key` stays empty as long as all are
   std::vector<int64_t> key;
-  bool is_known = true;
+  bool has_sizes = true;
   each(arguments[0], [&](Py_ssize_t, const Tensor& tensor) {
     const auto* const impl = tensor.unsafeGetTensorImpl();
-    is_known = !tensor.is_nested() && !impl->is_python_dispatch() && !impl->has_symbolic_sizes_strides();
-    if (!is_known) {
+    has_sizes = !tensor.is_nested() && !impl->is_python_dispatch() && !impl->has_symbolic_sizes_strides();
+    if (!has_sizes) {
       return false;
     }
     const auto sizes = tensor.sizes();
@@ -120,13 +120,14 @@ PyObject* shape_key(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     key.insert(key.end(), sizes.begin(), sizes.end());
     return true;
   });
-  if (!is_known) {
+  if (!has_sizes) {
     Py_RETURN_NONE;
   }
   if (key.empty()) {
-    return has_known && same == known_size
-               ? Py_NewRef(known)
-               : PyBytes_FromStringAndSize(reinterpret_cast<const char*>(known_key), same * sizeof(int64_t));
+    if (has_known && same == known_size) {
+      return Py_NewRef(known);
+    }
+    key.assign(known_key, known_key + same);
   }
   return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(key.data()),
                                    static_cast<Py_ssize_t>(key.size() * sizeof(int64_t)));

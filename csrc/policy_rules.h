@@ -128,7 +128,7 @@ FASTNORM_RULE bool adagc(const Policy& policy, Team& team, bool is_warm) {
   const double max_norm = c[0], lambda_abs = c[1], lambda_rel = c[2], beta = c[3], total = team.total();
   double* const averages = policy.state + HEADER;
   const double early = bounded(lambda_abs / (total + 1e-6));
-  // Selections and no branches, here and below: where gradients are noise, half of the branches are mispredicted.
+  // Selections and no branches, here and below: where norms are noise, branches are mispredicted.
   const auto factor = [=](double norm, double average) {
     const bool is_free = norm == 0 || (average == INFINITY && is_finite(norm));
     const double own = is_free ? 1 : bounded(lambda_rel * average / norm);
