@@ -6,8 +6,8 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
 
-#include <algorithm>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "arguments.h"
@@ -17,10 +17,26 @@ namespace {
 
 using at::Tensor;
 
-bool is_readable(const Tensor& tensor, const Tensor& first) {
-  return tensor.layout() == at::kStrided && !tensor.is_nested() && !tensor.is_neg() && !tensor._is_zerotensor() &&
-         tensor.device() == first.device() && is_supported(tensor.scalar_type()) &&
-         tensor.is_non_overlapping_and_dense();
+// What follows from the dispatch keys alone.
+bool has_readable_keys(const Tensor& tensor) {
+  return tensor.layout() == at::kStrided && !tensor.is_nested() && !tensor.is_neg() && !tensor._is_zerotensor();
+}
+
+// Fetches the memory of the tensors some places ahead: the objects of thousands don't stay in the L2 cache, and a
+// processor looks ahead over few of them by itself.
+void prefetch(PyObject** items, Py_ssize_t count, Py_ssize_t i) {
+  constexpr Py_ssize_t objects_ahead = 16, tensors_ahead = 8;
+  constexpr size_t line = 64;
+  if (i + objects_ahead < count) {
+    __builtin_prefetch(items[i + objects_ahead]);
+    PyObject* const near = items[i + tensors_ahead];
+    if (THPVariable_CheckExact(near)) {
+      const auto* const impl = reinterpret_cast<const char*>(THPVariable_Unpack(near).unsafeGetTensorImpl());
+      for (size_t offset = 0; offset < sizeof(at::TensorImpl); offset += line) {
+        __builtin_prefetch(impl + offset);
+      }
+    }
+  }
 }
 
 // Calls visit(i, object) for each object of a sequence until it returns false.
@@ -31,6 +47,7 @@ void each_object(PyObject* sequence, const Visit& visit) {
     throw python_error();
   }
   for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(fast.get()); ++i) {
+    prefetch(PySequence_Fast_ITEMS(fast.get()), PySequence_Fast_GET_SIZE(fast.get()), i);
     if (!visit(i, PySequence_Fast_GET_ITEM(fast.get(), i))) {
       return;
     }
@@ -54,21 +71,73 @@ PyObject* are_plain(PyObject*, PyObject* tensors) {
   END_HANDLE_TH_ERRORS
 }
 
-PyObject* all_readable(PyObject*, PyObject* tensors) {
-  HANDLE_TH_ERRORS
+// A walk over the bytes of shape_key.
+class Shapes {
+ public:
+  explicit Shapes(PyObject* bytes)
+      : next_(reinterpret_cast<const int64_t*>(PyBytes_AS_STRING(bytes))),
+        end_(next_ + PyBytes_GET_SIZE(bytes) / sizeof(int64_t)) {}
+
+  bool is_at_end() const { return next_ == end_; }
+
+  // Whether the next shape is this one. No memcmp: its call takes as long as all the rest.
+  bool take(at::IntArrayRef sizes) {
+    if (end_ - next_ <= static_cast<int64_t>(sizes.size()) || *next_++ != static_cast<int64_t>(sizes.size())) {
+      return false;
+    }
+    for (const int64_t size : sizes) {
+      if (*next_++ != size) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+ private:
+  const int64_t* next_;
+  const int64_t* const end_;
+};
+
+// Whether sizes() neither raises nor calls Python.
+bool has_sizes(const Tensor& tensor) {
+  const auto* const impl = tensor.unsafeGetTensorImpl();
+  return !tensor.is_nested() && !impl->is_python_dispatch() && !impl->has_symbolic_sizes_strides();
+}
+
+// Whether kernels can read all tensors, on one device, and fits(tensor) holds for each.
+template <typename Fits>
+bool all_readable_and(PyObject* tensors, const Fits& fits) {
   bool found = true;
-  Tensor first;
-  each_object(tensors, [&](Py_ssize_t i, PyObject* item) {
+  std::optional<at::Device> device;
+  c10::DispatchKeySet keys;  // of the tensor before: most have the same
+  each_object(tensors, [&](Py_ssize_t, PyObject* item) {
     if (!THPVariable_CheckExact(item)) {
       return found = false;
     }
     const Tensor& tensor = THPVariable_Unpack(item);
-    if (i == 0) {  // not each time: copies of handles count their owners
-      first = tensor;
+    device = device.value_or(tensor.device());
+    if (tensor.key_set() != keys) {
+      found = has_readable_keys(tensor);
+      keys = tensor.key_set();
     }
-    return found = is_readable(tensor, first);
+    return found = found && tensor.device() == *device && is_supported(tensor.scalar_type()) &&
+                   tensor.is_non_overlapping_and_dense() && fits(tensor);
   });
-  return PyBool_FromLong(found);
+  return found;
+}
+
+// The shapes are compared in the same walk: one of their own takes as long.
+PyObject* all_readable(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 2 && (arguments[1] == Py_None || PyBytes_Check(arguments[1])),
+                   "all_readable(tensors, shapes)");
+  if (arguments[1] == Py_None) {
+    return PyBool_FromLong(all_readable_and(arguments[0], [](const Tensor&) { return true; }));
+  }
+  Shapes shapes(arguments[1]);
+  const bool found = all_readable_and(
+      arguments[0], [&](const Tensor& tensor) { return has_sizes(tensor) && shapes.take(tensor.sizes()); });
+  return PyBool_FromLong(found && shapes.is_at_end());
   END_HANDLE_TH_ERRORS
 }
 
@@ -88,46 +157,21 @@ PyObject* gradients(PyObject*, PyObject* parameters) {
   END_HANDLE_TH_ERRORS
 }
 
-// The number of dimensions and the sizes of each tensor, as bytes: `known` itself, which is a key or None, if it has
-// them. None where sizes() of one would raise or call Python.
-PyObject* shape_key(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+PyObject* shape_key(PyObject*, PyObject* tensors) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 2, "shape_key(tensors, known)");
-  PyObject* const known = arguments[1];
-  const bool has_known = PyBytes_Check(known);
-  const auto* const known_key = has_known ? reinterpret_cast<const int64_t*>(PyBytes_AS_STRING(known)) : nullptr;
-  const size_t known_size = has_known ? PyBytes_GET_SIZE(known) / sizeof(int64_t) : 0;
-  size_t same = 0;  // numbers of the key that are those of `known`; `key` stays empty as long as all are
   std::vector<int64_t> key;
-  bool has_sizes = true;
-  each(arguments[0], [&](Py_ssize_t, const Tensor& tensor) {
-    const auto* const impl = tensor.unsafeGetTensorImpl();
-    has_sizes = !tensor.is_nested() && !impl->is_python_dispatch() && !impl->has_symbolic_sizes_strides();
-    if (!has_sizes) {
-      return false;
+  bool found = true;
+  each(tensors, [&](Py_ssize_t, const Tensor& tensor) {
+    found = has_sizes(tensor);
+    if (found) {
+      const auto sizes = tensor.sizes();
+      key.push_back(static_cast<int64_t>(sizes.size()));
+      key.insert(key.end(), sizes.begin(), sizes.end());
     }
-    const auto sizes = tensor.sizes();
-    const auto dims = static_cast<int64_t>(sizes.size());
-    if (key.empty() && same + 1 + sizes.size() <= known_size && known_key[same] == dims &&
-        std::equal(sizes.begin(), sizes.end(), known_key + same + 1)) {
-      same += 1 + sizes.size();
-      return true;
-    }
-    if (key.empty()) {
-      key.assign(known_key, known_key + same);
-    }
-    key.push_back(dims);
-    key.insert(key.end(), sizes.begin(), sizes.end());
-    return true;
+    return found;
   });
-  if (!has_sizes) {
+  if (!found) {
     Py_RETURN_NONE;
-  }
-  if (key.empty()) {
-    if (has_known && same == known_size) {
-      return Py_NewRef(known);
-    }
-    key.assign(known_key, known_key + same);
   }
   return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(key.data()),
                                    static_cast<Py_ssize_t>(key.size() * sizeof(int64_t)));
@@ -159,13 +203,13 @@ PyObject* list_key(PyObject*, PyObject* tensors) {
 
 int add_list_functions(PyObject* module) {
   static PyMethodDef methods[] = {
-      {"all_readable", all_readable, METH_O,
-       "all_readable(tensors): whether all are plain tensors that kernels can read as they lie, on one device"},
+      {"all_readable", as_method(&all_readable), METH_FASTCALL,
+       "all_readable(tensors, shapes): whether all are plain tensors that kernels can read as they lie, on one device; "
+       "and, unless it is None, whether `shapes` is their shape_key"},
       {"are_plain", are_plain, METH_O, "are_plain(tensors): whether all are plain tensors or parameters"},
       {"gradients", gradients, METH_O, "gradients(parameters): their gradients, of those that have one"},
-      {"shape_key", as_method(&shape_key), METH_FASTCALL,
-       "shape_key(tensors, known): their shapes as bytes, `known` itself if it has them; None where only Python can "
-       "tell"},
+      {"shape_key", shape_key, METH_O,
+       "shape_key(tensors): the number of dimensions and the sizes of each, as bytes; None where only Python can tell"},
       {"list_key", list_key, METH_O, "list_key(tensors): addresses, sizes and dtypes as bytes"},
       {nullptr, nullptr, 0, nullptr}};
   return PyModule_AddFunctions(module, methods);

@@ -128,10 +128,11 @@ FASTNORM_RULE bool adagc(const Policy& policy, Team& team, bool is_warm) {
   const double max_norm = c[0], lambda_abs = c[1], lambda_rel = c[2], beta = c[3], total = team.total();
   double* const averages = policy.state + HEADER;
   const double early = bounded(lambda_abs / (total + 1e-6));
-  // Selections and no branches, here and below: where norms are noise, branches are mispredicted.
+  // Here and below all is computed and then selected: where norms are noise, branches are mispredicted, and without
+  // them compilers take several tensors at a time.
   const auto factor = [=](double norm, double average) {
-    const bool is_free = norm == 0 || (average == INFINITY && is_finite(norm));
-    const double own = is_free ? 1 : bounded(lambda_rel * average / norm);
+    const double ratio = bounded(lambda_rel * average / norm);  // 1 where there is no average yet, which is infinite
+    const double own = norm == 0 ? 1 : ratio;
     return is_warm ? own : early;
   };
   const bool is_capped = max_norm < INFINITY;
@@ -144,11 +145,13 @@ FASTNORM_RULE bool adagc(const Policy& policy, Team& team, bool is_warm) {
     const double norm = team.norm(i), average = averages[i], own = factor(norm, average), clipped = own * norm;
     clips |= team.write(i, own * cap);
     const double early_average = clipped < average ? clipped : average;
-    const double late_average = average == INFINITY ? norm : beta * average + (1 - beta) * clipped;
+    const double moved = beta * average + (1 - beta) * clipped;
+    const double late_average = average == INFINITY ? norm : moved;
+    const double entering = is_warm ? late_average : early_average;
     // A tensor whose first gradients are zero would be frozen for ever. Norms of a negative order may have a finite
     // total although one of them is infinite.
     const bool is_entered = total_enters & enters(norm);
-    averages[i] = is_entered ? is_warm ? late_average : early_average : average;
+    averages[i] = is_entered ? entering : average;
   });
   return clips;
 }

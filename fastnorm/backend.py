@@ -306,10 +306,10 @@ def are_plain(tensors: Sequence[torch.Tensor]) -> bool:
     return set(map(type, tensors)) <= PLAIN
 
 
-def all_readable(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether these are plain tensors that kernels can read in place, all on one device; False where that is not known
-    of all at once."""
-    return _native is not None and not torch._C._len_torch_dispatch_stack() and _native.all_readable(tensors)
+def all_readable(tensors: Sequence[torch.Tensor], shapes: bytes | None = None) -> bool:
+    """Whether these are plain tensors that kernels can read in place, all on one device, and whose shape_key is
+    `shapes` unless that is None; False where that is not known of all at once."""
+    return _native is not None and not torch._C._len_torch_dispatch_stack() and _native.all_readable(tensors, shapes)
 
 
 def gradients(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -320,9 +320,9 @@ def gradients(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [grad for grad in [parameter.grad for parameter in parameters] if grad is not None]
 
 
-def shape_key(tensors: Sequence[torch.Tensor], known: bytes | None) -> bytes | None:
-    """The tensors' shapes as bytes, `known` itself if it has them; None where they must be compared one by one."""
-    return None if _native is None or torch.compiler.is_compiling() else _native.shape_key(tensors, known)
+def shape_key(tensors: Sequence[torch.Tensor]) -> bytes | None:
+    """The tensors' shapes as bytes, which are quick to compare; None where they must be compared one by one."""
+    return None if _native is None or torch.compiler.is_compiling() else _native.shape_key(tensors)
 
 
 def _choose(op: str, x: torch.Tensor) -> tuple[str, str]:

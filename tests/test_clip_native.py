@@ -18,24 +18,38 @@ NORM_TYPES = (2.0, 1.0, inf, -inf, 0.0, -1.0, 0.5, 3.0, 1.7, -2.5)
 def test_shapes_of_lists():
     """Equal keys mean equal shapes: where a size is, and which dimension it belongs to, is in them."""
 
-    def key_of(tensors, known=None):
-        return native.shape_key(tensors, known)
-
-    tensors = [torch.ones(()), torch.ones(3), torch.ones(2, 0, 5), torch.ones(300, 2).T, torch.eye(3).to_sparse()]
-    key = key_of(tensors)
-    assert key == key_of([torch.empty(t.shape, dtype=torch.int8) for t in tensors])
-    assert key == key_of(tuple(tensors)) and key_of([]) == b""
+    tensors = [torch.ones(()), torch.ones(3), torch.ones(2, 0, 5), torch.ones(300, 2).T, torch.ones(1)]
+    key = native.shape_key(tensors)
+    assert key == native.shape_key([torch.empty(t.shape, dtype=torch.int8) for t in tensors])
+    assert key == native.shape_key(tuple(tensors)) and native.shape_key([]) == b""
+    assert all(native.all_readable(*case) for case in ((tensors, key), (tuple(tensors), key), ([], b"")))
     lists = [tensors[:4], [*tensors, torch.ones(2)], [torch.ones(2)], []]
     for place, shape in (0, (1,)), (1, ()), (1, (4,)), (1, (3, 1)), (2, (2, 0)), (2, (0, 2, 5)), (3, (300, 2)):
         lists.append([*tensors[:place], torch.ones(shape), *tensors[place + 1 :]])
     for other in lists:
-        assert key_of(other) != key and key_of(other) == key_of(other, key) == key_of(other, b"")
-        assert key_of(tensors, key_of(other)) == key
-    assert key_of(tuple(tensors), key) is key
-    assert key_of([torch.ones(2), torch.ones(())]) != key_of([torch.ones(()), torch.ones(2)])
-    assert key_of([*tensors, torch.nested.nested_tensor([torch.ones(2)])], key) is None
+        assert native.shape_key(other) != key and native.all_readable(other, None)
+        assert not native.all_readable(other, key) and not native.all_readable(tensors, native.shape_key(other))
+    assert native.shape_key([torch.ones(2), torch.ones(())]) != native.shape_key([torch.ones(()), torch.ones(2)])
+    assert native.shape_key([*tensors, torch.nested.nested_tensor([torch.ones(2)])]) is None
     with pytest.raises(TypeError, match="expected tensors, but got int"):
-        key_of([3])
+        native.shape_key([3])
+    with pytest.raises(TypeError, match=r"all_readable\(tensors, shapes\)"):
+        native.all_readable(tensors, 3)
+
+
+@pytest.mark.parametrize("place", (0, 20, 39))
+def test_one_tensor_that_kernels_cannot_read(place):
+    """It is found wherever it stands in a list, whatever its neighbours are."""
+    tensors = [torch.ones(3, dtype=dtype) for dtype in DTYPES for _ in range(10)]
+    key = native.shape_key(tensors)
+    assert native.all_readable(tensors, None) and native.all_readable(tensors, key)
+    for other in (
+        torch.ones(3).to_sparse(), torch.ones(3, dtype=torch.int32), torch.ones(6)[::2], torch.ones(1).expand(3),
+        torch._neg_view(torch.ones(3)), torch._efficientzerotensor((3,)), torch.ones(3, device="meta"), 3,
+        torch.nested.nested_tensor([torch.ones(3)]), torch.ones(3, dtype=torch.complex64),
+    ):  # fmt: skip
+        changed = [*tensors[:place], other, *tensors[place + 1 :]]
+        assert not native.all_readable(changed, None) and not native.all_readable(changed, key)
 
 
 def test_gradients_and_types_of_lists():
@@ -47,8 +61,8 @@ def test_gradients_and_types_of_lists():
     computed = Computed(torch.ones(2))
     first, second = native.gradients((with_grad, without, computed))
     assert first is with_grad.grad and torch.equal(second, computed.grad) and native.gradients([without]) == []
-    assert native.are_plain([with_grad, without]) and native.are_plain([]) and native.all_readable([with_grad, without])
-    assert not native.are_plain([without, computed]) and not native.all_readable([without, computed])
+    assert native.are_plain([with_grad, without]) and native.are_plain([]) and not native.are_plain([without, computed])
+    assert native.all_readable([with_grad, without], None) and not native.all_readable([without, computed], None)
     with pytest.raises(AttributeError, match="'int' object has no attribute 'grad'"):
         native.gradients([with_grad, 3])
 

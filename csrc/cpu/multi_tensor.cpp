@@ -112,14 +112,16 @@ template <typename S>
 class Decision {
  public:
   Decision(const Norms& norms, const PNorm& norm, bool is_per_tensor)
-      : norms_(norms),
+      : total_(static_cast<S>(norms.total)),
         norm_(norm),
+        each_(vector<S>(norms.each)),
+        norms_(each_.const_data_ptr<S>()),
         coefficient_(is_per_tensor ? empty({tensors()}, scalar_type_of<S>) : empty({}, scalar_type_of<S>)),
         coefficients_(coefficient_.mutable_data_ptr<S>()) {}
 
-  double total() const { return static_cast<S>(norms_.total); }
-  int64_t tensors() const { return static_cast<int64_t>(norms_.each.size()); }
-  double norm(int64_t i) const { return static_cast<S>(norms_.each[i]); }
+  double total() const { return total_; }
+  int64_t tensors() const { return each_.numel(); }
+  double norm(int64_t i) const { return norms_[i]; }
   bool is_first() const { return true; }
   void sync() const {}
   bool any(bool flag) const { return flag; }
@@ -155,11 +157,13 @@ class Decision {
 
   void write_skip(bool skip) { skip_ = skip; }
 
-  Results results() const { return {scalar<S>(total()), coefficient_, scalar<float>(skip_), vector<S>(norms_.each)}; }
+  Results results() const { return {scalar<S>(total_), coefficient_, scalar<float>(skip_), each_}; }
 
  private:
-  const Norms& norms_;
+  const S total_;
   const PNorm& norm_;
+  const Tensor each_;
+  const S* const norms_;
   const Tensor coefficient_;
   S* const coefficients_;
   bool skip_ = false;
@@ -281,32 +285,8 @@ std::vector<double> norms_of(const std::vector<Span>& spans, const PNorm& norm) 
 double norm_of(const Span& span, const PNorm& norm) { return finish(span, norm, reduce(span, norm.reduction, norm.p)); }
 
 double norm_of_norms(const std::vector<double>& norms, const PNorm& norm) {
-  double unit = 1;
-  if (norm.reduction == Reduction::squares || norm.reduction == Reduction::powers) {
-    const PNorm extreme = norm.extreme();
-    unit = std::accumulate(norms.begin(), norms.end(), extreme.start(),
-                           [&](double a, double b) { return extreme.fold(a, b); });
-    if (!(unit > 0) || std::isinf(unit)) {
-      return unit;
-    }
-  }
-  double folded = norm.start();
-  for (const double each : norms) {
-    switch (norm.reduction) {
-      case Reduction::squares:
-        folded += (each / unit) * (each / unit);
-        break;
-      case Reduction::powers:
-        folded += std::pow(each / unit, norm.p);
-        break;
-      case Reduction::nonzeros:
-        folded += each != 0;
-        break;
-      default:
-        folded = norm.fold(folded, each);
-    }
-  }
-  return unit * norm.root(folded);
+  const auto* const data = reinterpret_cast<const char*>(norms.data());
+  return norm_of({const_cast<char*>(data), static_cast<int64_t>(norms.size()), Dtype::f64}, norm);
 }
 
 TORCH_LIBRARY_IMPL(fastnorm, CPU, m) {

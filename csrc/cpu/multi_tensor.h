@@ -96,7 +96,7 @@ constexpr int64_t chunk_elements = 65536;
 // The norm of a span of at most chunk_elements, on this thread alone; bitwise as norms_of has it.
 double norm_of(const Span& span, const PNorm& norm);
 
-// The norm of norms; for p = 0, as in torch, the number of norms that are not zero.
+// The norm of norms, on this thread alone; for p = 0, as in torch, the number of norms that are not zero.
 double norm_of_norms(const std::vector<double>& norms, const PNorm& norm);
 
 }  // namespace fastnorm::cpu

@@ -107,7 +107,7 @@ def _clip(params: list[Tensor], units: list[int], rule: tuple[float, float, floa
         params, grads, units = _local(params, grads, units)
     if not grads:
         return
-    for impl, part, positions in lists.split("adaptive_clip_grad", grads):
+    for impl, part, positions, _ in lists.split("adaptive_clip_grad", grads):
         their_params, their_units = [params[i] for i in positions], [units[i] for i in positions]
         if impl is None or not _all_lie_alike(part, their_params):
             rows, part, their_params, their_units = zip(part, their_params, their_units, strict=True), [], [], []

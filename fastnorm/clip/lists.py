@@ -30,6 +30,7 @@ class Part(NamedTuple):
     impl: Any  # or None
     tensors: list[Tensor]
     positions: Sequence[int]  # in the whole list, ascending
+    shapes: bytes | None = None  # the tensors' shape_key, where it is the one that was expected
 
 
 def listed(parameters: Parameters, warning_level: int | None = None) -> tuple[list[Tensor], list[str] | None]:
@@ -95,20 +96,22 @@ def _named(item: str) -> Callable[[str], bool]:
     return lambda name: f"{name}.".startswith(f"{item}.") or fnmatchcase(f"{name}.", f"{item}.*")
 
 
-def split(op: str, tensors: list[Tensor]) -> list[Part]:
+def split(op: str, tensors: list[Tensor], shapes: bytes | None = None) -> list[Part]:
     """Divides a list: a part for each device's tensors that kernels can read, and one without a backend for the rest.
 
     If all tensors are in one part, it has the list itself. Kernels can't read subclasses, FakeTensors, sparse and
     complex tensors, integers, and tensors with gaps or overlaps; and none may run while torch.compile, torch.func or
     the like must see PyTorch's operations.
+
+    shapes: the shape_key that the list is expected to have. The walk over the list compares it, too.
     """
     everywhere = range(len(tensors))
     obstacle = _why_no_kernel()
     if obstacle is not None:
         backend.refuse_formula(op, obstacle)
         return [Part(None, tensors, everywhere)]
-    if backend.all_readable(tensors):
-        return [Part(backend.pick(op, tensors[0]), tensors, everywhere)]
+    if backend.all_readable(tensors, shapes):
+        return [Part(backend.pick(op, tensors[0]), tensors, everywhere, shapes)]
     impls: dict[torch.device | None, Any] = {}  # None: what no kernel can read
     positions: dict[torch.device | None, list[int]] = {}
     for position, tensor in enumerate(tensors):

@@ -167,9 +167,11 @@ def clip_grad_norm_(
     if names is not None and len(grads) < len(params):
         names = [name for name, p in zip(names, params, strict=True) if p.grad is not None]
     values = distributed.local_values(grads)
-    parts = lists.split("clip_grad_norm", values) if grads else []
+    shapes = max_norm.shape_key if isinstance(max_norm, ClipPolicy) and values is grads else None
+    parts = lists.split("clip_grad_norm", values, shapes) if grads else []
     owners = [p for p in params if p.grad is not None] if over or kept else params
-    limit = begin(max_norm, grads, names, norm_type, over, trial=error_if_nonfinite)
+    shapes = parts[0].shapes if parts else None
+    limit = begin(max_norm, grads, names, norm_type, over, trial=error_if_nonfinite, shapes=shapes)
     measured = _measure(grads, parts, norm_type, limit, over, owners)
     if error_if_nonfinite:
         names = names or [f"parameters[{i}]" for i, p in enumerate(params) if p.grad is not None]
@@ -202,7 +204,7 @@ def clip_grad_value_(parameters: Parameters, clip_value: float | Tensor, foreach
     clip_value = float(clip_value)
     grads = backend.gradients(lists.listed(parameters)[0])
     _check_foreach(grads, foreach)
-    for impl, tensors, _ in lists.split("clip_grad_norm", grads) if grads else ():
+    for impl, tensors, *_ in lists.split("clip_grad_norm", grads) if grads else ():
         if impl is None or clip_value != clip_value:
             for tensor in tensors:
                 tensor.clamp_(min=-clip_value, max=clip_value)
@@ -219,6 +221,7 @@ def begin(
     over: Sequence[Reduction] = (),
     deferred: bool = False,
     trial: bool = False,
+    shapes: bytes | None = None,
 ) -> float | PolicyCall:
     """What `measure` takes: max_norm itself, or the call of a policy, for a list that is empty only with `over`."""
     if isinstance(max_norm, float):
@@ -231,7 +234,7 @@ def begin(
             return math.inf
     # A rank without gradients learns what the others learn.
     tensors = tensors or [torch.empty(0, device=over[0].device)]
-    return max_norm.begin(tensors, names, norm_type, deferred, trial)
+    return max_norm.begin(tensors, names, norm_type, deferred, trial, shapes)
 
 
 def measure(
@@ -289,7 +292,7 @@ def _measure(
             return Measured(*impl.multi_tensor_norm(tensors, norm_type, limit))
         return Measured(*impl.multi_tensor_policy(tensors, norm_type, limit.state, limit.rule, limit.constants))
     found: dict[int, Tensor] = {}
-    for impl, part, positions in parts:
+    for impl, part, positions, _ in parts:
         if impl is None:
             found.update(zip(positions, _stock_norms(part, norm_type), strict=True))
         else:

@@ -220,9 +220,9 @@ class AdaGC(ClipPolicy):
         memory.shapes, memory.names = [t.shape for t in tensors], names
 
     def _require_same(
-        self, memory: Memory, tensors: Sequence[Tensor], names: list[str] | None, norm_type: float
+        self, memory: Memory, tensors: Sequence[Tensor], names: list[str] | None, norm_type: float, shapes: bytes | None
     ) -> None:
-        super()._require_same(memory, tensors, names, norm_type)
+        super()._require_same(memory, tensors, names, norm_type, shapes)
         known = memory.shapes or []
         remedy = "AdaGC needs the same gradients at every call: call reset() to begin anew"
         if len(tensors) != len(known):
@@ -230,15 +230,16 @@ class AdaGC(ClipPolicy):
         if names is not None and memory.names is not None and names != memory.names:
             one, other = next((a, b) for a, b in zip(memory.names, names, strict=True) if a != b)
             raise RuntimeError(f"AdaGC's state is of {one}, where the list now has {other}. {remedy}")
-        key = backend.shape_key(tensors, memory.shape_key)
-        if key is not None and key is memory.shape_key:
+        if shapes is None:
+            shapes = backend.shape_key(tensors)
+        if shapes is not None and shapes == memory.shape_key:
             return
         place = next((i for i, (t, shape) in enumerate(zip(tensors, known, strict=True)) if t.shape != shape), None)
         if place is not None:
             culprit = names[place] if names else f"gradient {place}"
             raise RuntimeError(f"AdaGC's state is of {culprit} with the shape {tuple(known[place])}, but it has "
                                f"{tuple(tensors[place].shape)}. {remedy}")  # fmt: skip
-        memory.shape_key = key
+        memory.shape_key = shapes
 
     def _loaded(self, state_dict: Mapping[str, Any]) -> Memory | None:
         memory = super()._loaded(state_dict)
@@ -347,12 +348,13 @@ class SpikeSkip(ClipPolicy):
         norm_type: float,
         deferred: bool = False,
         trial: bool = False,
+        shapes: bytes | None = None,
     ) -> PolicyCall:
         if self._seen is not None and not is_capturing(tensors[0].device) and self._seen.arrival.query():
             values = self._seen.values
             object.__setattr__(self, "_seen", None)
             self._raise_beyond_limit(values)
-        return super().begin(tensors, names, norm_type, deferred, trial)
+        return super().begin(tensors, names, norm_type, deferred, trial, shapes)
 
     def finish(self, state: Tensor, memory: Memory) -> None:
         super().finish(state, memory)

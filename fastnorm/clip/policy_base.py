@@ -164,10 +164,12 @@ class ClipPolicy:
         norm_type: float,
         deferred: bool = False,
         trial: bool = False,
+        shapes: bytes | None = None,
     ) -> PolicyCall:
         """What a backend needs for a list that is not empty. Makes the state, or checks that it fits.
 
         deferred: whether an optimizer's kernel will scale. trial: moves a copy of the state, which `finish` takes over.
+        shapes: the tensors' shape_key, if it is known.
         """
         if not (self._deferred if deferred else self._alone):
             raise TypeError(self._refusal())
@@ -181,15 +183,21 @@ class ClipPolicy:
             with torch.inference_mode(False):  # else no call outside of inference mode could change it
                 memory = Memory(self._initial(tensors, None), norm_type)
             self._bind(memory, tensors, names)
-        self._require_same(memory, tensors, names, norm_type)
+        self._require_same(memory, tensors, names, norm_type, shapes)
         self._make_room(memory)
         return PolicyCall(memory.state.clone() if trial else memory.state, self._rule, constants, self, memory)
+
+    @property
+    def shape_key(self) -> bytes | None:
+        """The shapes that every list must have, where the policy knows them as bytes."""
+        return None if self._memory is None else self._memory.shape_key
 
     def finish(self, state: Tensor, memory: Memory) -> None:
         """Remembers the state that a call has moved; see PolicyCall."""
         if state is not memory.state:
             memory.state.copy_(state)
-        self._remember(memory)
+        if memory is not self._memory:
+            self._remember(memory)
 
     def _refusal(self) -> str:
         raise NotImplementedError
@@ -208,7 +216,7 @@ class ClipPolicy:
         """Before each call."""
 
     def _require_same(
-        self, memory: Memory, tensors: Sequence[Tensor], names: list[str] | None, norm_type: float
+        self, memory: Memory, tensors: Sequence[Tensor], names: list[str] | None, norm_type: float, shapes: bytes | None
     ) -> None:
         """Raises unless the list is one that the state was made for."""
         name, device = type(self).__name__, tensors[0].device
