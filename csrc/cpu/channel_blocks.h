@@ -9,14 +9,18 @@
 
 namespace fastnorm::cpu {
 
-// A 3-D tensor's blocks in the working dtype; those of an undefined tensor are null. An output of 16 MiB and more is
-// written with non-temporal stores: they don't read what they overwrite, which saves a sixth of the time, and the next
-// reader loses nothing, as the beginning of so large an output leaves the caches anyway. Fresh pages are written with
-// normal stores: the system has just cleared them, so they are in a cache.
+// A 3-D tensor's blocks in the working dtype; those of an undefined tensor are null.
+// - An output of 16 MiB and more is written with non-temporal stores: they don't read what they overwrite, which saves
+// a
+//   sixth of the time, and the next reader loses nothing, as the beginning of so large an output leaves the caches
+//   anyway. Fresh pages are written with normal stores: the system has just cleared them, so they are in a cache.
+// - Smaller tensors are in the L3 cache where a loop uses them again. The processor fetches them by itself as fast as
+//   they come, and prefetching makes that slower by a tenth; only planes whose elements take long, as SiLU and
+//   conversions make them, gain from it.
 template <typename S>
 class Blocks3d {
  public:
-  Blocks3d(const at::Tensor& tensor, Dtype working) {
+  Blocks3d(const at::Tensor& tensor, Dtype working, const ChannelPlan& plan, Activation activation) {
     if (!tensor.defined()) {
       return;
     }
@@ -28,7 +32,10 @@ class Blocks3d {
     converts_ = dtype_ != working;
     is_fresh_ = is_fresh(tensor);
     const bool is_aligned = (reinterpret_cast<uintptr_t>(data_) | strides_[0] | strides_[1]) % 64 == 0;
-    non_temporal_ = tensor.nbytes() >= size_t{16} << 20 && is_aligned && !is_fresh_ && !converts_;
+    const bool is_large = tensor.nbytes() >= size_t{16} << 20;
+    non_temporal_ = is_large && is_aligned && !is_fresh_ && !converts_;
+    const bool takes_long = activation == Activation::silu || size_ == 2;
+    prefetches_ = is_large || is_fresh_ || (plan.layout() == Layout::planes && takes_long);
   }
 
   bool defined() const { return data_ != nullptr; }
@@ -36,7 +43,7 @@ class Blocks3d {
 
   // The block itself, or a converted copy in scratch where its dtype is not the working dtype.
   StridedRows read(const Block& block, S* scratch) const {
-    const StridedRows here = view(block);
+    const StridedRows here = view(block, block.next_input);
     if (!converts_) {
       return here;
     }
@@ -48,14 +55,14 @@ class Blocks3d {
 
   // Where to write a block; finish(block, result) must follow.
   StridedRows write(const Block& block, S* scratch) const {
-    return converts_ ? scratch_view(block, scratch) : view(block);
+    return converts_ ? scratch_view(block, scratch) : view(block, block.next);
   }
 
   void finish(const Block& block, const StridedRows& written) const {
     if (!converts_) {
       return;
     }
-    const StridedRows here = view(block);
+    const StridedRows here = view(block, block.next);
     for (int64_t row = 0; row < block.rows; ++row) {
       const S* values = reinterpret_cast<const S*>(written.data + row * written.stride);
       kernel_table<S>().store[static_cast<int>(dtype_)](values, here.data + row * here.stride, block.n);
@@ -90,12 +97,12 @@ class Blocks3d {
     return data_ + region.first * strides_[0] + region.second * strides_[1] + region.col * size_;
   }
 
-  StridedRows view(const Block& block) const {
+  StridedRows view(const Block& block, const Region& next) const {
     if (data_ == nullptr) {
       return {};
     }
     char* here = start(block);
-    return {here, strides_[block.axis], start(block.next) - here, non_temporal_};
+    return {here, strides_[block.axis], prefetches_ ? start(next) - here : 0, non_temporal_};
   }
 
   StridedRows scratch_view(const Block& block, S* scratch) const {
@@ -109,6 +116,7 @@ class Blocks3d {
   bool converts_ = false;
   bool is_fresh_ = false;
   bool non_temporal_ = false;
+  bool prefetches_ = false;
 };
 
 // A ReLU's mask of shape (.., ceil(n / 8)), one bit an element, by block.

@@ -32,7 +32,7 @@ class MomentsPass {
  public:
   MomentsPass(const ChannelPlan& plan, const at::Tensor& x)
       : plan_(plan),
-        x_(x, dtype_from(x.scalar_type())),
+        x_(x, dtype_from(x.scalar_type()), plan, Activation::none),
         moments_(channel_kernels<S>(plan, dtype_from(x.scalar_type())).moments),
         partials_(plan) {}
 
@@ -129,9 +129,9 @@ class ForwardPass {
   ForwardPass(const ChannelPlan& plan, Activation activation, const at::Tensor& x, const at::Tensor& residual,
               const at::Tensor& y, const at::Tensor& mask, Dtype working)
       : plan_(plan),
-        x_(x, working),
-        residual_(residual, working),
-        y_(y, working),
+        x_(x, working, plan, activation),
+        residual_(residual, working, plan, activation),
+        y_(y, working, plan, activation),
         mask_(mask),
         converts_(x_.converts() || residual_.converts() || y_.converts()),
         forward_(channel_kernels<S>(plan, working).forward[static_cast<int>(activation)]) {}
@@ -195,10 +195,10 @@ class BackwardPass {
   BackwardPass(const ChannelPlan& plan, Activation activation, const BackwardTensors& tensors,
                const BackwardParameters<S>& parameters, Dtype working)
       : plan_(plan),
-        dy_(tensors.dy, working),
-        x_(tensors.x, working),
-        dx_(tensors.dx, working),
-        dresidual_(tensors.dresidual, working),
+        dy_(tensors.dy, working, plan, activation),
+        x_(tensors.x, working, plan, activation),
+        dx_(tensors.dx, working, plan, activation),
+        dresidual_(tensors.dresidual, working, plan, activation),
         mask_(tensors.mask),
         converts_(dy_.converts() || x_.converts() || dx_.converts() || dresidual_.converts()),
         parameters_(parameters),

@@ -22,11 +22,13 @@ struct Region {
   int axis;
   int64_t rows;
   int64_t col, n;
+  bool is_cached = false;  // whether a small bundle that this is a part of has just been read
 };
 
-// A block, and the one after it, which is prefetched; of the last block, the block itself.
+// A block, and what is prefetched meanwhile: the block after it, or the last block itself; but of inputs that are in
+// the cache the next bundle's block.
 struct Block : Region {
-  Region next;
+  Region next, next_input;
 };
 
 // Divides a rectangle of rows × n elements into cells of at most row_step × col_step.
@@ -75,7 +77,8 @@ class ChannelPlan {
     const Grid grid = is_whole ? blocks_ : blocks(chunk.rows, chunk.n);
     const int64_t last = grid.cells - 1;
     for (int64_t i = 0; i <= last; ++i) {
-      body(Block{grid.cell(chunk, i), grid.cell(chunk, std::min(i + 1, last))});
+      const Region cell = grid.cell(chunk, i), next = grid.cell(chunk, std::min(i + 1, last));
+      body(Block{cell, next, chunk.is_cached ? in_next_bundle(cell) : next});
     }
   }
   // The most elements that a block has.
@@ -92,6 +95,11 @@ class ChannelPlan {
 
  private:
   Grid blocks(int64_t rows, int64_t n) const;
+  // The same part of the next bundle of planes. Behind the last one lies nothing, which may be prefetched.
+  Region in_next_bundle(Region region) const {
+    region.second += groups_ > 0 ? grid_.rows : 1;
+    return region;
+  }
   int64_t chunk_elements() const { return grid_.row_step * grid_.col_step; }
   // Whether threads take whole bundles. A bundle that fits into a core's cache is then read from memory once.
   bool by_bundle() const;
@@ -140,7 +148,9 @@ void ChannelPlan::run(const Measure& measure, const Finish& finish, const Apply&
       }
       finish(bundle);
       for (int64_t i = chunks() - 1; i >= 0; --i) {
-        apply(chunk(bundle, i));
+        Region region = chunk(bundle, i);
+        region.is_cached = layout_ == Layout::planes && chunks() == 1;  // the next bundle fits into the cache, too
+        apply(region);
       }
     }
   });
