@@ -171,11 +171,15 @@ def test_rows_of_models_are_read_once(sums, streams, itemsize):
 @pytest.mark.parametrize("sums, streams", [(1, 0), (2, 0), (2, 1)])
 @given(cols=st.integers(8193, 16384))
 def test_rows_of_16_bits_that_stay_as_loaded(sums, streams, cols):
-    """Up to 12,288 columns; an access has half of its 16 bytes. Not with a gate, nor beside a wider weight."""
+    """Up to 12,288 columns; an access has half of its 16 bytes, but where a row's tiles are replaced by the next one's.
+    Not with a gate, nor beside a wider weight."""
     tiles, is_kept = launch.backward_tiles(cols, 2, sums, streams, 2, can_pack=True)
     assert tiles.packed == (cols <= 12288)
     if tiles.packed:
-        assert is_kept and launch.column_chunks(cols, tiles) == 1 and tiles.tile * 2 == 8 * 32 * tiles.warps
+        replaces = launch.replaces(tiles, 2, sums)
+        assert replaces == ((sums, streams) == (2, 0) and launch.padding(cols, 4096) <= launch.MAX_PADDING)
+        access = 16 if replaces else 8
+        assert is_kept and launch.column_chunks(cols, tiles) == 1 and tiles.tile * 2 == access * 32 * tiles.warps
         assert launch.prefetches(tiles, 2, sums) == (sums == 1)
     for widest, can_pack in ((4, True), (2, False)):
         assert not launch.backward_tiles(cols, 2, sums, streams, widest, can_pack)[0].packed

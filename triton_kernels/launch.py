@@ -142,7 +142,10 @@ def backward_tiles(
         return tiles, True
     # RMSNorm's rows are packed where that leaves registers for the next row: without dh
     if can_pack and widest == 2 and tiles.registers <= PACKED_REGISTERS and streams < sums <= 2:
-        tile = 16 * WARP * ACCESS_BYTES // itemsize // 2  # half of an access: fewer registers for c1 and c2
+        tile = 16 * WARP * ACCESS_BYTES // itemsize
+        # LayerNorm's tiles are replaced one by one: see `replaces`
+        if sums == 1 or streams or padding(cols, tile) > MAX_PADDING:
+            tile //= 2  # half of an access: fewer registers for c1 and c2
         return RowTiles(tile, ceil_div(cols, tile), 1, 16, 1, packed=True), True
     # x̂, w·dy and a sum; with two sums, dy as well. Elements of more than 16 bits take more registers while loaded.
     kept = tiles.registers * (2 * sums + 1) + 8 * (widest > 2)
@@ -193,6 +196,26 @@ def prefetches(tiles: RowTiles, itemsize: int, sums: int) -> bool:
     """Whether a program of the backward loads its next rows before it stores. A thread of 16 warps has no registers for
     them, but beside a packed row and one sum; elements of more than 16 bits have enough bytes in flight without."""
     return itemsize == 2 and (tiles.warps < 16 or (tiles.packed and sums == 1))
+
+
+def replaces(tiles: RowTiles, itemsize: int, sums: int) -> bool:
+    """Whether the backward loads the next row tile by tile, each into the registers of this row's. Of packed rows
+    beside two sums, in whole accesses: with half of one, or beside dh, registers are spilled."""
+    return tiles.packed and sums == 2 and tiles.tile * itemsize == WARP * tiles.warps * ACCESS_BYTES
+
+
+def holds_weight(tiles: RowTiles, itemsize: int) -> bool:
+    """Whether the backward keeps the weight in registers while the next row is in flight. ptxas (Triton 3.8) counts a
+    load of the weight together with that row's, so that what uses the weight waits for both. On B200 that wait is 4 to
+    8 per cent of LayerNorm's time; earlier cards hide it, and have code that would spill. Rows beyond 8 a program have
+    their weights laid out in another way."""
+    is_new = INTERPRETED or (backend() == "cuda" and _current_target().arch >= 100)
+    return is_new and not tiles.packed and tiles.rows <= 8 and prefetches(tiles, itemsize, sums=1)
+
+
+def pins_loads(chunks: int, itemsize: int, has_gate: bool) -> bool:
+    """Whether the backward of rows that are read twice uses `compiler.pin_loads`: see what it says of when it pays."""
+    return chunks == 1 and itemsize == 2 and not has_gate
 
 
 def is_long(cols: int, itemsize: int) -> bool:

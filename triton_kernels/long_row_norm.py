@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .compiler import materialize
+from .compiler import materialize, pin_loads
 from .gates import activated, activation_slope
 from .jit import jit
 from .tiles import (
@@ -138,10 +138,11 @@ def _row_norm_long_forward_kernel(
 @triton.jit
 def _coefficient_sums(
     h_row, dy_row, gate_row, weight_ptr, statistics, lanes, n_cols,
-    ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, TILE: tl.constexpr,
+    ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, PIN: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """Each lane's Σ x_factor · w·dy_factor and Σ w·dy_factor over the row, (1, TILE): see `gradient_coefficients`.
-    Two tiles are loaded before either is used. gate_row: () without a gate."""
+    Two tiles are loaded before either is used; with PIN the compiler can't change that. gate_row: () without a gate."""
     stat = statistics[0].dtype
     c1_sums, c2_sums = tl.zeros((1, TILE), stat), tl.zeros((1, TILE), stat)
     for start in range(0, n_cols, 2 * TILE):
@@ -152,6 +153,8 @@ def _coefficient_sums(
             dy_tiles = dy_tiles + (tl.load(dy_row + first, mask=lanes < n_cols - first, other=0.0),)
             if len(gate_row) > 0:
                 gate_tiles = gate_tiles + (tl.load(gate_row[0] + first, mask=lanes < n_cols - first, other=0.0),)
+        if PIN:
+            pin_loads()
         for t in tl.static_range(2):
             first = start + t * TILE
             h, dy = h_tiles[t].to(stat), dy_tiles[t].to(stat)
@@ -175,7 +178,7 @@ def _row_norm_long_backward_kernel(
     n_rows, n_cols, dy_steps, dh_steps, h_steps, x_steps, gate_steps, divisions,
     sample_rows, x_gate_stride, weight_stride, bias_stride,
     ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, CAST: tl.constexpr,
-    GROUPS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr,
+    GROUPS: tl.constexpr, PIN: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr,
 ):  # fmt: skip
     """The gradients by the formulas of `_row_norm_backward_kernel`.
 
@@ -219,7 +222,8 @@ def _row_norm_long_backward_kernel(
         if mean_ptr is not None:
             statistics = statistics + (tl.load(mean_ptr + row * GROUPS + group),)
         c1_sums, c2_sums = _coefficient_sums(
-            h_row, dy_row, gate_row, weight_ptr, statistics, lanes, n_cols, ZERO_CENTERED, SILU, NORM_BEFORE_GATE, TILE
+            h_row, dy_row, gate_row, weight_ptr, statistics, lanes, n_cols,
+            ZERO_CENTERED, SILU, NORM_BEFORE_GATE, PIN, TILE,
         )  # fmt: skip
         if dh_ptr is not None:
             # a tile ahead: before the store of dx, which might alias it
@@ -307,8 +311,10 @@ def backward(arguments, partials, sizes, strides, samples, tiles, programs, feat
     may be None. arguments: the backward kernel's pointers up to dgate; sizes: as of `forward`; strides: the kernel's
     arguments from dy_steps on. Each of the samples has `programs` programs."""
     (rows, cols), groups = sizes, features["GROUPS"]
+    chunks = launch.column_chunks(cols, tiles)
+    pins = launch.pins_loads(chunks, launch.access_bytes(arguments[:5]), has_gate=arguments[4] is not None)
     # grid: (chunks of the columns of each sample, programs that share its rows, groups)
-    _row_norm_long_backward_kernel[(samples * launch.column_chunks(cols, tiles), programs, groups)](
+    _row_norm_long_backward_kernel[(samples * chunks, programs, groups)](
         *arguments, *partials, rows, cols, *strides,
-        **features, TILE=tiles.tile, N_TILES=tiles.count, **launch.options(tiles.warps),
+        **features, PIN=pins, TILE=tiles.tile, N_TILES=tiles.count, **launch.options(tiles.warps),
     )  # fmt: skip

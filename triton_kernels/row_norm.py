@@ -20,6 +20,7 @@ from .gates import activated, activation_slope
 from .jit import jit
 from .rotary import are_paired, load_partner_tiles, load_partner_weight, partner, rotated, swapped
 from .tiles import (
+    as_factor,
     column_sums,
     empty_like,
     empty_partials,
@@ -195,21 +196,34 @@ def _row_norm_forward_kernel(
 
 
 @triton.jit
+def _rows_of(block, first_row, end_row, ROWS: tl.constexpr):
+    """The numbers of a block's rows, (ROWS,), and which of them are there."""
+    row_ids = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS) + first_row
+    return row_ids, row_ids < end_row
+
+
+@triton.jit
+def _load_statistics(mean_ptr, rstd_ptr, row_ids, mask, group, GROUPS: tl.constexpr):
+    """(rstd, mean), or (rstd,) for RMSNorm, (ROWS, 1) each, zeros where masked."""
+    statistics = (tl.load(rstd_ptr + row_ids * GROUPS + group, mask=mask, other=0.0)[:, None],)
+    if mean_ptr is not None:
+        statistics = statistics + (tl.load(mean_ptr + row_ids * GROUPS + group, mask=mask, other=0.0)[:, None],)
+    return statistics
+
+
+@triton.jit
 def _load_rows(
     dy_ptr, h_ptr, gate_ptr, cos_ptr, sin_ptr, mean_ptr, rstd_ptr, block, group, first_row, end_row,
     dy_steps, h_steps, gate_steps, cos_steps, sin_steps, divisions,
     GROUPS: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A block's tiles of h, dy and the gate, () without one, in the types of the memory; its statistics: (rstd, mean),
-    or (rstd,) for RMSNorm, (ROWS, 1) each; and of its rotation, () without one, the tiles of cos and sin and, where
+    """A block's tiles of h, dy and the gate, () without one, in the types of the memory; its statistics, see
+    `_load_statistics`; and of its rotation, () without one, the tiles of cos and sin and, where
     they are loaded, those of the partners' dy and sin. Zeros for rows from end_row on."""
-    row_ids = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS) + first_row
-    mask = row_ids < end_row
+    row_ids, mask = _rows_of(block, first_row, end_row, ROWS)
     rows, row_mask, lanes = row_ids[:, None], mask[:, None], tl.arange(0, TILE)[None, :]
-    statistics = (tl.load(rstd_ptr + row_ids * GROUPS + group, mask=mask, other=0.0)[:, None],)
-    if mean_ptr is not None:
-        statistics = statistics + (tl.load(mean_ptr + row_ids * GROUPS + group, mask=mask, other=0.0)[:, None],)
+    statistics = _load_statistics(mean_ptr, rstd_ptr, row_ids, mask, group, GROUPS)
     cols = group * N_COLS + lanes
     h_offsets = row_offsets(rows, h_steps, divisions) + cols
     h_tiles = load_tiles(h_ptr, h_offsets, lanes, row_mask, N_COLS, TILE, N_TILES)
@@ -237,8 +251,9 @@ def gradient_blocks(
     n_rows, n_blocks, dy_steps, dh_steps, h_steps, x_steps, gate_steps, cos_steps, sin_steps, divisions,
     sample_rows, sample_programs, x_gate_stride, weight_stride, bias_stride,
     ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, CAST: tl.constexpr,
-    GROUPS: tl.constexpr, PREFETCH: tl.constexpr, PACKED: tl.constexpr, PER_ROW: tl.constexpr,
-    EVERY_PROGRAM: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    GROUPS: tl.constexpr, PREFETCH: tl.constexpr, PACKED: tl.constexpr, REPLACE: tl.constexpr,
+    HOLD_WEIGHT: tl.constexpr, PER_ROW: tl.constexpr, EVERY_PROGRAM: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """dx = (w·dy − c2 − x̂ · c1) · rstd + dh with c1 = mean(x̂ · w·dy), c2 = mean(w·dy); RMSNorm has no c2.
@@ -250,7 +265,9 @@ def gradient_blocks(
 
     Each program takes every programs-th block of ROWS rows. Of samples: sample_programs programs for each, or, PER_ROW,
     where each row is a sample, programs as without samples, which store a row's dweight, dbias and dx_gate with it.
-    EVERY_PROGRAM: each has a block. PACKED: rows are kept as they were loaded; there is no gate, x_gate or rotation."""
+    EVERY_PROGRAM: each has a block. PACKED: rows are kept as they were loaded; there is no gate, x_gate or rotation.
+    REPLACE, of those: each tile of the next row is loaded where this row's has been used for the last time.
+    HOLD_WEIGHT: in registers; neither PACKED nor PER_ROW."""
     stat = rstd_ptr.dtype.element_ty
     lanes = tl.arange(0, TILE)[None, :]
     group = tl.program_id(1) if GROUPS > 1 else 0
@@ -281,6 +298,8 @@ def gradient_blocks(
         dy_steps, h_steps, gate_steps, cos_steps, sin_steps, divisions,
         GROUPS, ROTARY, INTERLEAVED, N_COLS, TILE, N_TILES, ROWS,
     )  # fmt: skip
+    if HOLD_WEIGHT and weight_ptr is not None:
+        weight_tiles = load_weight_tiles(weight_ptr + first, lanes, N_COLS, TILE, N_TILES, ROWS)
     programs = tl.num_programs(0) if sample_programs is None else sample_programs
     for block in range(program, n_blocks, programs):
         h_tiles, dy_tiles, gate_tiles, statistics, rotation = loaded
@@ -331,10 +350,17 @@ def gradient_blocks(
                         dweight_sum = opaque(dweight_sum)
                     new_dweight_sums = new_dweight_sums + (dweight_sum,)
                 if dbias_ptr is not None:
-                    new_dbias_sums = new_dbias_sums + (dbias_sums[t] + dy,)
+                    dbias_sum = dbias_sums[t] + dy
+                    if REPLACE:
+                        dbias_sum = opaque(dbias_sum)
+                    new_dbias_sums = new_dbias_sums + (dbias_sum,)
             wdy_factor = dy_factor
             if weight_ptr is not None:
-                wdy_factor *= load_weight_tile(weight_row + first, lanes, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
+                if HOLD_WEIGHT:
+                    wdy_factor *= as_factor(weight_tiles[t], stat, ZERO_CENTERED)
+                else:
+                    weight_ptrs = weight_row + first
+                    wdy_factor *= load_weight_tile(weight_ptrs, lanes, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
             if gate_ptr is not None and NORM_BEFORE_GATE:
                 # at once, not beside dx: its tiles need not be kept, and the next block is not loaded yet
                 z = rounded_to(x_factor, CAST) if len(statistics) == 1 else x_factor * statistics[0]
@@ -358,7 +384,13 @@ def gradient_blocks(
                 GROUPS, ROTARY, INTERLEAVED, N_COLS, TILE, N_TILES, ROWS,
             )  # fmt: skip
         coefficients = gradient_coefficients(c1_sums, c2_sums, statistics, N_COLS)
-        new_dx_gate_sums = ()
+        new_dx_gate_sums, next_h_tiles, next_dy_tiles = (), (), ()
+        if REPLACE:
+            next_ids, next_mask = _rows_of(next_block, first_row, end_row, ROWS)
+            next_statistics = _load_statistics(mean_ptr, rstd_ptr, next_ids, next_mask, group, GROUPS)
+            next_rows, next_mask = next_ids[:, None], next_mask[:, None]
+            next_h_offsets = row_offsets(next_rows, h_steps, divisions) + first + lanes
+            next_dy_offsets = row_offsets(next_rows, dy_steps, divisions) + first + lanes
         for t in tl.static_range(N_TILES):
             mask = tile_mask(t, lanes, row_mask, N_COLS, TILE)
             if PACKED:
@@ -373,6 +405,10 @@ def gradient_blocks(
                 dx = gradient(x_factor, wdy_factor, coefficients, statistics[0], dh_tiles[t])
             else:
                 dx = gradient(x_factor, wdy_factor, coefficients, statistics[0], None)
+            if REPLACE:
+                next_tile = tile_mask(t, lanes, next_mask, N_COLS, TILE)
+                next_h_tiles = next_h_tiles + (tl.load(h_ptr + next_h_offsets + t * TILE, next_tile, 0.0),)
+                next_dy_tiles = next_dy_tiles + (tl.load(dy_ptr + next_dy_offsets + t * TILE, next_tile, 0.0),)
             if gate_ptr is not None and not NORM_BEFORE_GATE:
                 gate = gate_tiles[t].to(stat)
                 dgate = dx * h_tiles[t].to(stat) * activation_slope(gate, SILU)
@@ -389,7 +425,9 @@ def gradient_blocks(
             else:
                 store_gradient(dx_ptr, dresidual_ptr, offsets + t * TILE, dx, mask)
         dx_gate_sums = new_dx_gate_sums
-        if not PREFETCH:  # there are no registers for two blocks
+        if REPLACE:
+            loaded = next_h_tiles, next_dy_tiles, (), next_statistics, ()
+        elif not PREFETCH:  # there are no registers for two blocks
             loaded = _load_rows(
                 dy_ptr, h_ptr, gate_ptr, cos_ptr, sin_ptr, mean_ptr, rstd_ptr, next_block, group, first_row, end_row,
                 dy_steps, h_steps, gate_steps, cos_steps, sin_steps, divisions,
@@ -409,7 +447,8 @@ def _row_norm_backward_kernel(
     n_rows, n_blocks, dy_steps, dh_steps, h_steps, x_steps, gate_steps, divisions,
     sample_rows, sample_programs, x_gate_stride, weight_stride, bias_stride,
     ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, CAST: tl.constexpr,
-    GROUPS: tl.constexpr, PREFETCH: tl.constexpr, PACKED: tl.constexpr, PER_ROW: tl.constexpr,
+    GROUPS: tl.constexpr, PREFETCH: tl.constexpr, PACKED: tl.constexpr, REPLACE: tl.constexpr,
+    HOLD_WEIGHT: tl.constexpr, PER_ROW: tl.constexpr,
     N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """`gradient_blocks` of one input.
@@ -420,8 +459,8 @@ def _row_norm_backward_kernel(
         dx_ptr, dresidual_ptr, dgate_ptr, dx_gate_ptr, dweight_ptr, dbias_ptr,
         n_rows, n_blocks, dy_steps, dh_steps, h_steps, x_steps, gate_steps, 0, 0, divisions,
         sample_rows, sample_programs, x_gate_stride, weight_stride, bias_stride,
-        ZERO_CENTERED, SILU, NORM_BEFORE_GATE, CAST, GROUPS, PREFETCH, PACKED, PER_ROW, True, 0, False,
-        N_COLS, TILE, N_TILES, ROWS,
+        ZERO_CENTERED, SILU, NORM_BEFORE_GATE, CAST, GROUPS, PREFETCH, PACKED, REPLACE, HOLD_WEIGHT, PER_ROW,
+        True, 0, False, N_COLS, TILE, N_TILES, ROWS,
     )  # fmt: skip
 
 
@@ -547,11 +586,13 @@ def row_norm_backward(
     with launch.on_device(h):
         if is_kept:
             blocks = launch.ceil_div(rows if per_row else sample_rows, tiles.rows)
+            holds_weight = launch.holds_weight(tiles, itemsize) and gate is None and not per_row
             sampling = (sample_rows, None if per_row else programs) if of_samples else (None, None)
             # grid: as many programs as are resident, or some for each sample; each takes every programs-th block
             _row_norm_backward_kernel[(programs if per_row else samples * programs, groups)](
                 *arguments, *partials, rows, blocks, *steps, divisions, *sampling, *parameter_strides,
-                **features, PREFETCH=launch.prefetches(tiles, itemsize, sums), PACKED=tiles.packed, PER_ROW=per_row,
+                **features, PREFETCH=launch.prefetches(tiles, itemsize, sums), PACKED=tiles.packed,
+                REPLACE=launch.replaces(tiles, itemsize, sums), HOLD_WEIGHT=holds_weight, PER_ROW=per_row,
                 N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows,
                 **launch.options(tiles.warps, tiles.resident),
             )  # fmt: skip

@@ -76,12 +76,18 @@ def load_tile(ptr, mask, dtype: tl.constexpr):
 
 
 @triton.jit
-def load_weight(weight_ptr, mask, dtype: tl.constexpr, ZERO_CENTERED: tl.constexpr):
+def as_factor(w, dtype: tl.constexpr, ZERO_CENTERED: tl.constexpr):
     """The factor of x̂: the weight w, or 1 + w where weights are ZERO_CENTERED."""
-    w = load_tile(weight_ptr, mask, dtype)
+    w = w.to(dtype)
     if ZERO_CENTERED:
         w += 1.0
     return w
+
+
+@triton.jit
+def load_weight(weight_ptr, mask, dtype: tl.constexpr, ZERO_CENTERED: tl.constexpr):
+    """`as_factor` of the weight in memory."""
+    return as_factor(load_tile(weight_ptr, mask, dtype), dtype, ZERO_CENTERED)
 
 
 @triton.jit
