@@ -15,7 +15,8 @@ from helpers.norms import DTYPES, Case, call, check, forward, inputs, plain_case
 # (rows, columns): one row, one column, odd columns, fewer and more rows than programs, widths that models use
 SHAPES = [(1, 1), (3, 1), (2, 2), (1, 7), (5, 8), (2, 33), (70, 64), (9, 100), (33, 128), (3, 257), (5, 1000)]
 SHAPES += [(2, 1025), (3, 2560)]
-# what one program holds, what it reads twice, and what goes through the looped kernels
+# what one program holds, what it reads twice, and what goes through the looped kernels; 11 rows: more than programs, so
+# that the next row is loaded beside this one's work
 LONG = [
     ("rms_norm", torch.float32, (2, 8200)),
     ("add_layer_norm", torch.bfloat16, (2, 8200)),
@@ -23,11 +24,11 @@ LONG = [
     ("add_rms_norm", torch.bfloat16, (1, 16384)),
     ("layer_norm", torch.bfloat16, (2, 16400)),
     ("add_rms_norm", torch.float32, (2, 16400)),
-    ("rms_norm", torch.bfloat16, (3, 7168)),  # without the weight, which is read again; and at the next two
-    ("layer_norm", torch.bfloat16, (3, 12288)),
-    ("rms_norm", torch.float16, (7, 9000)),
+    ("rms_norm", torch.bfloat16, (11, 7168)),  # without the weight, which is read again; and at the next two
+    ("layer_norm", torch.bfloat16, (11, 12288)),
+    ("rms_norm", torch.float16, (11, 9000)),
     ("add_rms_norm", torch.float16, (2, 16384)),
-    ("layer_norm", torch.bfloat16, (3, 7168)),
+    ("layer_norm", torch.bfloat16, (11, 7168)),
     ("add_rms_norm", torch.float32, (2, 11001)),  # read twice, as the next
     ("rms_norm", torch.bfloat16, (2, 32768)),
     ("rms_norm", torch.bfloat16, (1, 65536)),
