@@ -1,6 +1,7 @@
 """The launch choices: what these plain functions promise for every size, and that addresses have 64 bits."""
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -183,6 +184,22 @@ def test_rows_of_16_bits_that_stay_as_loaded(sums, streams, cols):
         assert launch.prefetches(tiles, 2, sums) == (sums == 1)
     for widest, can_pack in ((4, True), (2, False)):
         assert not launch.backward_tiles(cols, 2, sums, streams, widest, can_pack)[0].packed
+
+
+@pytest.mark.parametrize("vendor, arch, holds", [("cuda", 90, False), ("cuda", 100, True), ("hip", "gfx942", False)])
+def test_the_weight_is_kept_where_a_card_is_new(vendor, arch, holds, monkeypatch):
+    """Beside a next row in flight: not with elements of 32 bits, packed rows, or many short rows a program."""
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "_current_target", lambda: SimpleNamespace(backend=vendor, arch=arch))
+    tiles, _ = launch.backward_tiles(4096, 2, 2, 0, 2)
+    assert launch.holds_weight(tiles, 2) == holds
+    for other, itemsize in ((tiles, 4), (tiles._replace(packed=True), 2), (tiles._replace(rows=16), 2)):
+        assert not launch.holds_weight(other, itemsize)
+
+
+def test_loads_are_pinned_where_one_program_has_the_row():
+    assert launch.pins_loads(1, 2, has_gate=False)
+    assert not any(launch.pins_loads(*case) for case in ((2, 2, False), (1, 4, False), (1, 2, True)))
 
 
 def test_access_bytes_is_the_largest_element():
