@@ -31,6 +31,7 @@ NORMS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "rms_norm_m
 SHAPES = {2: (4, 256), 4: (2, 64, 4, 4), 5: (1, 2, 2, 1, 64)}
 CLIPPED = 300 * [(64,)]
 CLIPS = ("clip_grad_norm_", "clip_grad_norm_ by a policy")  # ZClip
+# Many samples: the best of few comes and goes with the speed of a shared machine.
 BUDGET = Budget(repeats=40, min_time=0.1, max_time=8.0, min_sample=15e-3)
 QUICK = Budget(repeats=3, min_time=0.01, max_time=0.5)
 

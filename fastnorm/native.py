@@ -49,8 +49,8 @@ def _function(name: str) -> Any:
 
 
 globals().update({name: _define(operator) for name, operator in operators.OPERATORS.items()})
-# Checks of lists of tensors: whether kernels can read them, whether they have the shapes of a list, and a key of their
-# addresses and sizes (csrc/lists.h).
+# Checks of lists of tensors: whether kernels can read them, and keys of their shapes, and of their addresses and sizes
+# (csrc/lists.h).
 are_plain, all_readable, gradients = map(_function, ("are_plain", "all_readable", "gradients"))
 shape_key, list_key = map(_function, ("shape_key", "list_key"))
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fastnorm
+from fastnorm import backend
 from helpers.clipping import parameters_with
 from helpers.norms import DTYPES
 
@@ -35,6 +36,14 @@ def test_shapes_of_lists():
         native.shape_key([3])
     with pytest.raises(TypeError, match=r"all_readable\(tensors, shapes\)"):
         native.all_readable(tensors, 3)
+
+
+def test_adagc_compares_shapes_in_the_walk_that_every_list_gets(monkeypatch):
+    policy, params = fastnorm.AdaGC(), parameters_with([torch.ones(2, 3), torch.ones(5)])
+    fastnorm.clip_grad_norm_(params, policy)
+    monkeypatch.setattr(backend, "shape_key", None)
+    fastnorm.clip_grad_norm_(params, policy)
+    assert policy.steps == 2
 
 
 @pytest.mark.parametrize("place", (0, 20, 39))

@@ -10,13 +10,12 @@
 namespace fastnorm::cpu {
 
 // A 3-D tensor's blocks in the working dtype; those of an undefined tensor are null.
-// - An output of 16 MiB and more is written with non-temporal stores: they don't read what they overwrite, which saves
-// a
-//   sixth of the time, and the next reader loses nothing, as the beginning of so large an output leaves the caches
-//   anyway. Fresh pages are written with normal stores: the system has just cleared them, so they are in a cache.
-// - Smaller tensors are in the L3 cache where a loop uses them again. The processor fetches them by itself as fast as
-//   they come, and prefetching makes that slower by a tenth; only planes whose elements take long, as SiLU and
-//   conversions make them, gain from it.
+// An output of 16 MiB and more is written with non-temporal stores: they don't read what they overwrite, which saves a
+// sixth of the time, and the next reader loses nothing, as the beginning of so large an output leaves the caches
+// anyway. Fresh pages are written with normal stores: the system has just cleared them, so they are in a cache.
+//
+// A smaller tensor that a loop uses again lies in the L3 cache. The processor's own prefetching is then faster than
+// ours; only planes gain from ours, where SiLU or elements of 16 bits leave time for it.
 template <typename S>
 class Blocks3d {
  public:

@@ -95,7 +95,7 @@ class ChannelPlan {
 
  private:
   Grid blocks(int64_t rows, int64_t n) const;
-  // The same part of the next bundle of planes. Behind the last one lies nothing, which may be prefetched.
+  // The same part of the next bundle of planes, to be prefetched only: the last bundle has none.
   Region in_next_bundle(Region region) const {
     region.second += groups_ > 0 ? grid_.rows : 1;
     return region;

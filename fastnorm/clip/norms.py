@@ -167,8 +167,8 @@ def clip_grad_norm_(
     if names is not None and len(grads) < len(params):
         names = [name for name, p in zip(names, params, strict=True) if p.grad is not None]
     values = distributed.local_values(grads)
-    shapes = max_norm.shape_key if isinstance(max_norm, ClipPolicy) and values is grads else None
-    parts = lists.split("clip_grad_norm", values, shapes) if grads else []
+    expected = max_norm.shape_key if isinstance(max_norm, ClipPolicy) and values is grads else None
+    parts = lists.split("clip_grad_norm", values, expected) if grads else []
     owners = [p for p in params if p.grad is not None] if over or kept else params
     shapes = parts[0].shapes if parts else None
     limit = begin(max_norm, grads, names, norm_type, over, trial=error_if_nonfinite, shapes=shapes)
@@ -204,7 +204,7 @@ def clip_grad_value_(parameters: Parameters, clip_value: float | Tensor, foreach
     clip_value = float(clip_value)
     grads = backend.gradients(lists.listed(parameters)[0])
     _check_foreach(grads, foreach)
-    for impl, tensors, *_ in lists.split("clip_grad_norm", grads) if grads else ():
+    for impl, tensors, _, _ in lists.split("clip_grad_norm", grads) if grads else ():
         if impl is None or clip_value != clip_value:
             for tensor in tensors:
                 tensor.clamp_(min=-clip_value, max=clip_value)
@@ -223,7 +223,10 @@ def begin(
     trial: bool = False,
     shapes: bytes | None = None,
 ) -> float | PolicyCall:
-    """What `measure` takes: max_norm itself, or the call of a policy, for a list that is empty only with `over`."""
+    """What `measure` takes: max_norm itself, or the call of a policy, for a list that is empty only with `over`.
+
+    deferred, trial, shapes: as for `ClipPolicy.begin`.
+    """
     if isinstance(max_norm, float):
         return max_norm
     if over and isinstance(max_norm, AdaGC):
