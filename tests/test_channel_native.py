@@ -188,6 +188,40 @@ def test_means_far_from_the_first_elements(level, channels_last):
     assert square_sum[7] == 0
 
 
+def of_two_groups(first, second, channels):
+    return torch.tensor([first, second]).repeat_interleave(channels // 2).view(1, channels, 1)
+
+
+def groups_far_from_the_first_elements():
+    x = random(2, 260, 64) + 1e4
+    x.unflatten(1, (2, 130))[:, :, :4, :16] = 0
+    return x
+
+
+HARD_GROUPS = {
+    "far from the first elements": groups_far_from_the_first_elements,
+    "several blocks, mean above std": lambda: random(2, 12, 9000) + 1e4,
+    "squares that overflow": lambda: random(2, 140, 70) * 1e30,
+    "one group whose squares overflow": lambda: random(2, 140, 70) * of_two_groups(1e30, 1.0, 140),
+    "constant, with sums that overflow": lambda: of_two_groups(3e38, -1e38, 12).expand(2, 12, 77),
+}
+
+
+@pytest.mark.instruction_sets
+@layouts
+@pytest.mark.parametrize("make", HARD_GROUPS.values(), ids=HARD_GROUPS)
+def test_moments_of_hard_groups(make, channels_last):
+    """As the tests of channels above, for two groups."""
+    x = make().contiguous()
+    exact = x.double().unflatten(1, (2, -1)).flatten(2)
+    image = as_image(x.transpose(1, 2).contiguous(), True) if channels_last else as_image(x, False)
+    y, mean, rstd = native.group_norm_forward(image, 2, None, None, 1e-5, format_of(channels_last), False, f32)
+    torch.testing.assert_close(mean.double(), exact.mean(2), rtol=3e-7, atol=1e-7 * exact.std(2).max().item())
+    expected = (exact.var(2, unbiased=False) + 1e-5).rsqrt()
+    torch.testing.assert_close(rstd.double(), expected, rtol=3e-7, atol=0)
+    assert y.isfinite().all()
+
+
 @pytest.mark.instruction_sets
 @layouts
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -47,6 +47,7 @@ class MomentsPass {
       b.x = x_.read(block, nullptr);
       b.rows = block.rows;
       b.n = block.n;
+      b.in_group = plan_.in_group();
       moments_(b);
       b.count += plan_.depth(block);
     });

@@ -67,7 +67,7 @@ ChannelPlan::ChannelPlan(at::IntArrayRef sizes, Layout layout, int64_t groups, b
     const int64_t rows = std::max<int64_t>(64, (1 << 17) / channels_);
     const int64_t cells = std::max(std::min<int64_t>(2, pixels), divide_up(pixels, rows));
     grid_ = {pixels, channels_, divide_up(pixels, cells), channels_};
-    width_ = channels_;
+    width_ = groups > 0 && !by_channel ? groups : channels_;
     channel_size_ = static_cast<double>(samples * pixels);
   } else {
     int64_t rows = samples;

@@ -2,7 +2,8 @@
 // from the number of threads; so does the order of all sums.
 // - A bundle: the elements whose statistics are computed together. In planes that is one unit, the elements that share
 //   statistics: a channel of all samples, or a group of a sample. In pixels a row spans all channels, so a bundle is
-//   the whole tensor for batch_norm, or a sample for group_norm, with the statistics of its channels side by side.
+//   the whole tensor for batch_norm, or a sample for group_norm, with the statistics of its channels or groups side by
+//   side.
 // - A chunk: the part of a bundle that one thread takes at a time.
 // - A block: the part of a chunk that stays in a cache while a kernel works on it.
 #pragma once
@@ -48,7 +49,7 @@ struct Grid {
 class ChannelPlan {
  public:
   // sizes: (N, C, S) for planes, (N, S, C) for pixels. groups = 0 is batch_norm. `by_channel`: sums are kept for each
-  // channel of a group of planes, as they always are for pixels; a bundle may then be several groups.
+  // channel of a group; a bundle of planes may then be several groups.
   ChannelPlan(at::IntArrayRef sizes, Layout layout, int64_t groups, bool by_channel);
 
   int64_t bundles() const { return bundles_; }
@@ -62,8 +63,10 @@ class ChannelPlan {
   // How many statistics of a bundle lie side by side, and the place of a region's first channel among them.
   int64_t width() const { return width_; }
   int64_t place(const Region& region) const { return layout_ == Layout::planes ? region.second % width_ : 0; }
+  // How many adjacent channels of pixels share a statistic.
+  int64_t in_group() const { return layout_ == Layout::pixels ? channels_ / width_ : 1; }
   // Elements of a chunk that each of these statistics covers.
-  double depth(const Region& chunk) const { return layout_ == Layout::pixels ? chunk.rows : chunk.rows * chunk.n; }
+  double depth(const Region& chunk) const { return chunk.rows * (layout_ == Layout::pixels ? in_group() : chunk.n); }
   Region chunk(int64_t bundle, int64_t i) const;
   // The index of a region's first channel in arrays of parameters: (N, C) for group_norm, (C,) for batch_norm.
   int64_t parameters(const Region& region) const;

@@ -188,7 +188,7 @@ INLINE void first_means(const MomentsBlock<ComputeType<T>>& b, ComputeType<T>* m
 
 // Merges a block of pixels into the moments of its channels, as moments_of_planes does, each about a centre of its own.
 template <typename T>
-void moments_of_pixels(const MomentsBlock<ComputeType<T>>& block) {
+void moments_of_channels(const MomentsBlock<ComputeType<T>>& block) {
   using S = ComputeType<T>;
   const auto b = block;
   const double added = static_cast<double>(b.rows);
@@ -235,6 +235,76 @@ void moments_of_pixels(const MomentsBlock<ComputeType<T>>& block) {
       merge_in_double<T>(b, i, i + 1, b.mean[i], b.m2[i]);
     }
   }
+}
+
+// The same for groups of channels. The channels of a group have one centre, so that their sums are simply added.
+template <typename T>
+void moments_of_groups(const MomentsBlock<ComputeType<T>>& block) {
+  using S = ComputeType<T>;
+  using V = VecOf<T>;
+  const auto b = block;
+  const double added = static_cast<double>(b.rows * b.in_group);
+  S* centre = b.scratch;
+  S* sum = b.scratch + b.n;
+  S* squares = b.scratch + 2 * b.n;
+  const auto each_group = [&](auto body) ALWAYS_INLINE {
+    for (int64_t group = 0; group < b.n / b.in_group; ++group) {
+      body(group, group * b.in_group);
+    }
+  };
+  const auto measure = [&] {
+    std::fill_n(sum, 2 * b.n, S{0});
+    add_pixels<T>(b, centre, sum, squares);
+  };
+  const auto total = [&](const S* values) ALWAYS_INLINE {
+    Sum<V> all;
+    each_summed<V>(
+        b.in_group,
+        [&](int64_t i, int slot, ActiveLanes active)
+            ALWAYS_INLINE { all.chain[slot] += zero_inactive(load(values + i, active), active); },
+        all);
+    return all.total();
+  };
+  if (b.count == 0) {
+    first_means<T>(b, centre);
+  }
+  each_group([&](int64_t group, int64_t begin) {
+    S middle = static_cast<S>(b.mean[group]);
+    if (b.count == 0) {  // the mean of two of these means, or of four, exact as they are
+      const S* few = centre + begin;
+      middle = (few[0] + few[1]) / 2;
+      middle = b.in_group < 4 ? middle : (middle + (few[2] + few[3]) / 2) / 2;
+    }
+    std::fill_n(centre + begin, b.in_group, middle);
+  });
+  measure();
+  if (b.count == 0) {
+    bool is_off = false;
+    each_group([&](int64_t, int64_t begin) {
+      const double offset = total(sum + begin);
+      if (offset * offset > added * total(squares + begin) / 2) {
+        std::fill_n(centre + begin, b.in_group, static_cast<S>(centre[begin] + offset / added));
+        is_off = true;
+      }
+    });
+    if (is_off) {
+      measure();
+    }
+  }
+  const Merge merge(b.count, added);
+  each_group([&](int64_t group, int64_t begin) {
+    const double all_squares = total(squares + begin);
+    if (std::isfinite(all_squares)) {
+      merge_sums(merge, added, centre[begin], total(sum + begin), all_squares, b.mean[group], b.m2[group]);
+    } else {
+      merge_in_double<T>(b, begin, begin + b.in_group, b.mean[group], b.m2[group]);
+    }
+  });
+}
+
+template <typename T>
+void moments_of_pixels(const MomentsBlock<ComputeType<T>>& block) {
+  block.in_group == 1 ? moments_of_channels<T>(block) : moments_of_groups<T>(block);
 }
 
 // Adds Σ dz and Σ dz · (x − mean) of a block of planes: to one channel's sums, or, with a step, to each row's own.

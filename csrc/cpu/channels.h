@@ -22,11 +22,11 @@ struct StridedRows {
   bool non_temporal = false;  // written past the caches; its rows then start at whole cache lines
 };
 
-// Merges a block into the moments (mean and m2) of `count` elements of each channel.
+// Merges a block into the moments (mean and m2) of `count` elements of each channel, or of each `in_group` channels.
 template <typename S>
 struct MomentsBlock {
   StridedRows x;
-  int64_t rows, n;
+  int64_t rows, n, in_group;
   double count;
   double* mean;
   double* m2;

@@ -66,19 +66,6 @@ void check_parameters(int64_t channels, int64_t groups, const optional<Tensor>& 
   check_parameter(bias, "bias", {channels});
 }
 
-// The moments of a group, from those of its channels with `depth` elements each. The mean of equal means is exact.
-std::pair<double, double> merge_channels(const double* mean, const double* m2, int64_t channels, double depth) {
-  double group_mean = mean[0], group_m2 = 0;
-  for (int64_t c = 1; c < channels; ++c) {
-    group_mean += (mean[c] - mean[0]) / static_cast<double>(channels);
-  }
-  for (int64_t c = 0; c < channels; ++c) {
-    const double distance = mean[c] - group_mean;
-    group_m2 += m2[c] + depth * distance * distance;
-  }
-  return {group_mean, group_m2};
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_forward(const Tensor& x, int64_t groups, const optional<Tensor>& weight,
@@ -97,21 +84,13 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_forward(const Tensor& x, int64_t g
     const ChannelPlan plan = call.plan(false);
     const MomentsPass<S> moments_pass(plan, blocks);
     const ForwardPass<S> forward(plan, silu ? Activation::silu : Activation::none, blocks, {}, view.blocks(y), {});
-    const ChannelArrays<double, 2> moments(plan.bundles() * plan.width());
+    const ChannelArrays<double, 2> moments(call.samples * groups);
     const double n = call.group_size();
     const auto finish = [&](int64_t bundle) {
-      double* const bundle_mean = moments[0] + bundle * plan.width();
-      double* const bundle_m2 = moments[1] + bundle * plan.width();
-      each_channels(plan.width(), plan.chunks(), [&](int64_t begin, int64_t end) {
-        moments_pass.merge(bundle, begin, end, bundle_mean + begin, bundle_m2 + begin);
-      });
       const auto [first, last] = call.groups_of(plan, bundle);
-      const int64_t parts = plan.width() / (last - first);
+      moments_pass.merge(bundle, 0, plan.width(), moments[0] + first, moments[1] + first);
       for (int64_t group = first; group < last; ++group) {
-        const int64_t at = (group - first) * parts;
-        const auto [exact, m2] =
-            merge_channels(bundle_mean + at, bundle_m2 + at, parts, static_cast<double>(call.size));
-        const double exact_rstd = 1 / std::sqrt(m2 / n + eps);
+        const double exact = moments[0][group], exact_rstd = 1 / std::sqrt(moments[1][group] / n + eps);
         means[group] = static_cast<S>(exact);
         rstds[group] = static_cast<S>(exact_rstd);
         call.set(group, means[group], rstds[group], (means[group] - exact) * exact_rstd);
