@@ -9,12 +9,16 @@ import itertools
 import statistics
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.functional import rms_norm
+
+from fastnorm import functional
 
 from . import clip, machine, report
 from .commands import start
@@ -22,12 +26,33 @@ from .operation import MODES
 from .operations import OPERATIONS
 from .providers import PROVIDERS, Provider, absent
 from .report import HOST_PROVIDERS as NAMES
+from .rms_norm_many import EPS
 from .timing import Budget, CpuTimer, CudaTimer, Runner, interleave
 from .workload import Workload
 
 TARGET = "sm_90"
-NORMS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "rms_norm_many_rotary",
-         "batch_norm_training_add_relu", "group_norm_silu")  # fmt: skip
+
+
+def _one_by_one(norm: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A call for the queries and one for the keys, without the rotation."""
+
+    def both(q: Tensor, k: Tensor, weight: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = norm(q, q.shape[-1:], weight, EPS), norm(k, k.shape[-1:], weight_k, EPS)
+        return q.transpose(1, 2), k.transpose(1, 2)
+
+    return both
+
+
+ROTARY = OPERATIONS["rms_norm_many_rotary"]
+TWO_CALLS = replace(  # what rms_norm_many may cost
+    ROTARY, name="two calls of rms_norm", stock=_one_by_one(rms_norm), fused=_one_by_one(functional.rms_norm)
+)
+NORMS = (
+    *(OPERATIONS[name] for name in ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")),
+    TWO_CALLS,
+    ROTARY,
+    *(OPERATIONS[name] for name in ("batch_norm_training_add_relu", "group_norm_silu")),
+)
 SHAPES = {2: (4, 256), 4: (2, 64, 4, 4), 5: (1, 2, 2, 1, 64)}
 CLIPPED = 300 * [(64,)]
 CLIPS = ("clip_grad_norm_", "clip_grad_norm_ by a policy")  # ZClip
@@ -92,11 +117,11 @@ class Case:
 
 def cases(device: torch.device) -> Iterator[Case]:
     """Each norm, forward and with its backward; the clips of a list of small tensors."""
-    for name, mode in itertools.product(NORMS, MODES):
-        operation = OPERATIONS[name]
+    for operation, mode in itertools.product(NORMS, MODES):
         shape = SHAPES[operation.family.pattern.count("x") + 1]
         workload = Workload.make(operation, shape, "contiguous", torch.float32, device)
-        yield Case(name, mode, operation, tuple(map(PROVIDERS.get, NAMES)), partial(workload.runner, mode=mode))
+        providers, make = tuple(map(PROVIDERS.get, NAMES)), partial(workload.runner, mode=mode)
+        yield Case(operation.name, mode, operation, providers, make)
     workload = clip.Workload(CLIPPED, torch.float32, device)
     for operation in map(clip.OPERATIONS.get, CLIPS):
         providers = tuple(provider for provider in operation.providers() if provider.name in NAMES)
