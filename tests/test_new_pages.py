@@ -1,6 +1,9 @@
 """The pages of large new outputs on a CPU: huge ones where this machine makes those faster."""
 
+import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -34,14 +37,63 @@ def test_a_new_output_has_the_pages_that_are_said(op, monkeypatch):
         y, *_ = norms.forward(native, "rms_norm", x, eps=1e-6)
     else:
         y, *_ = native.batch_norm_forward(x, *[None] * 6, 0.1, 1e-5, torch.contiguous_format, False, torch.float32)
-    if native.new_pages().startswith("huge"):
+    if native.new_pages().startswith("huge"):  # those of the newest output
         assert huge_bytes(y) >= y.nbytes * 3 // 4
     elif native.new_pages().startswith("small"):
         assert huge_bytes(y) == 0
     torch.testing.assert_close(y[0], y[1], rtol=0, atol=0)
 
 
+def system_choice() -> str | None:
+    return re.search(r"\[(\w+)\]", SWITCH.read_text())[1] if SWITCH.exists() else None
+
+
 @linux
 def test_they_are_tried_out_where_programs_have_the_choice():
-    choice = re.search(r"\[(\w+)\]", SWITCH.read_text())[1] if SWITCH.exists() else None
-    assert native.new_pages().startswith(("huge", "small") if choice == "madvise" else "as the system")
+    assert native.new_pages().startswith(("huge", "small") if system_choice() == "madvise" else "as the system")
+
+
+# Small pages take 30 ms a call, huge ones 10 more if `slow_huge` is set.
+SLOW_PAGES = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <sys/mman.h>
+#include <unistd.h>
+int slow_huge = 0;
+static int is_huge = 0;
+int madvise(void *start, size_t size, int advice) {
+  int (*const original)(void *, size_t, int) = dlsym(RTLD_NEXT, "madvise");
+  is_huge = advice == MADV_HUGEPAGE || (is_huge && advice != MADV_NOHUGEPAGE);
+  if (advice == 23 /* MADV_POPULATE_WRITE */) {
+    usleep(is_huge ? 10000 * slow_huge : 30000);
+  }
+  return original(start, size, advice);
+}
+"""
+OUTPUTS = """
+import ctypes, sys, torch, fastnorm
+from fastnorm import functional, native
+
+fastnorm.use("native")
+slow_huge = ctypes.c_int.in_dll(ctypes.CDLL(sys.argv[1]), "slow_huge")
+x, kept = torch.randn(1024, 1024), []
+for is_slow in [0] + 10 * [1] + 11 * [0]:
+    slow_huge.value = is_slow
+    kept.append(functional.rms_norm(x, (1024,)))
+    print(native.new_pages().split()[0].strip(","))
+"""
+
+
+@linux
+@pytest.mark.skipif(system_choice() != "madvise", reason="the system decides")
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_an_output_of_slow_huge_pages_is_followed_by_small_ones(tmp_path):
+    library = tmp_path / "slow_pages.so"
+    command = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(library), "-ldl"]
+    subprocess.run(command, input=SLOW_PAGES, text=True, check=True)
+    environment = {**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", OUTPUTS, str(library)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    small = 8 * ["small"]
+    assert done.stdout.split() == ["huge", "huge", *small, "huge", *small, "huge", "huge", "huge"]

@@ -1,6 +1,7 @@
 #include "pages.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <fstream>
 #include <limits>
@@ -31,50 +32,94 @@ int advise(uintptr_t begin, uintptr_t end, int advice) {
   return begin < end ? madvise(reinterpret_cast<void*>(begin), end - begin, advice) : 0;
 }
 
-// Measures the seconds that making the pages of 8 MiB of new memory takes.
-double time_of(int advice) {
-  constexpr uintptr_t size = 4 * huge_size;
+using Clock = std::chrono::steady_clock;
+
+int64_t nanoseconds_since(Clock::time_point start) {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count();
+}
+
+constexpr uintptr_t trial_size = 4 * huge_size;
+constexpr int64_t never = std::numeric_limits<int64_t>::max();
+
+// Measures the nanoseconds that making the pages of so much new memory takes.
+int64_t time_of(int advice) {
+  constexpr uintptr_t size = trial_size;
   void* const memory = mmap(nullptr, size + huge_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) {
-    return std::numeric_limits<double>::infinity();
+    return never;
   }
   const uintptr_t begin = round_up(reinterpret_cast<uintptr_t>(memory), huge_size);
   advise(begin, begin + size, advice);
-  const auto start = std::chrono::steady_clock::now();
+  const auto start = Clock::now();
   if (advise(begin, begin + size, populate_write) != 0) {  // Linux before 5.14 has no MADV_POPULATE_WRITE
     for (uintptr_t page = begin; page < begin + size; page += page_size()) {
       *reinterpret_cast<volatile char*>(page) = 0;
     }
   }
-  const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
+  const int64_t taken = nanoseconds_since(start);
   munmap(memory, size + huge_size);
-  return taken.count();
+  return taken;
 }
 
 enum class Pages { whatever_the_system_makes, small, huge };
 
+struct Choice {
+  Pages pages;
+  int64_t small_time;  // that small pages took in the trial
+};
+
 // Measures which pages are faster where the system leaves the choice to programs. Huge pages are made several times
 // faster from memory that is free, but several times slower where a hypervisor has taken free memory back, or where
 // memory has to be compacted.
-Pages choose() {
+Choice choose() {
   std::ifstream file("/sys/kernel/mm/transparent_hugepage/enabled");
   std::string choice;
   std::getline(file, choice);
   if (choice.find("[madvise]") == std::string::npos) {
-    return Pages::whatever_the_system_makes;
+    return {Pages::whatever_the_system_makes, never};
   }
-  double small = std::numeric_limits<double>::infinity(), huge = small;
+  int64_t small = never, huge = never;
   for (int round = 0; round < 2; ++round) {
     small = std::min(small, time_of(MADV_NOHUGEPAGE));
     huge = std::min(huge, time_of(MADV_HUGEPAGE));
   }
-  return huge < small ? Pages::huge : Pages::small;
+  return {huge < small ? Pages::huge : Pages::small, small};
 }
 
-Pages chosen() {
-  static const Pages pages = choose();
-  return pages;
+const Choice& chosen() {
+  static const Choice choice = choose();
+  return choice;
 }
+
+// The choice of huge pages, output by output: one whose huge pages took longer than small ones is followed by some with
+// small pages, then huge ones are tried again.
+class HugePages {
+ public:
+  // To be called for each new output: whether it shall have huge pages.
+  bool are_wanted() {
+    const int64_t bytes = bytes_.exchange(0), nanoseconds = nanoseconds_.exchange(0);
+    if (static_cast<double>(nanoseconds) * trial_size > static_cast<double>(chosen().small_time) * bytes) {
+      wait_ = outputs_without + 1;
+    }
+    wait_ = std::max(wait_ - 1, 0);
+    return wait_ == 0;
+  }
+
+  // Whether the newest output has them.
+  bool are_made() const { return chosen().pages == Pages::huge && wait_ == 0; }
+
+  void took(int64_t nanoseconds, size_t bytes) {
+    nanoseconds_ += nanoseconds;
+    bytes_ += static_cast<int64_t>(bytes);
+  }
+
+ private:
+  static constexpr int outputs_without = 8;
+  std::atomic<int> wait_ = 0;                         // outputs until the next with huge pages
+  std::atomic<int64_t> nanoseconds_ = 0, bytes_ = 0;  // of the newest output
+};
+
+HugePages huge_pages;
 
 }  // namespace
 
@@ -90,21 +135,26 @@ bool is_fresh(const at::Tensor& tensor) {
   if ((is_present & 1) != 0) {
     return false;
   }
-  if (chosen() == Pages::huge) {
+  if (chosen().pages == Pages::huge && huge_pages.are_wanted()) {
     advise(round_up(begin, huge_size), round_down(end, huge_size), MADV_HUGEPAGE);
   }
   return true;
 }
 
 void fault_in(void* data, size_t bytes) {
-  const auto start = reinterpret_cast<uintptr_t>(data);
-  advise(round_down(start, page_size()), start + bytes, populate_write);  // a failure only costs time
+  const auto begin = reinterpret_cast<uintptr_t>(data);
+  const auto start = Clock::now();
+  advise(round_down(begin, page_size()), begin + bytes, populate_write);  // a failure only costs time
+  if (huge_pages.are_made()) {
+    huge_pages.took(nanoseconds_since(start), bytes);
+  }
 }
 
 const char* how_pages_are_made() {
-  switch (chosen()) {
+  switch (chosen().pages) {
     case Pages::huge:
-      return "huge, which this machine was seen to make faster";
+      return huge_pages.are_made() ? "huge, which this machine was seen to make faster"
+                                   : "small at the moment, as huge ones took longer";
     case Pages::small:
       return "small, which this machine was seen to make faster";
     default:
