@@ -70,6 +70,15 @@ def test_tiles_of_partials(items, units, programs):
     assert width == 1 if units < 2 * programs else width >= min(32, units // programs)
 
 
+@given(items=lengths, groups=st.integers(1, 4096))
+def test_tiles_of_groups_partials(items, groups):
+    """One step, where that is possible, of as many groups as it has room for, and no more than a sample has."""
+    rows, width = launch.group_join_tile(items, groups)
+    assert rows & (rows - 1) == width & (width - 1) == 0 and rows * width <= launch.JOINED
+    assert rows >= min(items, launch.JOINED) and 1 <= width <= 32 and width < 2 * groups
+    assert 2 * rows * width > launch.JOINED or width == 32 or width >= groups
+
+
 @pytest.mark.parametrize("channels", [64, 128, 256, 320, 512, 640, 960, 1024, 1280, 1920, 2048, 2560])
 def test_no_lane_is_idle_at_model_widths(channels):
     assert launch.padding(channels // 8, launch.channel_vectors(channels // 8).vectors) == 0
@@ -91,7 +100,7 @@ def test_width_of_an_access():
 
 
 def test_the_tiling_of_a_group_knows_nothing_of_the_batch():
-    for choose in (launch.unit_lanes, launch.channel_vectors, launch.channel_chunk):
+    for choose in (launch.unit_lanes, launch.channel_vectors, launch.channel_chunk, launch.group_join_tile):
         assert not {"samples", "batch"} & set(inspect.signature(choose).parameters)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .compiler import reciprocal
 from .tiles import load_tile, reciprocal_sqrt
 
 
@@ -35,23 +36,40 @@ def relu(z, byte_ptr, vector_mask, mask, WIDTH: tl.constexpr, RAGGED: tl.constex
 
 
 @triton.jit
-def relu_gradient(dy, byte_ptr, vector_mask, WIDTH: tl.constexpr):
-    """dz = dy where the element's bit is set, and 0 elsewhere."""
-    bits = tl.load(byte_ptr, mask=vector_mask, other=0).to(tl.int32)
-    return tl.where((bits & _bits(WIDTH)) != 0, dy, 0.0)
+def load_mask(byte_ptr, vector_mask, ALIGN: tl.constexpr, WIDTH: tl.constexpr):
+    """The bytes of vectors, (rows, 1), or with narrow accesses (rows, WIDTH), each as often as it has elements: several
+    threads then share a vector, and would have to pass its byte through shared memory, with a barrier for each tile."""
+    if ALIGN > 1 and ALIGN < WIDTH:
+        byte_ptr += tl.zeros((1, WIDTH), tl.int32)
+    return tl.load(byte_ptr, mask=vector_mask, other=0)
+
+
+@triton.jit
+def relu_gradient(dy, byte, WIDTH: tl.constexpr):
+    """dz = dy where the element's bit is set in its vector's byte, and 0 elsewhere."""
+    return tl.where((byte.to(tl.int32) & _bits(WIDTH)) != 0, dy, 0.0)
+
+
+@triton.jit
+def sigmoid(z):
+    """σ(z) = 1 / (1 + exp(−z)), and zero where exp(−z) overflows."""
+    if z.dtype == tl.float64:
+        return 1.0 / (1.0 + tl.exp(-z))
+    else:  # exp2 is one instruction on NVIDIA's cards; exp takes four more for subnormal results
+        return reciprocal(1.0 + tl.exp2(z * -1.4426950408889634))  # −log₂ e
 
 
 @triton.jit
 def silu(z):
-    """z · σ(z). Where exp(−z) overflows, z / ∞ is zero, as it should be."""
-    return z / (1.0 + tl.exp(-z))
+    """z · σ(z)."""
+    return z * sigmoid(z)
 
 
 @triton.jit
-def silu_gradient(dy, z):
-    """dz = dy · σ(z) · (1 + z · (1 − σ(z)))."""
-    sigmoid = 1.0 / (1.0 + tl.exp(-z))
-    return dy * (sigmoid * (1.0 + z * (1.0 - sigmoid)))
+def silu_slope(z):
+    """σ + z · σ · (1 − σ), which times dy is dz."""
+    s = sigmoid(z)
+    return tl.fma(z, s * (1.0 - s), s)
 
 
 @triton.jit
@@ -77,9 +95,9 @@ def normalized(x, mean, scale, bias, FOLDED: tl.constexpr):
     """z = (x − mean) · scale + bias. FOLDED: as x · scale + (bias − mean · scale), one multiply-add an element, which
     is less exact where mean ≫ std."""
     if FOLDED:
-        return x * scale + (bias - mean * scale)
+        return tl.fma(x, scale, bias - mean * scale)
     else:
-        return (x - mean) * scale + bias
+        return tl.fma(x - mean, scale, bias)
 
 
 @triton.jit
@@ -94,14 +112,13 @@ def activated(z, byte_ptr, vector_mask, mask, ACTIVATION: tl.constexpr, WIDTH: t
 
 
 @triton.jit
-def activation_gradient(
-    dy, centered, scale, bias, byte_ptr, vector_mask, ACTIVATION: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
-    """dz from dy: a ReLU's by its mask, SiLU's from z = centered · scale + bias, which is computed again."""
-    if byte_ptr is not None:
-        return relu_gradient(dy, byte_ptr, vector_mask, WIDTH)
+def activation_gradient(dy, centered, scale, bias, byte, ACTIVATION: tl.constexpr, WIDTH: tl.constexpr):
+    """dz from dy: a ReLU's by the bytes of its mask, unless they are None; SiLU's from z = centered · scale + bias,
+    which is computed again."""
+    if byte is not None:
+        return relu_gradient(dy, byte, WIDTH)
     elif ACTIVATION == "silu":
-        return silu_gradient(dy, centered * scale + bias)
+        return dy * silu_slope(tl.fma(centered, scale, bias))
     else:
         return dy
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .channel_tiles import silu
+from .channel_tiles import sigmoid, silu, silu_slope
 
 
 @triton.jit
@@ -14,15 +14,14 @@ def activated(gate, SILU: tl.constexpr):
     if SILU:
         return silu(gate)
     else:
-        return 1.0 / (1.0 + tl.exp(-gate))
+        return sigmoid(gate)
 
 
 @triton.jit
 def activation_slope(gate, SILU: tl.constexpr):
     """act'(gate): σ · (1 + gate · (1 − σ)) of SiLU, σ · (1 − σ) of the sigmoid."""
-    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
-    slope = sigmoid * (1.0 - sigmoid)
     if SILU:
-        return tl.fma(gate, slope, sigmoid)
+        return silu_slope(gate)
     else:
-        return slope
+        s = sigmoid(gate)
+        return s * (1.0 - s)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 
 from ..views import ChannelView, contiguous
-from . import launch, pixels, planes
+from . import kept_groups, launch, pixels, planes
 from .moments import group_means, join_moments
 from .tiles import column_sums
+from .types import stat_dtype
 
 
 def group_norm_forward(x, groups, weight, bias, eps, memory_format, silu, out_dtype):
@@ -22,9 +23,13 @@ def group_norm_forward(x, groups, weight, bias, eps, memory_format, silu, out_dt
     layout = pixels if view.channels_last else planes
     x, y, affine = view.blocks(x), view.make_result(out_dtype), (contiguous(weight), contiguous(bias))
     activation = "silu" if silu else None
+    mean, rstd = (x.new_empty((x.shape[0], groups), dtype=stat_dtype(x)) for _ in range(2))
+    kept = kept_groups.kept(x.shape, groups, view.channels_last, launch.access_bytes([x, y]), 1)
     with launch.on_device(x):
+        if kept:
+            kept_groups.forward(kept, x, affine, view.blocks(y), mean, rstd, eps, activation)
+            return y, mean, rstd
         partials = layout.moments(x, groups)
-        mean, rstd = (partials.values.new_empty((x.shape[0], groups)) for _ in range(2))
         join_moments(partials, mean, rstd, x[0].numel() // groups, eps, groups)
         layout.normalize(x, None, affine, (mean, rstd), view.blocks(y), None, groups=groups, activation=activation)
     return y, mean, rstd
@@ -38,7 +43,13 @@ def group_norm_backward(
     layout = pixels if view.channels_last else planes
     dy, x, dx = view.blocks(dy), view.blocks(x), view.make_result(x.dtype)
     affine, statistics = (contiguous(weight), contiguous(bias)), (mean, rstd)
+    kept = kept_groups.kept(x.shape, groups, view.channels_last, launch.access_bytes([dy, x]), 2)
     with launch.on_device(x):
+        if kept:
+            activation = "silu" if silu else None
+            partials = kept_groups.backward(kept, dy, x, affine, statistics, view.blocks(dx), activation)
+            dbias, dweight = column_sums(partials.rows, [dbias_dtype, dweight_dtype])
+            return dx, dweight, dbias
         partials = layout.sums(dy, None, x, affine, statistics, groups=groups, silu=silu)
         means = group_means(partials, affine[0], x[0].numel() // groups, groups)
         dbias, dweight = column_sums(partials.rows, [dbias_dtype, dweight_dtype])

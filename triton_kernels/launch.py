@@ -474,6 +474,50 @@ def channel_vectors(vectors: int) -> ChannelVectors:
     return ChannelVectors(chosen, TILE_VECTORS // chosen)
 
 
+MIN_KEPT_GROUP = 1024  # elements of a group that has a program to itself
+MAX_KEPT_NUMBERS = 40960  # of a group in a program: 80 for each thread of 16 warps
+# The same of channels_last groups. They have idle lanes, and sums over pixels that pass through shared memory: a second
+# resident program hides what that takes.
+MAX_KEPT_PIXEL_NUMBERS = 16384
+
+
+class GroupTiles(NamedTuple):
+    """kept_groups.py's tiling: `count` tiles of `rows` rows of `cols` elements, accessed `vector` elements at a time. A
+    row is one of a channel's `pieces`, or, in channels_last, a pixel."""
+
+    rows: int
+    cols: int
+    count: int
+    pieces: int
+    vector: int
+    warps: int
+
+
+def group_tiles(channels: int, size: int, channels_last: bool, itemsize: int, kept: int) -> GroupTiles | None:
+    """The tiling of a group of `channels` channels with `size` elements each, of which a program keeps `kept` numbers
+    for each element, 40 of each in a thread. None where they don't fit, where there are few, where accesses would have
+    less than 8 bytes, and where rows would have less than 64: they waste parts of sectors, or sums."""
+    length = channels if channels_last else size
+    vector = math.gcd(ACCESS_BYTES // itemsize, length)
+    cols = next_power_of_2(length) if channels_last else min(WARP * vector, length & -length)
+    pieces = 1 if channels_last else size // cols
+    n_rows = size if channels_last else channels * pieces
+    numbers = n_rows * cols * kept
+    most = MAX_KEPT_PIXEL_NUMBERS if channels_last else MAX_KEPT_NUMBERS
+    if kept > 1 and itemsize > 2:
+        most -= most // 5  # they take more registers while loaded
+    if itemsize > 4 or 2 * vector * itemsize < ACCESS_BYTES or channels * size < MIN_KEPT_GROUP or numbers > most:
+        return None
+    if (channels if channels_last else cols) * itemsize < 64:
+        return None
+    for of_thread in (40 * kept, 80):
+        warps = max(2, next_power_of_2(ceil_div(numbers, WARP * of_thread)))
+        rows = WARP * warps * vector // cols
+        if warps <= 16 and rows > 0 and padding(n_rows, rows) <= MAX_PADDING:
+            return GroupTiles(rows, cols, ceil_div(n_rows, rows), pieces, vector, warps)
+    return None
+
+
 JOINED = 1024  # partials in the tile of a program that joins them: 8 for each thread, whose loads don't wait
 JOINING_PROGRAMS = 256  # of few units each has a program, as the card is idle but for these
 # The same of sums over all rows, whose bits no batch shares; the interpreter runs one program after the other.
@@ -485,3 +529,10 @@ def join_tile(items: int, units: int, programs: int = JOINING_PROGRAMS) -> tuple
     that makes fewer than twice as many programs as `programs`; of many up to 32, a cache line."""
     width = min(32, next_power_of_2(max(1, units // programs)))
     return min(JOINED // width, next_power_of_2(max(1, items))), width
+
+
+def group_join_tile(items: int, groups: int) -> tuple[int, int]:
+    """The same of a sample's groups, whatever the number of samples: as many groups as are joined in one step, up to a
+    cache line, since many samples have more groups than a card has programs."""
+    items = min(JOINED, next_power_of_2(max(1, items)))
+    return items, min(32, next_power_of_2(groups), JOINED // items)

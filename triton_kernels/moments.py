@@ -206,7 +206,8 @@ def _geometry(partials: Partials, groups: int | None) -> tuple[tuple[int, ...], 
     _, outer, chunks, inner = partials.values.shape
     span = 1 if groups is None else inner // groups
     n_units = outer * inner // span
-    items, units = launch.join_tile(chunks * span, n_units if groups is None else groups)
+    join = launch.join_tile(chunks * span, n_units) if groups is None else launch.group_join_tile(chunks * span, groups)
+    items, units = join
     return (n_units, chunks, inner, span), dict(ITEMS=items, UNITS=units)
 
 

@@ -24,7 +24,15 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .channel_tiles import activated, activation_gradient, affine, input_gradient, normalized, statistics
+from .channel_tiles import (
+    activated,
+    activation_gradient,
+    affine,
+    input_gradient,
+    load_mask,
+    normalized,
+    statistics,
+)
 from .jit import jit
 from .moments import Partials, add_tiles, join_lanes, load_centered, moment_fields
 from .tiles import load_tile, store_tile
@@ -197,25 +205,28 @@ def _pixels_sums_kernel(
     dz_sum = tl.zeros((VECTORS * PIXELS, WIDTH), stat)
     dz_x_hat_sum = dz_sum
     for done in range(0, size, DEPTH * PIXELS):
-        x_tiles, dy_tiles = (), ()
+        x_tiles, dy_tiles, byte_tiles = (), (), ()
         for t in tl.static_range(DEPTH):
             first = done + t * PIXELS
             mask = (pixel + first < size) & channel_mask
             x_tiles = x_tiles + (load_tile(x_ptr + _pixel_offset(0, first, x_strides, ALIGN), mask, stat),)
             dy_tiles = dy_tiles + (load_tile(dy_ptr + _pixel_offset(0, first, dy_strides, ALIGN), mask, stat),)
+            if mask_ptr is not None:
+                vector_mask = (pixel + first < size) & (vector * WIDTH < n_channels)
+                byte_ptr = mask_ptr + _pixel_offset(0, first, mask_strides, 1)
+                byte_tiles = byte_tiles + (load_mask(byte_ptr, vector_mask, ALIGN, WIDTH),)
         for t in tl.static_range(DEPTH):
-            first = done + t * PIXELS
-            vector_mask = (pixel + first < size) & (vector * WIDTH < n_channels)
             centered = x_tiles[t] - mean
-            byte_ptr = mask_ptr + _pixel_offset(0, first, mask_strides, 1) if mask_ptr is not None else None
-            dz = activation_gradient(dy_tiles[t], centered, rstd * w, b, byte_ptr, vector_mask, ACTIVATION, WIDTH)
+            byte = byte_tiles[t] if mask_ptr is not None else None
+            dz = activation_gradient(dy_tiles[t], centered, rstd * w, b, byte, ACTIVATION, WIDTH)
             dz_sum += dz
-            dz_x_hat_sum += dz * centered
+            dz_x_hat_sum = tl.fma(dz, centered, dz_x_hat_sum)
     shape: tl.constexpr = (PIXELS, VECTORS * WIDTH)
-    # float32 is enough for the terms of a lane, which are few; the lanes' sums are added in float64
-    dz_sum = tl.sum(tl.reshape(dz_sum.to(tl.float64), shape), axis=0, keep_dims=True)
-    dz_x_hat_sum = dz_x_hat_sum.to(tl.float64) * rstd.to(tl.float64)
-    dz_x_hat_sum = tl.sum(tl.reshape(dz_x_hat_sum, shape), axis=0, keep_dims=True)
+    # float32 is enough for the terms of a lane, which are few; the lanes' sums are added in float64, of 16-bit data in
+    # float32, whose rounding is far below the data's
+    wide: tl.constexpr = tl.float32 if x_ptr.dtype.element_ty.primitive_bitwidth == 16 else tl.float64
+    dz_sum = tl.sum(tl.reshape(dz_sum.to(wide), shape), axis=0, keep_dims=True)
+    dz_x_hat_sum = tl.sum(tl.reshape(dz_x_hat_sum.to(wide) * rstd.to(wide), shape), axis=0, keep_dims=True)
     _store_partials(sums_ptr, (dz_sum, dz_x_hat_sum), _block_channels(n_blocks, VECTORS * WIDTH), n_blocks, n_channels)
 
 
@@ -249,20 +260,23 @@ def _pixels_gradient_kernel(
         c2 = load_tile(means_ptr + unit, channel_mask, stat)
         c1_rstd = load_tile(means_ptr + n_units + unit, channel_mask, stat) * rstd
     for done in range(0, size, DEPTH * PIXELS):
-        x_tiles, dy_tiles = (), ()
+        x_tiles, dy_tiles, byte_tiles = (), (), ()
         for t in tl.static_range(DEPTH):
             first = done + t * PIXELS
             mask = (pixel + first < size) & channel_mask
             if means_ptr is not None:
                 x_tiles = x_tiles + (load_tile(x_ptr + _pixel_offset(0, first, x_strides, ALIGN), mask, stat),)
             dy_tiles = dy_tiles + (load_tile(dy_ptr + _pixel_offset(0, first, dy_strides, ALIGN), mask, stat),)
+            if mask_ptr is not None:
+                vector_mask = (pixel + first < size) & (vector * WIDTH < n_channels)
+                byte_ptr = mask_ptr + _pixel_offset(0, first, mask_strides, 1)
+                byte_tiles = byte_tiles + (load_mask(byte_ptr, vector_mask, ALIGN, WIDTH),)
         for t in tl.static_range(DEPTH):
             first = done + t * PIXELS
-            vector_mask = (pixel + first < size) & (vector * WIDTH < n_channels)
             mask = (pixel + first < size) & channel_mask
             centered = x_tiles[t] - mean if means_ptr is not None else None
-            byte_ptr = mask_ptr + _pixel_offset(0, first, mask_strides, 1) if mask_ptr is not None else None
-            dz = activation_gradient(dy_tiles[t], centered, rstd * w, b, byte_ptr, vector_mask, ACTIVATION, WIDTH)
+            byte = byte_tiles[t] if mask_ptr is not None else None
+            dz = activation_gradient(dy_tiles[t], centered, rstd * w, b, byte, ACTIVATION, WIDTH)
             dx = dz * (rstd * w)
             if means_ptr is not None:
                 dx = input_gradient(dz, centered, w, rstd, c2, c1_rstd, GROUPED)
@@ -360,7 +374,7 @@ def sums(dy, mask, x, affine, statistics, *, groups=None, silu=False):
         dy, mask, x, *affine, *statistics, partials.values,
         walk.strides(dy), walk.byte_strides(mask), walk.strides(x), *walk.sizes, x.shape[2] // (groups or x.shape[2]),
         ACTIVATION="silu" if silu else None, GROUPED=groups is not None, **walk.constants,
-        **launch.options(launch.CHANNEL_WARPS),
+        **launch.options(launch.CHANNEL_WARPS, launch.CHANNEL_PROGRAMS),
     )  # fmt: skip
     return partials
 

@@ -11,7 +11,15 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .channel_tiles import activated, activation_gradient, affine, input_gradient, normalized, statistics
+from .channel_tiles import (
+    activated,
+    activation_gradient,
+    affine,
+    input_gradient,
+    load_mask,
+    normalized,
+    statistics,
+)
 from .jit import jit
 from .moments import add_tiles, join_lanes, load_centered, moment_fields
 from .plane_walk import advance, begin, element_mask, unit_offset, vector_offset, walk_units
@@ -152,22 +160,23 @@ def _planes_sums_kernel(
     dz_sum = tl.zeros((UNITS * LANES, WIDTH), stat)
     dz_x_hat_sum = dz_sum
     for done in range(0, size, DEPTH * LANES):
-        x_tiles, dy_tiles, masks, planes, vectors = (), (), (), (), ()
+        x_tiles, dy_tiles, byte_tiles = (), (), ()
         for t in tl.static_range(DEPTH):
             vector_mask = lane + (done + t * LANES) < lane_size
             mask = element_mask(vector_mask, vector, cols, plane_steps * ALIGN, RAGGED)
             x_tiles = x_tiles + (load_tile(x_ptr + vector_offset(plane, vector, x_strides, WIDTH, ALIGN), mask, stat),)
             offset = vector_offset(plane, vector, dy_strides, WIDTH, ALIGN)
             dy_tiles = dy_tiles + (load_tile(dy_ptr + offset, mask, stat),)
-            masks, planes, vectors = masks + (vector_mask,), planes + (plane,), vectors + (vector,)
+            if mask_ptr is not None:
+                byte_ptr = mask_ptr + vector_offset(plane, vector, mask_strides, 1, 1)
+                byte_tiles = byte_tiles + (load_mask(byte_ptr, vector_mask, ALIGN, WIDTH),)
             plane, vector = advance(plane, vector, plane_vectors, LANES)
         for t in tl.static_range(DEPTH):
             centered = x_tiles[t] - mean
-            byte_offset = vector_offset(planes[t], vectors[t], mask_strides, 1, 1)
-            byte_ptr = mask_ptr + byte_offset if mask_ptr is not None else None
-            dz = activation_gradient(dy_tiles[t], centered, rstd * w, b, byte_ptr, masks[t], ACTIVATION, WIDTH)
+            byte = byte_tiles[t] if mask_ptr is not None else None
+            dz = activation_gradient(dy_tiles[t], centered, rstd * w, b, byte, ACTIVATION, WIDTH)
             dz_sum += dz
-            dz_x_hat_sum += dz * centered
+            dz_x_hat_sum = tl.fma(dz, centered, dz_x_hat_sum)
     # float32 is enough for the terms of a lane, which are few; the lanes' sums are added in float64
     dz_sum = tl.sum(dz_sum, axis=1, keep_dims=True).to(tl.float64)
     dz_x_hat_sum = tl.sum(dz_x_hat_sum, axis=1, keep_dims=True).to(tl.float64) * rstd.to(tl.float64)
@@ -207,7 +216,7 @@ def _planes_gradient_kernel(
         c2 = load_tile(means_ptr + unit, None, stat)
         c1_rstd = load_tile(means_ptr + n_units + unit, None, stat) * rstd
     for done in range(0, size, DEPTH * LANES):
-        x_tiles, dy_tiles, planes, vectors = (), (), (), ()
+        x_tiles, dy_tiles, byte_tiles, planes, vectors = (), (), (), (), ()
         for t in tl.static_range(DEPTH):
             vector_mask = lane + (done + t * LANES) < lane_size
             mask = element_mask(vector_mask, vector, cols, plane_steps * ALIGN, RAGGED)
@@ -216,6 +225,9 @@ def _planes_gradient_kernel(
                 x_tiles = x_tiles + (x,)
             dy = load_tile(dy_ptr + vector_offset(plane, vector, dy_strides, WIDTH, ALIGN), mask, stat)
             dy_tiles = dy_tiles + (dy,)
+            if mask_ptr is not None:
+                byte_ptr = mask_ptr + vector_offset(plane, vector, mask_strides, 1, 1)
+                byte_tiles = byte_tiles + (load_mask(byte_ptr, vector_mask, ALIGN, WIDTH),)
             planes, vectors = planes + (plane,), vectors + (vector,)
             plane, vector = advance(plane, vector, plane_vectors, LANES)
         for t in tl.static_range(DEPTH):
@@ -225,9 +237,8 @@ def _planes_gradient_kernel(
                 channel = unit % n_inner * n_planes + planes[t]
                 w, b = affine(weight_ptr, bias_ptr, channel, vector_mask, stat)
             centered = x_tiles[t] - mean if means_ptr is not None else None
-            byte_offset = vector_offset(planes[t], vectors[t], mask_strides, 1, 1)
-            byte_ptr = mask_ptr + byte_offset if mask_ptr is not None else None
-            dz = activation_gradient(dy_tiles[t], centered, rstd * w, b, byte_ptr, vector_mask, ACTIVATION, WIDTH)
+            byte = byte_tiles[t] if mask_ptr is not None else None
+            dz = activation_gradient(dy_tiles[t], centered, rstd * w, b, byte, ACTIVATION, WIDTH)
             dx = dz * (rstd * w)
             if means_ptr is not None:
                 dx = input_gradient(dz, centered, w, rstd, c2, c1_rstd, GROUPED)
