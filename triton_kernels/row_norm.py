@@ -35,6 +35,7 @@ from .tiles import (
     row_mean,
     row_offsets,
     row_steps,
+    scaled_sum,
     store_gradient,
     store_h,
     store_partials,
@@ -126,7 +127,7 @@ def norm_block(
         h = x_tiles[t].to(stat)
         if x_gate_ptr is not None:
             if residual_ptr is not None:
-                h = tl.fma(h, x_gate_tiles[t].to(stat), residual_tiles[t].to(stat))
+                h = scaled_sum(x_tiles[t], x_gate_tiles[t], residual_tiles[t], h_ptr.dtype.element_ty, stat)
             else:
                 h *= x_gate_tiles[t].to(stat)
         elif residual_ptr is not None:

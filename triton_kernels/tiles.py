@@ -117,6 +117,19 @@ def store_tile(ptr, value, mask):
 
 
 @triton.jit
+def scaled_sum(x, factor, addend, dtype: tl.constexpr, stat: tl.constexpr):
+    """x · factor + addend, of the type `stat`. Of three 16-bit numbers of the type `dtype`, in which h is stored, it is
+    computed in that type: two elements an instruction, and rounded once."""
+    if (  # NumPy, which interprets, has no bfloat16
+        not _INTERPRETED and dtype.primitive_bitwidth == 16
+        and x.dtype == dtype and factor.dtype == dtype and addend.dtype == dtype
+    ):  # fmt: skip
+        return tl.fma(x, factor, addend).to(stat)
+    else:
+        return tl.fma(x.to(stat), factor.to(stat), addend.to(stat))
+
+
+@triton.jit
 def store_h(h, ptr, mask):
     """Stores h = x + residual, and returns it rounded as stored: y is the norm of what the next layer will read."""
     rounded = h.to(ptr.dtype.element_ty)
