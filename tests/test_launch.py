@@ -250,6 +250,23 @@ def test_rotated_rows_have_few_tiles(itemsize, sums):
             assert tiles.tile * tiles.count >= cols
 
 
+@pytest.mark.parametrize("cols", [64, 128, 256])
+def test_rotated_rows_are_read_in_whole_accesses(cols):
+    tiles = launch.many_row_tiles((cols,), 2, cols // 2, 1)[0]
+    assert tiles.tile * tiles.rows * 2 >= launch.WARP * tiles.warps * launch.ACCESS_BYTES
+    assert tiles.resident * tiles.warps * 170 * launch.WARP <= 65536, "130 to 156 registers a thread, none spilled"
+
+
+@pytest.mark.parametrize("cols, is_capped", [
+    (1024, False), (1536, True), (2048, True), (4096, True), (5120, False), (7001, False), (8192, True), (16384, True),
+])  # fmt: skip
+def test_products_have_as_many_programs_as_64_registers_allow(cols, is_capped):
+    """Not where ptxas would spill: of rows of more than 32 elements a thread, with masks, or of two a program."""
+    tiles = launch.row_tiles(cols, 2)
+    assert launch.resident_products(cols, tiles, 2) == (32 // tiles.warps if is_capped else 1)
+    assert launch.resident_products(cols, launch.row_tiles(cols, 4), 4) == 1
+
+
 def test_every_batch_of_several_inputs_runs_the_same_code():
     """Triton makes constants of numbers in tuples that are 1, and other code for multiples of 16."""
     many = pytest.importorskip("fastnorm.triton_kernels.rms_norm_many")

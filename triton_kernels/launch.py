@@ -162,10 +162,14 @@ def many_row_tiles(cols: tuple[int, ...], itemsize: int, pairs: int, sums: int =
     pairs: the distance of partners in a rotation, 0 without one. Rotated rows are short; a program has fewer of them,
     which leaves registers for cos and sin, and tiles whose partners are tiles, unless those would be shorter than an
     access, or more than MAX_PAIRED_TILES: of 32 tiles of 4 columns a thread has whole rows, and compiling takes long.
+    In 16 bits the backward's programs have fewer warps, too, so that a thread has whole accesses, and one more of them
+    is resident.
     """
     each = [backward_tiles(n, itemsize, sums, 0, itemsize)[0] if sums else row_tiles(n, itemsize) for n in cols]
     if pairs:
         each = [t._replace(rows=max(1, t.rows // 2)) for t in each]
+        if sums and itemsize == 2:
+            each = [t._replace(warps=t.warps // 2, resident=t.resident + 1) for t in each]
         paired = pairs & -pairs  # the largest power of two that divides it
         if paired * itemsize >= ACCESS_BYTES:
             tiles = (min(t.tile, paired) for t in each)
@@ -228,6 +232,13 @@ def long_tile(itemsize: int) -> tuple[int, int]:
     As many warps as a program can have: with one program on a multiprocessor the cache keeps more of its row."""
     warps = 32
     return 2 * WARP * warps * ACCESS_BYTES // itemsize, warps
+
+
+def resident_products(cols: int, tiles: RowTiles, itemsize: int) -> int:
+    """Programs of the forward on a multiprocessor, for the norm of x · act(gate): 32 warps, each thread of which has 64
+    registers, where those are enough. By itself ptxas takes up to 96, with which half as many loads are in flight."""
+    is_enough = itemsize == 2 and tiles.registers <= 32 and tiles.rows == 1 and cols % tiles.tile == 0
+    return 32 // tiles.warps if is_enough else 1
 
 
 def check_groups(groups: int) -> None:

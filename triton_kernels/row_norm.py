@@ -503,11 +503,12 @@ def row_norm_forward(
             is_product = gate is not None and not norm_before_gate  # of 16-bit numbers: not itself one
             dtype = rstd.dtype if is_product else (x if h is None else h).dtype
             refines = subtract_mean and launch.refines(cols, dtype)
+            resident = launch.resident_products(cols, tiles, itemsize) if is_product else 1
             # grid: one program for each group of each block of tiles.rows rows
             _row_norm_forward_kernel[(launch.ceil_div(rows, tiles.rows), groups)](
                 *arguments, rows, *strides,
                 **features, REFINE=refines, N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows,
-                **launch.options(tiles.warps),
+                **launch.options(tiles.warps, resident),
             )  # fmt: skip
     return y, h, mean, rstd
 
