@@ -84,7 +84,7 @@ def main(options: Namespace) -> Outcome:
             print(_line(results[-2:]), flush=True)
     for name, reason in absent.items():
         print(f"{name} is left out: {reason} (pip install -e '.[bench,models]')")
-    print(f"\n{report.markdown(_table(results), 'simple', ['left'] * 3 + ['right'] * 3)}")
+    print(f"\n{report.markdown(model_cells(results), 'simple', ['left'] * 3 + ['right'] * 3)}")
     path = options.output / f"{machine.slug(facts['device'])}-models{'-quick' * options.quick}.json"
     document = {"machine": facts, "absent": absent, "results": results}
     report.write_json(path, document)
@@ -161,7 +161,9 @@ def summary(samples: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
-def _table(results: list[dict[str, Any]]) -> pd.DataFrame:
+def model_cells(results: list[dict[str, Any]]) -> pd.DataFrame:
+    """A row for each model, mode and dtype."""
+
     def cells(result: dict[str, Any]) -> tuple:
         low, median, high = result["speedup"]
         interval = f" ({low:.2f} to {high:.2f})" if low is not None else ""
@@ -177,4 +179,4 @@ def _table(results: list[dict[str, Any]]) -> pd.DataFrame:
 
 def _line(results: list[dict[str, Any]]) -> str:
     """A model's results as they come."""
-    return "\n".join("  ".join(row) for row in _table(results).itertuples(index=False))
+    return "\n".join("  ".join(row) for row in model_cells(results).itertuples(index=False))

@@ -7,10 +7,10 @@ A document says between which lines a table stands, and of which files in bench/
 
 cells: every case, with its time; operations: the speed-ups of every operation and shape, side by side; spread: the
 least, median and largest speed-up of every operation, with the cases that lose; clip: every list of gradients; host:
-the host's µs a call, best / median; predictions: of `python -m bench predict`, a row for each call and GPU; card,
-headline: what `make card` found on cards, all of it or rows of 4096 columns alone, or a sentence as long as there is no
-card's file. instructions: of `python -m bench codegen`'s file, those for each element, Liger-Kernel's behind ours, of
-the operations, dtypes and widths that the line goes on to name:
+the host's µs a call, best / median; models: whole models, original and converted; predictions: of `python -m bench
+predict`, a row for each call and GPU; card, headline: what `make card` found on cards, all of it or rows of 4096
+columns alone, or a sentence as long as there is no card's file. instructions: of `python -m bench codegen`'s file, those
+for each element, Liger-Kernel's behind ours, of the operations, dtypes and widths that the line goes on to name:
 
     <!-- instructions NAME.json rms_norm,clip_grad_norm_ bf16 4096,any -->
 """
@@ -25,6 +25,7 @@ import pandas as pd
 
 from .card.summary import tables
 from .labels import LOSS, github, mode_label, speedup
+from .models import model_cells
 from .predict import TARGETS
 from .report import frame_of, host_cells, markdown, memory, prediction_tables, shapes, shown, states_of, wide
 
@@ -33,7 +34,7 @@ RESULTS = ROOT / "bench" / "results"
 DOCUMENTS = (ROOT / "docs" / "results.md", ROOT / "docs" / "machine_code.md", ROOT / "README.md")
 # fastnorm-native is what fastnorm takes on a CPU
 CLIPS = ("fastnorm", "fastnorm-deferred", "fastnorm-autoclip", "fastnorm-adagc", "fastnorm-reference")
-KINDS = "cells|operations|spread|clip|instructions|card|headline|host|predictions"
+KINDS = "cells|operations|spread|clip|instructions|card|headline|host|models|predictions"
 BLOCK = re.compile(rf"(<!-- ({KINDS}) ([^>]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 NO_CARD = "GPU times have not been measured yet: `make card` does it on a card."
@@ -68,6 +69,8 @@ def _table(kind: str, names: Sequence[str]) -> str:
     results = [result for document in documents for result in document["results"]]
     if kind == "host":
         return markdown(host_cells(results))
+    if kind == "models":
+        return markdown(model_cells(results))
     if kind == "predictions":
         return "\n\n".join(map(markdown, prediction_tables(results, TARGETS)))
     frame = frame_of(results)
