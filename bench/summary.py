@@ -9,8 +9,8 @@ cells: every case, with its time; operations: the speed-ups of every operation a
 least, median and largest speed-up of every operation, with the cases that lose; clip: every list of gradients; host:
 the host's µs a call, best / median; models: whole models, original and converted; predictions: of `python -m bench
 predict`, a row for each call and GPU; card, headline: what `make card` found on cards, all of it or rows of 4096
-columns alone, or a sentence as long as there is no card's file. instructions: of `python -m bench codegen`'s file, those
-for each element, Liger-Kernel's behind ours, of the operations, dtypes and widths that the line goes on to name:
+columns alone, or a sentence as long as there is no card's file. instructions: of `python -m bench codegen`'s file,
+those for each element, Liger-Kernel's behind ours, of the operations, dtypes and widths that the line goes on to name:
 
     <!-- instructions NAME.json rms_norm,clip_grad_norm_ bf16 4096,any -->
 """
