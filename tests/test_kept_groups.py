@@ -15,6 +15,7 @@ from helpers.channel_norms import call, case_of, check, fused, in_format, inputs
 launch = pytest.importorskip("fastnorm.triton_kernels.launch", reason="needs Triton")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+on_triton = pytest.mark.parametrize("device", ["triton"], indirect=True)
 
 # (shape, groups, dtype) with: a row for each channel, and one beyond the last; several rows a channel; rows beyond the
 # last in both; 16 bytes and 8 an access; columns without a channel, and none
@@ -35,6 +36,7 @@ def make(shape, groups, dtype, channels_last, **changes):
 
 
 @pytest.mark.triton
+@on_triton
 @kept_cases
 def test_values(channels_last, shape, groups, dtype, device):
     case = make(shape, groups, dtype, channels_last)
@@ -43,6 +45,7 @@ def test_values(channels_last, shape, groups, dtype, device):
 
 
 @pytest.mark.triton
+@on_triton
 @layouts
 @pytest.mark.parametrize("mean, std", [(1e4, 1.0), (-3e6, 10.0), (1e18, 1e18)], ids=str)
 def test_mean_far_from_zero_and_huge_values(mean, std, channels_last, device):
@@ -52,11 +55,12 @@ def test_mean_far_from_zero_and_huge_values(mean, std, channels_last, device):
 
 
 @pytest.mark.triton
+@on_triton
 @layouts
-def test_a_constant_group_leaves_its_bias(channels_last, kernel_device):
+def test_a_constant_group_leaves_its_bias(channels_last, device):
     shape, groups, dtype = KEPT[channels_last][0]
     case = make(shape, groups, dtype, channels_last).alike(activation=None)
-    tensors = inputs(case, kernel_device)
+    tensors = inputs(case, device)
     with torch.no_grad():
         tensors["x"][:, : shape[1] // groups] = 0.1
     y = call(case, tensors)
@@ -72,14 +76,15 @@ def results(case, tensors, x, dy):
 
 
 @pytest.mark.triton
+@on_triton
 @layouts
-def test_a_sample_is_the_same_in_any_batch_and_anywhere(channels_last, kernel_device):
+def test_a_sample_is_the_same_in_any_batch_and_anywhere(channels_last, device):
     """As one of many, alone, and where no access of 16 bytes can begin, as a slice and with strides."""
     shape, groups, dtype = KEPT[channels_last][1]
     shape = (4, *shape[1:])
     case = make(shape, groups, dtype, channels_last)
-    tensors = inputs(case, kernel_device)
-    x, dy = tensors["x"], in_format(torch.randn(shape).to(dtype), channels_last).to(kernel_device)
+    tensors = inputs(case, device)
+    x, dy = tensors["x"], in_format(torch.randn(shape).to(dtype), channels_last).to(device)
     whole = results(case, tensors, x, dy)
     assert all(torch.equal(a, b) for a, b in zip(whole, results(case, tensors, x, dy), strict=True)), "another run"
     order = (0, 2, 3, 1) if channels_last else (0, 1, 2, 3)
