@@ -82,3 +82,16 @@ def test_instructions(results):
     first, second = filled(results, "instructions", " rms_norm,clip_grad_norm_ bf16 4096,any")
     assert first == ["`rms_norm`", "forward", "bf16", "4096", "8.1 / 13.9 (spills 16)", "12.0 / –"]
     assert second == ["`clip_grad_norm_`", "norm", "bf16", "any", "4.2 / –", "– / –"]
+
+
+def test_models(results):
+    more = {"norms": 20, "mode": "inference", "dtype": "fp32", "original_s": 0.2, "share": 0.125}
+    models = [
+        {"model": "small", "speedup": [0.9, 0.95, 1.1], "agrees": True, **more},
+        {"model": "large", "speedup": [None, 1.07, None], "agrees": False, **more},
+    ]
+    (results / "some.json").write_text(json.dumps({"results": models}))
+    assert filled(results, "models") == [
+        ["small, 20 norms", "inference", "fp32", "200 ms", "0.95x ▼ (0.90 to 1.10)", "12%"],
+        ["large, 20 norms", "inference", "fp32", "200 ms", "1.07x WRONG", "12%"],
+    ]
