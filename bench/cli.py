@@ -148,7 +148,8 @@ def _add_models(add: Callable) -> None:
 
 
 def _add_codegen(add: Callable) -> None:
-    known = problem.DEFAULTS | {"dtypes": problem.DTYPES}
+    operations = (*problem.DEFAULTS["operations"], *problem.FEATURED)
+    known = problem.DEFAULTS | {"dtypes": problem.DTYPES, "operations": operations}
     for of, default in problem.DEFAULTS.items():
         one = positive(int) if of == "widths" else name(known[of], of.removesuffix("s"))
         add(f"--{of}", type=several(one), metavar="LIST", help=f"by commas (default: {','.join(map(str, default))})")

@@ -12,6 +12,8 @@ LONG_WIDTHS = (32768, 65536)
 ODD_WIDTHS = (1793, 3585, 14337)  # take most registers, and 16-byte accesses are not to be had
 DIRECTIONS = ("forward", "backward")
 OPERATIONS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
+# features of the same kernels, compiled where they are named
+FEATURED = ("gated_rms_norm", "gated_rms_norm_gate_first", "modulated_rms_norm", "modulated_layer_norm")
 # (N, C, S): ResNet-50's and a diffusion UNet's
 IMAGES = {
     "batch_norm": ((32, 256, 3136), (32, 1024, 196), (32, 2048, 49)),  # larger ones are served by the same code
@@ -79,7 +81,7 @@ def problems_of(
     operations = tuple(operations)
     found = []
     for target in targets:
-        rows = itertools.product([op for op in operations if op in OPERATIONS], DIRECTIONS, dtypes, widths)
+        rows = itertools.product([op for op in operations if op in OPERATIONS + FEATURED], DIRECTIONS, dtypes, widths)
         found += [Problem(target, *each) for each in rows]
         images = [(op, image) for op in operations for image in IMAGES.get(op, ())]
         for (op, image), direction, dtype, last in itertools.product(images, DIRECTIONS, dtypes, (False, True)):

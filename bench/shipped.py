@@ -12,6 +12,7 @@ from fastnorm.views import ChannelView
 from .problem import CLIPS, DIRECTIONS, DTYPES, GROUPS, OTHER_NORMS, ROWS, UNITS, Problem
 
 HOST = torch.device("cpu")  # of the tables, which are never read
+SAMPLES = 2  # whose rows are modulated alike
 
 
 def call(problem: Problem) -> None:
@@ -26,19 +27,24 @@ def call(problem: Problem) -> None:
 
 def _call_with_rows(problem: Problem) -> None:
     types = DTYPES[problem.dtype]
-    adds, centers = problem.operation.startswith("add_"), problem.operation.endswith("layer_norm")
+    kind, _, rest = problem.operation.partition("_")
+    adds, centers, modulates = kind in ("add", "modulated"), "layer_norm" in problem.operation, kind == "modulated"
+    samples = SAMPLES if modulates else 1
 
     def rows(dtype: torch.dtype) -> Tensor:
         return torch.empty(ROWS, problem.cols, dtype=dtype, device="meta")
 
-    parameter = torch.empty(problem.cols, dtype=types.parameters, device="meta")
+    sizes = (samples, problem.cols) if modulates else (problem.cols,)
+    parameter = torch.empty(sizes, dtype=types.parameters, device="meta")
+    gate, x_gate = rows(types.x) if kind == "gated" else None, parameter if modulates else None
+    options = modulates, True, not rest.endswith("gate_first"), None  # zero_centered, silu, norm_before_gate, rounding
     statistic = torch.empty(ROWS, dtype=torch.promote_types(types.x, torch.float32), device="meta")
-    bias, residual_dtype = parameter if centers else None, types.residual if adds else None
+    bias, residual_dtype = parameter if centers or modulates else None, types.residual if adds else None
     if problem.direction == "forward":
         residual = rows(residual_dtype) if adds else None
         triton_kernels.row_norm_forward(
-            rows(types.x), residual, None, None, 1, 1, 1, parameter, bias, 1e-6, centers, False, True, True, None,
-            types.x, residual_dtype,
+            rows(types.x), residual, gate, x_gate, 1, 1, samples, parameter, bias, 1e-6, centers, *options, types.x,
+            residual_dtype,
         )  # fmt: skip
     else:
         dh, h, mean = (
@@ -46,10 +52,10 @@ def _call_with_rows(problem: Problem) -> None:
             rows(types.residual if adds else types.x),
             statistic if centers else None,
         )
-        dtypes = types.x, residual_dtype, types.parameters, types.parameters if centers else None
+        dtypes = types.x, residual_dtype, types.parameters, types.parameters if bias is not None else None
+        x = rows(types.x) if modulates else None
         triton_kernels.row_norm_backward(
-            rows(types.x), dh, h, None, None, None, 1, 1, 1, parameter, None, mean, statistic, False, True, True, None,
-            *dtypes,
+            rows(types.x), dh, h, x, gate, x_gate, 1, 1, samples, parameter, None, mean, statistic, *options, *dtypes,
         )  # fmt: skip
 
 

@@ -34,6 +34,8 @@ def step_of(problem: Problem, kernel: str, constants: Mapping[str, Any], signatu
 
     if problem.provider == LIGER:
         return _liger_step(problem, constants)
+    if "PIECES" in constants:  # a group that is kept
+        return Step((constants["N_ROWS"] * constants["N_COLS"],), is_whole=True)
     if "N_COLS" in constants:
         return Step((constants["N_COLS"] * constants["ROWS"],), is_whole="backward" not in kernel)
     if "TILE" in constants:  # rows of any length

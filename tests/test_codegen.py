@@ -242,6 +242,29 @@ kernel:                                 ; @kernel
 """
 
 
+# What a feature adds to a norm, in instructions an element: moving and converting its tensors, and arithmetic.
+FEATURES = {
+    ("gated_rms_norm", "forward"): ("rms_norm", 1.6 + 7),  # SiLU is five, its product with the norm two
+    ("gated_rms_norm_gate_first", "forward"): ("rms_norm", 1.6 + 7),
+    ("gated_rms_norm", "backward"): ("rms_norm", 2.3 + 14),  # SiLU and its slope, and the gate's gradient
+    ("gated_rms_norm_gate_first", "backward"): ("rms_norm", 2.3 + 14),
+    ("modulated_layer_norm", "forward"): ("add_layer_norm", 1.6 + 1),  # x's gate, and 1 + scale
+    ("modulated_layer_norm", "backward"): ("add_layer_norm", 3.1 + 4),  # x is read, dresidual written; a third sum
+}
+
+
+def test_features_cost_what_they_add(kernel_cache, tmp_path):
+    """Within 20 %, and none spills."""
+    operations = ",".join(dict.fromkeys(name for (name, _), (plain, _) in FEATURES.items() for name in (plain, name)))
+    command = f"-m bench codegen --operations {operations} --targets sm_90 --widths 4096 --dtypes bf16"
+    done = run(kernel_cache, *command.split(), "--providers", "fastnorm", "--jobs", "2", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = summary.kernels_of(tmp_path / "codegen-custom.json")
+    count = {(k["operation"], k["kernel"].removeprefix("row_norm_")): k["instructions"] for k in found}
+    for (operation, direction), (plain, added) in FEATURES.items():
+        assert count[operation, direction] <= 1.2 * (count[plain, direction] + added), (operation, direction)
+
+
 def test_instructions_are_those_of_a_turn_and_of_the_way_that_moves_most():
     """Of NVIDIA's: 4 in the loop before the inner one, not those of the other way, which moves half; 2 in the inner
     one for each of its turns; and the jump back. Neither what is around the loop nor the trap behind the end counts."""
