@@ -149,6 +149,11 @@ _DEEPSEEK_V3 = {
 }  # fmt: skip
 _MAMBA2 = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2,
            "chunk_size": 8, "use_cache": False}  # fmt: skip
+_ZAMBA2 = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "layers_block_type": ["linear_attention", "hybrid"], "n_mamba_heads": 8,
+    "mamba_ngroups": 2, "mamba_d_state": 8, "chunk_size": 8, "adapter_rank": 8, "use_cache": False,
+}  # fmt: skip
 _QWEN3_NEXT = _DECODER | {  # one head: with more, aot_eager can't run the original's backward
     "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 1, "linear_num_value_heads": 1,
     "linear_key_head_dim": 16, "linear_value_head_dim": 16, "mlp_only_layers": [0, 1],
@@ -187,6 +192,7 @@ TRANSFORMERS = {
     "T5": Case(_transformers("T5", **_T5), _tokens, 12),
     # with norms that have a gate: before it in groups, behind it, behind it in groups
     "Mamba2": Case(_transformers("Mamba2", **_MAMBA2), _tokens, 5),
+    "Zamba2": Case(_transformers("Zamba2", **_ZAMBA2), _tokens, 7),
     "Qwen3Next": Case(_transformers("Qwen3Next", **_QWEN3_NEXT), _tokens, 8),
     "FalconH1": Case(_transformers("FalconH1", **_FALCON_H1), _tokens, 7),
 }
