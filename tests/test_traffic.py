@@ -21,8 +21,8 @@ GATED = ("gated_rms_norm", "gated_layer_norm", "gated_rms_norm, gate first")
 OPERATIONS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", *GATED)
 # reads and writes of forward and backward, in passes over x; the forward reads x or h again where a row is longer
 PASSES = {"plain": ((1, 1), (2, 1)), "add": ((2, 2), (3, 1)), "gated": ((2, 1), (3, 2))}
-# Thread instructions an element in bf16, forward and backward: what they take, rounded up. They are PTX's, which has one
-# for a division, where machine code has eight: a sigmoid by the reciprocal counts one more, and takes eight fewer.
+# Thread instructions an element in bf16, forward and backward: what they take, rounded up. They are PTX's, which has
+# one for a division, where machine code has eight: a sigmoid by the reciprocal counts one more, and takes eight fewer.
 INSTRUCTIONS = {
     "rms_norm": (10.7, 16.5),
     "layer_norm": (16.9, 20.7),
