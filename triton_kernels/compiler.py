@@ -72,8 +72,10 @@ def materialize(dweight_sums, dbias_sums, statistics, stop, n_rows):
 def reciprocal(x):
     """1/x in float32, off by a unit in the last place at most, and zero where it is subnormal.
 
-    A division takes eight instructions on NVIDIA's cards, most of them for subnormal numbers. A sigmoid needs one an
-    element, and the passes of group_norm with a SiLU are bound by instructions as much as by bytes."""
+    A division takes eight instructions on NVIDIA's cards (Triton 3.8), most of them for subnormal numbers. A sigmoid
+    needs one an element, and the passes of group_norm with a SiLU are bound by instructions as much as by bytes. Of
+    gated_rms_norm's forward, with it, `python -m bench codegen --operations gated_rms_norm --dtypes bf16 --widths 4096
+    --targets sm_90` counts 17.6 instructions an element."""
     if _INTERPRETED:
         return 1.0 / x
     elif is_cuda():

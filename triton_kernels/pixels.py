@@ -24,15 +24,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .channel_tiles import (
-    activated,
-    activation_gradient,
-    affine,
-    input_gradient,
-    load_mask,
-    normalized,
-    statistics,
-)
+from .channel_tiles import activated, activation_gradient, affine, input_gradient, load_mask, normalized, statistics
 from .jit import jit
 from .moments import Partials, add_tiles, join_lanes, load_centered, moment_fields
 from .tiles import load_tile, store_tile

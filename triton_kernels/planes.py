@@ -11,15 +11,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .channel_tiles import (
-    activated,
-    activation_gradient,
-    affine,
-    input_gradient,
-    load_mask,
-    normalized,
-    statistics,
-)
+from .channel_tiles import activated, activation_gradient, affine, input_gradient, load_mask, normalized, statistics
 from .jit import jit
 from .moments import add_tiles, join_lanes, load_centered, moment_fields
 from .plane_walk import advance, begin, element_mask, unit_offset, vector_offset, walk_units
