@@ -116,6 +116,11 @@ def test_tiles_of_a_group(channels, size, channels_last, itemsize, kept):
     assert tiles.count * tiles.vector * kept <= 96 and 2 <= tiles.warps <= 16
 
 
+def test_rows_of_less_than_64_bytes_are_not_kept():
+    assert launch.group_tiles(40, 40, False, 2, 1) is launch.group_tiles(16, 256, True, 2, 1) is None
+    assert launch.group_tiles(40, 96, False, 2, 1) and launch.group_tiles(32, 256, True, 2, 1)
+
+
 def test_groups_of_a_unet():
     """All contiguous ones but the longest in the backward; of channels_last the short ones."""
     images = ((10, 4096), (20, 1024), (40, 256), (40, 64))
