@@ -1,12 +1,13 @@
 """`python -m bench monitor`: what fastnorm.Monitor adds to the training steps of a real pretrained model.
 
 The model, its sentences and its loss are those of `real-model`, its LayerNorms fastnorm's, the optimizer a fused AdamW.
-A monitor does more in one step of twenty, when it measures the weights, which a median over steps would not see. So
+In one step of `updates_every` a monitor does more: it measures the weights, which a median over steps would not see. So
 steps take turns without a monitor, with one that measures no weights and with one that does. What the defaults add is
-nineteen twentieths of the one and a twentieth of the other, in each round; shown are the median over the rounds and its
-interval by the sign test. All steps are of one model, because of two copies one may be faster.
+the mean of the two, weighted by how many steps of each there are, in each round; shown are the median over the rounds
+and its interval by the sign test. All steps are of one model, because of two copies one may be faster.
 """
 
+import inspect
 import statistics
 from argparse import Namespace
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ CLIPS = {
     "clip_grad_norm_": lambda model: fastnorm.clip_grad_norm_(model.parameters(), 1.0),
     "no clip": lambda model: None,
 }
-EVERY = 20  # fastnorm.Monitor's updates_every
+EVERY = inspect.signature(fastnorm.Monitor).parameters["updates_every"].default
 NEVER = 10**9
 SIDES = {"plain": None, "ordinary": NEVER, "measuring": 1}  # updates_every of the timed step's monitor
 BUDGET = {"repeats": 100, "max_time": 300.0, "min_time": 0.0}

@@ -368,11 +368,11 @@ def test_intervals_of_medians():
 
 
 def test_what_a_monitor_adds_is_weighted():
-    """It measures the weights in one step of twenty: a median over all steps would not see that."""
-    samples = {"plain": [1.0, 2.0, 4.0] * 4, "ordinary": [1.01, 2.02, 4.04] * 4, "measuring": [1.41, 2.82, 5.64] * 4}
+    """It measures the weights in one step of `updates_every`: a median over all steps would not see that."""
+    samples = {"plain": [1.0, 2.0, 4.0] * 4, "ordinary": [1.01, 2.02, 4.04] * 4, "measuring": [2.01, 4.02, 8.04] * 4}
     found = monitor.summary(samples)
     assert found["plain_s"] == 2.0
-    for name, share in (("ordinary", 0.01), ("measuring", 0.41), ("added", 0.03)):
+    for name, share in (("ordinary", 0.01), ("measuring", 1.01), ("added", 0.03)):
         assert found[name] == pytest.approx((share, share, share))
 
 

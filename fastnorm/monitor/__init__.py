@@ -103,7 +103,7 @@ class Monitor:
         keep: int = 1000,
         *,
         groups: Mapping[str, str] | Callable[[str], str] | None = None,
-        updates_every: int = 20,
+        updates_every: int = 50,
         flush_every: int = 10,
         dead_neurons: bool | tuple[type[nn.Module], ...] = False,
         spike_factor: float = 5.0,
@@ -233,7 +233,7 @@ class Monitor:
     def _collect(self, wait: bool) -> None:
         """Takes over the rows that have arrived, and calls on_spike."""
         while (row := self._transfer.next(wait)) is not None:
-            norm = row.total_norm(len(self._measurements.parameters))
+            norm = row.total_norm()
             times = self._median.times(norm)
             self._median.add(norm)
             row.spike = times if times is not None and times > self.spike_factor else None

@@ -117,7 +117,7 @@ def decode(row: Row, names: Names) -> Record:
         put(series["zero_share"], part.where, values.new_tensor(shares))
     coefficient, threshold = row.number("coefficient"), row.number("threshold")
     skipped = row.number("skipped") > 0
-    return Record(row.step, row.total_norm(count), coefficient, threshold, skipped, row.spike, series)
+    return Record(row.step, row.total_norm(), coefficient, threshold, skipped, row.spike, series)
 
 
 def _input_rms(row: Row, count: int) -> Tensor:
@@ -125,7 +125,8 @@ def _input_rms(row: Row, count: int) -> Tensor:
     squares, sizes = torch.zeros(2, count, dtype=torch.float64, device="cpu")
     for values, part in row.of_kind("inputs"):
         where = torch.tensor(part.where, device="cpu")
-        squares.index_add_(0, where, values.square() - values.new_tensor(part.offsets))
+        factors, offsets = values.new_tensor(part.factors), values.new_tensor(part.offsets)
+        squares.index_add_(0, where, factors * values.square() - offsets)
         sizes.index_add_(0, where, values.new_tensor(part.sizes))
     return (squares.clamp(min=0) / sizes).sqrt()  # below 0 by rounding, where eps is far above x²
 

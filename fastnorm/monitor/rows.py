@@ -17,14 +17,15 @@ from torch import Tensor
 
 
 class Piece(NamedTuple):
-    """Numbers of one kind, on the device. where: what they belong to, by position; sizes: of how many elements;
-    offsets: what is too much in their squares."""
+    """Numbers of one kind, on the device. where: what they belong to, by position. Of inputs also, sizes: how many
+    elements; factors and offsets: the sum of their squares is factor · number² − offset."""
 
     kind: str
     values: Tensor
     where: Sequence[int] = ()
     sizes: Sequence[int] = ()
     offsets: Sequence[float] = ()
+    factors: Sequence[float] = ()
 
 
 class Part(NamedTuple):
@@ -35,6 +36,7 @@ class Part(NamedTuple):
     where: Sequence[int]
     sizes: Sequence[int]
     offsets: Sequence[float]
+    factors: Sequence[float]
 
 
 class Shared:
@@ -63,7 +65,7 @@ class Row:
     @classmethod
     def of(cls, step: int, pieces: Sequence[Piece]) -> Row:
         """Reads and copies the pieces' numbers, to the first of their devices that is no CPU."""
-        parts = [Part(p.kind, p.values.numel(), p.where, p.sizes, p.offsets) for p in pieces]
+        parts = [Part(p.kind, p.values.numel(), *p[2:]) for p in pieces]
         flat = [piece.values.reshape(-1) for piece in pieces]
         return cls(step, parts, concatenated(flat) if flat else torch.empty(0, device="cpu"))
 
@@ -89,10 +91,16 @@ class Row:
         found = [values for values, _ in self.of_kind(kind)]
         return torch.cat(found).min().item() if found else math.nan
 
-    def total_norm(self, parameters: int) -> float:
+    def total_norm(self) -> float:
         """The clip's own total norm, if one clip measured all gradients; else the L2 norm of all of them."""
         total = self.of_kind("total")
-        return total[0][0].item() if total else torch.linalg.vector_norm(self.norms(parameters)[0]).item()
+        if total:
+            return total[0][0].item()
+        found = [v if -1 not in part.where else v[torch.tensor(part.where) >= 0] for v, part in self.of_kind("norms")]
+        norm = torch.linalg.vector_norm(torch.cat(found)) if found else torch.zeros((), device="cpu")
+        for scale, _ in self.of_kind("scale"):
+            norm = norm / scale
+        return norm.item()
 
     def norms(self, parameters: int) -> tuple[Tensor, Tensor]:
         """(parameters,): the L2 norms of the gradients, and whether there is one."""

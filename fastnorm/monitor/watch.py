@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import weakref
 from collections.abc import Callable
 from itertools import chain
@@ -34,8 +33,8 @@ Action = Callable[["ForwardWatch", str, nn.Module, tuple[Any, ...], dict[str, An
 
 
 class _Inputs(NamedTuple):
-    """The inputs of some norms in all passes so far. lengths: their L2 norms, with eps for each element added to the
-    squares; offsets: the sums of these eps."""
+    """The inputs of some norms in all passes so far. lengths: the L2 norms of their statistics; sizes: elements;
+    offsets: the sums of eps for each element, which the statistics add to the squares."""
 
     lengths: Tensor
     sizes: list[int]
@@ -47,6 +46,13 @@ class _Inputs(NamedTuple):
         return _Inputs(torch.hypot(self.lengths, others.lengths), sizes, offsets)
 
 
+class _Source(NamedTuple):
+    """A norm. factor: the elements of its input that a statistic is of: of so many x the statistics have the square."""
+
+    name: str
+    factor: float
+
+
 class ForwardWatch:
     """The hooks of one model. is_on: whether norms are listened to. reads: whether tensors may be read, too."""
 
@@ -54,6 +60,7 @@ class ForwardWatch:
         self.is_on = self.reads = False
         norms, layers = layers_of(model, _NORMS), layers_of(model, kinds) if kinds else {}
         self.norms, self.layers = list(norms), list(layers)
+        self._positions = {name: i for i, name in enumerate(self.norms)}
         self._shared = Shared()
         self._clear()
         self._handles = []
@@ -69,7 +76,7 @@ class ForwardWatch:
 
     def _clear(self) -> None:
         self._told: dict[str, Statistics] = {}  # of one pass
-        self._inputs: dict[tuple[str, ...], _Inputs] = {}
+        self._inputs: dict[tuple[_Source, ...], _Inputs] = {}
         self._zeros = ZeroCounts()
 
     def take(self) -> list[Piece]:
@@ -79,11 +86,14 @@ class ForwardWatch:
         self._clear()
         pieces = []
         if inputs:
-            where = [self.norms.index(name) for name in chain.from_iterable(inputs)]
+            sources = list(chain.from_iterable(inputs))
+            where = [self._positions[source.name] for source in sources]
+            factors = [source.factor for source in sources]
             sizes = list(chain.from_iterable(found.sizes for found in inputs.values()))
             offsets = list(chain.from_iterable(found.offsets for found in inputs.values()))
             lengths = concatenated([found.lengths for found in inputs.values()])
-            pieces.append(Piece("inputs", lengths, self._shared(where), self._shared(sizes), self._shared(offsets)))
+            shared: list[list[Any]] = [self._shared(numbers) for numbers in (where, sizes, offsets, factors)]
+            pieces.append(Piece("inputs", lengths, *shared))
         if zeros.sizes:
             where = [self.layers.index(name) for name in zeros.sizes]
             pieces.append(Piece("nonzero", _stacked(zeros.nonzero.values()), where, list(zeros.sizes.values())))
@@ -95,31 +105,33 @@ class ForwardWatch:
                 self._reduce()
         self._told[name] = found
 
+    @torch.no_grad()
     def _reduce(self) -> None:
         """Σx² of a part of x is (1/rstd² + mean²) · its size, less eps for each element. All norms at once: a few
         launches."""
         if not self._told:
             return
         told, self._told = self._told, {}
-        names = tuple(sorted(told, key=lambda name: told[name].mean is None))  # those with means first
+        names = sorted(told, key=lambda name: told[name].mean is None)  # those with means first
         found = [told[name] for name in names]
-        scales = [math.sqrt(f.size / f.rstd.numel()) for f in found]
         means = [f.mean for f in found if f.mean is not None]
-        terms = [*torch._foreach_reciprocal([f.rstd for f in found]), *means]
-        lengths = norms_of(torch._foreach_mul(terms, scales + scales[: len(means)]))
+        lengths = norms_of([*torch._foreach_reciprocal([f.rstd for f in found]), *means])
         own, of_means = lengths[: len(found)], lengths[len(found) :]
         if means:
             own[: len(means)].copy_(torch.hypot(own[: len(means)], of_means))
-        self._add(names, _Inputs(own, [f.size for f in found], [f.eps * f.size for f in found]))
+        sources = tuple(_Source(name, f.size / f.rstd.numel()) for name, f in zip(names, found, strict=True))
+        self._add(sources, _Inputs(own, [f.size for f in found], [f.eps * f.size for f in found]))
 
+    @torch.no_grad()
     def add_input(self, name: str, x: Tensor) -> None:
         length = torch.linalg.vector_norm(x, dtype=stat_dtype(x.dtype)).view(1)
-        self._add((name,), _Inputs(length, [x.numel()], [0.0]))
+        self._add((_Source(name, 1.0),), _Inputs(length, [x.numel()], [0.0]))
 
-    def _add(self, names: tuple[str, ...], inputs: _Inputs) -> None:
-        before = self._inputs.get(names)
-        self._inputs[names] = inputs if before is None else before.joined(inputs)
+    def _add(self, sources: tuple[_Source, ...], inputs: _Inputs) -> None:
+        before = self._inputs.get(sources)
+        self._inputs[sources] = inputs if before is None else before.joined(inputs)
 
+    @torch.no_grad()
     def add_output(self, name: str, output: Tensor) -> None:
         self._zeros.add(name, output)
 
@@ -187,8 +199,7 @@ class _Hook:
         watch = self.watch()
         if watch is None or self.action is None or not watch.is_on or not torch.is_grad_enabled():
             return
-        with torch.no_grad():
-            self.action(watch, self.name, module, args, kwargs, output)
+        self.action(watch, self.name, module, args, kwargs, output)
 
     def __reduce__(self) -> Any:
         return _Hook, ()
