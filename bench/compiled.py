@@ -113,6 +113,7 @@ def _describe(
 ) -> Kernel:
     (registers, spilled), metadata = machine_code.resources(compiled), compiled.metadata
     target, multiprocessor = machine_code.TARGETS[problem.target]
+    cols = constants["TILES"][0][0] if "TILES" in constants else constants.get("N_COLS")
     name = name.strip("_").removesuffix("_kernel")
     step = step_of(problem, name, constants, signature) if counts else None
     costs = machine_code.element_costs(compiled, step, metadata.num_warps * target.warp_size) if step else (None, None)
@@ -120,7 +121,7 @@ def _describe(
     name = name if kind == "squares" else f"{name}_{kind}"
     return Kernel(
         provider=problem.provider, target=problem.target, operation=problem.operation, kernel=name,
-        dtype=problem.dtype, cols=problem.cols if problem.provider == LIGER else constants.get("N_COLS"),
+        dtype=problem.dtype, cols=problem.cols if problem.provider == LIGER else cols,
         warps=metadata.num_warps, registers=registers, spilled=spilled, shared=metadata.shared,
         resident_warps=multiprocessor.resident_warps(metadata.num_warps, registers, metadata.shared),
         access=_row_access(machine_code.access_bytes(compiled, signature), signature),

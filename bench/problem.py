@@ -13,7 +13,8 @@ ODD_WIDTHS = (1793, 3585, 14337)  # take most registers, and 16-byte accesses ar
 DIRECTIONS = ("forward", "backward")
 OPERATIONS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
 # features of the same kernels, compiled where they are named
-FEATURED = ("gated_rms_norm", "gated_rms_norm_gate_first", "modulated_rms_norm", "modulated_layer_norm")
+HEADS = ("rms_norm_many", "rms_norm_many_rotary")  # of which a row is a head
+FEATURED = ("gated_rms_norm", "gated_rms_norm_gate_first", "modulated_rms_norm", "modulated_layer_norm", *HEADS)
 # (N, C, S): ResNet-50's and a diffusion UNet's
 IMAGES = {
     "batch_norm": ((32, 256, 3136), (32, 1024, 196), (32, 2048, 49)),  # larger ones are served by the same code

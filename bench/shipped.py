@@ -9,7 +9,7 @@ from fastnorm import policy_rules, triton_kernels
 from fastnorm.triton_kernels import agc, clip_policy, multi_tensor, tables
 from fastnorm.views import ChannelView
 
-from .problem import CLIPS, DIRECTIONS, DTYPES, GROUPS, OTHER_NORMS, ROWS, UNITS, Problem
+from .problem import CLIPS, DIRECTIONS, DTYPES, GROUPS, HEADS, OTHER_NORMS, ROWS, UNITS, Problem
 
 HOST = torch.device("cpu")  # of the tables, which are never read
 SAMPLES = 2  # whose rows are modulated alike
@@ -21,6 +21,8 @@ def call(problem: Problem) -> None:
         _call_with_gradients(problem)
     elif problem.image is not None:
         _call_with_image(problem)
+    elif problem.operation in HEADS:
+        _call_with_heads(problem)
     else:
         _call_with_rows(problem)
 
@@ -57,6 +59,19 @@ def _call_with_rows(problem: Problem) -> None:
         triton_kernels.row_norm_backward(
             rows(types.x), dh, h, x, gate, x_gate, 1, 1, samples, parameter, None, mean, statistic, *options, *dtypes,
         )  # fmt: skip
+
+
+def _call_with_heads(problem: Problem) -> None:
+    """One input, as the kernels' code for others is the same; cos and sin of each row."""
+    types = DTYPES[problem.dtype]
+    x = torch.empty(ROWS, problem.cols, dtype=types.x, device="meta")
+    weight = torch.empty(problem.cols, dtype=types.parameters, device="meta")
+    rotations = ([x], [x]) if problem.operation.endswith("rotary") else ([], [])
+    if problem.direction == "forward":
+        triton_kernels.rms_norm_many_forward([x], [weight], *rotations, False, 1e-6, False, None, types.x)
+    else:
+        rstd = torch.empty(ROWS, dtype=torch.promote_types(types.x, torch.float32), device="meta")
+        triton_kernels.rms_norm_many_backward([x], [x], [weight], [rstd], *rotations, False, False, None, [True])
 
 
 def _call_with_image(problem: Problem) -> None:

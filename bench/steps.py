@@ -36,6 +36,9 @@ def step_of(problem: Problem, kernel: str, constants: Mapping[str, Any], signatu
         return _liger_step(problem, constants)
     if "PIECES" in constants:  # a group that is kept
         return Step((constants["N_ROWS"] * constants["N_COLS"],), is_whole=True)
+    if "TILES" in constants:  # of several inputs, of which a call here has one
+        cols, _, _, rows = constants["TILES"][0]
+        return Step((cols * rows,), is_whole="backward" not in kernel)
     if "N_COLS" in constants:
         return Step((constants["N_COLS"] * constants["ROWS"],), is_whole="backward" not in kernel)
     if "TILE" in constants:  # rows of any length

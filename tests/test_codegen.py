@@ -251,17 +251,23 @@ FEATURES = {
     ("modulated_layer_norm", "forward"): ("add_layer_norm", 1.6 + 1),  # x's gate, and 1 + scale
     ("modulated_layer_norm", "backward"): ("add_layer_norm", 3.1 + 4),  # x is read, dresidual written; a third sum
 }
+ROTATIONS = {  # cos and sin are loaded and widened, and there are two products more
+    ("rms_norm_many_rotary", "forward"): ("rms_norm_many", 1.6 + 2),
+    ("rms_norm_many_rotary", "backward"): ("rms_norm_many", 1.6 + 2),
+}
 
 
-def test_features_cost_what_they_add(kernel_cache, tmp_path):
+@pytest.mark.parametrize("features, cols", [(FEATURES, 4096), (ROTATIONS, 128)], ids=["rows", "heads"])
+def test_features_cost_what_they_add(kernel_cache, tmp_path, features, cols):
     """Within 20 %, and none spills."""
-    operations = ",".join(dict.fromkeys(name for (name, _), (plain, _) in FEATURES.items() for name in (plain, name)))
-    command = f"-m bench codegen --operations {operations} --targets sm_90 --widths 4096 --dtypes bf16"
+    operations = ",".join(dict.fromkeys(name for (name, _), (plain, _) in features.items() for name in (plain, name)))
+    command = f"-m bench codegen --operations {operations} --targets sm_90 --widths {cols} --dtypes bf16"
     done = run(kernel_cache, *command.split(), "--providers", "fastnorm", "--jobs", "2", "--output", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    found = summary.kernels_of(tmp_path / "codegen-custom.json")
-    count = {(k["operation"], k["kernel"].removeprefix("row_norm_")): k["instructions"] for k in found}
-    for (operation, direction), (plain, added) in FEATURES.items():
+    found = [k for k in summary.kernels_of(tmp_path / "codegen-custom.json") if k["instructions"] is not None]
+    count = {(k["operation"], k["kernel"].rpartition("_")[2]): k["instructions"] for k in found}
+    assert {k["cols"] for k in found} == {cols} and not any(k["spilled"] for k in found)
+    for (operation, direction), (plain, added) in features.items():
         assert count[operation, direction] <= 1.2 * (count[plain, direction] + added), (operation, direction)
 
 
