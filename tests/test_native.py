@@ -55,6 +55,30 @@ def test_a_row_is_the_same_wherever_it_lies(op, cols, dtype):
 
 
 @pytest.mark.instruction_sets
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("cols", [1, 8, 24, 40, 64, 100, 128])
+def test_a_narrow_row_is_the_same_among_others(op, cols, dtype):
+    """Kernels take several at once. Of these rows some need a third pass, double precision, or are not finite."""
+    x, other, dy, dh = (random_rows(21, cols, dtype) for _ in range(4))
+    weight, bias = (random_rows(1, cols, dtype)[0] for _ in range(2))
+    x[3] += 1e4
+    x[5], other[5] = torch.finfo(dtype).max / 4, 0
+    x[9, 0] = float("nan")
+
+    def results(rows, y_dtype):
+        y, h, *moments = forward(native, op, x[rows], other[rows], weight, bias, out_dtype=y_dtype)
+        gradients = backward(native, op, dy[rows], dh[rows], x[rows] if h is None else h, weight, *moments)
+        return [t for t in (y, h, *moments, *gradients[:2]) if t is not None]
+
+    for y_dtype in {dtype, torch.float32}:  # the other one is converted row by row
+        whole = results(slice(None), y_dtype)
+        for rows in [slice(3, 20), *(slice(r, r + 1) for r in range(21))]:
+            for found, expected in zip(results(rows, y_dtype), whole, strict=True):
+                torch.testing.assert_close(found, expected[rows], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.instruction_sets
 @pytest.mark.parametrize("cols", [*range(1, 71), 127, 128, 129, 256, 1023, 1025, 1041, 4095, 4097, 8191, 12290])
 def test_every_vector_tail(cols):
     x, dy, w, b = (random_rows(3, cols) for _ in range(4))

@@ -139,16 +139,21 @@ void gated_backward(const BackwardRow<ComputeType<T>>& row) {
 template <typename T, Norm NORM, Gate GATE>
 constexpr NormKernels<ComputeType<T>> gated_kernels = {gated_forward<T, NORM, GATE>, gated_backward<T, NORM, GATE>};
 
+template <typename T, Norm NORM, Gate GATE>
+constexpr NormKernels<ComputeType<T>> plain_kernels = {
+    NORM == Norm::layer ? layer_norm_forward<T> : rms_norm_forward<T>,
+    NORM == Norm::layer ? layer_norm_backward<T, GATE> : rms_norm_backward<T, GATE>, narrow_kernels<T, NORM, GATE>};
+
 template <typename T>
 constexpr RowKernels<ComputeType<T>> kernels_of = {
-    {{{rms_norm_forward<T>, rms_norm_backward<T, Gate::none>},
+    {{plain_kernels<T, Norm::rms, Gate::none>,
       gated_kernels<T, Norm::rms, Gate::after_norm>,
       gated_kernels<T, Norm::rms, Gate::before_norm>,
-      {rms_norm_forward<T>, rms_norm_backward<T, Gate::before_add>}},
-     {{layer_norm_forward<T>, layer_norm_backward<T, Gate::none>},
+      plain_kernels<T, Norm::rms, Gate::before_add>},
+     {plain_kernels<T, Norm::layer, Gate::none>,
       gated_kernels<T, Norm::layer, Gate::after_norm>,
       gated_kernels<T, Norm::layer, Gate::before_norm>,
-      {layer_norm_forward<T>, layer_norm_backward<T, Gate::before_add>}}},
+      plain_kernels<T, Norm::layer, Gate::before_add>}},
     gated_forward<T, Norm::rms, Gate::none>,
     {rotated_rms_norm_forward<T>, rotated_rms_norm_backward<T>},
     add_rows<T>};

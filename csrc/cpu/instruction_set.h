@@ -9,6 +9,8 @@
 
 #include "row_kernels.h"
 
+#include "narrow_row_kernels.h"
+
 #include "rotated_row_kernels.h"
 
 #include "gated_row_kernels.h"

@@ -13,9 +13,12 @@ INLINE double square_sum(const T* x, int64_t n) {
   return sum.total();
 }
 
-struct Moments {
-  double mean, m2;  // m2 = Σ (x − mean)²
+// Of one row, or, in vectors of doubles, of several rows.
+template <typename D>
+struct MomentsIn {
+  D mean, m2;  // m2 = Σ (x − mean)²
 };
+using Moments = MomentsIn<double>;
 
 // Values that every pass reads from memory. The second pass prefetches what lies `ahead` bytes further on.
 template <typename T>
@@ -24,6 +27,8 @@ struct ValuesInMemory {
   using V = VecOf<T>;
   const T* x;
   int64_t n, ahead;
+
+  INLINE double sum() const { return sum_from(0); }
 
   INLINE double sum_from(S centre) const {
     Sum<V> sum;
@@ -53,7 +58,7 @@ struct ValuesInRegisters {
   V of[COUNT];
 
   template <int SIZE>
-  static INLINE double sum(const V* terms) {
+  static INLINE double pairwise_sum(const V* terms) {
     if constexpr (SIZE == 1) {
       return HorizontalSum<lanes<F64>>::sum(in_double(*terms));
     } else {
@@ -62,9 +67,11 @@ struct ValuesInRegisters {
       for (int i = 0; i < SIZE / 2; ++i) {
         pairs[i] = terms[2 * i] + terms[2 * i + 1];
       }
-      return sum<SIZE / 2>(pairs);
+      return pairwise_sum<SIZE / 2>(pairs);
     }
   }
+
+  INLINE double sum() const { return pairwise_sum<COUNT>(of); }
 
   INLINE double sum_from(S centre) const {
     V terms[COUNT];
@@ -72,7 +79,7 @@ struct ValuesInRegisters {
     for (int i = 0; i < COUNT; ++i) {
       terms[i] = of[i] - centre;
     }
-    return sum<COUNT>(terms);
+    return pairwise_sum<COUNT>(terms);
   }
 
   INLINE double square_sum_from(S centre) const {
@@ -81,26 +88,27 @@ struct ValuesInRegisters {
     for (int i = 0; i < COUNT; ++i) {
       terms[i] = (of[i] - centre) * (of[i] - centre);
     }
-    return sum<COUNT>(terms);
+    return pairwise_sum<COUNT>(terms);
   }
 };
 
-// Two passes: the mean, then Σ (x − mean)².
+// Two passes: the mean, then Σ (x − mean)². Values of one row have sums in double; those of several rows (NarrowRows)
+// have vectors of sums.
 template <typename Values>
-INLINE Moments moments_of(const Values& values) {
-  using S = typename Values::S;
-  const double share = 1.0 / values.n;
-  double mean = values.sum_from(S(0)) * share;
-  const S centre = static_cast<S>(mean);
-  double m2 = values.square_sum_from(centre);
-  if (mean * mean > 64 * m2 * share) {
+INLINE auto moments_of(const Values& values) {
+  const double n = static_cast<double>(values.n), share = 1 / n;
+  auto mean = values.sum() * share;
+  const Rounded<typename Values::S, decltype(mean)> centre(mean);
+  auto m2 = values.square_sum_from(centre.value);
+  const auto is_far = mean * mean > 64 * m2 * share;
+  if (any(is_far)) {
     // Far from zero the differences x − centre are exact, and their mean corrects the mean. Near zero they are not
     // exact, and their rounding errors have the same sign.
-    const double offset = values.sum_from(centre) * share;
-    m2 -= offset * offset * values.n;
-    mean = centre + offset;
+    const auto offset = values.sum_from(centre.value) * share;
+    m2 = is_far ? m2 - offset * offset * n : m2;
+    mean = is_far ? centre.in_double() + offset : mean;
   }
-  return {mean, m2};
+  return MomentsIn<decltype(mean)>{mean, m2};
 }
 
 // Merges the moments of blocks by Chan's formula. A block stays in the L1 cache from its first pass to its second.
@@ -258,23 +266,27 @@ INLINE void add_to_column(S* column, V value, bool first, ActiveLanes active) {
 }
 
 // What becomes of the gradient of what was normalised: dx. Gate::before_add, with h = residual + x_gate · x:
-// dx = x_gate · gradient;  dresidual = gradient;  dx_gate += gradient · x.
+// dx = x_gate · gradient;  dresidual = gradient. Returns gradient · x, the row's term of dx_gate. `shared` has the
+// prefetch distances.
 template <typename T, Gate GATE, typename V, typename S>
-INLINE void store_gradient(const BackwardRow<S>& r, int64_t i, V gradient, ActiveLanes active) {
+INLINE V store_gradient(const BackwardRow<S>& shared, const BackwardRow<S>& r, int64_t i, V gradient,
+                        ActiveLanes active) {
   T* dx = static_cast<T*>(r.dx) + i;
-  prefetch(dx, r.dx_ahead);  // a store reads its cache line first
+  prefetch(dx, shared.dx_ahead);  // a store reads its cache line first
   if constexpr (GATE == Gate::before_add) {
     const T* x = static_cast<const T*>(r.gated_x) + i;
-    prefetch(x, r.gated_x_ahead);
+    prefetch(x, shared.gated_x_ahead);
     if (r.dresidual) {
       T* dresidual = static_cast<T*>(r.dresidual) + i;
-      prefetch(dresidual, r.dresidual_ahead);
+      prefetch(dresidual, shared.dresidual_ahead);
       store(dresidual, gradient, active);
     }
-    add_to_column(r.dx_gate + i, gradient * load(x, active), r.first, active);
-    store(dx, gradient * load(r.x_gate + i, active), active);
+    const V term = gradient * load(x, active);
+    store(dx, gradient * load(shared.x_gate + i, active), active);
+    return term;
   } else {
     store(dx, gradient, active);
+    return V{};
   }
 }
 
@@ -304,7 +316,10 @@ INLINE void rms_norm_gradients(const BackwardRow<ComputeType<T>>& r) {
     if (dh) {
       result += load(dh + i, active);
     }
-    store_gradient<T, GATE>(r, i, result, active);
+    const V dx_gate = store_gradient<T, GATE>(r, r, i, result, active);
+    if constexpr (GATE == Gate::before_add) {
+      add_to_column(r.dx_gate + i, dx_gate, r.first, active);
+    }
     if (r.dweight) {
       add_to_column(r.dweight + i, grad * round_to(x_hat, r.cast), r.first, active);
     }
@@ -345,7 +360,7 @@ struct Scaling {
 
 // A row of COUNT whole vectors, loaded once and kept in registers.
 template <typename T, int COUNT>
-INLINE Statistics<ComputeType<T>> narrow_layer_norm_forward(const ForwardRow<ComputeType<T>>& r) {
+INLINE Statistics<ComputeType<T>> layer_norm_in_registers(const ForwardRow<ComputeType<T>>& r) {
   constexpr int width = lanes<VecOf<T>>;
   const T* x = static_cast<const T*>(r.x);
   T* y = static_cast<T*>(r.y);
@@ -367,19 +382,21 @@ INLINE Statistics<ComputeType<T>> narrow_layer_norm_forward(const ForwardRow<Com
 template <typename T>
 Statistics<ComputeType<T>> layer_norm_forward(const ForwardRow<ComputeType<T>>& row) {
   const auto r = row;  // a copy, as in rms_norm_forward
-  constexpr int64_t width = lanes<VecOf<T>>;
+  [[maybe_unused]] constexpr int64_t width = lanes<VecOf<T>>;
+#if VECTOR_BYTES == 16  // with wider vectors these rows are narrow
   switch (r.n) {
     case 2 * width:
-      return narrow_layer_norm_forward<T, 2>(r);
+      return layer_norm_in_registers<T, 2>(r);
     case 4 * width:
-      return narrow_layer_norm_forward<T, 4>(r);
+      return layer_norm_in_registers<T, 4>(r);
     case 8 * width:
-      return narrow_layer_norm_forward<T, 8>(r);
-#if VECTOR_BYTES == 64  // AVX-512 has 32 registers
-    case 16 * width:
-      return narrow_layer_norm_forward<T, 16>(r);
-#endif
+      return layer_norm_in_registers<T, 8>(r);
   }
+#elif VECTOR_BYTES == 64  // 16 of AVX-512's 32 registers
+  if (r.n == 16 * width) {
+    return layer_norm_in_registers<T, 16>(r);
+  }
+#endif
   const T* x = static_cast<const T*>(r.x);
   T* y = static_cast<T*>(r.y);
   const auto scaling = Scaling<ComputeType<T>>::template of<T>(moments(x, r.n, r.x_ahead), r);
@@ -421,7 +438,10 @@ void layer_norm_backward(const BackwardRow<ComputeType<T>>& row) {
     if (dh) {
       result += load(dh + i, active);
     }
-    store_gradient<T, GATE>(r, i, result, active);
+    const V dx_gate = store_gradient<T, GATE>(r, r, i, result, active);
+    if constexpr (GATE == Gate::before_add) {
+      add_to_column(r.dx_gate + i, dx_gate, r.first, active);
+    }
     if (r.dweight) {
       add_to_column(r.dweight + i, grad * x_hat, r.first, active);
     }

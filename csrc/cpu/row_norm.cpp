@@ -1,9 +1,10 @@
 // The row norms on the CPU: the loops over rows, checks, and the operators. row_kernels.h has the kernels, which work
-// on one row.
+// on one row, and narrow_row_kernels.h those that work on several.
 #include <c10/util/Exception.h>
 #include <c10/util/accumulate.h>
 #include <torch/library.h>
 
+#include <array>
 #include <memory>
 #include <tuple>
 
@@ -40,14 +41,23 @@ Dtype cast_from(std::optional<at::ScalarType> type) {
   return type ? dtype_from(*type) : dtype_of<S>;
 }
 
-// A thread's scratch memory for rows converted to S. It is reused from row to row, so that it stays in the cache.
+// The kernels for narrow rows, if rows of so many columns are.
+template <typename S>
+NarrowKernels<S> narrow_kernels_of(const NormKernels<S>& kernels, int64_t cols) {
+  return cols <= kernels.narrow.cols ? kernels.narrow : NarrowKernels<S>{};
+}
+
+// A thread's scratch memory for rows converted to S: `count` for each of the rows that are done at once. It is reused,
+// so that it stays in the cache.
 template <typename S>
 class Scratch {
  public:
-  Scratch(bool wanted, int count, int64_t cols) : cols_(cols), values_(wanted ? new S[count * cols] : nullptr) {}
-  S* row(int i) { return values_ ? values_.get() + i * cols_ : nullptr; }
+  Scratch(bool wanted, int count, int64_t cols, int rows_at_once = 1)
+      : count_(count), cols_(cols), values_(wanted ? new S[rows_at_once * count * cols] : nullptr) {}
+  S* row(int i, int of = 0) { return values_ ? values_.get() + (of * count_ + i) * cols_ : nullptr; }
 
  private:
+  int count_;
   int64_t cols_;
   std::unique_ptr<S[]> values_;
 };
@@ -112,6 +122,17 @@ class Parameters {
   std::optional<ColumnValues<S>> bias_, x_gate_;
 };
 
+// The rows that one call of a kernel takes. What they share is set in the first and copied by share.
+template <typename Row>
+struct Step {
+  explicit Step(int at_once) : at_once(at_once) {}
+
+  void share() { std::fill_n(rows.begin() + 1, at_once - 1, rows[0]); }
+
+  int at_once;
+  std::array<Row, most_rows_at_once> rows{};
+};
+
 // How many rows of outputs to prepare at once: about a MiB of floats.
 int64_t rows_to_prepare(int64_t width) { return std::max<int64_t>(1, (1 << 18) / width); }
 
@@ -136,12 +157,15 @@ struct ForwardRows {
         needs_scratch(gated || call.cos.defined() || x.converts() || residual.converts() || h.converts() ||
                       y.converts()),
         add(kernels<S>(working).add),
-        forward(kernels_of<S>(call, working).forward) {
+        forward(kernels_of<S>(call, working).forward),
+        narrow(narrow_kernels_of(kernels_of<S>(call, working), levels.cols() / call.groups)) {
     if (call.norm == Norm::rms && call.bias && !call.gate.defined()) {
       forward = kernels<S>(working).biased_rms_norm;
+      narrow = {};
     }
     if (call.cos.defined()) {
       forward = kernels<S>(working).rotated_rms_norm.forward;
+      narrow = {};
     }
   }
 
@@ -163,24 +187,44 @@ struct ForwardRows {
   bool has_one_stride() const { return x.has_one_stride() && gate.has_one_stride(); }
 
   void look_ahead(int64_t i, ForwardRow<S>& row) const {
-    row.x_ahead = x.ahead(i);
-    row.gate_ahead = gate.ahead(i);
-    row.y_ahead = y.ahead(i);
+    row.x_ahead = x.ahead(i, narrow.rows);
+    row.gate_ahead = gate.ahead(i, narrow.rows);
+    row.y_ahead = y.ahead(i, narrow.rows);
   }
 
-  void run(int64_t i, ForwardRow<S>& row, Scratch<S>& scratch) const {
-    row.x = x.read(i, scratch.row(0));
+  static void end_look_ahead(ForwardRow<S>& row) { row.x_ahead = row.gate_ahead = row.y_ahead = 0; }
+
+  // `count` rows from i on.
+  void run(int64_t i, int count, ForwardRow<S>* rows, Scratch<S>& scratch) const {
+    Statistics<S> statistics[most_rows_at_once];
+    for (int r = 0; r < count; ++r) {
+      begin(i + r, rows[r], scratch, r);
+    }
+    if (narrow.forward) {
+      narrow.forward(rows, count, statistics);
+    } else {
+      statistics[0] = forward(rows[0]);
+    }
+    for (int r = 0; r < count; ++r) {
+      finish(i + r, rows[r], statistics[r]);
+    }
+  }
+
+  void begin(int64_t i, ForwardRow<S>& row, Scratch<S>& scratch, int of) const {
+    row.x = x.read(i, scratch.row(0, of));
     if (adds) {
-      void* sum = h.write(i, scratch.row(2));
-      add(row.x, residual.read(i, scratch.row(1)), row.x_gate, sum, row.n);
+      void* sum = h.write(i, scratch.row(2, of));
+      add(row.x, residual.read(i, scratch.row(1, of)), row.x_gate, sum, row.n);
       h.finish(i, sum);
-      row.x = h.read(i, scratch.row(0));  // the norm sees h as rounded to its dtype
+      row.x = h.read(i, scratch.row(0, of));  // the norm sees h as rounded to its dtype
     }
     if (gated) {
-      row.gate = gate.read(i, scratch.row(2));
+      row.gate = gate.read(i, scratch.row(2, of));
     }
-    row.y = y.write(i, scratch.row(1));
-    const Statistics<S> statistics = forward(row);
+    row.y = y.write(i, scratch.row(1, of));
+  }
+
+  void finish(int64_t i, const ForwardRow<S>& row, const Statistics<S>& statistics) const {
     y.finish(i, row.y);
     if (rstd) {
       rstd[i * groups] = statistics.rstd;
@@ -197,6 +241,7 @@ struct ForwardRows {
   bool adds, gated, needs_scratch;
   void (*add)(const void* x, const void* residual, const S* x_gate, void* h, int64_t n);
   Statistics<S> (*forward)(const ForwardRow<S>&);
+  NarrowKernels<S> narrow;
 };
 
 // Rows have groups · cols columns; weight, bias and x_gate: (samples, cols), or contiguous.
@@ -206,10 +251,12 @@ void forward_in(const ForwardCall& call, const ForwardResult& result, const RowL
   const int64_t sample_rows = n_rows / call.samples;
   const ForwardRows<S> tensors(call, result, levels);
   parallel(n_rows, width, [&](int64_t begin, int64_t end) {
-    Scratch<S> scratch(tensors.needs_scratch, 6, cols);
+    const int at_once = tensors.narrow.rows;
+    Scratch<S> scratch(tensors.needs_scratch, 6, cols, at_once);
     Parameters<S> parameters(call, width, call.norm == Norm::layer || call.bias || call.gate.defined());
     Rotations<S> rotations(call, levels, scratch.row(4), scratch.row(5));
-    ForwardRow<S> row{};
+    Step<ForwardRow<S>> step(at_once);
+    ForwardRow<S>& row = step.rows[0];
     row.n = cols;
     row.scratch = scratch.row(3);
     row.silu = call.silu;
@@ -226,15 +273,17 @@ void forward_in(const ForwardCall& call, const ForwardResult& result, const RowL
         for (int64_t i = first; i < last;) {
           const int64_t sample = i / sample_rows, stop = std::min((sample + 1) * sample_rows, last);
           parameters.set(row, sample, group * cols);
-          for (; i < stop; ++i) {
+          step.share();
+          for (int count; i < stop; i += count) {
+            count = static_cast<int>(std::min<int64_t>(at_once, stop - i));
             if (!rows.has_one_stride()) {
               rows.look_ahead(i, row);
             }
-            if (i + 1 == end) {  // the next row is another thread's: no prefetch
-              row.x_ahead = row.gate_ahead = row.y_ahead = 0;
+            if (i + at_once >= end) {  // the next rows are another thread's: no prefetch
+              rows.end_look_ahead(row);
             }
             rotations.set(row, i);
-            rows.run(i, row, scratch);
+            rows.run(i, count, step.rows.data(), scratch);
           }
         }
       }
@@ -266,8 +315,13 @@ struct BackwardRows {
         x_gated(call.x_gate.defined()),
         needs_scratch(gated || call.cos.defined() || dy.converts() || dh.converts() || h.converts() || x.converts() ||
                       dx.converts() || dresidual.converts()),
-        backward(call.cos.defined() ? kernels<S>(working).rotated_rms_norm.backward
-                                    : kernels_of<S>(call, working).backward) {}
+        backward(kernels_of<S>(call, working).backward),
+        narrow(narrow_kernels_of(kernels_of<S>(call, working), levels.cols() / call.groups)) {
+    if (call.cos.defined()) {
+      backward = kernels<S>(working).rotated_rms_norm.backward;
+      narrow = {};
+    }
+  }
 
   BackwardRows group(int64_t index, int64_t cols) const {
     BackwardRows part = *this;
@@ -290,13 +344,13 @@ struct BackwardRows {
   }
 
   void look_ahead(int64_t i, BackwardRow<S>& row) const {
-    row.x_ahead = h.ahead(i);
-    row.dy_ahead = dy.ahead(i);
-    row.gate_ahead = gate.ahead(i);
-    row.gated_x_ahead = x.ahead(i);
-    row.dx_ahead = dx.ahead(i);
-    row.dresidual_ahead = dresidual.ahead(i);
-    row.dgate_ahead = dgate.ahead(i);
+    row.x_ahead = h.ahead(i, narrow.rows);
+    row.dy_ahead = dy.ahead(i, narrow.rows);
+    row.gate_ahead = gate.ahead(i, narrow.rows);
+    row.gated_x_ahead = x.ahead(i, narrow.rows);
+    row.dx_ahead = dx.ahead(i, narrow.rows);
+    row.dresidual_ahead = dresidual.ahead(i, narrow.rows);
+    row.dgate_ahead = dgate.ahead(i, narrow.rows);
   }
 
   static void end_look_ahead(BackwardRow<S>& row) {
@@ -304,21 +358,34 @@ struct BackwardRows {
     row.dx_ahead = row.dresidual_ahead = row.dgate_ahead = 0;
   }
 
-  void run(int64_t i, BackwardRow<S>& row, Scratch<S>& scratch) const {
-    row.dy = dy.read(i, scratch.row(0));
-    row.dh = dh.read(i, scratch.row(1));
-    row.x = h.read(i, scratch.row(2));
+  // `count` rows from i on.
+  void run(int64_t i, int count, BackwardRow<S>* rows, Scratch<S>& scratch) const {
+    for (int r = 0; r < count; ++r) {
+      begin(i + r, rows[r], scratch, r);
+    }
+    narrow.backward ? narrow.backward(rows, count) : backward(rows[0]);
+    for (int r = 0; r < count; ++r) {
+      finish(i + r, rows[r]);
+    }
+  }
+
+  void begin(int64_t i, BackwardRow<S>& row, Scratch<S>& scratch, int of) const {
+    row.dy = dy.read(i, scratch.row(0, of));
+    row.dh = dh.read(i, scratch.row(1, of));
+    row.x = h.read(i, scratch.row(2, of));
     row.statistics = {mean ? mean[i * groups] : 0, rstd[i * groups]};
-    row.dx = dx.write(i, scratch.row(3));
+    row.dx = dx.write(i, scratch.row(3, of));
     if (gated) {
-      row.gate = gate.read(i, scratch.row(1));
-      row.dgate = dgate.write(i, scratch.row(4));
+      row.gate = gate.read(i, scratch.row(1, of));
+      row.dgate = dgate.write(i, scratch.row(4, of));
     }
     if (x_gated) {
-      row.gated_x = x.read(i, scratch.row(4));
-      row.dresidual = dresidual.write(i, scratch.row(5));
+      row.gated_x = x.read(i, scratch.row(4, of));
+      row.dresidual = dresidual.write(i, scratch.row(5, of));
     }
-    backward(row);
+  }
+
+  void finish(int64_t i, const BackwardRow<S>& row) const {
     dx.finish(i, row.dx);
     dresidual.finish(i, x_gated ? row.dresidual : row.dx);
     if (gated) {
@@ -332,6 +399,7 @@ struct BackwardRows {
   int64_t groups;
   bool gated, x_gated, needs_scratch;
   void (*backward)(const BackwardRow<S>&);
+  NarrowKernels<S> narrow;
 };
 
 BackwardResult make_results(const BackwardCall& call) {
@@ -369,10 +437,12 @@ void backward_in(const BackwardCall& call, const BackwardResult& result, const R
   const ColumnSums<S> dx_gate(result.dx_gate, chunks, width);
   const bool sums_in_scratch = dweight.needs_scratch() || dbias.needs_scratch() || dx_gate.needs_scratch();
   parallel(chunks.count, chunks.rows * width, [&](int64_t begin, int64_t end) {
-    Scratch<S> scratch(tensors.needs_scratch, 8, cols), sums(sums_in_scratch, 3, width);
+    const int at_once = tensors.narrow.rows;
+    Scratch<S> scratch(tensors.needs_scratch, 8, cols, at_once), sums(sums_in_scratch, 3, width);
     Parameters<S> parameters(call, width, gate_of(call) == Gate::after_norm);
     Rotations<S> rotations(call, levels, scratch.row(6), scratch.row(7));
-    BackwardRow<S> row{};
+    Step<BackwardRow<S>> step(at_once);
+    BackwardRow<S>& row = step.rows[0];
     row.n = cols;
     row.scratch = scratch.row(5);
     row.silu = call.silu;
@@ -394,16 +464,18 @@ void backward_in(const BackwardCall& call, const BackwardResult& result, const R
         row.dbias = dbias.chunk(chunk, group * cols, sums.row(1));
         row.dx_gate = dx_gate.chunk(chunk, 0, sums.row(2));
         rows.look_ahead(first, row);
-        for (int64_t i = first; i < last; ++i) {
+        row.first = false;
+        step.share();
+        for (int64_t i = first; i < last; i += at_once) {
           if (!rows.has_one_stride()) {
             rows.look_ahead(i, row);
           }
-          if (i + 1 == end_row) {  // the next row is another thread's
+          if (i + at_once >= end_row) {  // the next rows are another thread's
             rows.end_look_ahead(row);
           }
           row.first = i == first;
           rotations.set(row, i);
-          rows.run(i, row, scratch);
+          rows.run(i, static_cast<int>(std::min<int64_t>(at_once, last - i)), step.rows.data(), scratch);
         }
       }
       dweight.finish(chunk, sums.row(0));

@@ -95,10 +95,24 @@ struct BackwardRow {
   Rotation<S> rotation;  // read by `rotated_rms_norm` alone
 };
 
+constexpr int most_rows_at_once = 8;
+
+// Kernels that take several rows of at most `cols` columns at once: up to `rows` of them, which differ in nothing but
+// what they point to, their statistics and `first`. The prefetch distances are those to the rows of the next step.
+// Without such kernels no row is narrow.
+template <typename S>
+struct NarrowKernels {
+  int64_t cols = 0;
+  int rows = 1;
+  void (*forward)(const ForwardRow<S>* rows, int count, Statistics<S>* statistics) = nullptr;
+  void (*backward)(const BackwardRow<S>* rows, int count) = nullptr;
+};
+
 template <typename S>
 struct NormKernels {
   Statistics<S> (*forward)(const ForwardRow<S>&);
   void (*backward)(const BackwardRow<S>&);
+  NarrowKernels<S> narrow = {};
 };
 
 // The row kernels of one dtype; null where the dtype is not computed in S.

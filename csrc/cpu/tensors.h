@@ -102,8 +102,8 @@ class Rows2d {
   // Whether every row is as far from the next: so is what to prefetch.
   bool has_one_stride() const { return offsets_.levels == 1; }
 
-  // The prefetch distance in bytes: from row i to the next where rows are read in place, otherwise 0.
-  int64_t ahead(int64_t i) const { return converts_ ? 0 : offsets_(i + 1) - offsets_(i); }
+  // The prefetch distance in bytes: from row i to the `count`th after it where rows are read in place, otherwise 0.
+  int64_t ahead(int64_t i, int count) const { return converts_ ? 0 : offsets_(i + count) - offsets_(i); }
 
   // To be called before rows [begin, end) of an output are written.
   void prepare(int64_t begin, int64_t end) const {

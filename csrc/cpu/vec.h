@@ -329,6 +329,59 @@ INLINE F64 to_double(HalfOfF32 v) {
 #endif
 }
 
+INLINE HalfOfF32 to_float(F64 v) {
+#if VECTOR_BYTES == 64  // as in to_double
+  return reinterpret_cast<HalfOfF32>(_mm512_maskz_cvtpd_ps(0xff, reinterpret_cast<__m512d>(v)));
+#else
+  return __builtin_convertvector(v, HalfOfF32);
+#endif
+}
+
+// A double, or a vector of them, rounded to S: one number, or an array of a number for each lane.
+template <typename S, typename D>
+struct Rounded {
+  S value;
+
+  explicit INLINE Rounded(D v) : value(static_cast<S>(v)) {}
+  INLINE D in_double() const { return value; }
+};
+template <>
+struct Rounded<float, F64> {
+  float value[lanes<F64>];
+
+  explicit INLINE Rounded(F64 v) { write(value, to_float(v)); }
+  INLINE F64 in_double() const { return to_double(read<HalfOfF32>(value)); }
+};
+template <>
+struct Rounded<double, F64> {
+  double value[lanes<F64>];
+
+  explicit INLINE Rounded(F64 v) { write(value, v); }
+  INLINE F64 in_double() const { return read<F64>(value); }
+};
+
+// Whether a comparison holds, or that of any lanes.
+INLINE bool any(bool holds) { return holds; }
+INLINE bool any(I64 holds) {
+#if VECTOR_BYTES == 64
+  return _mm512_movepi64_mask(reinterpret_cast<__m512i>(holds)) != 0;
+#elif VECTOR_BYTES == 32
+  return _mm256_movemask_pd(reinterpret_cast<__m256d>(holds)) != 0;
+#else
+  return (holds[0] | holds[1]) != 0;
+#endif
+}
+
+INLINE F64 square_root(F64 v) {
+#if VECTOR_BYTES == 64
+  return reinterpret_cast<F64>(_mm512_maskz_sqrt_pd(0xff, reinterpret_cast<__m512d>(v)));
+#elif VECTOR_BYTES == 32
+  return reinterpret_cast<F64>(_mm256_sqrt_pd(reinterpret_cast<__m256d>(v)));
+#else
+  return F64{std::sqrt(v[0]), std::sqrt(v[1])};
+#endif
+}
+
 // A vector as doubles; of a vector of floats, the sum of its two halves.
 template <typename V>
 INLINE F64 in_double(V v) {
