@@ -146,14 +146,10 @@ constexpr NormKernels<ComputeType<T>> plain_kernels = {
 
 template <typename T>
 constexpr RowKernels<ComputeType<T>> kernels_of = {
-    {{plain_kernels<T, Norm::rms, Gate::none>,
-      gated_kernels<T, Norm::rms, Gate::after_norm>,
-      gated_kernels<T, Norm::rms, Gate::before_norm>,
-      plain_kernels<T, Norm::rms, Gate::before_add>},
-     {plain_kernels<T, Norm::layer, Gate::none>,
-      gated_kernels<T, Norm::layer, Gate::after_norm>,
-      gated_kernels<T, Norm::layer, Gate::before_norm>,
-      plain_kernels<T, Norm::layer, Gate::before_add>}},
+    {{plain_kernels<T, Norm::rms, Gate::none>, gated_kernels<T, Norm::rms, Gate::after_norm>,
+      gated_kernels<T, Norm::rms, Gate::before_norm>, plain_kernels<T, Norm::rms, Gate::before_add>},
+     {plain_kernels<T, Norm::layer, Gate::none>, gated_kernels<T, Norm::layer, Gate::after_norm>,
+      gated_kernels<T, Norm::layer, Gate::before_norm>, plain_kernels<T, Norm::layer, Gate::before_add>}},
     gated_forward<T, Norm::rms, Gate::none>,
     {rotated_rms_norm_forward<T>, rotated_rms_norm_backward<T>},
     add_rows<T>};

@@ -27,6 +27,12 @@ INLINE void sum_rows(int64_t n, int count, F64 (&results)[SUMS], Step step) {
       sums[k][r] = in_double(of_row[k]);
     }
   }
+  if (count == 1) {  // rows of a sample of their own: horizontal_sums adds in the same order
+    for (int k = 0; k < SUMS; ++k) {
+      results[k] = F64{HorizontalSum<lanes<F64>>::sum(sums[k][0])};
+    }
+    return;
+  }
   for (int r = count; r < narrow_rows; ++r) {
     for (int k = 0; k < SUMS; ++k) {
       sums[k][r] = F64{};

@@ -122,12 +122,14 @@ class Parameters {
   std::optional<ColumnValues<S>> bias_, x_gate_;
 };
 
-// The rows that one call of a kernel takes. What they share is set in the first and copied by share.
+// The rows that one call of a kernel takes. What they share is set in the first; share copies it for the next steps,
+// which take `n_rows` rows in all.
 template <typename Row>
 struct Step {
-  explicit Step(int at_once) : at_once(at_once) {}
+  void share(int64_t n_rows) { std::fill_n(rows.begin() + 1, count(n_rows) - 1, rows[0]); }
 
-  void share() { std::fill_n(rows.begin() + 1, at_once - 1, rows[0]); }
+  // How many of these rows the next step takes.
+  int count(int64_t n_rows) const { return static_cast<int>(std::min<int64_t>(at_once, n_rows)); }
 
   int at_once;
   std::array<Row, most_rows_at_once> rows{};
@@ -255,7 +257,7 @@ void forward_in(const ForwardCall& call, const ForwardResult& result, const RowL
     Scratch<S> scratch(tensors.needs_scratch, 6, cols, at_once);
     Parameters<S> parameters(call, width, call.norm == Norm::layer || call.bias || call.gate.defined());
     Rotations<S> rotations(call, levels, scratch.row(4), scratch.row(5));
-    Step<ForwardRow<S>> step(at_once);
+    Step<ForwardRow<S>> step{at_once};
     ForwardRow<S>& row = step.rows[0];
     row.n = cols;
     row.scratch = scratch.row(3);
@@ -273,9 +275,9 @@ void forward_in(const ForwardCall& call, const ForwardResult& result, const RowL
         for (int64_t i = first; i < last;) {
           const int64_t sample = i / sample_rows, stop = std::min((sample + 1) * sample_rows, last);
           parameters.set(row, sample, group * cols);
-          step.share();
+          step.share(stop - i);
           for (int count; i < stop; i += count) {
-            count = static_cast<int>(std::min<int64_t>(at_once, stop - i));
+            count = step.count(stop - i);
             if (!rows.has_one_stride()) {
               rows.look_ahead(i, row);
             }
@@ -441,7 +443,7 @@ void backward_in(const BackwardCall& call, const BackwardResult& result, const R
     Scratch<S> scratch(tensors.needs_scratch, 8, cols, at_once), sums(sums_in_scratch, 3, width);
     Parameters<S> parameters(call, width, gate_of(call) == Gate::after_norm);
     Rotations<S> rotations(call, levels, scratch.row(6), scratch.row(7));
-    Step<BackwardRow<S>> step(at_once);
+    Step<BackwardRow<S>> step{at_once};
     BackwardRow<S>& row = step.rows[0];
     row.n = cols;
     row.scratch = scratch.row(5);
@@ -465,7 +467,7 @@ void backward_in(const BackwardCall& call, const BackwardResult& result, const R
         row.dx_gate = dx_gate.chunk(chunk, 0, sums.row(2));
         rows.look_ahead(first, row);
         row.first = false;
-        step.share();
+        step.share(last - first);
         for (int64_t i = first; i < last; i += at_once) {
           if (!rows.has_one_stride()) {
             rows.look_ahead(i, row);
@@ -475,7 +477,7 @@ void backward_in(const BackwardCall& call, const BackwardResult& result, const R
           }
           row.first = i == first;
           rotations.set(row, i);
-          rows.run(i, static_cast<int>(std::min<int64_t>(at_once, last - i)), step.rows.data(), scratch);
+          rows.run(i, step.count(last - i), step.rows.data(), scratch);
         }
       }
       dweight.finish(chunk, sums.row(0));
