@@ -57,7 +57,7 @@ def test_a_row_is_the_same_wherever_it_lies(op, cols, dtype):
 @pytest.mark.instruction_sets
 @pytest.mark.parametrize("op", ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("cols", [1, 8, 24, 40, 64, 100, 128])
+@pytest.mark.parametrize("cols", [1, 8, 24, 40, 64, 100, 128, 200])
 def test_a_narrow_row_is_the_same_among_others(op, cols, dtype):
     """Kernels take several at once. Of these rows some need a third pass, double precision, or are not finite."""
     x, other, dy, dh = (random_rows(21, cols, dtype) for _ in range(4))

@@ -10,9 +10,9 @@ static_assert(narrow_rows <= most_rows_at_once);
 
 #if VECTOR_BYTES > 16
 
-// Wider rows have enough vectors to overlap their own chains.
+// Rows of more bytes gain nothing: they have enough vectors to overlap their own chains, or wait for memory.
 template <typename T>
-constexpr int64_t narrow_cols = 8 * lanes<VecOf<T>>;
+constexpr int64_t narrow_cols = 8 * VECTOR_BYTES / sizeof(T) - 1;
 
 // Calls step(r, i, active, sums) for the vectors of row r, which are to be added to sums. Of the results, lane r is the
 // sum over row r, and lanes from `count` on are zero.

@@ -382,21 +382,21 @@ INLINE Statistics<ComputeType<T>> layer_norm_in_registers(const ForwardRow<Compu
 template <typename T>
 Statistics<ComputeType<T>> layer_norm_forward(const ForwardRow<ComputeType<T>>& row) {
   const auto r = row;  // a copy, as in rms_norm_forward
-  [[maybe_unused]] constexpr int64_t width = lanes<VecOf<T>>;
-#if VECTOR_BYTES == 16  // with wider vectors these rows are narrow
+  constexpr int64_t width = lanes<VecOf<T>>;
   switch (r.n) {
+#if VECTOR_BYTES == 16  // with wider vectors these rows are narrow
     case 2 * width:
       return layer_norm_in_registers<T, 2>(r);
     case 4 * width:
       return layer_norm_in_registers<T, 4>(r);
+#endif
     case 8 * width:
       return layer_norm_in_registers<T, 8>(r);
-  }
-#elif VECTOR_BYTES == 64  // 16 of AVX-512's 32 registers
-  if (r.n == 16 * width) {
-    return layer_norm_in_registers<T, 16>(r);
-  }
+#if VECTOR_BYTES == 64  // AVX-512 has 32 registers
+    case 16 * width:
+      return layer_norm_in_registers<T, 16>(r);
 #endif
+  }
   const T* x = static_cast<const T*>(r.x);
   T* y = static_cast<T*>(r.y);
   const auto scaling = Scaling<ComputeType<T>>::template of<T>(moments(x, r.n, r.x_ahead), r);
