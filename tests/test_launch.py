@@ -186,6 +186,22 @@ def test_rows_of_16_bits_that_stay_as_loaded(sums, streams, cols):
         assert not launch.backward_tiles(cols, 2, sums, streams, widest, can_pack)[0].packed
 
 
+@pytest.mark.parametrize("sums", [2, 3])
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@given(cols=st.integers(1, 16384), streams=st.sampled_from([1, 2]))
+def test_rows_beside_an_x_gate_that_are_kept_with_few_registers(sums, itemsize, cols, streams):
+    """Up to 16 registers of each of 16 warps; the rows of other vendors' cards, and those of float64, are read again."""
+    tiles, is_kept = launch.backward_tiles(cols, itemsize, sums, streams, itemsize, can_spare=True)
+    others, other_kept = launch.backward_tiles(cols, itemsize, sums, streams, itemsize)
+    if tiles.sparing:
+        assert is_kept and itemsize <= 4 and (tiles.warps, tiles.rows) == (16, 1)
+        assert tiles.registers * (sums + 3) <= 96
+        assert tiles.tile * itemsize == (16 if itemsize == 2 else 8) * 32 * tiles.warps
+    else:
+        assert (tiles, is_kept) == (others, other_kept)
+    assert launch.backward_tiles(8192, itemsize, sums, 2, itemsize, can_spare=True)[0].sparing == (itemsize <= 4)
+
+
 @pytest.mark.parametrize("vendor, arch, holds", [("cuda", 90, False), ("cuda", 100, True), ("hip", "gfx942", False)])
 def test_the_weight_is_kept_where_a_card_is_new(vendor, arch, holds, monkeypatch):
     """Beside a next row in flight: not with elements of 32 bits, packed rows, or many short rows a program."""

@@ -226,13 +226,21 @@ def test_long_rows(op, dtype, shape, kind, kernel_device):
     check(op, inputs(shape, kernel_device, dtype, scale=kind, shift=kind, gate=kind, residual="bs"))
 
 
+@operations
+@pytest.mark.parametrize("dtype, name", [(BF16, "of a sample"), (F16, "of each row"), (F32, "of a sample"),
+                                         (F32, "mixed"), (BF16, "no residual")], ids=str)  # fmt: skip
+def test_rows_that_fill_the_registers(op, dtype, name, kernel_device):
+    check(op, inputs((2, 3, 8184), kernel_device, dtype, **KINDS[name]))
+
+
 def random_gradients(shape, dtype, device) -> list[Tensor]:
     return [torch.randn(shape).to(dtype).to(device) for _ in range(2)]
 
 
 @operations
 @pytest.mark.parametrize("shape, kind", [((3, 19, 96), "b1"), ((3, 5, 1028), "b1"), ((4, 6, 40), "bs"),
-                                         ((3, 300, 8), "b"), ((3, 2, 16400), "b1")], ids=str)  # fmt: skip
+                                         ((3, 300, 8), "b"), ((3, 7, 8184), "b1"), ((3, 2, 16400), "b1")],
+                         ids=str)  # fmt: skip
 def test_a_sample_does_not_depend_on_the_batch(op, shape, kind, kernel_device):
     """All of its results are bitwise the same alone and in any batch, its parameters' gradients too; and so are all
     results from run to run."""
@@ -247,7 +255,7 @@ def test_a_sample_does_not_depend_on_the_batch(op, shape, kind, kernel_device):
 
 
 @operations
-@pytest.mark.parametrize("cols", [40, 1032])
+@pytest.mark.parametrize("cols", [40, 1032, 8184])
 def test_rows_do_not_depend_on_the_kind_of_parameter(op, cols, kernel_device):
     """y, h, dx and dresidual are bitwise those of parameters of each row, which other code computes."""
     shape = (2, 3, cols)

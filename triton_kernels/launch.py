@@ -30,6 +30,7 @@ MAX_KEPT_REGISTERS = 64  # of a thread with 16 warps, for a row that the forward
 # warps has 128 of them for each thread; the others hold addresses, masks and what is loaded next.
 KEPT_REGISTERS = 96
 PACKED_REGISTERS = 24  # of such a thread, for a float32 row: the longest whose 16-bit tiles fit beside two sums
+SPARED_REGISTERS = 16  # of such a thread, for a row beside an x_gate's gradient and two sums
 CHUNK_REGISTERS = 64  # of such a thread, for the parameter sums of a chunk; others hold the tiles of h and dy
 NARROW_REGISTERS = 32  # of a thread, for rows shorter than one access of a warp; halved for each parameter sum beside
 PARTIAL_SHARE = 0.03  # of the backward's traffic that partial sums may add, from PARTIAL_ROWS rows on
@@ -62,6 +63,7 @@ class RowTiles(NamedTuple):
     width: int  # registers of an element: 2 in float64
     resident: int = 1  # programs of the backward on a multiprocessor, each of which gets that share of its registers
     packed: bool = False  # the backward keeps rows as loaded, and computes their factors twice
+    sparing: bool = False  # the backward has few registers left, and loads late what it can
 
     @property
     def registers(self) -> int:
@@ -124,14 +126,15 @@ def _narrow_tiles(cols: int, vector: int, width: int, sums: int) -> RowTiles:
 
 @remembered
 def backward_tiles(
-    cols: int, itemsize: int, sums: int, streams: int, widest: int, can_pack: bool = False
+    cols: int, itemsize: int, sums: int, streams: int, widest: int, can_pack: bool = False, can_spare: bool = False
 ) -> tuple[RowTiles, bool]:
     """The tiling of the backward, and whether a program keeps whole rows in registers.
 
     If it does not, it reads a row twice, and the tiles are those of a chunk of the row. sums: parameter sums; streams:
     tensors beside h and dy whose tiles a program holds: a gradient of the residual stream, a gate, and x, which is not
     h, where a gate comes before the norm; widest: like `itemsize`, but with the weight among the tensors; can_pack:
-    the kernel can keep the tiles of h and dy as they were loaded.
+    the kernel can keep the tiles of h and dy as they were loaded; can_spare: there is an x_gate, and the kernel can load
+    it where it is used.
     """
     tiles = row_tiles(cols, itemsize, sums)
     if tiles.warps < 16 and tiles.registers == 32 and streams + sums > 2 and (tiles.rows > 1 or streams > 1):
@@ -147,6 +150,11 @@ def backward_tiles(
         if sums == 1 or streams or padding(cols, tile) > MAX_PADDING:
             tile //= 2  # half of an access: fewer registers for c1 and c2
         return RowTiles(tile, ceil_div(cols, tile), 1, 16, 1, packed=True), True
+    if can_spare and tiles.registers <= SPARED_REGISTERS and itemsize <= 4:
+        tiles = tiles._replace(sparing=True)
+        if itemsize == 4:  # half of an access: fewer registers for c1 and c2
+            tiles = tiles._replace(tile=tiles.tile // 2, count=ceil_div(cols, tiles.tile // 2))
+        return tiles, True
     # x̂, w·dy and a sum; with two sums, dy as well. Elements of more than 16 bits take more registers while loaded.
     kept = tiles.registers * (2 * sums + 1) + 8 * (widest > 2)
     kept += streams * (tiles.registers * min(itemsize, 4) // 4 + 8)
@@ -313,7 +321,7 @@ def _current_target() -> GPUTarget:
 
 
 def backend() -> str:
-    """"hip" on AMD's cards, else "cuda", also in the interpreter."""
+    """ "hip" on AMD's cards, else "cuda", also in the interpreter."""
     return "hip" if not INTERPRETED and _current_target().backend == "hip" else "cuda"
 
 

@@ -74,8 +74,8 @@ def _rms_norm_many_backward_kernel(
             rstd_ptrs[i], dx_ptrs[i], None, None, None, dweight_ptrs[i], None,
             sizes[2 * i] >> 1, sizes[2 * i + 1] >> 1, dy_steps, dy_steps, x_steps, x_steps, x_steps, cos_steps,
             sin_steps, divisions, None, None, None, None, None,
-            ZERO_CENTERED, False, False, CAST, 1, PREFETCH, False, False, False, False, False, ROTARY, INTERLEAVED,
-            TILES[i][0], TILES[i][1], TILES[i][2], TILES[i][3],
+            ZERO_CENTERED, False, False, CAST, 1, PREFETCH, False, False, False, False, False, False, ROTARY,
+            INTERLEAVED, TILES[i][0], TILES[i][1], TILES[i][2], TILES[i][3],
         )  # fmt: skip
 
 

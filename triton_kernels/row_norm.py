@@ -27,6 +27,7 @@ from .tiles import (
     factors,
     gradient,
     gradient_coefficients,
+    load_tile,
     load_tiles,
     load_weight_tile,
     load_weight_tiles,
@@ -253,7 +254,7 @@ def gradient_blocks(
     sample_rows, sample_programs, x_gate_stride, weight_stride, bias_stride,
     ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, CAST: tl.constexpr,
     GROUPS: tl.constexpr, PREFETCH: tl.constexpr, PACKED: tl.constexpr, REPLACE: tl.constexpr,
-    HOLD_WEIGHT: tl.constexpr, PER_ROW: tl.constexpr, EVERY_PROGRAM: tl.constexpr,
+    SPARE: tl.constexpr, HOLD_WEIGHT: tl.constexpr, PER_ROW: tl.constexpr, EVERY_PROGRAM: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -268,6 +269,8 @@ def gradient_blocks(
     where each row is a sample, programs as without samples, which store a row's dweight, dbias and dx_gate with it.
     EVERY_PROGRAM: each has a block. PACKED: rows are kept as they were loaded; there is no gate, x_gate or rotation.
     REPLACE, of those: each tile of the next row is loaded where this row's has been used for the last time.
+    SPARE registers, of one row beside an x_gate: sums are computed at once, and x_gate, and x beside a stream of 32 bits,
+    are loaded where they are used.
     HOLD_WEIGHT: in registers; neither PACKED nor PER_ROW."""
     stat = rstd_ptr.dtype.element_ty
     lanes = tl.arange(0, TILE)[None, :]
@@ -305,12 +308,16 @@ def gradient_blocks(
     for block in range(program, n_blocks, programs):
         h_tiles, dy_tiles, gate_tiles, statistics, rotation = loaded
         rows = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)[:, None] + first_row
-        row_mask = None if PACKED else rows < end_row  # one row a program, never beyond the last: no mask to keep
+        row_mask = (
+            None if PACKED or SPARE else rows < end_row
+        )  # one row a program, never beyond the last: no mask to keep
         offsets = rows * (GROUPS * N_COLS) + first + lanes
         dh_offsets = row_offsets(rows, dh_steps, divisions) + first + lanes
         dh_tiles = load_tiles(dh_ptr, dh_offsets, lanes, row_mask, N_COLS, TILE, N_TILES)
         x_offsets = row_offsets(rows, x_steps, divisions) + lanes
-        x_tiles = load_tiles(x_ptr, x_offsets, lanes, row_mask, N_COLS, TILE, N_TILES)
+        is_late: tl.constexpr = SPARE and h_ptr.dtype.element_ty.primitive_bitwidth == 32
+        if not is_late:
+            x_tiles = load_tiles(x_ptr, x_offsets, lanes, row_mask, N_COLS, TILE, N_TILES)
         x_gate_row, weight_row = x_gate_ptr, weight_ptr
         if PER_ROW:
             row = tl.minimum(rows, end_row - 1)
@@ -347,7 +354,7 @@ def gradient_blocks(
             else:
                 if dweight_ptr is not None:
                     dweight_sum = tl.fma(dy_factor, rounded_to(x_factor, CAST), dweight_sums[t])
-                    if PACKED:
+                    if PACKED or SPARE:
                         dweight_sum = opaque(dweight_sum)
                     new_dweight_sums = new_dweight_sums + (dweight_sum,)
                 if dbias_ptr is not None:
@@ -375,7 +382,8 @@ def gradient_blocks(
             if not PACKED:
                 x_factors, wdy_factors = x_factors + (x_factor,), wdy_factors + (wdy_factor,)
         dweight_sums, dbias_sums = new_dweight_sums, new_dbias_sums
-        x_gate_tiles = load_weight_tiles(x_gate_row, lanes, N_COLS, TILE, N_TILES, ROWS)
+        if not SPARE:
+            x_gate_tiles = load_weight_tiles(x_gate_row, lanes, N_COLS, TILE, N_TILES, ROWS)
         # the next block is loaded before this one is stored: stores might alias loads, which then wait for them
         next_block = block + programs
         if PREFETCH:
@@ -416,13 +424,24 @@ def gradient_blocks(
                 store_tile(dgate_ptr + offsets + t * TILE, dgate, mask)
                 dx *= activated(gate, SILU)
             if x_gate_ptr is not None:
-                if PER_ROW:
-                    store_tile(dx_gate_ptr + offsets + t * TILE, dx * x_tiles[t].to(stat), mask)
+                if is_late:
+                    x = load_tile(x_ptr + x_offsets + t * TILE, mask, stat)
                 else:
-                    new_dx_gate_sums = new_dx_gate_sums + (tl.fma(dx, x_tiles[t].to(stat), dx_gate_sums[t]),)
+                    x = x_tiles[t].to(stat)
+                if PER_ROW:
+                    store_tile(dx_gate_ptr + offsets + t * TILE, dx * x, mask)
+                else:
+                    dx_gate_sum = tl.fma(dx, x, dx_gate_sums[t])
+                    if SPARE:
+                        dx_gate_sum = opaque(dx_gate_sum)
+                    new_dx_gate_sums = new_dx_gate_sums + (dx_gate_sum,)
                 if dresidual_ptr is not None:
                     store_tile(dresidual_ptr + offsets + t * TILE, dx, mask)
-                store_tile(dx_ptr + offsets + t * TILE, dx * x_gate_tiles[t].to(stat), mask)
+                if SPARE:
+                    x_gate = load_weight_tile(x_gate_row, lanes, t, stat, False, N_COLS, TILE, ROWS)
+                else:
+                    x_gate = x_gate_tiles[t].to(stat)
+                store_tile(dx_ptr + offsets + t * TILE, dx * x_gate, mask)
             else:
                 store_gradient(dx_ptr, dresidual_ptr, offsets + t * TILE, dx, mask)
         dx_gate_sums = new_dx_gate_sums
@@ -449,7 +468,7 @@ def _row_norm_backward_kernel(
     sample_rows, sample_programs, x_gate_stride, weight_stride, bias_stride,
     ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, CAST: tl.constexpr,
     GROUPS: tl.constexpr, PREFETCH: tl.constexpr, PACKED: tl.constexpr, REPLACE: tl.constexpr,
-    HOLD_WEIGHT: tl.constexpr, PER_ROW: tl.constexpr,
+    SPARE: tl.constexpr, HOLD_WEIGHT: tl.constexpr, PER_ROW: tl.constexpr,
     N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """`gradient_blocks` of one input.
@@ -460,7 +479,7 @@ def _row_norm_backward_kernel(
         dx_ptr, dresidual_ptr, dgate_ptr, dx_gate_ptr, dweight_ptr, dbias_ptr,
         n_rows, n_blocks, dy_steps, dh_steps, h_steps, x_steps, gate_steps, 0, 0, divisions,
         sample_rows, sample_programs, x_gate_stride, weight_stride, bias_stride,
-        ZERO_CENTERED, SILU, NORM_BEFORE_GATE, CAST, GROUPS, PREFETCH, PACKED, REPLACE, HOLD_WEIGHT, PER_ROW,
+        ZERO_CENTERED, SILU, NORM_BEFORE_GATE, CAST, GROUPS, PREFETCH, PACKED, REPLACE, SPARE, HOLD_WEIGHT, PER_ROW,
         True, 0, False, N_COLS, TILE, N_TILES, ROWS,
     )  # fmt: skip
 
@@ -567,8 +586,11 @@ def row_norm_backward(
     widest = launch.access_bytes((dy, dh, h, x, gate, weight, dx, dresidual))
     # of a gate before the norm, x and the gate are held until du is there
     streams = (dh is not None) + (x is not None) + (gate is not None) + (gate is not None and not norm_before_gate)
-    can_pack = gate is None and x_gate is None and launch.backend() == "cuda"
-    tiles, is_kept = launch.backward_tiles(cols, itemsize, sums, streams, widest, can_pack)
+    can_pack, can_spare = gate is None and x_gate is None, x_gate is not None
+    on_cuda = launch.backend() == "cuda"
+    tiles, is_kept = launch.backward_tiles(
+        cols, itemsize, sums, streams, widest, can_pack and on_cuda, can_spare and on_cuda
+    )
     multiprocessors = launch.multiprocessors() // (launch.column_chunks(cols, tiles) * groups)
     wanted = sum(d is not None for d in dtypes)
     passes = 3 + (dh is not None) + 2 * (gate is not None) + 2 * (x is not None)
@@ -594,7 +616,8 @@ def row_norm_backward(
             _row_norm_backward_kernel[(programs if per_row else samples * programs, groups)](
                 *arguments, *partials, rows, blocks, *steps, divisions, *sampling, *parameter_strides,
                 **features, PREFETCH=launch.prefetches(tiles, itemsize, sums), PACKED=tiles.packed,
-                REPLACE=launch.replaces(tiles, itemsize, sums), HOLD_WEIGHT=holds_weight, PER_ROW=per_row,
+                REPLACE=launch.replaces(tiles, itemsize, sums), SPARE=tiles.sparing, HOLD_WEIGHT=holds_weight,
+                PER_ROW=per_row,
                 N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows,
                 **launch.options(tiles.warps, tiles.resident),
             )  # fmt: skip
