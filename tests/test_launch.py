@@ -190,7 +190,7 @@ def test_rows_of_16_bits_that_stay_as_loaded(sums, streams, cols):
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 @given(cols=st.integers(1, 16384), streams=st.sampled_from([1, 2]))
 def test_rows_beside_an_x_gate_that_are_kept_with_few_registers(sums, itemsize, cols, streams):
-    """Up to 16 registers of each of 16 warps; the rows of other vendors' cards, and those of float64, are read again."""
+    """Up to 16 registers of each of 16 warps; rows of other vendors' cards, and of float64, are read again."""
     tiles, is_kept = launch.backward_tiles(cols, itemsize, sums, streams, itemsize, can_spare=True)
     others, other_kept = launch.backward_tiles(cols, itemsize, sums, streams, itemsize)
     if tiles.sparing:
@@ -211,6 +211,22 @@ def test_the_weight_is_kept_where_a_card_is_new(vendor, arch, holds, monkeypatch
     assert launch.holds_weight(tiles, 2) == holds
     for other, itemsize in ((tiles, 4), (tiles._replace(packed=True), 2), (tiles._replace(rows=16), 2)):
         assert not launch.holds_weight(other, itemsize)
+
+
+def test_tiles_are_loaded_ahead_where_a_card_is_new(monkeypatch):
+    """Of dh all where one program has the row and registers are left; beside an x_gate two of each tensor."""
+    bf16, fp32 = (launch.chunk_tiles(16384, itemsize, 2, 1) for itemsize in (2, 4))
+    cases = (bf16, 2, 2, 1, False), (fp32, 4, 1, 1, False), (fp32, 4, 2, 1, False), (bf16, 2, 2, 2, False)
+    cases += (bf16, 2, 3, 2, True), (bf16, 8, 1, 1, False)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    for vendor, arch, expected in (
+        ("cuda", 100, [4, 8, 1, 1, 2, 1]),
+        ("cuda", 90, [1] * 6),
+        ("hip", "gfx942", [1] * 6),
+    ):
+        target = SimpleNamespace(backend=vendor, arch=arch)
+        monkeypatch.setattr(launch, "_current_target", lambda target=target: target)
+        assert [launch.tiles_ahead(*case) for case in cases] == expected
 
 
 def test_loads_are_pinned_where_one_program_has_the_row():

@@ -32,6 +32,7 @@ KEPT_REGISTERS = 96
 PACKED_REGISTERS = 24  # of such a thread, for a float32 row: the longest whose 16-bit tiles fit beside two sums
 SPARED_REGISTERS = 16  # of such a thread, for a row beside an x_gate's gradient and two sums
 CHUNK_REGISTERS = 64  # of such a thread, for the parameter sums of a chunk; others hold the tiles of h and dy
+AHEAD_REGISTERS = 80  # of such a thread, for a chunk's sums and dh
 NARROW_REGISTERS = 32  # of a thread, for rows shorter than one access of a warp; halved for each parameter sum beside
 PARTIAL_SHARE = 0.03  # of the backward's traffic that partial sums may add, from PARTIAL_ROWS rows on
 PARTIAL_ROWS = 4096
@@ -133,8 +134,8 @@ def backward_tiles(
     If it does not, it reads a row twice, and the tiles are those of a chunk of the row. sums: parameter sums; streams:
     tensors beside h and dy whose tiles a program holds: a gradient of the residual stream, a gate, and x, which is not
     h, where a gate comes before the norm; widest: like `itemsize`, but with the weight among the tensors; can_pack:
-    the kernel can keep the tiles of h and dy as they were loaded; can_spare: there is an x_gate, and the kernel can load
-    it where it is used.
+    the kernel can keep the tiles of h and dy as they were loaded; can_spare: there is an x_gate, and the kernel can
+    load it where it is used.
     """
     tiles = row_tiles(cols, itemsize, sums)
     if tiles.warps < 16 and tiles.registers == 32 and streams + sums > 2 and (tiles.rows > 1 or streams > 1):
@@ -221,8 +222,26 @@ def holds_weight(tiles: RowTiles, itemsize: int) -> bool:
     load of the weight together with that row's, so that what uses the weight waits for both. On B200 that wait is 4 to
     8 per cent of LayerNorm's time; earlier cards hide it, and have code that would spill. Rows beyond 8 a program have
     their weights laid out in another way."""
-    is_new = INTERPRETED or (backend() == "cuda" and _current_target().arch >= 100)
-    return is_new and not tiles.packed and tiles.rows <= 8 and prefetches(tiles, itemsize, sums=1)
+    return _is_blackwell() and not tiles.packed and tiles.rows <= 8 and prefetches(tiles, itemsize, sums=1)
+
+
+def tiles_ahead(tiles: RowTiles, itemsize: int, sums: int, chunks: int, has_x_gate: bool) -> int:
+    """How many tiles of a chunk the backward of rows that are read twice loads before it uses them: of dh, and beside
+    an x_gate of all tensors. One, but on Blackwell's cards, which have more latency to hide: there two beside an
+    x_gate, and else all of dh, where registers are left and one program has the row. Predicted for B200, in per cent of
+    a copy's speed, 16384 columns, with one and with more: add_layer_norm in bf16 64 and 73, add_rms_norm 77 and 85, in
+    fp32 85 and 93. In fp32 it would lose 2 on H100, 8 on A100, and 3 on B200 where two programs share a row."""
+    if not _is_blackwell() or itemsize > 4:
+        return 1
+    registers = tiles.registers * sums + tiles.registers * itemsize // 4  # of the sums, and of dh
+    if has_x_gate:
+        return 2
+    return tiles.count if chunks == 1 and registers <= AHEAD_REGISTERS else 1
+
+
+def _is_blackwell() -> bool:
+    """Whether code for Blackwell's cards is wanted; the interpreter runs the same."""
+    return INTERPRETED or (backend() == "cuda" and _current_target().arch >= 100)
 
 
 def pins_loads(chunks: int, itemsize: int, has_gate: bool) -> bool:

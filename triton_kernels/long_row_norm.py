@@ -171,6 +171,16 @@ def _coefficient_sums(
     return c1_sums, c2_sums
 
 
+@triton.jit
+def _load_at(row_ptrs, first, left, lanes):
+    """The tiles from column `first` on of several rows, of which `left` columns are left, in the types of the memory.
+    row_ptrs: of each row, to its first tile, (1, TILE)."""
+    tiles = ()
+    for i in tl.static_range(len(row_ptrs)):
+        tiles = tiles + (tl.load(row_ptrs[i] + first, mask=lanes < left, other=0.0),)
+    return tiles
+
+
 @jit(do_not_specialize=["n_rows", "sample_rows"])  # the same code for every batch: the same bits
 def _row_norm_long_backward_kernel(
     dy_ptr, dh_ptr, h_ptr, x_ptr, gate_ptr, x_gate_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr,
@@ -178,9 +188,11 @@ def _row_norm_long_backward_kernel(
     n_rows, n_cols, dy_steps, dh_steps, h_steps, x_steps, gate_steps, divisions,
     sample_rows, x_gate_stride, weight_stride, bias_stride,
     ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, CAST: tl.constexpr,
-    GROUPS: tl.constexpr, PIN: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr,
+    GROUPS: tl.constexpr, PIN: tl.constexpr, AHEAD: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr,
 ):  # fmt: skip
-    """The gradients by the formulas of `_row_norm_backward_kernel`.
+    """The gradients by the formulas of `_row_norm_backward_kernel`. AHEAD: so many tiles of a
+    chunk's dh, and with an x_gate of all its tensors, are loaded before they are used, the first ones before the sums
+    of the row are there.
 
     Grid: (chunks of N_TILES tiles of columns, programs that share the rows, GROUPS of n_cols columns). Of samples:
     (samples · chunks, programs that share a sample's rows)."""
@@ -225,11 +237,15 @@ def _row_norm_long_backward_kernel(
             h_row, dy_row, gate_row, weight_ptr, statistics, lanes, n_cols,
             ZERO_CENTERED, SILU, NORM_BEFORE_GATE, PIN, TILE,
         )  # fmt: skip
+        # ahead of the stores of dx, too, which might alias them
+        ahead_rows, ahead_tiles = (), ()
+        if x_gate_ptr is not None:
+            ahead_rows = (x_row, h_row, dy_row)
         if dh_ptr is not None:
-            # a tile ahead: before the store of dx, which might alias it
-            last = chunk_start + (N_TILES - 1) * TILE
-            dh_row = dh_ptr + row_offsets(row, dh_steps, divisions) + group_start + lanes
-            dh = tl.load(dh_row + last, mask=lanes < n_cols - last, other=0.0)
+            ahead_rows = ahead_rows + (dh_ptr + row_offsets(row, dh_steps, divisions) + group_start + lanes,)
+        for i in tl.static_range(min(AHEAD, N_TILES)):
+            first = chunk_start + (N_TILES - 1 - i) * TILE
+            ahead_tiles = ahead_tiles + (_load_at(ahead_rows, first, n_cols - first, lanes),)
         coefficients = gradient_coefficients(c1_sums, c2_sums, statistics, n_cols)
         old_dweight_sums, old_dbias_sums, old_dx_gate_sums = dweight_sums, dbias_sums, dx_gate_sums
         dweight_sums, dbias_sums, dx_gate_sums = (), (), ()
@@ -237,11 +253,13 @@ def _row_norm_long_backward_kernel(
             first = chunk_start + t * TILE
             col_mask = lanes < n_cols - first
             offsets = row * row_length + group_start + first + lanes
-            dy = tl.load(dy_row + first, mask=col_mask, other=0.0).to(stat)
-            h = tl.load(h_row + first, mask=col_mask, other=0.0).to(stat)
+            ahead = ahead_tiles[N_TILES - 1 - t]
             if x_gate_ptr is not None:
-                x = tl.load(x_row + first, mask=col_mask, other=0.0).to(stat)
+                x, h, dy = ahead[0].to(stat), ahead[1].to(stat), ahead[2].to(stat)
                 x_gate = load_tile(x_gate_ptr + lanes + first, col_mask, stat)
+            else:
+                dy = tl.load(dy_row + first, mask=col_mask, other=0.0).to(stat)
+                h = tl.load(h_row + first, mask=col_mask, other=0.0).to(stat)
             if gate_ptr is not None:
                 gate = tl.load(gate_row[0] + first, mask=col_mask, other=0.0).to(stat)
                 factor = activated(gate, SILU)
@@ -262,9 +280,11 @@ def _row_norm_long_backward_kernel(
             if dh_ptr is None:
                 dx = gradient(x_factor, wdy_factor, coefficients, statistics[0], None)
             else:
-                dx = gradient(x_factor, wdy_factor, coefficients, statistics[0], dh)
-                if t > 0:
-                    dh = tl.load(dh_row + first - TILE, mask=lanes < n_cols - first + TILE, other=0.0)
+                dx = gradient(x_factor, wdy_factor, coefficients, statistics[0], ahead[len(ahead) - 1])
+            if t >= AHEAD:
+                # not by t − AHEAD: the compiler would keep the mask for that tile's other accesses
+                next_tiles = _load_at(ahead_rows, first - AHEAD * TILE, n_cols - first + AHEAD * TILE, lanes)
+                ahead_tiles = ahead_tiles + (next_tiles,)
             if gate_ptr is not None:
                 z = dx  # before its gate: the norm's input has the gradient dx, and y = norm(h · factor)
                 if NORM_BEFORE_GATE:
@@ -306,15 +326,17 @@ def forward(arguments, sizes, strides, itemsize, features):
     )
 
 
-def backward(arguments, partials, sizes, strides, samples, tiles, programs, features):
+def backward(arguments, partials, sizes, strides, samples, tiles, sums, programs, features):
     """Fills dx, dresidual, dgate and the (samples · programs, cols) partials of dx_gate, dweight and dbias; all but dx
     may be None. arguments: the backward kernel's pointers up to dgate; sizes: as of `forward`; strides: the kernel's
-    arguments from dy_steps on. Each of the samples has `programs` programs."""
+    arguments from dy_steps on; sums: as of launch.backward_tiles. Each of the samples has `programs` programs."""
     (rows, cols), groups = sizes, features["GROUPS"]
     chunks = launch.column_chunks(cols, tiles)
-    pins = launch.pins_loads(chunks, launch.access_bytes(arguments[:5]), has_gate=arguments[4] is not None)
+    itemsize = launch.access_bytes(arguments[:5])
+    pins = launch.pins_loads(chunks, itemsize, has_gate=arguments[4] is not None)
+    ahead = launch.tiles_ahead(tiles, itemsize, sums, chunks, has_x_gate=arguments[5] is not None)
     # grid: (chunks of the columns of each sample, programs that share its rows, groups)
     _row_norm_long_backward_kernel[(samples * chunks, programs, groups)](
         *arguments, *partials, rows, cols, *strides,
-        **features, PIN=pins, TILE=tiles.tile, N_TILES=tiles.count, **launch.options(tiles.warps),
+        **features, PIN=pins, AHEAD=ahead, TILE=tiles.tile, N_TILES=tiles.count, **launch.options(tiles.warps),
     )  # fmt: skip

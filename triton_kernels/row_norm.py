@@ -269,8 +269,8 @@ def gradient_blocks(
     where each row is a sample, programs as without samples, which store a row's dweight, dbias and dx_gate with it.
     EVERY_PROGRAM: each has a block. PACKED: rows are kept as they were loaded; there is no gate, x_gate or rotation.
     REPLACE, of those: each tile of the next row is loaded where this row's has been used for the last time.
-    SPARE registers, of one row beside an x_gate: sums are computed at once, and x_gate, and x beside a stream of 32 bits,
-    are loaded where they are used.
+    SPARE registers, of one row beside an x_gate: sums are computed at once; x_gate, and x beside an h of 32 bits, are
+    loaded where they are used.
     HOLD_WEIGHT: in registers; neither PACKED nor PER_ROW."""
     stat = rstd_ptr.dtype.element_ty
     lanes = tl.arange(0, TILE)[None, :]
@@ -424,10 +424,7 @@ def gradient_blocks(
                 store_tile(dgate_ptr + offsets + t * TILE, dgate, mask)
                 dx *= activated(gate, SILU)
             if x_gate_ptr is not None:
-                if is_late:
-                    x = load_tile(x_ptr + x_offsets + t * TILE, mask, stat)
-                else:
-                    x = x_tiles[t].to(stat)
+                x = load_tile(x_ptr + x_offsets + t * TILE, mask, stat) if is_late else x_tiles[t].to(stat)
                 if PER_ROW:
                     store_tile(dx_gate_ptr + offsets + t * TILE, dx * x, mask)
                 else:
@@ -623,7 +620,7 @@ def row_norm_backward(
             )  # fmt: skip
         else:
             strides = (*steps, divisions, sample_rows if of_samples else None, *parameter_strides)
-            long_row_norm.backward(arguments, partials, (rows, cols), strides, samples, tiles, programs, features)
+            long_row_norm.backward(arguments, partials, (rows, cols), strides, samples, tiles, sums, programs, features)
         if is_final:
             gradients = partials
         else:
