@@ -237,10 +237,15 @@ def wide(frame: pd.DataFrame, rows: list[str], across: str, columns: Iterable[st
 
 
 def prediction_tables(results: Iterable[dict], targets: dict[str, str]) -> list[pd.DataFrame]:
-    """One of the row norms, and one for the images of each norm over channels."""
-    tables: dict[str, list[dict]] = {}
+    """One for the row norms that were predicted at the same widths, and one for the images of each norm over channels."""
+    results = list(results)
+    widths: dict[str, set] = {}
     for result in results:
-        tables.setdefault(result["operation"] if "image" in result else "", []).append(result)
+        widths.setdefault(result["operation"], set()).add(result.get("cols"))
+    tables: dict[Any, list[dict]] = {}
+    for result in results:
+        operation = result["operation"]
+        tables.setdefault(operation if "image" in result else frozenset(widths[operation]), []).append(result)
     return [_prediction_cells(of_table, targets) for of_table in tables.values()]
 
 
@@ -256,4 +261,5 @@ def _prediction_cells(results: list[dict], targets: dict[str, str]) -> pd.DataFr
     frame["GPU"], frame["cols"] = frame["target"].map(targets), frame["cols"].map(str)
     bounds = zip(frame["percent_of_copy"], frame["bound"], strict=True)
     frame["cell"] = [f"{percent} l" if bound == "latency" else f"{percent}" for percent, bound in bounds]
-    return wide(frame, ["call", "dtype", "elements", "GPU"], "cols", frame["cols"].unique())
+    columns = sorted(frame["cols"].unique(), key=lambda cols: int(cols) if cols.isdigit() else 0)
+    return wide(frame, ["call", "dtype", "elements", "GPU"], "cols", columns)

@@ -80,6 +80,9 @@ def test_norms_over_channels_have_a_table_of_images(model):
     assert [*images.columns] == ["call", "dtype", "elements", "GPU", "256 × 56 × 56"]
     calls = [f"`batch_norm_training_add_relu` {d}, {m}" for d in ("forward", "backward") for m in predictions.LAYOUTS]
     assert [*images["call"]] == calls
+    wider = [results[0] | {"operation": "gated_rms_norm", "cols": cols} for cols in (8192, 2048)]
+    tables = summary.prediction_tables(results + wider, {"sm_90": "H100"})
+    assert [[*table.columns[4:]] for table in tables] == [["4096"], ["256 × 56 × 56"], ["2048", "8192"]]
 
 
 def test_without_the_model_it_says_what_is_missing(tmp_path):
