@@ -237,7 +237,7 @@ def wide(frame: pd.DataFrame, rows: list[str], across: str, columns: Iterable[st
 
 
 def prediction_tables(results: Iterable[dict], targets: dict[str, str]) -> list[pd.DataFrame]:
-    """One for the row norms that were predicted at the same widths, and one for the images of each norm over channels."""
+    """One for the row norms that were predicted at the same widths, and one for each norm over channels."""
     results = list(results)
     widths: dict[str, set] = {}
     for result in results:
