@@ -27,6 +27,7 @@ KERNELS_IN = {
         "test_every_variant.*gate first.*gated_rms_norm",
         "test_every_variant.*norm first.*gated_layer_norm",
     ],
+    "row_gradients.py": ["test_values_and_gradients.*-rms_norm", "test_values_and_gradients.*-layer_norm"],
     "long_row_norm.py": ["test_long_rows.*rms_norm", "test_long_rows.*layer_norm", "test_gated_norms.*test_long_rows"],
     "rms_norm_many.py": ["test_rotations.*triton", "test_without_a_rotation.*triton", "test_dtypes.*triton"],
     "tiles.py": ["test_values_and_gradients.*triton"],

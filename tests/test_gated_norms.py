@@ -318,9 +318,10 @@ def test_eps_of_none_is_that_of_the_statistics(norm_before_gate, x_dtype, gate_d
 @pytest.mark.parametrize("cols", [64, 40000], ids=["held", "long"])
 def test_kernels_read_slices_of_a_projection(cols, triton_device, monkeypatch):
     """Its columns are the gate's, x's and another's; the kernels get their addresses and the projection's stride."""
-    from fastnorm.triton_kernels import long_row_norm, row_norm
+    from fastnorm.triton_kernels import long_row_norm, row_gradients, row_norm
 
-    module, prefix = (row_norm, "_row_norm") if cols == 64 else (long_row_norm, "_row_norm_long")
+    modules = (row_norm, row_gradients) if cols == 64 else (long_row_norm, long_row_norm)
+    prefix = "_row_norm" if cols == 64 else "_row_norm_long"
     groups = 4 if cols == 64 else 1
     launched = []
 
@@ -331,7 +332,7 @@ def test_kernels_read_slices_of_a_projection(cols, triton_device, monkeypatch):
     def strides(arguments):
         return [a for a in arguments if isinstance(a, int)]
 
-    for direction in ("forward", "backward"):
+    for module, direction in zip(modules, ("forward", "backward"), strict=True):
         monkeypatch.setattr(module, f"{prefix}_{direction}_kernel", Recorder())
     wide = 3 * cols + 16
     projection = torch.zeros(6, wide, device=triton_device)
@@ -339,7 +340,7 @@ def test_kernels_read_slices_of_a_projection(cols, triton_device, monkeypatch):
     *_, mean, rstd = row_norm.row_norm_forward(
         x, None, gate, None, 1, groups, 1, None, None, 1e-5, True, False, True, False, None, F32, None
     )
-    row_norm.row_norm_backward(
+    row_gradients.row_norm_backward(
         dy, None, x, None, gate, None, 1, groups, 1, None, None, mean, rstd, False, True, False, None, F32, *[None] * 3
     )
     forward, backward = launched

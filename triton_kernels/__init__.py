@@ -1,8 +1,8 @@
 """The Triton backend: a launcher for each operator of fastnorm.operators, with its name and its schema's arguments.
 
-Each operation's file has its kernels and then their launchers: row_norm.py, rms_norm_many.py, batch_norm.py,
-group_norm.py, multi_tensor.py, clip_policy.py and agc.py (clips). launch.py chooses tiles and programs; jit.py and
-plans.py make launches cheap.
+Each operation's file has its kernels and then their launchers: row_norm.py, row_gradients.py, rms_norm_many.py,
+batch_norm.py, group_norm.py, multi_tensor.py, clip_policy.py and agc.py (clips). launch.py chooses tiles and programs;
+jit.py and plans.py make launches cheap.
 """
 
 from collections import ChainMap
@@ -11,13 +11,14 @@ import torch
 from triton.runtime import driver as driver
 
 from ..operators import OPERATORS
-from . import agc, batch_norm, clip_policy, group_norm, multi_tensor, rms_norm_many, row_norm
+from . import agc, batch_norm, clip_policy, group_norm, multi_tensor, rms_norm_many, row_gradients, row_norm
 from . import plans as plans
 from . import tables as tables
 from .launch import INTERPRETED as INTERPRETED
 
 # each operator's launcher, from whichever of these modules has it
-_functions = ChainMap(*map(vars, (agc, batch_norm, clip_policy, group_norm, multi_tensor, rms_norm_many, row_norm)))
+_modules = agc, batch_norm, clip_policy, group_norm, multi_tensor, rms_norm_many, row_gradients, row_norm
+_functions = ChainMap(*map(vars, _modules))
 globals().update({name: _functions[name] for name in OPERATORS})
 
 

@@ -14,17 +14,14 @@ import triton.language as tl
 from . import launch
 from .compiler import materialize, pin_loads
 from .gates import activated, activation_slope
+from .gradient_tiles import factors, gradient, gradient_coefficients, store_gradient
 from .jit import jit
 from .tiles import (
-    factors,
-    gradient,
-    gradient_coefficients,
     load_tile,
     load_weight,
     reciprocal_sqrt,
     rounded_to,
     row_offsets,
-    store_gradient,
     store_h,
     store_tile,
     zero_sums,

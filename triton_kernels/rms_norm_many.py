@@ -1,7 +1,7 @@
 """RMSNorm of several inputs in one launch a direction, with a rotation behind it: queries and keys, MLA's latents.
 
-Each input is computed as by row_norm.py's kernels. Inputs may have different columns: their tilings differ, too, but
-for the number of warps.
+Each input is computed as by the kernels of row_norm.py and row_gradients.py. Inputs may have different columns: their
+tilings differ, too, but for the number of warps.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import triton.language as tl
 from ..views import RowLevels, contiguous, row_levels
 from . import launch
 from .jit import jit
-from .row_norm import gradient_blocks, norm_block, row_norm_backward, row_norm_forward
+from .row_gradients import gradient_blocks, row_norm_backward
+from .row_norm import norm_block, row_norm_forward
 from .tiles import column_sums, empty_like, row_steps
 from .types import stat_dtype, triton_dtype
 

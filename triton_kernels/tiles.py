@@ -138,14 +138,6 @@ def store_h(h, ptr, mask):
 
 
 @triton.jit
-def store_gradient(dx_ptr, dresidual_ptr, offsets, dx, mask):
-    """Stores dx, and once more for the residual where that has another type."""
-    store_tile(dx_ptr + offsets, dx, mask)
-    if dresidual_ptr is not None:
-        store_tile(dresidual_ptr + offsets, dx, mask)
-
-
-@triton.jit
 def load_weight_tiles(ptr, lanes, N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr):
     """All tiles of `load_weight_tile`, in the type of the memory; () where ptr is None."""
     tiles = ()
@@ -202,50 +194,6 @@ def rounded_to(x_hat, CAST: tl.constexpr):
     if CAST is not None:
         x_hat = x_hat.to(CAST).to(x_hat.dtype)
     return x_hat
-
-
-@triton.jit
-def factors(h, dy, statistics):
-    """Two factors of x̂ · dy, like h: x̂ and dy for RMSNorm, h − mean and dy · rstd for LayerNorm.
-
-    statistics: (rstd,) of RMSNorm, (rstd, mean) of LayerNorm, each (rows, 1). LayerNorm's dx = dy · rstd + … is then
-    three operations an element. RMSNorm's form has no rstd², which overflows before x̂ does."""
-    stat = statistics[0].dtype
-    if len(statistics) > 1:
-        return h.to(stat) - statistics[1], dy.to(stat) * statistics[0]
-    else:
-        h, dy = h.to(stat), dy.to(stat)
-        return h * statistics[0], dy
-
-
-@triton.jit
-def gradient_coefficients(c1_sums, c2_sums, statistics, n_cols):
-    """What `gradient` needs of a row, (rows, 1) each: (−c1,) for RMSNorm, (−c1 · rstd², c2 · rstd) for LayerNorm.
-
-    c1 = mean(x̂ · w·dy), c2 = mean(w·dy). c1_sums, c2_sums: (rows, TILE), each lane's Σ x_factor · w·dy_factor and
-    Σ w·dy_factor; see `factors`."""
-    inverse = 1.0 / tl.cast(n_cols, c1_sums.dtype)
-    if len(statistics) > 1:
-        c1_sum, c2_sum = sum_pair(c1_sums, c2_sums)
-        return c1_sum * -inverse * statistics[0] * statistics[0], c2_sum * inverse
-    else:
-        return (tl.sum(c1_sums, axis=1, keep_dims=True) * -inverse,)  # negated once a row, not once an element
-
-
-@triton.jit
-def gradient(x_factor, wdy_factor, coefficients, rstd, dh):
-    """A tile of dx = (w·dy − c2 − x̂ · c1) · rstd + dh, where RMSNorm has no c2; dh may be None."""
-    if len(coefficients) == 1:
-        dx = tl.fma(x_factor, coefficients[0], wdy_factor)
-        if dh is None:
-            return dx * rstd
-        else:
-            return tl.fma(dx, rstd, dh.to(dx.dtype))
-    else:
-        dx = tl.fma(x_factor, coefficients[0], wdy_factor - coefficients[1])
-        if dh is not None:
-            dx += dh.to(dx.dtype)
-        return dx
 
 
 @triton.jit
