@@ -49,11 +49,12 @@ TWO_CALLS = replace(  # what rms_norm_many may cost
 )
 NORMS = (
     *(OPERATIONS[name] for name in ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")),
+    *(OPERATIONS[name] for name in ("gated_rms_norm", "modulated_layer_norm")),
     TWO_CALLS,
     ROTARY,
     *(OPERATIONS[name] for name in ("batch_norm_training_add_relu", "group_norm_silu")),
 )
-SHAPES = {2: (4, 256), 4: (2, 64, 4, 4), 5: (1, 2, 2, 1, 64)}
+SHAPES = {2: (4, 256), 3: (2, 2, 256), 4: (2, 64, 4, 4), 5: (1, 2, 2, 1, 64)}
 CLIPPED = 300 * [(64,)]
 CLIPS = ("clip_grad_norm_", "clip_grad_norm_ by a policy")  # ZClip
 # Many samples: the best of few comes and goes with the speed of a shared machine.
