@@ -2,6 +2,8 @@
 // through Python that autograd.Function and torch.ops take. The backend that serves the device computes: a native
 // kernel, or a launch plan of Triton's.
 #include <ATen/TensorOperators.h>
+#include <ATen/TensorUtils.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/record_function.h>
 #include <c10/util/accumulate.h>
 #include <torch/csrc/Exceptions.h>
@@ -43,6 +45,7 @@ bool is_rms_norm(int64_t operation) { return operation % 2 != 0; }
 struct Options {
   bool on_triton, subtract_mean, zero_centered;
   bool silu, norm_before_gate;  // of the gate
+  bool has_samples;             // whether weight, bias and x_gate have a row for each sample
   int64_t dims;                 // how many trailing dimensions are normalised
   int64_t groups;               // into which they are cut
   int64_t samples;              // into which the rows are cut
@@ -56,7 +59,8 @@ struct Options {
   // As integers, because ctx.saved_data holds no structs.
   std::vector<int64_t> packed() const {
     const auto type = [](const optional<ScalarType>& t) { return t ? static_cast<int64_t>(*t) : -1; };
-    const int64_t flags = on_triton | subtract_mean << 1 | zero_centered << 2 | silu << 3 | norm_before_gate << 4;
+    const int64_t flags =
+        on_triton | subtract_mean << 1 | zero_centered << 2 | silu << 3 | norm_before_gate << 4 | has_samples << 5;
     const auto eps_bits = std::bit_cast<int64_t>(eps);
     return {flags, dims, groups, samples, eps_bits, type(cast_dtype), type(x_dtype), type(residual_dtype)};
   }
@@ -64,9 +68,8 @@ struct Options {
   static Options unpacked(const std::vector<int64_t>& values) {
     const auto flag = [&](int bit) { return (values[0] >> bit & 1) != 0; };
     const auto type = [](int64_t t) { return t < 0 ? std::nullopt : optional(static_cast<ScalarType>(t)); };
-    return {flag(0),         flag(1),          flag(2),
-            flag(3),         flag(4),          values[1],
-            values[2],       values[3],        std::bit_cast<double>(values[4]),
+    return {flag(0),         flag(1),          flag(2),        flag(3),   flag(4),
+            flag(5),         values[1],        values[2],      values[3], std::bit_cast<double>(values[4]),
             type(values[5]), *type(values[6]), type(values[7])};
   }
 };
@@ -77,29 +80,47 @@ struct Call {
   Tensor x, residual, weight, bias, gate, x_gate;
   ScalarType out_dtype;
   optional<ScalarType> h_dtype;  // of h; none where h is x
-  bool has_samples;              // whether weight, bias and x_gate have a row for each sample
 
   at::IntArrayRef shape() const { return x.sizes().slice(x.dim() - options.dims); }
-  at::DimVector parameter_sizes() const {
-    at::DimVector sizes(shape());
-    if (has_samples) {
-      sizes.insert(sizes.begin(), options.samples);
-    }
-    return sizes;
-  }
 };
+
+// Whether a parameter of samples must become (samples, columns) first.
+bool has_other_shape(const Options& o, const Tensor& parameter) {
+  return o.has_samples && parameter.defined() && parameter.dim() != 2;
+}
+
+// A parameter as the formula takes it: of samples as rows, (samples, columns).
+Tensor rows_of(const Options& o, const Tensor& parameter) {
+  return has_other_shape(o, parameter) ? parameter.view({o.samples, parameter.sizes().back()}) : parameter;
+}
+
+// The same for kernels. Autograd sees the parameters as they were given, and three views by the dispatcher would take
+// half of the call's time.
+Tensor kernel_rows_of(const Options& o, const Tensor& parameter) {
+  if (!has_other_shape(o, parameter)) {
+    return parameter;
+  }
+  const at::DimVector sizes{o.samples, parameter.sizes().back()};
+  const auto strides = at::detail::computeStride(parameter.sizes(), parameter.strides(), sizes);
+  Tensor rows = at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(parameter.storage()),
+                                                         parameter.key_set(), parameter.dtype());
+  rows.unsafeGetTensorImpl()->set_sizes_and_strides(sizes, *strides, parameter.storage_offset());
+  return rows;
+}
 
 cpu::ForwardResult forward(const Call& call, bool saves_statistics) {
   const Options& o = call.options;
+  const Tensor x_gate = kernel_rows_of(o, call.x_gate), weight = kernel_rows_of(o, call.weight),
+               bias = kernel_rows_of(o, call.bias);
   if (!o.on_triton) {
-    return cpu::norm_forward({o.norm(), call.x, call.residual, call.gate, call.x_gate, o.dims, o.groups, o.samples,
-                              as_optional(call.weight), as_optional(call.bias), o.eps, o.zero_centered, o.silu,
+    return cpu::norm_forward({o.norm(), call.x, call.residual, call.gate, x_gate, o.dims, o.groups, o.samples,
+                              as_optional(weight), as_optional(bias), o.eps, o.zero_centered, o.silu,
                               o.norm_before_gate, o.cast_dtype, call.out_dtype, call.h_dtype, saves_statistics});
   }
   const auto results =
-      plans::call("row_norm_forward", {call.x, call.residual, call.gate, call.x_gate, o.dims, o.groups, o.samples,
-                                       call.weight, call.bias, o.eps, o.subtract_mean, o.zero_centered, o.silu,
-                                       o.norm_before_gate, o.cast_dtype, optional(call.out_dtype), call.h_dtype});
+      plans::call("row_norm_forward", {call.x, call.residual, call.gate, x_gate, o.dims, o.groups, o.samples, weight,
+                                       bias, o.eps, o.subtract_mean, o.zero_centered, o.silu, o.norm_before_gate,
+                                       o.cast_dtype, optional(call.out_dtype), call.h_dtype});
   return {results.at(0), results.at(1), results.at(2), results.at(3)};
 }
 
@@ -116,9 +137,20 @@ struct Saved {
 variable_list gradients_by_formula(const Options& o, const Saved& s, const Tensor& dy, const Tensor& dh) {
   const pybind11::gil_scoped_acquire gil;
   const auto shape = s.h.sizes().slice(s.h.dim() - o.dims).vec();
-  return reference_gradients("row_norm_gradients", {s.h, s.weight, s.bias, s.gate, s.x, s.x_gate}, dy, dh,
+  return reference_gradients("row_norm_gradients",
+                             {s.h, rows_of(o, s.weight), rows_of(o, s.bias), s.gate, s.x, rows_of(o, s.x_gate)}, dy, dh,
                              pybind11::make_tuple(o.x_dtype, or_none(o.residual_dtype)), shape, o.eps, o.subtract_mean,
                              o.zero_centered, or_none(o.cast_dtype), o.groups, o.silu, o.norm_before_gate);
+}
+
+// Calls body(gradient, sizes) for the gradients of parameters that were given in another shape.
+template <typename Body>
+void each_of_other_shape(const Options& o, const Saved& s, variable_list& gradients, const Body& body) {
+  for (const auto& [place, given] : {std::pair(2, &s.weight), std::pair(3, &s.bias), std::pair(5, &s.x_gate)}) {
+    if (has_other_shape(o, *given) && gradients[place].defined()) {
+      body(gradients[place], given->sizes());
+    }
+  }
 }
 
 struct RowNormFunction : torch::autograd::Function<RowNormFunction> {
@@ -158,29 +190,42 @@ struct RowNormFunction : torch::autograd::Function<RowNormFunction> {
       gradients[3] = dbias;
       gradients[4] = dgate;
       gradients[5] = dx_gate;
-      return gradients;
+      each_of_other_shape(options, saved, gradients, [](Tensor& gradient, at::IntArrayRef sizes) {
+        gradient.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);  // new and contiguous, and nobody else's
+      });
+    } else if (dy.defined() || dh.defined()) {
+      gradients = gradients_by_formula(options, saved, dy, dh);
+      each_of_other_shape(options, saved, gradients,
+                          [](Tensor& gradient, at::IntArrayRef sizes) { gradient = gradient.view(sizes); });
     }
-    return dy.defined() || dh.defined() ? gradients_by_formula(options, saved, dy, dh) : gradients;
+    return gradients;
   }
 
  private:
   static cpu::BackwardResult by_kernels(const Options& o, const Saved& s, const Tensor& dy, const Tensor& dh,
                                         const cpu::GradientDtypes& dtypes) {
+    const Tensor x_gate = kernel_rows_of(o, s.x_gate), weight = kernel_rows_of(o, s.weight),
+                 bias = kernel_rows_of(o, s.bias);
     if (!o.on_triton) {
-      return cpu::norm_backward({o.norm(), dy, dh, s.h, s.x, s.gate, s.x_gate, o.dims, o.groups, o.samples,
-                                 as_optional(s.weight), as_optional(s.bias), s.mean, s.rstd, o.zero_centered, o.silu,
+      return cpu::norm_backward({o.norm(), dy, dh, s.h, s.x, s.gate, x_gate, o.dims, o.groups, o.samples,
+                                 as_optional(weight), as_optional(bias), s.mean, s.rstd, o.zero_centered, o.silu,
                                  o.norm_before_gate, o.cast_dtype, dtypes});
     }
     const auto call = [](const auto&... arguments) { return plans::call("row_norm_backward", {arguments...}); };
-    const auto results = call(dy, dh, s.h, s.x, s.gate, s.x_gate, o.dims, o.groups, o.samples, s.weight, s.bias, s.mean,
+    const auto results = call(dy, dh, s.h, s.x, s.gate, x_gate, o.dims, o.groups, o.samples, weight, bias, s.mean,
                               s.rstd, o.zero_centered, o.silu, o.norm_before_gate, o.cast_dtype, optional(dtypes.x),
                               dtypes.residual, dtypes.weight, dtypes.bias);
     return {results.at(0), results.at(1), results.at(2), results.at(3), results.at(4), results.at(5)};
   }
 };
 
-// Reads normalized_shape: a sequence of integers that are x's last sizes. `dims` is their number.
-bool unpack_shape(PyObject* object, const Tensor& x, int64_t& dims) {
+// Reads normalized_shape: a sequence of integers that are x's last sizes, of which `dims` is the number. Modulated
+// norms have None, which is the last.
+bool unpack_shape(PyObject* object, Kind kind, const Tensor& x, int64_t& dims) {
+  if (kind == Kind::modulated) {
+    dims = 1;
+    return object == Py_None && x.dim() > 0;
+  }
   if (!PyTuple_Check(object) && !PyList_Check(object)) {
     return false;
   }
@@ -219,57 +264,98 @@ bool read_gated(PyObject* const* args, Call& call) {
   return o.silu || PyUnicode_CompareWithASCIIString(args[1], "sigmoid") == 0;
 }
 
-// Reads (x_gate, samples), of which the sizes of weight and bias follow; call.options.dims is known.
-constexpr Py_ssize_t n_modulated_arguments = 2;
-bool read_modulated(PyObject* const* args, Call& call) {
+// Along how many of x's first dimensions a scale, shift or gate differs; −1 where the sizes don't fit. They are x's
+// first sizes, ones, and x's last; leading ones may be left out, and of (B, H) the ones between. A dimension of one
+// element counts, so that a sample alone is treated as in a batch.
+int64_t level_of(at::IntArrayRef sizes, at::IntArrayRef x) {
+  const auto dims = static_cast<int64_t>(x.size()), given = static_cast<int64_t>(sizes.size());
+  if (given == 0 || given > dims || sizes.back() != x.back()) {
+    return -1;
+  }
+  const bool is_of_batch = given == 2 && dims > 2;
+  const auto size = [&](int64_t dim) -> int64_t {
+    return is_of_batch ? (dim == 0 ? sizes[0] : 1) : dim < dims - given ? 1 : sizes[dim - (dims - given)];
+  };
+  const auto fits = [&](int64_t level) {
+    for (int64_t dim = 0; dim < dims - 1; ++dim) {
+      if (size(dim) != (dim < level ? x[dim] : 1)) {
+        return false;
+      }
+    }
+    return true;
+  };
+  for (int64_t level = 1; given > 1 && level < dims; ++level) {
+    if (fits(level)) {
+      return level;
+    }
+  }
+  return fits(0) ? 0 : -1;
+}
+
+// Reads scale, shift and gate, and how many samples x has; not where one has fewer rows than another, or rows that no
+// stride leads along.
+bool read_modulated(PyObject* scale, PyObject* shift, PyObject* gate, Call& call) {
   Options& o = call.options;
-  call.has_samples = true;
-  o.samples = PyLong_CheckExact(args[1]) ? PyLong_AsLongLong(args[1]) : 0;
-  PyErr_Clear();  // a number beyond 64 bits
-  const int64_t n_rows = call.x.numel() / c10::multiply_integers(call.shape());
-  return o.samples > 0 && n_rows % o.samples == 0 &&
-         unpack_optional(args[0], call.parameter_sizes(), call.x.device(), call.x_gate);
+  o.has_samples = true;
+  int64_t level = -1;
+  const auto read_one = [&](PyObject* object, Tensor& out) {
+    if (object == Py_None) {
+      return true;
+    }
+    if (!unpack(object, out) || out.device() != call.x.device()) {
+      return false;
+    }
+    const int64_t found = level_of(out.sizes(), call.x.sizes());
+    if (found < 0 || (level >= 0 && found != level)) {
+      return false;
+    }
+    level = found;
+    o.samples = c10::multiply_integers(call.x.sizes().slice(0, level));
+    return at::detail::computeStride(out.sizes(), out.strides(), at::IntArrayRef({o.samples, out.sizes().back()}))
+        .has_value();
+  };
+  return read_one(scale, call.weight) && read_one(shift, call.bias) && read_one(gate, call.x_gate);
 }
 
 Py_ssize_t n_further_arguments(Kind kind) {
-  return kind == Kind::gated ? n_gated_arguments : kind == Kind::modulated ? n_modulated_arguments : 0;
+  return kind == Kind::gated ? n_gated_arguments : kind == Kind::modulated ? 1 : 0;
 }
 
 // The dtype of y where the caller names none.
 ScalarType default_dtype(const Call& call, int64_t operation, bool is_llama) {
   const Options& o = call.options;
-  const bool is_gated = kind_of(operation) == Kind::gated;
+  const Kind kind = kind_of(operation);
+  const bool is_gated = kind == Kind::gated;
   if (is_llama) {
     const bool ends_with_weight = call.weight.defined() && !(is_gated && o.norm_before_gate);
     return ends_with_weight ? c10::promoteTypes(o.x_dtype, call.weight.scalar_type()) : o.x_dtype;
   }
-  // a gated norm has no stock operation whose autocast it would follow
+  // gated and modulated norms have no stock operation whose autocast they would follow
+  const bool has_stock = kind == Kind::plain || kind == Kind::add;
   const char* const stock = is_rms_norm(operation) ? "aten::rms_norm" : "aten::layer_norm";
-  return !is_gated && autocasts(stock, call.x) ? at::kFloat : o.x_dtype;
+  return has_stock && autocasts(stock, call.x) ? at::kFloat : o.x_dtype;
 }
 
 // Reads (operation, served, x, residual, shape, weight, bias, eps, zero_centered, out_dtype, residual_dtype, rounding),
-// and then what read_gated or read_modulated reads.
+// and then what read_gated reads, or x_gate of a modulated norm.
 constexpr Py_ssize_t n_arguments = 12;
 bool read(PyObject* const* args, int64_t operation, Call& call) {
   Options& o = call.options;
   const bool is_rms = is_rms_norm(operation);
   const Kind kind = kind_of(operation);
-  if (!unpack(args[2], call.x) || call.x.numel() == 0 || !unpack_shape(args[4], call.x, o.dims)) {
+  if (!unpack(args[2], call.x) || call.x.numel() == 0 || !unpack_shape(args[4], kind, call.x, o.dims)) {
     return false;
   }
   const auto device = call.x.device();
   const auto triton = on_triton(PyLong_AsLongLong(args[1]), call.x);
   optional<ScalarType> out_dtype;
   o.groups = o.samples = 1;
-  if (kind == Kind::modulated && !read_modulated(args + n_arguments, call)) {
-    return false;
-  }
-  const at::DimVector parameter_sizes = call.parameter_sizes();
-  if (!triton || !unpack_optional(args[3], call.x.sizes(), device, call.residual) ||
-      !unpack_optional(args[5], parameter_sizes, device, call.weight) ||
-      !unpack_optional(args[6], parameter_sizes, device, call.bias) || !unpack_bool(args[8], o.zero_centered) ||
-      !unpack_dtype(args[9], out_dtype) || !unpack_dtype(args[10], call.h_dtype) || !PyUnicode_CheckExact(args[11])) {
+  const bool has_parameters = kind == Kind::modulated ? read_modulated(args[5], args[6], args[n_arguments], call)
+                                                      : unpack_optional(args[5], call.shape(), device, call.weight) &&
+                                                            unpack_optional(args[6], call.shape(), device, call.bias);
+  if (!has_parameters || !triton || !unpack_optional(args[3], call.x.sizes(), device, call.residual) ||
+      !unpack_bool(args[8], o.zero_centered) || !unpack_dtype(args[9], out_dtype) ||
+      !unpack_dtype(args[10], call.h_dtype) || !PyUnicode_CheckExact(args[11])) {
     return false;
   }
   if (kind == Kind::gated && !read_gated(args + n_arguments, call)) {
@@ -289,7 +375,7 @@ bool read(PyObject* const* args, int64_t operation, Call& call) {
     call.h_dtype.reset();
   }
   const bool is_llama = PyUnicode_CompareWithASCIIString(args[11], "llama") == 0;
-  if (is_llama ? !is_rms || call.has_samples : PyUnicode_CompareWithASCIIString(args[11], "torch") != 0) {
+  if (is_llama ? !is_rms || o.has_samples : PyUnicode_CompareWithASCIIString(args[11], "torch") != 0) {
     return false;
   }
   if (is_llama) {
@@ -338,7 +424,7 @@ int add_row_norm_calls(PyObject* module) {
       {"row_norm", as_method(&row_norm), METH_FASTCALL,
        "row_norm(operation, served, x, residual, normalized_shape, weight, bias, eps, zero_centered, "
        "out_dtype, residual_dtype, rounding), for a gated one also (gate, activation, norm_before_gate, group_size), "
-       "for a modulated one (x_gate, samples): NotImplemented for what is wrong or not plain"},
+       "for a modulated one (x_gate,): NotImplemented for what is wrong or not plain"},
       {nullptr, nullptr, 0, nullptr}};
   return PyModule_AddFunctions(module, methods);
 }

@@ -272,11 +272,19 @@ def test_wrong_arguments_raise():
 # Whole calls, with autograd
 
 
+def in_samples(case):
+    """The case with x as (samples, rows, columns), and parameters that are given as (samples, 1, columns)."""
+    c = SimpleNamespace(**vars(case))
+    for name in ("x", "residual", "dy", "dh", "x_gate", "weight", "bias"):
+        if (tensor := getattr(case, name)) is not None:
+            setattr(c, name, tensor.unflatten(0, (case.samples, -1)).detach())
+    return c
+
+
 def direct(op, c, served=NATIVE_ON_CPU, **changes):
-    shape = tuple(c.x.shape[-1:])
-    given = {"x": c.x, "residual": c.residual, "shape": shape, "weight": c.weight, "bias": c.bias, "eps": 1e-5}
+    given = {"x": c.x, "residual": c.residual, "shape": None, "weight": c.weight, "bias": c.bias, "eps": 1e-5}
     given |= {"zero_centered": c.zero_centered, "out_dtype": None, "residual_dtype": c.h_dtype, "rounding": "torch"}
-    given |= {"x_gate": c.x_gate, "samples": c.samples}
+    given |= {"x_gate": c.x_gate}
     assert given.keys() >= changes.keys()
     return native.calls[f"modulated_{op}"](served, *(given | changes).values())
 
@@ -287,8 +295,10 @@ def leaves_of(case):
 
 @pytest.mark.parametrize("name", [*map(str, DTYPES), "float64 residual", "one row each", "no residual", "no x_gate"])
 def test_whole_calls_are_the_operators(name):
-    case = make(**CASES[name])
-    expected = run("layer_norm", case)
+    flat = make(**CASES[name])
+    case, results = in_samples(flat), run("layer_norm", flat)
+    like = {"y": case.x, "h": case.x, **{f"d{k}": getattr(case, k) for k in ("x", *EVERYTHING)}}
+    expected = {k: None if v is None else v.view_as(like[k]) for k, v in results.items() if k in like}
     with torch.no_grad():
         assert_same(direct("layer_norm", case), (expected["y"], expected["h"]))
     leaves = leaves_of(case)
@@ -298,9 +308,31 @@ def test_whole_calls_are_the_operators(name):
     assert_same((y.detach(), h.detach(), *found), [expected[k] for k in ("y", "h", *(f"d{k}" for k in leaves))])
 
 
+@pytest.mark.parametrize("sizes", [(8,), (1, 8), (1, 1, 8), (2, 8), (2, 1, 8), (2, 3, 8)], ids=str)
+def test_shapes_of_parameters(sizes):
+    """In every shape that is allowed the call is one in C++, and gradients have the shape of what they are of."""
+    c = in_samples(make(2, 3, 8))
+    wide = torch.randn(*sizes[:-1], 3 * 8)
+    c.x_gate, c.weight, c.bias = wide.chunk(3, -1)
+    c.samples = wide.numel() // 24
+    leaves = leaves_of(c)
+    y, h = direct("layer_norm", c)
+    assert is_by_cpp(y)
+    found = torch.autograd.grad((y, h), list(leaves.values()), (c.dy, c.dh))
+    assert [g.shape for g in found] == [t.shape for t in leaves.values()]
+    flat = SimpleNamespace(**vars(c))
+    for name in ("x", "residual", "dy", "dh"):
+        setattr(flat, name, getattr(c, name).detach().flatten(0, 1))
+    for name in ("x_gate", "weight", "bias"):
+        setattr(flat, name, getattr(c, name).detach().reshape(c.samples, 8))
+    expected = run("layer_norm", flat)
+    assert_same([g.flatten() for g in found], [expected[f"d{k}"].flatten() for k in leaves])
+    assert_same([y.detach().flatten(0, 1)], [expected["y"]])
+
+
 @both
 def test_h_is_x_without_a_residual_and_an_x_gate(op):
-    case = make(2, 3, 8, given=("weight", "bias"))
+    case = in_samples(make(2, 3, 8, given=("weight", "bias")))
     y, h = direct(op, case)
     assert h is case.x and y.shape == h.shape
 
@@ -308,22 +340,26 @@ def test_h_is_x_without_a_residual_and_an_x_gate(op):
 @both
 def test_outputs_that_are_not_used(op):
     """A loss of y alone, and one of h alone, which no kernel serves."""
-    case = make(2, 3, 8)
+    case = in_samples(make(2, 3, 8))
     for only_h in (False, True):
         leaves = leaves_of(case)
         outputs = direct(op, case)
         found = torch.autograd.grad(outputs[only_h], list(leaves.values()), case.dy, allow_unused=True)
         other = SimpleNamespace(**vars(case) | ({"dy": 0 * case.dy, "dh": case.dy} if only_h else {"dh": None}))
-        expected = by_formula(op, other, outputs[1].detach(), F64)
+        for name in ("x", *EVERYTHING, "dy", "dh"):
+            tensor = getattr(other, name)
+            setattr(other, name, None if tensor is None else tensor.detach().flatten(0, 1))
+        expected = by_formula(op, other, outputs[1].detach().flatten(0, 1), F64)
         for name, gradient in zip(leaves, found, strict=True):
-            gradient = torch.zeros(2, 8) if gradient is None else gradient
-            torch.testing.assert_close(gradient.double(), expected[f"d{name}"], rtol=1e-5, atol=1e-5)
+            gradient = torch.zeros(2, 1, 8) if gradient is None else gradient
+            assert gradient.shape == leaves[name].shape
+            torch.testing.assert_close(gradient.flatten(0, 1).double(), expected[f"d{name}"], rtol=1e-5, atol=1e-5)
 
 
 @both
 @pytest.mark.parametrize("given", [EVERYTHING, ("x_gate", "weight"), ("weight", "bias")], ids=str)
 def test_double_backward_goes_through_the_formula(op, given):
-    case = make(2, 2, 5, F64, given=given)
+    case = in_samples(make(2, 2, 5, F64, given=given))
     leaves = leaves_of(case)
 
     def function(*tensors):
@@ -335,7 +371,7 @@ def test_double_backward_goes_through_the_formula(op, given):
 
 
 def test_defaults_of_dtypes_and_eps():
-    case = make(2, 3, 8, BF16)
+    case = in_samples(make(2, 3, 8, BF16))
     for changes, y_dtype, h_dtype in (
         ({}, BF16, BF16), ({"out_dtype": F16, "residual_dtype": F32}, F16, F32),
         ({"residual": None, "residual_dtype": F32}, BF16, F32),
@@ -350,22 +386,23 @@ def test_defaults_of_dtypes_and_eps():
 
 @both
 def test_calls_that_are_wrong_or_not_plain_are_declined(op):
-    c = make(2, 3, 8)
+    c = in_samples(make(2, 3, 8))
     assert direct(op, c) is not NotImplemented
+    apart = torch.randn(3, 2, 8).transpose(0, 1)  # rows that no stride leads along
     for changes in (
-        {"samples": 4}, {"samples": 0}, {"samples": -2}, {"samples": 2**70}, {"samples": 2.0}, {"samples": 1},
-        {"samples": 3}, {"x_gate": c.x_gate[0]}, {"x_gate": c.x}, {"x_gate": c.x_gate.int()}, {"weight": c.weight[0]},
-        {"bias": c.bias[:1]}, {"x_gate": 1.0}, {"rounding": "llama"}, {"eps": 1}, {"shape": (7,)},
-        {"residual": None, "x_gate": None, "residual_dtype": F64},
+        {"x_gate": c.x_gate[0]}, {"x_gate": c.x}, {"x_gate": c.x_gate.int()}, {"weight": c.weight[0, 0]},
+        {"bias": c.bias[:1]}, {"bias": c.bias[..., :1]}, {"bias": c.bias[None, None]}, {"bias": c.bias.sum()},
+        {"x_gate": 1.0}, {"rounding": "llama"}, {"eps": 1}, {"shape": (7,)}, {"shape": (3, 8)},
+        {"residual": None, "x_gate": None, "residual_dtype": F64}, dict.fromkeys(("x_gate", "weight", "bias"), apart),
     ):  # fmt: skip
         assert direct(op, c, **changes) is NotImplemented, changes
     assert_declined_where_somebody_looks_on(lambda x: direct(op, c, x=x), c.x)
-    with pytest.raises(TypeError, match="takes 14 arguments, but got 3"):
+    with pytest.raises(TypeError, match="takes 13 arguments, but got 3"):
         native.calls[f"modulated_{op}"](1, 2)
 
 
 def test_a_call_keeps_no_references():
-    c = make(2, 3, 8)
-    given = c.x.requires_grad_(), c.residual, (8,), c.weight, c.bias, 1e-5, True, None, None, "torch", c.x_gate
-    arguments, *mistakes = ([NATIVE_ON_CPU, *given, samples] for samples in (2, 0, None))
+    c = in_samples(make(2, 3, 8))
+    given = c.x.requires_grad_(), c.residual, None, c.weight, c.bias, 1e-5, True, None, None, "torch"
+    arguments, *mistakes = ([NATIVE_ON_CPU, *given, x_gate] for x_gate in (c.x_gate, c.x_gate[0], 1.0))
     assert_keeps_no_references(native.calls["modulated_layer_norm"], arguments, mistakes)

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from .. import backend, dtensors, reference
-from ..obstacles import PLAIN
 from .arguments import apply, as_int, check, options_repr, tensor_mistake
 from .row_norm import Options, RowNormFunction, check_options
 from .scripting import scriptable
@@ -103,16 +102,12 @@ def _modulated_norm(
     residual_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """The functional of the name `op`. Raises Overridden, as `check` does."""
+    outputs = backend.call_directly(
+        op, x, residual, None, scale, shift, eps, True, out_dtype, residual_dtype, "torch", gate
+    )  # fmt: skip
+    if outputs is not NotImplemented:
+        return outputs
     tensors = x, scale, shift, residual, gate
-    are_plain = type(x) in PLAIN and all(t is None or type(t) in PLAIN for t in tensors)
-    if are_plain and x.dim() > 0 and not torch.compiler.is_compiling():
-        samples, weight, bias, x_gate = _by_samples(op, x, scale, shift, gate)
-        outputs = backend.call_directly(
-            op, x, residual, x.shape[-1:], weight, bias, eps, True, out_dtype or x.dtype, residual_dtype, "torch",
-            x_gate, samples,
-        )  # fmt: skip
-        if outputs is not NotImplemented:
-            return outputs
     x, scale, shift, residual, gate = map(dtensors.arrived, tensors)
     refuse_overridden(x, scale, shift, residual, gate)
     is_readable = not backend.needs_formula(op, x, residual, scale, shift, gate)
