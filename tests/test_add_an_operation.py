@@ -170,7 +170,7 @@ def test_the_steps_add_an_operation(tmp_path):
     append(package / "functional.py", "\nfrom .ops.scale_shift import scale_shift\n")
     (kernels / "scale_shift.py").write_text(KERNELS)
     insert(kernels / "__init__.py", r"^# each operator", "from . import scale_shift\n\n")
-    insert(kernels / "__init__.py", r"\)\)\)$", ", scale_shift")
+    insert(kernels / "__init__.py", r"(?<=^_modules = )", "scale_shift, ")
     report = run(tmp_path, USE)
     assert "scale_shift on cpu" in report
     assert backend._native is None or "an older build, without scale_shift_forward" in report

@@ -79,7 +79,7 @@ def explosion(factor):
 def test_report_names_layer_and_step(factor, flag, number):
     spikes = []
     model, optimizer, run = explosion(factor)
-    with fastnorm.Monitor(model, optimizer, on_spike=spikes.append) as monitor:
+    with fastnorm.Monitor(model, optimizer, updates_every=20, on_spike=spikes.append) as monitor:
         for i in run:
             assert bool(spikes) == (i >= 25 and flag != "vanishing")
         report = monitor.report()

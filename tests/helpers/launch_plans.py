@@ -11,7 +11,7 @@ import triton
 
 from bench import compiled, shipped
 from bench.problem import CLIPS, DIRECTIONS, IMAGES, Problem
-from fastnorm.triton_kernels import jit, launch, multi_tensor, planes, row_norm
+from fastnorm.triton_kernels import jit, launch, multi_tensor, planes, row_gradients
 
 # Of what test_codegen.py compiles, so that both find it in the cache: the least and the most that a row norm does.
 PROBLEMS = [
@@ -105,7 +105,7 @@ def agreements(target: str, tries: int) -> dict:
     """Lists with the same traits, and those of them that Triton specialises alike."""
     triton.runtime.driver.set_active(Driver(target))
     choose, is_hip = random.Random(0), launch.backend() == "hip"
-    kernels = [row_norm._row_norm_backward_kernel, multi_tensor._norm_kernel, planes._planes_normalize_kernel]
+    kernels = [row_gradients._row_norm_backward_kernel, multi_tensor._norm_kernel, planes._planes_normalize_kernel]
     tried, groups = 0, {}
     for _ in range(tries):
         kernel = choose.choice(kernels)
