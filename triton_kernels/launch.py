@@ -233,9 +233,9 @@ def tiles_ahead(tiles: RowTiles, itemsize: int, sums: int, chunks: int, has_x_ga
     fp32 85 and 93. In fp32 it would lose 2 on H100, 8 on A100, and 3 on B200 where two programs share a row."""
     if not _is_blackwell() or itemsize > 4:
         return 1
-    registers = tiles.registers * sums + tiles.registers * itemsize // 4  # of the sums, and of dh
     if has_x_gate:
         return 2
+    registers = tiles.registers * sums + tiles.registers * itemsize // 4  # of the sums, and of dh
     return tiles.count if chunks == 1 and registers <= AHEAD_REGISTERS else 1
 
 
@@ -340,7 +340,7 @@ def _current_target() -> GPUTarget:
 
 
 def backend() -> str:
-    """ "hip" on AMD's cards, else "cuda", also in the interpreter."""
+    """"hip" on AMD's cards, else "cuda", also in the interpreter."""
     return "hip" if not INTERPRETED and _current_target().backend == "hip" else "cuda"
 
 

@@ -1,4 +1,4 @@
-"""The row norms of rows that don't fit in registers, launched by row_norm.py.
+"""The row norms of rows that don't fit in registers, launched by row_norm.py and row_gradients.py.
 
 The forward loops along the row twice: for the statistics, and for y. The backward cuts the columns into chunks of
 N_TILES tiles. A program takes one chunk of every num_programs-th row, and keeps the chunk's sums of dweight and dbias
