@@ -46,10 +46,14 @@ def _stock_gate_first(x: Tensor, gate: Tensor, weight: Tensor, groups: int = 1) 
     return weight * h.to(x.dtype)
 
 
-def _fused(x: Tensor, gate: Tensor, weight: Tensor, norm_before_gate: bool, groups: int = 1) -> Tensor:
+def _fused_norm_first(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
+    return functional.gated_rms_norm(x, gate, x.shape[-1:], weight, None, EPS, rounding="llama")
+
+
+def _fused_gate_first(x: Tensor, gate: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
     return functional.gated_rms_norm(
         x, gate, x.shape[-1:], weight, None, EPS,
-        norm_before_gate=norm_before_gate, group_size=x.shape[-1] // groups, rounding="llama",
+        norm_before_gate=False, group_size=x.shape[-1] // groups, rounding="llama",
     )  # fmt: skip
 
 
@@ -59,9 +63,9 @@ OPERATIONS = tuple(
         stock=stock, fused=fused, passes={"forward": 2 + 1, "backward": 3 + 2}, explained_as="gated_rms_norm",
     )
     for name, stock, fused in (
-        ("gated_rms_norm", _stock_norm_first, partial(_fused, norm_before_gate=True)),
-        ("gated_rms_norm_gate_first", _stock_gate_first, partial(_fused, norm_before_gate=False)),
+        ("gated_rms_norm", _stock_norm_first, _fused_norm_first),
+        ("gated_rms_norm_gate_first", _stock_gate_first, _fused_gate_first),
         ("gated_rms_norm_grouped", partial(_stock_gate_first, groups=N_GROUPS),
-         partial(_fused, norm_before_gate=False, groups=N_GROUPS)),
+         partial(_fused_gate_first, groups=N_GROUPS)),
     )
 )  # fmt: skip

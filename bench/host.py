@@ -8,7 +8,7 @@ looked at: on such a driver there are none.
 import itertools
 import statistics
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from types import SimpleNamespace
@@ -58,8 +58,8 @@ SHAPES = {2: (4, 256), 3: (2, 2, 256), 4: (2, 64, 4, 4), 5: (1, 2, 2, 1, 64)}
 CLIPPED = 300 * [(64,)]
 CLIPS = ("clip_grad_norm_", "clip_grad_norm_ by a policy")  # ZClip
 # Many samples: the best of few comes and goes with the speed of a shared machine.
-BUDGET = Budget(repeats=40, min_time=0.1, max_time=8.0, min_sample=15e-3)
-QUICK = Budget(repeats=3, min_time=0.01, max_time=0.5)
+BUDGET = Budget(repeats=60, min_time=0.1, max_time=400.0, min_sample=10e-3)
+QUICK = Budget(repeats=3, min_time=0.01, max_time=20.0)
 
 
 def _timer(device: torch.device) -> Any:
@@ -77,7 +77,7 @@ def main(options: Namespace) -> tuple[int, dict[str, Any]]:
         _launch_nothing()
     facts = start(device, 1)  # autograd's and OpenMP's threads are not the host's time
     timer, budget = _timer(device), QUICK if options.quick else BUDGET
-    results = [result for case in cases(device) for result in timed(case, timer, budget)]
+    results = timed(cases(device), timer, budget)
     print(table(results))
     document = {"machine": facts, "budget": asdict(budget), "results": results}
     path = options.output / f"host-{machine.slug(facts['device'])}{'-quick' * options.quick}.json"
@@ -130,16 +130,23 @@ def cases(device: torch.device) -> Iterator[Case]:
         yield Case(label, "forward", operation, providers, lambda call: partial(call, workload, 2 * workload.norm))
 
 
-def timed(case: Case, timer: CpuTimer, budget: Budget) -> list[dict[str, Any]]:
-    """Each provider's µs a call, over the rounds; None and why of those that are absent, which come last."""
-    reasons = absent(case.providers, case.operation, lambda call: case.make(call)())
-    here = [provider for provider in case.providers if provider.name not in reasons]
-    runners = {p.name: Runner(case.make(p.build(case.operation)), p.activate) for p in here}
+def timed(cases: Iterable[Case], timer: CpuTimer, budget: Budget) -> list[dict[str, Any]]:
+    """Each provider's µs a call, over the rounds; None and why of those that are absent, which come last.
 
-    def result(who: str, best: float | None, median: float | None, why: str = "") -> dict[str, Any]:
-        facts = {"operation": case.name, "mode": case.mode, "provider": who}
-        return facts | {"best_us": best, "median_us": median, "absent": why}
-
-    samples = interleave(runners, timer, budget).items()
-    found = [result(who, 1e6 * min(seconds), 1e6 * statistics.median(seconds)) for who, seconds in samples]
-    return found + [result(who, None, None, reason) for who, reason in reasons.items()]
+    All cases take turns: rows are compared with each other, and a shared machine changes its speed.
+    """
+    runners, facts, results = {}, {}, []
+    for case in cases:
+        reasons = absent(case.providers, case.operation, lambda call, case=case: case.make(call)())
+        for provider in case.providers:
+            key = case.name, case.mode, provider.name
+            facts[key] = {"operation": case.name, "mode": case.mode, "provider": provider.name}
+            if provider.name in reasons:
+                results.append(facts[key] | {"best_us": None, "median_us": None, "absent": reasons[provider.name]})
+            else:
+                runners[key] = Runner(case.make(provider.build(case.operation)), provider.activate)
+    samples = interleave(runners, timer, budget)
+    return [
+        facts[key] | {"best_us": 1e6 * min(seconds), "median_us": 1e6 * statistics.median(seconds), "absent": ""}
+        for key, seconds in samples.items()
+    ] + results

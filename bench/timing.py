@@ -9,7 +9,7 @@ import math
 import statistics
 import time
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -109,9 +109,11 @@ def timer_for(device: torch.device) -> CpuTimer | CudaTimer:
     return CudaTimer(device) if device.type == "cuda" else CpuTimer()
 
 
-def interleave(runners: dict[str, Runner], timer: CpuTimer | CudaTimer, budget: Budget) -> dict[str, list[float]]:
+def interleave(
+    runners: dict[Hashable, Runner], timer: CpuTimer | CudaTimer, budget: Budget
+) -> dict[Hashable, list[float]]:
     """Seconds per call of every runner in every round. Rounds come in pairs, there and back: ABBA BAAB of two."""
-    samples: dict[str, list[float]] = {name: [] for name in runners}
+    samples: dict[Hashable, list[float]] = {name: [] for name in runners}
     if not runners:
         return samples
     calls = {name: _calibrate(runner, timer, budget.min_sample) for name, runner in runners.items()}

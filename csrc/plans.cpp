@@ -62,7 +62,9 @@ class Key {
 };
 
 struct Call {
-  explicit Call(const char* operator_name) : name(operator_name), key(operator_name) {}
+  explicit Call(const char* operator_name) : name(operator_name), key(operator_name) {
+    tensors.reserve(16);  // a row norm's inputs, results and temporaries: growing takes longer than adding one
+  }
 
   void add(const Argument& argument) {
     std::visit([this](const auto& value) { add_value(value); }, argument);

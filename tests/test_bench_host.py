@@ -36,7 +36,7 @@ def test_a_provider_that_breaks_is_named_and_stops_nothing():
 
     providers = host.Provider("torch", lambda operation: len), host.Provider("liger", breaks)
     case = host.Case("rms_norm", "forward", None, providers, lambda function: lambda: function(()))
-    found = host.timed(case, host.CpuTimer(), host.Budget(repeats=2, min_time=1e-4, min_sample=1e-5))
+    found = host.timed([case], host.CpuTimer(), host.Budget(repeats=2, min_time=1e-4, min_sample=1e-5))
     assert [(r["provider"], r["absent"]) for r in found] == [("torch", ""), ("liger", "RuntimeError: wants a card")]
     table = host.table(found)
     assert "liger: RuntimeError: wants a card" in table and "–" in table

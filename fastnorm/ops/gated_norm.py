@@ -67,7 +67,7 @@ def gated_rms_norm(
         ValueError: for an unknown activation or rounding, and for a group_size that doesn't divide a row.
         NotImplementedError: for an x or out_dtype of another dtype.
     """
-    gating = Gate(gate, activation, norm_before_gate, group_size)
+    gating = gate, activation, norm_before_gate, group_size
     try:
         return row_norm(
             "gated_rms_norm", x, None, normalized_shape, weight, bias, eps, zero_centered, out_dtype, None, rounding,
@@ -99,10 +99,10 @@ def gated_layer_norm(
 
     The arguments, the result and the errors are those of `gated_rms_norm`; eps is added to the variance.
     """
-    gating = Gate(gate, activation, norm_before_gate, group_size)
+    gating = gate, activation, norm_before_gate, group_size
     try:
         return row_norm(
-            "gated_layer_norm", x, None, normalized_shape, weight, bias, eps, zero_centered, out_dtype, gate=gating
+            "gated_layer_norm", x, None, normalized_shape, weight, bias, eps, zero_centered, out_dtype, gating=gating
         )
     except Overridden:
         return handle_torch_function(
