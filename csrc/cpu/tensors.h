@@ -140,6 +140,8 @@ class Rows2d {
 template <typename S>
 class ColumnValues {
  public:
+  ColumnValues() = default;  // get() is null
+
   // tensor: contiguous, or with several rows (rows, cols).
   ColumnValues(const std::optional<at::Tensor>& tensor, int64_t cols, S absent, S offset, int64_t rows = 1)
       : cols_(cols), offset_(offset) {
@@ -178,8 +180,8 @@ class ColumnValues {
     }
   }
 
-  int64_t cols_;
-  S offset_;
+  int64_t cols_ = 0;
+  S offset_ = 0;
   Dtype dtype_ = dtype_of<S>;
   int64_t stride_ = 0;
   const char* data_ = nullptr;
