@@ -166,6 +166,7 @@ def _add_predict(add: Callable) -> None:
     add("--widths", type=several(positive(int)), metavar="LIST", default=predict.WIDTHS, help="columns, by commas")
     text = "elements in units of 2**20, by commas (default: 32,4)"
     add("--millions", type=several(positive(int)), metavar="LIST", default=predict.MILLIONS, help=text)
-    text = "times the latency of the GPU's memory: 1.5 shows how safe a prediction is (default: 1)"
+    text = "times the latency of the GPU's memory: 1.5 shows how safe a prediction is (default: 1), in a file "
+    text += "predictions-latency-X.json of its own"
     add("--latency", type=positive(float), default=1.0, metavar="X", help=text)
     add("--jobs", type=positive(int), default=1, metavar="N", help="processes (default: 1)")

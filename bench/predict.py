@@ -58,7 +58,9 @@ def main(options: Namespace) -> Outcome:
     facts = {name: version(name) for name in ("torch", "triton")} | {"fastnorm": fastnorm.__version__}
     document = {"machine": facts, "latency": options.latency, "results": results}
     print("\n\n".join(report.markdown(table, "simple") for table in report.prediction_tables(results, TARGETS)))
-    path = options.output / f"predictions{'-quick' * options.quick}.json"
+    # another latency has a file of its own: the documents' tables are made of the usual one's
+    variant = f"-latency-{options.latency:g}" if options.latency != 1 else ""
+    path = options.output / f"predictions{variant}{'-quick' * options.quick}.json"
     report.write_json(path, document)
     print("wrote", path)
     return 0, document

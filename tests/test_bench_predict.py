@@ -35,6 +35,9 @@ def predict_problem(problem, machine):
 }
 
 
+CELL = ("--operations", "rms_norm", "--targets", "sm_90", "--dtypes", "bf16")
+
+
 def predict(folder: Path, *options: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "bench", "predict", "--output", str(folder), *options]
     environment = os.environ | {"PYTHONPATH": str(folder)}
@@ -50,21 +53,30 @@ def model(tmp_path) -> Path:
 
 
 def test_cells_are_predicted_written_and_shown(model, monkeypatch):
-    cell = ["--operations", "rms_norm", "--targets", "sm_90", "--dtypes", "bf16", "--latency", "2"]
-    done = predict(model, "--quick", *cell)
+    done = predict(model, "--quick", *CELL)
     assert done.returncode == 0, done.stderr
     document = json.loads((model / "predictions-quick.json").read_text())
     forward, backward = document["results"]
-    assert (forward["us"], forward["percent_of_copy"], forward["spilled"], forward["cols"]) == (200.1, 46, 8, 4096)
-    assert backward["direction"] == "backward" and document["latency"] == 2 and "triton" in document["machine"]
+    assert (forward["us"], forward["percent_of_copy"], forward["spilled"], forward["cols"]) == (100.0, 91, 8, 4096)
+    assert backward["direction"] == "backward" and document["latency"] == 1 and "triton" in document["machine"]
     page = model / "page.md"
     page.write_text("<!-- predictions predictions-quick.json -->\n<!-- end -->\n")
     monkeypatch.setattr(summary, "RESULTS", model)
     assert summary.fill(page)
     rows = [line.split("|")[1:-1] for line in page.read_text().splitlines() if "rms_norm" in line]
     assert [[cell.strip() for cell in row] for row in rows] == [
-        ["`rms_norm` forward", "bf16", "32 M", "H100", "46"], ["`rms_norm` backward", "bf16", "32 M", "H100", "46 l"],
+        ["`rms_norm` forward", "bf16", "32 M", "H100", "91"], ["`rms_norm` backward", "bf16", "32 M", "H100", "91 l"],
     ]  # fmt: skip
+
+
+def test_another_latency_has_a_file_of_its_own(model):
+    assert predict(model, "--quick", *CELL).returncode == 0
+    before = (model / "predictions-quick.json").read_text()
+    done = predict(model, "--quick", *CELL, "--latency", "1.5")
+    assert done.returncode == 0, done.stderr
+    assert (model / "predictions-quick.json").read_text() == before
+    document = json.loads((model / "predictions-latency-1.5-quick.json").read_text())
+    assert document["latency"] == 1.5 and [r["us"] for r in document["results"]] == [150.1, 150.1]
 
 
 def test_norms_over_channels_have_a_table_of_images(model):
