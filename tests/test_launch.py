@@ -2,6 +2,7 @@
 
 import inspect
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,11 +22,14 @@ HEAD_WIDTHS = (64, 80, 96, 128, 256)
 MODEL_WIDTHS = (768, 1024, 1280, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192, 12288, 16384)
 CHOICES = {
     "forward": launch.row_tiles,
+    "forward, adding": lambda cols, itemsize: launch.forward_tiles(cols, itemsize, False, False, True),
+    "forward, RMSNorm alone": lambda cols, itemsize: launch.forward_tiles(cols, itemsize, False, itemsize == 2, True),
     "backward, one sum": lambda cols, itemsize: launch.backward_tiles(cols, itemsize, 1, 0, itemsize)[0],
     "backward, two sums": lambda cols, itemsize: launch.backward_tiles(cols, itemsize, 2, 0, itemsize)[0],
     "backward, two sums, adding": lambda cols, itemsize: launch.backward_tiles(cols, itemsize, 2, 1, itemsize)[0],
     "backward, two sums, gate first": lambda cols, itemsize: launch.backward_tiles(cols, itemsize, 2, 2, itemsize)[0],
 }
+FORWARD = [choose for kind, choose in CHOICES.items() if kind.startswith("forward")]
 choices = pytest.mark.parametrize("choose", CHOICES.values(), ids=CHOICES)
 # nothing; dh, or a gate behind the norm; a gate before it, and x
 beside = pytest.mark.parametrize("streams", [0, 1, 2], ids=["plain", "adds", "gate first"])
@@ -46,7 +50,7 @@ def test_tiles_cover_the_row_and_every_thread_has_work(choose, itemsize, cols):
     parts = launch.column_chunks(cols, tiles)
     assert tiles.tile * tiles.count * (parts - 1) < cols <= tiles.tile * tiles.count * parts
     assert all(power_of_two(n) for n in (tiles.tile, tiles.rows, tiles.warps))
-    assert tiles.warps <= 16
+    assert tiles.warps <= (32 if choose in FORWARD else 16)
     assert tiles.tile * tiles.rows >= 32 * tiles.warps
 
 
@@ -55,7 +59,7 @@ def test_tiles_cover_the_row_and_every_thread_has_work(choose, itemsize, cols):
 @given(cols=columns)
 def test_a_thread_holds_a_bounded_part_of_the_row(choose, itemsize, cols):
     if not launch.is_long(cols, itemsize):
-        assert choose(cols, itemsize).registers <= (160 if choose is launch.row_tiles else 64)
+        assert choose(cols, itemsize).registers <= (160 if choose in FORWARD else 64)
 
 
 @choices
@@ -63,8 +67,9 @@ def test_a_thread_holds_a_bounded_part_of_the_row(choose, itemsize, cols):
 @pytest.mark.parametrize("cols", MODEL_WIDTHS)
 def test_padding_at_model_widths(choose, itemsize, cols):
     tiles = choose(cols, itemsize)
-    assert launch.padding(cols, tiles.tile) == tiles.tile * tiles.count * launch.column_chunks(cols, tiles) / cols - 1
-    assert launch.padding(cols, tiles.tile) <= 0.125
+    idle = tiles.tile * tiles.count * launch.column_chunks(cols, tiles) - cols
+    assert launch.padding(cols, tiles.tile) == idle / cols
+    assert idle <= (idle + cols if choose in FORWARD else cols) / 8  # of all lanes, or of those with work
 
 
 @choices
@@ -83,13 +88,14 @@ def test_padding_of_other_widths(choose, itemsize, cols):
 def test_a_thread_has_whole_16_byte_accesses(choose, itemsize, cols):
     """But for a backward in 16 bits, where a seventh and more of the lanes would idle: half, whole cache lines."""
     tiles = choose(cols, itemsize)
-    halved = itemsize == 2 and choose is not launch.row_tiles and cols in (1280, 2560, 5120, 7168)
+    halved = itemsize == 2 and choose not in FORWARD and cols in (1280, 2560, 5120, 7168)
     access = 8 if halved else 16
     assert tiles.tile * tiles.rows * itemsize % (access * 32 * tiles.warps) == 0
 
 
 def test_the_tiling_knows_nothing_of_the_batch():
-    for choose in (launch.row_tiles, launch.backward_tiles, launch.prefetches, launch.chunk_tiles, launch.long_tile):
+    tilings = launch.row_tiles, launch.forward_tiles, launch.backward_tiles, launch.chunk_tiles, launch.long_tile
+    for choose in (*tilings, launch.prefetches, launch.resident_rows):
         assert not {"rows", "n_rows", "multiprocessors"} & set(inspect.signature(choose).parameters)
 
 
@@ -97,14 +103,16 @@ def test_the_tiling_knows_nothing_of_the_batch():
 @beside
 @given(
     cols=columns | st.integers(16385, 10**6), rows=rows_of_a_batch, multiprocessors=st.integers(1, 304),
-    partials=st.integers(0, 2),
+    partials=st.integers(0, 2), spares=st.booleans(),
 )  # fmt: skip
-def test_backward_programs(itemsize, streams, cols, rows, multiprocessors, partials):
+def test_backward_programs(itemsize, streams, cols, rows, multiprocessors, partials, spares):
     """All of them resident at once, each with a row, and few enough for their partial sums."""
     passes = 3 + streams
     tiles, _ = launch.backward_tiles(cols, itemsize, max(1, partials), streams, itemsize)
     parts = launch.column_chunks(cols, tiles)
-    programs = launch.backward_programs(rows, tiles, multiprocessors // parts, itemsize, partials, passes)
+    most = launch.backward_programs(rows, tiles, multiprocessors // parts, itemsize, partials, passes)
+    programs = launch.backward_programs(rows, tiles, multiprocessors // parts, itemsize, partials, passes, spares)
+    assert programs <= most
     assert 1 <= programs <= -(-rows // tiles.rows)
     assert programs * parts <= max(parts, tiles.resident * multiprocessors)
     assert tiles.resident * tiles.warps <= 16
@@ -133,6 +141,59 @@ def test_a_card_is_filled_by_a_training_batch():
     """As often as registers allow, and no program has to wait for another one's end."""
     tiles, _ = launch.backward_tiles(4096, 2, sums=1, streams=0, widest=2)
     assert launch.backward_programs(8192, tiles, 132, 2, 1, 3) == 132
+
+
+@pytest.mark.parametrize("rows, even, fewer", [
+    (4096, 132, 132), (512, 128, 86), (341, 114, 86), (256, 128, 86), (165, 83, 83), (164, 82, 82), (132, 132, 132),
+])  # fmt: skip
+def test_few_rows_have_no_more_programs_than_they_need(rows, even, fewer):
+    """Each writes partial sums. All but the last take as many turns; those that are spared leave five eighths."""
+    tiles = launch.backward_tiles(8192, 2, sums=2, streams=0, widest=2)[0]
+    assert launch.backward_programs(rows, tiles, 132, 2, 1, 3) == even
+    assert launch.backward_programs(rows, tiles, 132, 2, 1, 3, spares=True) == fewer
+    assert launch.backward_programs(rows, tiles, 132, 2, 0, 3, spares=True) == min(rows, 132)
+    assert launch.backward_programs(3168, tiles, 132, 2, 1, 3, spares=True) == 132, "they add 3 per cent"
+
+
+@pytest.mark.parametrize("cols, is_spared", [
+    (4096, False), (5120, False), (7168, True), (8192, True), (12288, True), (16384, False),
+])  # fmt: skip
+def test_programs_are_spared_where_each_keeps_a_row(cols, is_spared):
+    """Rows of 16384 columns are read again, and short ones leave the memory idle."""
+    with patch.object(launch, "_is_blackwell", lambda: False):
+        assert launch.spares_programs(*launch.backward_tiles(cols, 2, 2, 0, 2, True), 2) == is_spared
+    with patch.object(launch, "_is_blackwell", lambda: True):
+        assert not launch.spares_programs(*launch.backward_tiles(cols, 2, 2, 0, 2, True), 2)
+
+
+@pytest.mark.parametrize("cols, tiling", [
+    (768, (256, 3, 2, 2)), (1024, (512, 2, 1, 2)), (2048, (1024, 2, 1, 4)), (5120, (1024, 5, 1, 4)),
+    (7168, (2048, 4, 1, 8)), (8192, (4096, 2, 1, 16)), (16384, (4096, 4, 1, 16)), (32768, (8192, 4, 1, 32)),
+])  # fmt: skip
+def test_rmsnorm_alone_has_twice_the_warps(cols, tiling):
+    """Where that leaves an eighth of the lanes idle at most, up to 16; LayerNorm has them in rows of 32768."""
+    assert launch.forward_tiles(cols, 2, False, True, True)[:4] == tiling
+    others = [launch.forward_tiles(cols, 2, *traits) for traits in ((False, True, False), (False, False, True))]
+    assert [t == launch.row_tiles(cols, 2) for t in others] == [cols < 32768, cols < 32768]
+    assert launch.forward_tiles(cols, 2, True, False, True) == launch.row_tiles(cols, 2)
+
+
+@pytest.mark.parametrize("cols, is_rms, warps, on_blackwell", [
+    (4096, True, 64, 64), (4096, False, None, None), (768, True, 48, None), (768, False, 48, None),
+    (12288, True, 48, None), (12288, False, 48, 48), (7168, True, None, None), (769, True, None, None),
+])  # fmt: skip
+def test_a_norm_alone_has_as_many_programs_as_16_registers_beside_the_row_allow(cols, is_rms, warps, on_blackwell):
+    tiles = launch.forward_tiles(cols, 2, False, True, is_rms)
+    for is_blackwell, expected in ((False, warps), (True, on_blackwell)):
+        replaced = {"_is_blackwell": lambda found=is_blackwell: found, "_is_sm_120": lambda: False}
+        with patch.multiple(launch, **replaced):
+            resident = launch.resident_rows(cols, tiles, is_rms)
+        assert resident == (expected // tiles.warps if expected else 1)
+        options = launch._options(tiles.warps, resident, launch.GPUTarget("cuda", 90, 32))
+        if expected:
+            assert options["maxnreg"] == tiles.registers + 16
+    with patch.multiple(launch, _is_blackwell=lambda: True, _is_sm_120=lambda: True):
+        assert is_rms or launch.resident_rows(cols, tiles, is_rms) == 1
 
 
 @itemsizes

@@ -36,6 +36,10 @@ AHEAD_REGISTERS = 80  # of such a thread, for a chunk's sums and dh
 NARROW_REGISTERS = 32  # of a thread, for rows shorter than one access of a warp; halved for each parameter sum beside
 PARTIAL_SHARE = 0.03  # of the backward's traffic that partial sums may add, from PARTIAL_ROWS rows on
 PARTIAL_ROWS = 4096
+# Of the multiprocessors of an H100 or A100: as many as keep the memory busy, with 8 warps or more that load a row each.
+BUSY_SHARE = 5 / 8
+BUSY_BYTES = 12 << 10  # of such a row
+SPARING_SHARE = 0.05  # of the traffic that partial sums add at least, where fewer programs are worth it
 MAX_GROUPS = 65535  # the limit of all dimensions of a grid but the first
 INTERPRETER_PROGRAMS = 5  # the interpreter has no device to ask; odd, so that programs get different numbers of rows
 
@@ -105,6 +109,22 @@ def row_tiles(cols: int, itemsize: int, sums: int = 0) -> RowTiles:
         warps = warps if sums else warps // 2
     rows = max(1, min_warps // warps)
     return RowTiles(tile, ceil_div(cols, tile), rows, warps * rows, width)
+
+
+@remembered
+def forward_tiles(cols: int, itemsize: int, has_gate: bool, is_alone: bool, is_rms: bool) -> RowTiles:
+    """`row_tiles`, but with twice the warps where threads have registers for half of a row, and few bytes in flight.
+
+    has_gate: of any kind. is_alone: all of the call is x, y, and a weight and a bias for all rows, in 16 bits."""
+    tiles = row_tiles(cols, itemsize)
+    doubled = tiles._replace(tile=2 * tiles.tile, count=ceil_div(tiles.count, 2))
+    if tiles.warps == 16:
+        return doubled._replace(warps=32) if tiles.registers > 32 and not has_gate else tiles
+    idle = doubled.tile * doubled.count - cols
+    # LayerNorm's warps wait for each other twice, the more of them the longer
+    if is_alone and is_rms and tiles.registers >= 32 and 8 * idle <= idle + cols:
+        return doubled._replace(rows=tiles.rows // 2) if tiles.rows > 1 else doubled._replace(warps=2 * tiles.warps)
+    return tiles
 
 
 def _narrow_tiles(cols: int, vector: int, width: int, sums: int) -> RowTiles:
@@ -244,6 +264,11 @@ def _is_blackwell() -> bool:
     return INTERPRETED or (backend() == "cuda" and _current_target().arch >= 100)
 
 
+def _is_sm_120() -> bool:
+    """Whether code for Blackwell's smaller cards is wanted."""
+    return not INTERPRETED and _current_target().arch == 120
+
+
 def pins_loads(chunks: int, itemsize: int, has_gate: bool) -> bool:
     """Whether the backward of rows that are read twice uses `compiler.pin_loads`: see what it says of when it pays."""
     return chunks == 1 and itemsize == 2 and not has_gate
@@ -268,6 +293,18 @@ def resident_products(cols: int, tiles: RowTiles, itemsize: int) -> int:
     return 32 // tiles.warps if is_enough else 1
 
 
+def resident_rows(cols: int, tiles: RowTiles, is_rms: bool) -> int:
+    """Programs of the forward on a multiprocessor, for a norm alone: see `forward_tiles`. As many as 16 registers
+    beside those of its elements allow. By itself ptxas takes up to 8 more, so that fewer programs are resident, and of
+    a small input a few are left for a second turn. Predicted for 4 M elements, in per cent of a copy's speed, without
+    and with it: LayerNorm's 768 columns on H100 77 and 90, 12288 columns 74 and 81; RMSNorm's 4096 columns on B200 55
+    and 73. But on B200 it costs LayerNorm of 768 columns 7, and sm_120 would spill LayerNorm's 12288."""
+    if cols % tiles.tile == 0 and tiles.registers == 16 and is_rms:
+        return 64 // tiles.warps
+    pays = (tiles.warps == 16 and not is_rms and not _is_sm_120()) if _is_blackwell() else True
+    return 48 // tiles.warps if pays and cols % tiles.tile == 0 and tiles.registers == 24 else 1
+
+
 def check_groups(groups: int) -> None:
     """Raises RuntimeError where a row has more groups than a grid's second dimension can have."""
     if groups > MAX_GROUPS:
@@ -278,17 +315,35 @@ def check_groups(groups: int) -> None:
 
 
 def backward_programs(
-    rows: int, tiles: RowTiles, multiprocessors: int, itemsize: int, partials: int, passes: int
+    rows: int, tiles: RowTiles, multiprocessors: int, itemsize: int, partials: int, passes: int, spares: bool = False
 ) -> int:
     """Programs of the persistent backward: as many as are resident at once, and no more than there are blocks of rows.
 
     Each writes `partials` partial sums of a row's length, in float32 or the rows' float64. From PARTIAL_ROWS rows on,
-    these may add PARTIAL_SHARE to the traffic, which is `passes` passes over the rows."""
-    resident = min(max(1, multiprocessors) * tiles.resident, ceil_div(rows, tiles.rows))
-    if partials == 0 or rows < PARTIAL_ROWS:
+    these may add PARTIAL_SHARE to the traffic, which is `passes` passes over the rows. Of fewer rows they add up to two
+    thirds: there are as few programs as finish in the same number of turns, or, where the call `spares` more of them,
+    see `spares_programs`, about BUSY_SHARE of the resident ones."""
+    slots, blocks = max(1, multiprocessors) * tiles.resident, ceil_div(rows, tiles.rows)
+    resident = min(slots, blocks)
+    if partials == 0:
         return resident
-    affordable = int(PARTIAL_SHARE * passes * rows * itemsize / (max(4, itemsize) * partials))
-    return min(resident, affordable)
+    traffic = passes * rows * itemsize / (max(4, itemsize) * partials)  # in a program's partial sums
+    if rows < PARTIAL_ROWS:
+        turns = ceil_div(blocks, slots)
+        if spares and resident > SPARING_SHARE * traffic:
+            turns = max(turns, int(blocks / (slots * BUSY_SHARE)))
+        return ceil_div(blocks, turns)
+    return min(resident, int(PARTIAL_SHARE * traffic))
+
+
+def spares_programs(tiles: RowTiles, is_kept: bool, itemsize: int) -> bool:
+    """Whether the backward of few rows is faster with fewer programs, which write fewer partial sums: where each loads
+    a row of BUSY_BYTES by 8 warps or more, and keeps it. Predicted for H100, LayerNorm in bf16, 4 M elements, in per
+    cent of a copy's speed: 8192 columns 56 with 132 programs and 61 with 86, 12288 columns 50 and 57; shorter rows lose
+    if the memory's latency is half as long again. B200 has more bandwidth for each multiprocessor than fewer programs
+    use: RMSNorm's 16384 columns, of 32 M elements, would fall from 75 to 52."""
+    is_long_enough = tiles.tile * tiles.count * itemsize >= BUSY_BYTES
+    return is_kept and tiles.rows == 1 and is_long_enough and not _is_blackwell()
 
 
 def many_programs(elements: int, rows: int, blocks: int, tiles: RowTiles, itemsize: int, partial_cols: int) -> int:
@@ -359,7 +414,7 @@ def options(warps: int, resident: int = 1) -> dict[str, int]:
 def _options(warps: int, resident: int, target: GPUTarget) -> dict[str, int]:
     if target.backend != "cuda":
         return {"num_warps": max(1, WARP * warps // target.warp_size), "enable_fp_fusion": False}
-    registers = min(255, 65536 // (WARP * warps * resident))
+    registers = min(255, 65536 // (WARP * warps * resident) // 8 * 8)  # a thread gets them by eights
     return {"num_warps": warps, "maxnreg": registers, "enable_fp_fusion": False}
 
 

@@ -285,7 +285,8 @@ def _division(tensors, weight, cols, groups, sums, wanted, sample_rows, rows, no
     passes = 3 + (dh is not None) + 2 * (gate is not None) + 2 * (x is not None)
     per_row = is_kept and sample_rows == 1
     if per_row or sample_rows is None:
-        programs = launch.backward_programs(rows, tiles, multiprocessors, itemsize, 0 if per_row else wanted, passes)
+        spares, partials = launch.spares_programs(tiles, is_kept, itemsize), 0 if per_row else wanted
+        programs = launch.backward_programs(rows, tiles, multiprocessors, itemsize, partials, passes, spares)
     else:
         programs = launch.sample_programs(sample_rows, tiles, multiprocessors, itemsize, wanted, passes)
     return tiles, is_kept, per_row, programs

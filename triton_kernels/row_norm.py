@@ -217,11 +217,15 @@ def row_norm_forward(
         if launch.is_long(cols, itemsize):
             long_row_norm.forward(arguments, (rows, cols), strides, itemsize, features)
         else:
-            tiles = launch.row_tiles(cols, itemsize)
+            has_gate = gate is not None or x_gate is not None
+            is_alone = h is None and not (has_gate or of_samples) and launch.access_bytes((x, y, weight, bias)) == 2
+            tiles = launch.forward_tiles(cols, itemsize, has_gate, is_alone, not subtract_mean)
             is_product = gate is not None and not norm_before_gate  # of 16-bit numbers: not itself one
             dtype = rstd.dtype if is_product else (x if h is None else h).dtype
             refines = subtract_mean and launch.refines(cols, dtype)
             resident = launch.resident_products(cols, tiles, itemsize) if is_product else 1
+            if is_alone:
+                resident = launch.resident_rows(cols, tiles, not subtract_mean)
             # grid: one program for each group of each block of tiles.rows rows
             _row_norm_forward_kernel[(launch.ceil_div(rows, tiles.rows), groups)](
                 *arguments, rows, *strides,
