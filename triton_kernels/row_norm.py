@@ -79,6 +79,38 @@ def _h_tile(x_tiles, x_gate_tiles, residual_tiles, t: tl.constexpr, h_ptr, stat:
 
 
 @triton.jit
+def _store_rows(
+    y_ptr, y_offsets, tiles, rstd, gate_tiles, rotation, weight_ptr, bias_ptr, first, lanes, row_mask,
+    ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, CAST: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Stores y = (h − mean) · rstd · w + b, times the gate behind it, or rotated. tiles: of h − mean; rotation: those
+    of cos, sin and the partners, or ()."""
+    stat = rstd.dtype
+    y_tiles = ()
+    for t in tl.static_range(N_TILES):
+        y = rounded_to(tiles[t] * rstd, CAST)
+        if weight_ptr is not None:
+            y *= load_weight_tile(weight_ptr + first, lanes, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
+        if bias_ptr is not None:
+            y += load_weight_tile(bias_ptr + first, lanes, t, stat, False, N_COLS, TILE, ROWS)
+        if len(gate_tiles) > 0 and NORM_BEFORE_GATE:
+            y *= activated(gate_tiles[t].to(stat), SILU)
+        if len(rotation) == 0:
+            store_tile(y_ptr + y_offsets + t * TILE, y, tile_mask(t, lanes, row_mask, N_COLS, TILE))
+        else:
+            y_tiles = y_tiles + (y,)
+    if len(rotation) > 0:
+        for t in tl.static_range(N_TILES):
+            y = rotated_forth(
+                y_tiles, rotation[0], rotation[1], rotation[2], rstd, weight_ptr, lanes, t, ZERO_CENTERED, CAST, ROTARY,
+                INTERLEAVED, TILE, ROWS,
+            )  # fmt: skip
+            store_tile(y_ptr + y_offsets + t * TILE, y, tile_mask(t, lanes, row_mask, N_COLS, TILE))
+
+
+@triton.jit
 def norm_block(
     block, x_ptr, residual_ptr, gate_ptr, x_gate_ptr, weight_ptr, bias_ptr, cos_ptr, sin_ptr, y_ptr, h_ptr, mean_ptr,
     rstd_ptr, n_rows, x_steps, residual_steps, gate_steps, cos_steps, sin_steps, divisions,
@@ -117,12 +149,15 @@ def norm_block(
     gate_offsets = row_offsets(rows, gate_steps, divisions) + first + lanes
     gate_tiles = load_tiles(gate_ptr, gate_offsets, lanes, row_mask, N_COLS, TILE, N_TILES)
     x_gate_tiles = load_weight_tiles(x_gate_ptr, lanes, N_COLS, TILE, N_TILES, ROWS)
+    rotation = ()
     if cos_ptr is not None:
         x_starts = row_offsets(rows, x_steps, divisions)
         cos_starts, sin_starts = row_offsets(rows, cos_steps, divisions), row_offsets(rows, sin_steps, divisions)
-        cos_tiles = load_tiles(cos_ptr, cos_starts + lanes, lanes, row_mask, ROTARY, TILE, N_TILES)
-        sin_tiles = load_tiles(sin_ptr, sin_starts + lanes, lanes, row_mask, ROTARY, TILE, N_TILES)
-        partner_tiles = load_partner_tiles(x_ptr, x_starts, lanes, row_mask, ROTARY, INTERLEAVED, TILE, N_TILES)
+        rotation = (
+            load_tiles(cos_ptr, cos_starts + lanes, lanes, row_mask, ROTARY, TILE, N_TILES),
+            load_tiles(sin_ptr, sin_starts + lanes, lanes, row_mask, ROTARY, TILE, N_TILES),
+            load_partner_tiles(x_ptr, x_starts, lanes, row_mask, ROTARY, INTERLEAVED, TILE, N_TILES),
+        )
     tiles = ()
     for t in tl.static_range(N_TILES):
         h = _h_tile(x_tiles, x_gate_tiles, residual_tiles, t, h_ptr, stat)
@@ -142,26 +177,10 @@ def norm_block(
     if mean_ptr is not None:
         store_tile(mean_ptr + rows * GROUPS + group, mean, row_mask)
     store_tile(rstd_ptr + rows * GROUPS + group, rstd, row_mask)
-    y_tiles = ()
-    for t in tl.static_range(N_TILES):
-        y = rounded_to(tiles[t] * rstd, CAST)
-        if weight_ptr is not None:
-            y *= load_weight_tile(weight_ptr + first, lanes, t, stat, ZERO_CENTERED, N_COLS, TILE, ROWS)
-        if bias_ptr is not None:
-            y += load_weight_tile(bias_ptr + first, lanes, t, stat, False, N_COLS, TILE, ROWS)
-        if gate_ptr is not None and NORM_BEFORE_GATE:
-            y *= activated(gate_tiles[t].to(stat), SILU)
-        if cos_ptr is None:
-            store_tile(y_ptr + y_offsets + t * TILE, y, tile_mask(t, lanes, row_mask, N_COLS, TILE))
-        else:
-            y_tiles = y_tiles + (y,)
-    if cos_ptr is not None:
-        for t in tl.static_range(N_TILES):
-            y = rotated_forth(
-                y_tiles, cos_tiles, sin_tiles, partner_tiles, rstd, weight_ptr, lanes, t, ZERO_CENTERED, CAST, ROTARY,
-                INTERLEAVED, TILE, ROWS,
-            )  # fmt: skip
-            store_tile(y_ptr + y_offsets + t * TILE, y, tile_mask(t, lanes, row_mask, N_COLS, TILE))
+    _store_rows(
+        y_ptr, y_offsets, tiles, rstd, gate_tiles, rotation, weight_ptr, bias_ptr, first, lanes, row_mask,
+        ZERO_CENTERED, SILU, NORM_BEFORE_GATE, CAST, ROTARY, INTERLEAVED, N_COLS, TILE, N_TILES, ROWS,
+    )  # fmt: skip
 
 
 @jit(do_not_specialize=["n_rows", "sample_rows"])  # the same code for every batch: the same bits
