@@ -45,6 +45,36 @@ def _join_lanes(lane_mean, lane_m2, n_cols, TILE: tl.constexpr):
     return mean, shift, tl.maximum(var - shift * shift, 0.0, tl.PropagateNan.ALL)
 
 
+@triton.jit
+def _store_row(
+    y_row, h_row, gate_row, center, rstd, weight_ptr, bias_ptr, first, n_cols,
+    ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, CAST: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Stores y = (h − mean) · rstd · w + b, times the gate behind it, from the row's end to its beginning. center:
+    (mean, shift), or () for RMSNorm; gate_row: () without a gate."""
+    stat = rstd.dtype
+    last = tl.multiple_of(n_cols - 1 - (n_cols - 1) % TILE, TILE)
+    for back in range(0, n_cols, TILE):
+        cols = last - back + tl.arange(0, TILE)
+        col_mask = cols < n_cols
+        h = load_tile(h_row + cols, col_mask, stat)
+        if len(gate_row) > 0:
+            factor = activated(load_tile(gate_row[0] + cols, col_mask, stat), SILU)
+            if not NORM_BEFORE_GATE:
+                h *= factor
+        if len(center) > 0:
+            h = h - center[0] - center[1]
+        y = rounded_to(h * rstd, CAST)
+        if weight_ptr is not None:
+            y *= load_weight(weight_ptr + first + cols, col_mask, stat, ZERO_CENTERED)
+        if bias_ptr is not None:
+            y += load_tile(bias_ptr + first + cols, col_mask, stat)
+        if len(gate_row) > 0 and NORM_BEFORE_GATE:
+            y *= factor
+        store_tile(y_row + cols, y, col_mask)
+
+
 @jit(do_not_specialize=["sample_rows"])  # the same code for every batch: the same bits
 def _row_norm_long_forward_kernel(
     x_ptr, residual_ptr, gate_ptr, x_gate_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr,
@@ -65,8 +95,9 @@ def _row_norm_long_forward_kernel(
         residual_row = residual_ptr + (row_offsets(row, residual_steps, divisions) + first)
     if h_ptr is not None:
         h_row = h_ptr + (row * (GROUPS * n_cols) + first)
+    gate_row = ()
     if gate_ptr is not None:
-        gate_row = gate_ptr + (row_offsets(row, gate_steps, divisions) + first)
+        gate_row = (gate_ptr + (row_offsets(row, gate_steps, divisions) + first),)
     if sample_rows is not None:
         sample = (tl.program_id(0) // sample_rows).to(tl.int64)
         if x_gate_ptr is not None:
@@ -84,7 +115,7 @@ def _row_norm_long_forward_kernel(
         col_mask = cols < n_cols
         h = load_tile(x_row + cols, col_mask, stat)
         if gate_ptr is not None and not NORM_BEFORE_GATE:
-            h *= activated(load_tile(gate_row + cols, col_mask, stat), SILU)
+            h *= activated(load_tile(gate_row[0] + cols, col_mask, stat), SILU)
         if x_gate_ptr is not None:
             factor = load_tile(x_gate_ptr + cols, col_mask, stat)
             if residual_ptr is not None:
@@ -103,33 +134,20 @@ def _row_norm_long_forward_kernel(
             lane_mean = tl.where(col_mask, new_mean, lane_mean)
         else:
             lane_m2 += h * inv_n * h  # n squares of 1e18 overflow float32, and their mean doesn't
+    center = ()
     if mean_ptr is not None:
         mean, shift, var = _join_lanes(lane_mean, lane_m2, n_cols, TILE)
+        center = (mean, shift)
         rstd = reciprocal_sqrt(var + EPS)
         tl.store(mean_ptr + row * GROUPS + group, mean + shift)
     else:
         rstd = reciprocal_sqrt(tl.sum(lane_m2, axis=0, keep_dims=True) + EPS)
     store_tile(rstd_ptr + row * GROUPS + group + tl.arange(0, 1), rstd, None)
-    last = tl.multiple_of(n_cols - 1 - (n_cols - 1) % TILE, TILE)
-    for back in range(0, n_cols, TILE):
-        cols = last - back + tl.arange(0, TILE)
-        col_mask = cols < n_cols
-        # h needs no barrier: each thread reads what it wrote itself, the same lanes of the same tile
-        h = load_tile((x_row if h_ptr is None else h_row) + cols, col_mask, stat)
-        if gate_ptr is not None:
-            factor = activated(load_tile(gate_row + cols, col_mask, stat), SILU)
-            if not NORM_BEFORE_GATE:
-                h *= factor
-        if mean_ptr is not None:
-            h = h - mean - shift
-        y = rounded_to(h * rstd, CAST)
-        if weight_ptr is not None:
-            y *= load_weight(weight_ptr + first + cols, col_mask, stat, ZERO_CENTERED)
-        if bias_ptr is not None:
-            y += load_tile(bias_ptr + first + cols, col_mask, stat)
-        if gate_ptr is not None and NORM_BEFORE_GATE:
-            y *= factor
-        store_tile(y_row + cols, y, col_mask)
+    # h needs no barrier: each thread reads what it wrote itself, the same lanes of the same tile
+    _store_row(
+        y_row, x_row if h_ptr is None else h_row, gate_row, center, rstd, weight_ptr, bias_ptr, first, n_cols,
+        ZERO_CENTERED, SILU, NORM_BEFORE_GATE, CAST, TILE,
+    )  # fmt: skip
 
 
 @triton.jit
