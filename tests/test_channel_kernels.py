@@ -12,6 +12,7 @@ from fastnorm import backend
 from helpers.channel_norms import as_image, format_of
 from helpers.layouts import far_apart
 
+channel_launch = pytest.importorskip("fastnorm.triton_kernels.channel_launch", reason="needs Triton")
 launch = pytest.importorskip("fastnorm.triton_kernels.launch", reason="needs Triton")
 kernels = backend._triton
 F32, BF16 = torch.float32, torch.bfloat16
@@ -26,39 +27,39 @@ depths = st.sampled_from([1, 2, 4, 8])
 
 @given(tiles=lengths, depth=depths, blocks=st.integers(1, 10**6), count=multiprocessor_counts, steps=st.integers(1, 2))
 def test_chunks_cover_the_tiles_and_fill_the_card_at_most_once(tiles, depth, blocks, count, steps):
-    chunk, at_once = launch.channel_chunk(tiles, depth, blocks, count, steps)
+    chunk, at_once = channel_launch.channel_chunk(tiles, depth, blocks, count, steps)
     chunks = -(-tiles // chunk)
     assert 1 <= at_once <= depth and at_once <= chunk
     assert -(-chunk // at_once) == -(-chunk // depth)  # as few steps as there can be
-    assert chunks == 1 or (chunks * blocks <= launch.CHANNEL_PROGRAMS * count and chunk >= steps * depth)
+    assert chunks == 1 or (chunks * blocks <= channel_launch.CHANNEL_PROGRAMS * count and chunk >= steps * depth)
     assert chunks < 65536  # of a grid's second dimension
 
 
 def test_steps_are_even():
     """10 tiles are two steps of 5, not one of 8 and one of 2."""
-    assert launch.channel_chunk(10, 8, 32, 132) == (10, 5)
-    assert launch.channel_chunk(98, 8, 256, 132) == (49, 7)
+    assert channel_launch.channel_chunk(10, 8, 32, 132) == (10, 5)
+    assert channel_launch.channel_chunk(98, 8, 256, 132) == (49, 7)
 
 
 def test_64_channels_fill_a_card():
-    tiling = launch.unit_lanes(32 * 3136 // 8, 64, launch.ELEMENTWISE_DEPTH, 132)
+    tiling = channel_launch.unit_lanes(32 * 3136 // 8, 64, channel_launch.ELEMENTWISE_DEPTH, 132)
     tiles = -(-(32 * 3136 // 8) // tiling.lanes)
-    chunks = -(-tiles // launch.channel_chunk(tiles, launch.ELEMENTWISE_DEPTH, 64, 132)[0])
+    chunks = -(-tiles // channel_launch.channel_chunk(tiles, channel_launch.ELEMENTWISE_DEPTH, 64, 132)[0])
     assert tiling.units == 1 and 64 * chunks >= 2 * 132
 
 
 @given(vectors=lengths, units=st.integers(1, 10**6), depth=depths, count=multiprocessor_counts)
 def test_units_that_share_a_program_are_walked_in_one_step(vectors, units, depth, count):
-    tiling = launch.unit_lanes(vectors, units, depth, count)
-    assert tiling.units * tiling.lanes == launch.TILE_VECTORS
+    tiling = channel_launch.unit_lanes(vectors, units, depth, count)
+    assert tiling.units * tiling.lanes == channel_launch.TILE_VECTORS
     assert tiling.units == 1 or tiling.lanes * depth >= vectors
     assert tiling.lanes < 2 * vectors
 
 
 @given(vectors=st.integers(1, 4096))
 def test_tiles_of_pixels(vectors):
-    tiling = launch.channel_vectors(vectors)
-    assert tiling.vectors * tiling.pixels == launch.TILE_VECTORS
+    tiling = channel_launch.channel_vectors(vectors)
+    assert tiling.vectors * tiling.pixels == channel_launch.TILE_VECTORS
     assert tiling.vectors <= 4 or launch.padding(vectors, tiling.vectors) <= launch.MAX_PADDING
 
 
@@ -81,26 +82,28 @@ def test_tiles_of_groups_partials(items, groups):
 
 @pytest.mark.parametrize("channels", [64, 128, 256, 320, 512, 640, 960, 1024, 1280, 1920, 2048, 2560])
 def test_no_lane_is_idle_at_model_widths(channels):
-    assert launch.padding(channels // 8, launch.channel_vectors(channels // 8).vectors) == 0
+    assert launch.padding(channels // 8, channel_launch.channel_vectors(channels // 8).vectors) == 0
 
 
 def test_width_of_an_access():
     x = torch.empty(4, 6, 784, dtype=BF16)
-    assert launch.vector_width(784, [x]) == 8
-    assert launch.vector_width(784, [x, x.float()]) == 4  # 16 bytes of the larger one
-    assert launch.vector_width(784, [x, x.double()]) == 2
-    assert launch.vector_width(196, [torch.empty(4, 6, 196, dtype=BF16)]) == 4
-    assert launch.vector_width(49, [torch.empty(4, 6, 49, dtype=BF16)]) == 1
+    assert channel_launch.vector_width(784, [x]) == 8
+    assert channel_launch.vector_width(784, [x, x.float()]) == 4  # 16 bytes of the larger one
+    assert channel_launch.vector_width(784, [x, x.double()]) == 2
+    assert channel_launch.vector_width(196, [torch.empty(4, 6, 196, dtype=BF16)]) == 4
+    assert channel_launch.vector_width(49, [torch.empty(4, 6, 49, dtype=BF16)]) == 1
     wide = torch.empty(4, 6, 800, dtype=BF16)
-    assert launch.vector_width(784, [wide[..., :784]]) == 8
-    assert launch.vector_width(784, [wide[..., 8:792]]) == 8
-    assert launch.vector_width(784, [wide[..., 4:788]]) == 1  # begins between two accesses
-    assert launch.vector_width(784, [torch.empty(4, 6, 786, dtype=BF16)[..., :784]]) == 2
-    assert launch.vector_width(784, [torch.empty(1, 1, 785, dtype=BF16)[..., :784]]) == 8  # a stride that leads nowhere
+    assert channel_launch.vector_width(784, [wide[..., :784]]) == 8
+    assert channel_launch.vector_width(784, [wide[..., 8:792]]) == 8
+    assert channel_launch.vector_width(784, [wide[..., 4:788]]) == 1  # begins between two accesses
+    assert channel_launch.vector_width(784, [torch.empty(4, 6, 786, dtype=BF16)[..., :784]]) == 2
+    one_row = torch.empty(1, 1, 785, dtype=BF16)[..., :784]
+    assert channel_launch.vector_width(784, [one_row]) == 8  # a stride that leads nowhere
 
 
 def test_the_tiling_of_a_group_knows_nothing_of_the_batch():
-    for choose in (launch.unit_lanes, launch.channel_vectors, launch.channel_chunk, launch.group_join_tile):
+    tilings = channel_launch.unit_lanes, channel_launch.channel_vectors, channel_launch.channel_chunk
+    for choose in (*tilings, launch.group_join_tile):
         assert not {"samples", "batch"} & set(inspect.signature(choose).parameters)
 
 

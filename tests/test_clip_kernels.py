@@ -252,16 +252,16 @@ def test_a_default_device_is_for_factories_alone(kernels):
 
 def test_launch_choices():
     pytest.importorskip("triton")
-    from fastnorm.triton_kernels import launch
+    from fastnorm.triton_kernels import list_launch
 
     for total in (0, 1 << 14, 1 << 29, 1 << 40):
-        size = launch.chunk_bytes(total)
+        size = list_launch.chunk_bytes(total)
         assert 1 << 14 <= size <= 1 << 30 and (total // size <= 4096 or size == 1 << 30)
     for itemsize in (2, 4, 8):
-        rows, cols, warps = launch.chunk_tile(itemsize)
+        rows, cols, warps = list_launch.chunk_tile(itemsize)
         assert cols * itemsize == 16 and rows % (32 * warps) == 0 and rows * cols * itemsize <= 1 << 14
         for length in (1, 9, 64, 1000, 4096, 8192, 16384, 16385, 100000):
-            tiles = launch.unit_tiles(length, itemsize)
+            tiles = list_launch.unit_tiles(length, itemsize)
             registers = tiles.cols * tiles.rows // (32 * tiles.warps) * itemsize // 4
             assert tiles.looped or (tiles.cols >= length and registers <= 32)
 

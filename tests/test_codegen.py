@@ -124,8 +124,8 @@ def test_row_kernels_do_not_spill(kernels):
 def test_a_kernel_that_spills_is_seen_to(target, kernel_cache):
     """A row in registers of too few threads, 256 elements each: the guards above must be able to fail."""
     source = (
-        "from bench import compiled, problem; from fastnorm.triton_kernels import launch;"
-        "launch.row_tiles = lambda cols, *_, **__: launch.RowTiles(256, cols // 256, 1, 1, 1);"
+        "from bench import compiled, problem; from fastnorm.triton_kernels import row_launch;"
+        "row_launch.row_tiles = lambda cols, *_, **__: row_launch.RowTiles(256, cols // 256, 1, 1, 1);"
         f"kernels = compiled.compile_problem(problem.Problem({target!r}, 'layer_norm', 'forward', 'fp32', 8192));"
         "print(max(kernel.spilled for kernel in kernels))"
     )

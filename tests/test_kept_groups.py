@@ -12,6 +12,7 @@ from fastnorm import backend
 from fastnorm.views import suggested_format
 from helpers.channel_norms import call, case_of, check, fused, in_format, inputs
 
+channel_launch = pytest.importorskip("fastnorm.triton_kernels.channel_launch", reason="needs Triton")
 launch = pytest.importorskip("fastnorm.triton_kernels.launch", reason="needs Triton")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
@@ -31,7 +32,7 @@ kept_cases = pytest.mark.parametrize(
 def make(shape, groups, dtype, channels_last, **changes):
     """A case with a SiLU of which both directions keep their groups, on its kernels."""
     length = shape[1] // groups, math.prod(shape[2:])
-    assert all(launch.group_tiles(*length, channels_last, dtype.itemsize, kept) for kept in (1, 2)), "not kept"
+    assert all(channel_launch.group_tiles(*length, channels_last, dtype.itemsize, kept) for kept in (1, 2)), "not kept"
     return fused(case_of("group_norm", shape, dtype, groups=groups, channels_last=channels_last, **changes))
 
 
@@ -103,11 +104,11 @@ def test_a_sample_is_the_same_in_any_batch_and_anywhere(channels_last, device):
     itemsize=st.sampled_from([2, 4, 8]), kept=st.integers(1, 2),
 )  # fmt: skip
 def test_tiles_of_a_group(channels, size, channels_last, itemsize, kept):
-    tiles = launch.group_tiles(channels, size, channels_last, itemsize, kept)
+    tiles = channel_launch.group_tiles(channels, size, channels_last, itemsize, kept)
     if tiles is None:
         return
     rows = size if channels_last else channels * tiles.pieces
-    assert itemsize <= 4 and channels * size >= launch.MIN_KEPT_GROUP
+    assert itemsize <= 4 and channels * size >= channel_launch.MIN_KEPT_GROUP
     assert (channels if channels_last else tiles.cols) * itemsize >= 64
     assert tiles.vector * itemsize in (8, 16) and tiles.cols % tiles.vector == 0
     assert tiles.pieces * tiles.cols == size or (channels_last and tiles.pieces == 1 and tiles.cols >= channels)
@@ -117,19 +118,20 @@ def test_tiles_of_a_group(channels, size, channels_last, itemsize, kept):
 
 
 def test_rows_of_less_than_64_bytes_are_not_kept():
-    assert launch.group_tiles(40, 40, False, 2, 1) is launch.group_tiles(16, 256, True, 2, 1) is None
-    assert launch.group_tiles(40, 96, False, 2, 1) and launch.group_tiles(32, 256, True, 2, 1)
+    assert channel_launch.group_tiles(40, 40, False, 2, 1) is channel_launch.group_tiles(16, 256, True, 2, 1) is None
+    assert channel_launch.group_tiles(40, 96, False, 2, 1) and channel_launch.group_tiles(32, 256, True, 2, 1)
 
 
 def test_groups_of_a_unet():
     """All contiguous ones but the longest in the backward; of channels_last the short ones."""
     images = ((10, 4096), (20, 1024), (40, 256), (40, 64))
-    found = [[bool(launch.group_tiles(*each, last, 2, kept)) for each in images] for last in (0, 1) for kept in (1, 2)]
+    tiles = channel_launch.group_tiles
+    found = [[bool(tiles(*each, last, 2, kept)) for each in images] for last in (0, 1) for kept in (1, 2)]
     assert found == [[True] * 4, [False, True, True, True], [False, False, True, True], [False, False, False, True]]
 
 
 def test_the_choice_knows_nothing_of_the_batch():
-    assert not {"samples", "batch"} & set(inspect.signature(launch.group_tiles).parameters)
+    assert not {"samples", "batch"} & set(inspect.signature(channel_launch.group_tiles).parameters)
 
 
 @pytest.mark.triton

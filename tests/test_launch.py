@@ -16,18 +16,22 @@ from helpers.layouts import far_apart
 from helpers.norms import backward, forward
 
 launch = pytest.importorskip("fastnorm.triton_kernels.launch", reason="needs Triton")
+row_launch = pytest.importorskip("fastnorm.triton_kernels.row_launch", reason="needs Triton")
+list_launch = pytest.importorskip("fastnorm.triton_kernels.list_launch", reason="needs Triton")
 traits = pytest.importorskip("fastnorm.triton_kernels.jit").traits
 
 HEAD_WIDTHS = (64, 80, 96, 128, 256)
 MODEL_WIDTHS = (768, 1024, 1280, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192, 12288, 16384)
+backward_tiles = row_launch.backward_tiles
 CHOICES = {
-    "forward": launch.row_tiles,
-    "forward, adding": lambda cols, itemsize: launch.forward_tiles(cols, itemsize, False, False, True),
-    "forward, RMSNorm alone": lambda cols, itemsize: launch.forward_tiles(cols, itemsize, False, itemsize == 2, True),
-    "backward, one sum": lambda cols, itemsize: launch.backward_tiles(cols, itemsize, 1, 0, itemsize)[0],
-    "backward, two sums": lambda cols, itemsize: launch.backward_tiles(cols, itemsize, 2, 0, itemsize)[0],
-    "backward, two sums, adding": lambda cols, itemsize: launch.backward_tiles(cols, itemsize, 2, 1, itemsize)[0],
-    "backward, two sums, gate first": lambda cols, itemsize: launch.backward_tiles(cols, itemsize, 2, 2, itemsize)[0],
+    "forward": row_launch.row_tiles,
+    "forward, adding": lambda cols, itemsize: row_launch.forward_tiles(cols, itemsize, False, False, True),
+    "forward, RMSNorm alone":
+        lambda cols, itemsize: row_launch.forward_tiles(cols, itemsize, False, itemsize == 2, True),
+    "backward, one sum": lambda cols, itemsize: backward_tiles(cols, itemsize, 1, 0, itemsize)[0],
+    "backward, two sums": lambda cols, itemsize: backward_tiles(cols, itemsize, 2, 0, itemsize)[0],
+    "backward, two sums, adding": lambda cols, itemsize: backward_tiles(cols, itemsize, 2, 1, itemsize)[0],
+    "backward, two sums, gate first": lambda cols, itemsize: backward_tiles(cols, itemsize, 2, 2, itemsize)[0],
 }
 FORWARD = [choose for kind, choose in CHOICES.items() if kind.startswith("forward")]
 choices = pytest.mark.parametrize("choose", CHOICES.values(), ids=CHOICES)
@@ -47,7 +51,7 @@ def power_of_two(n: int) -> bool:
 @given(cols=columns)
 def test_tiles_cover_the_row_and_every_thread_has_work(choose, itemsize, cols):
     tiles = choose(cols, itemsize)
-    parts = launch.column_chunks(cols, tiles)
+    parts = row_launch.column_chunks(cols, tiles)
     assert tiles.tile * tiles.count * (parts - 1) < cols <= tiles.tile * tiles.count * parts
     assert all(power_of_two(n) for n in (tiles.tile, tiles.rows, tiles.warps))
     assert tiles.warps <= (32 if choose in FORWARD else 16)
@@ -58,7 +62,7 @@ def test_tiles_cover_the_row_and_every_thread_has_work(choose, itemsize, cols):
 @itemsizes
 @given(cols=columns)
 def test_a_thread_holds_a_bounded_part_of_the_row(choose, itemsize, cols):
-    if not launch.is_long(cols, itemsize):
+    if not row_launch.is_long(cols, itemsize):
         assert choose(cols, itemsize).registers <= (160 if choose in FORWARD else 64)
 
 
@@ -67,7 +71,7 @@ def test_a_thread_holds_a_bounded_part_of_the_row(choose, itemsize, cols):
 @pytest.mark.parametrize("cols", MODEL_WIDTHS)
 def test_padding_at_model_widths(choose, itemsize, cols):
     tiles = choose(cols, itemsize)
-    idle = tiles.tile * tiles.count * launch.column_chunks(cols, tiles) - cols
+    idle = tiles.tile * tiles.count * row_launch.column_chunks(cols, tiles) - cols
     assert launch.padding(cols, tiles.tile) == idle / cols
     assert idle <= (idle + cols if choose in FORWARD else cols) / 8  # of all lanes, or of those with work
 
@@ -78,7 +82,7 @@ def test_padding_at_model_widths(choose, itemsize, cols):
 def test_padding_of_other_widths(choose, itemsize, cols):
     """Less than half of the row, or than what one warp takes at once."""
     tiles = choose(cols, itemsize)
-    idle = tiles.tile * tiles.count * launch.column_chunks(cols, tiles) - cols
+    idle = tiles.tile * tiles.count * row_launch.column_chunks(cols, tiles) - cols
     assert idle < max(cols / 2, 32 * 16 // itemsize)
 
 
@@ -94,8 +98,8 @@ def test_a_thread_has_whole_16_byte_accesses(choose, itemsize, cols):
 
 
 def test_the_tiling_knows_nothing_of_the_batch():
-    tilings = launch.row_tiles, launch.forward_tiles, launch.backward_tiles, launch.chunk_tiles, launch.long_tile
-    for choose in (*tilings, launch.prefetches, launch.resident_rows):
+    tilings = row_launch.row_tiles, row_launch.forward_tiles, backward_tiles, row_launch.chunk_tiles
+    for choose in (*tilings, row_launch.long_tile, row_launch.prefetches, row_launch.resident_rows):
         assert not {"rows", "n_rows", "multiprocessors"} & set(inspect.signature(choose).parameters)
 
 
@@ -108,10 +112,10 @@ def test_the_tiling_knows_nothing_of_the_batch():
 def test_backward_programs(itemsize, streams, cols, rows, multiprocessors, partials, spares):
     """All of them resident at once, each with a row, and few enough for their partial sums."""
     passes = 3 + streams
-    tiles, _ = launch.backward_tiles(cols, itemsize, max(1, partials), streams, itemsize)
-    parts = launch.column_chunks(cols, tiles)
-    most = launch.backward_programs(rows, tiles, multiprocessors // parts, itemsize, partials, passes)
-    programs = launch.backward_programs(rows, tiles, multiprocessors // parts, itemsize, partials, passes, spares)
+    tiles, _ = row_launch.backward_tiles(cols, itemsize, max(1, partials), streams, itemsize)
+    parts = row_launch.column_chunks(cols, tiles)
+    most = row_launch.backward_programs(rows, tiles, multiprocessors // parts, itemsize, partials, passes)
+    programs = row_launch.backward_programs(rows, tiles, multiprocessors // parts, itemsize, partials, passes, spares)
     assert programs <= most
     assert 1 <= programs <= -(-rows // tiles.rows)
     assert programs * parts <= max(parts, tiles.resident * multiprocessors)
@@ -124,8 +128,8 @@ def test_backward_programs(itemsize, streams, cols, rows, multiprocessors, parti
 @given(cols=columns, rows=st.integers(1, 10**5), multiprocessors=st.integers(1, 304), partials=st.integers(0, 3))
 def test_programs_of_a_sample(itemsize, cols, rows, multiprocessors, partials):
     """At least one, no more than blocks of rows, and few enough for their partial sums, however short the sample is."""
-    tiles, _ = launch.backward_tiles(cols, itemsize, 3, 2, itemsize)
-    programs = launch.sample_programs(rows, tiles, multiprocessors, itemsize, partials, 6)
+    tiles, _ = row_launch.backward_tiles(cols, itemsize, 3, 2, itemsize)
+    programs = row_launch.sample_programs(rows, tiles, multiprocessors, itemsize, partials, 6)
     assert 1 <= programs <= -(-rows // tiles.rows)
     assert programs == 1 or partial_share(rows, programs, partials, itemsize, 6) <= 0.03
     assert programs <= tiles.resident * multiprocessors
@@ -139,8 +143,8 @@ def partial_share(rows: int, programs: int, partials: int, itemsize: int, passes
 
 def test_a_card_is_filled_by_a_training_batch():
     """As often as registers allow, and no program has to wait for another one's end."""
-    tiles, _ = launch.backward_tiles(4096, 2, sums=1, streams=0, widest=2)
-    assert launch.backward_programs(8192, tiles, 132, 2, 1, 3) == 132
+    tiles, _ = row_launch.backward_tiles(4096, 2, sums=1, streams=0, widest=2)
+    assert row_launch.backward_programs(8192, tiles, 132, 2, 1, 3) == 132
 
 
 @pytest.mark.parametrize("rows, even, fewer", [
@@ -148,11 +152,11 @@ def test_a_card_is_filled_by_a_training_batch():
 ])  # fmt: skip
 def test_few_rows_have_no_more_programs_than_they_need(rows, even, fewer):
     """Each writes partial sums. All but the last take as many turns; those that are spared leave five eighths."""
-    tiles = launch.backward_tiles(8192, 2, sums=2, streams=0, widest=2)[0]
-    assert launch.backward_programs(rows, tiles, 132, 2, 1, 3) == even
-    assert launch.backward_programs(rows, tiles, 132, 2, 1, 3, spares=True) == fewer
-    assert launch.backward_programs(rows, tiles, 132, 2, 0, 3, spares=True) == min(rows, 132)
-    assert launch.backward_programs(3168, tiles, 132, 2, 1, 3, spares=True) == 132, "they add 3 per cent"
+    tiles = row_launch.backward_tiles(8192, 2, sums=2, streams=0, widest=2)[0]
+    assert row_launch.backward_programs(rows, tiles, 132, 2, 1, 3) == even
+    assert row_launch.backward_programs(rows, tiles, 132, 2, 1, 3, spares=True) == fewer
+    assert row_launch.backward_programs(rows, tiles, 132, 2, 0, 3, spares=True) == min(rows, 132)
+    assert row_launch.backward_programs(3168, tiles, 132, 2, 1, 3, spares=True) == 132, "they add 3 per cent"
 
 
 @pytest.mark.parametrize("cols, is_spared", [
@@ -160,10 +164,10 @@ def test_few_rows_have_no_more_programs_than_they_need(rows, even, fewer):
 ])  # fmt: skip
 def test_programs_are_spared_where_each_keeps_a_row(cols, is_spared):
     """Rows of 16384 columns are read again, and short ones leave the memory idle."""
-    with patch.object(launch, "_is_blackwell", lambda: False):
-        assert launch.spares_programs(*launch.backward_tiles(cols, 2, 2, 0, 2, True), 2) == is_spared
-    with patch.object(launch, "_is_blackwell", lambda: True):
-        assert not launch.spares_programs(*launch.backward_tiles(cols, 2, 2, 0, 2, True), 2)
+    with patch.object(row_launch, "_is_blackwell", lambda: False):
+        assert row_launch.spares_programs(*row_launch.backward_tiles(cols, 2, 2, 0, 2, True), 2) == is_spared
+    with patch.object(row_launch, "_is_blackwell", lambda: True):
+        assert not row_launch.spares_programs(*row_launch.backward_tiles(cols, 2, 2, 0, 2, True), 2)
 
 
 @pytest.mark.parametrize("cols, tiling", [
@@ -172,10 +176,10 @@ def test_programs_are_spared_where_each_keeps_a_row(cols, is_spared):
 ])  # fmt: skip
 def test_rmsnorm_alone_has_twice_the_warps(cols, tiling):
     """Where that leaves an eighth of the lanes idle at most, up to 16; LayerNorm has them in rows of 32768."""
-    assert launch.forward_tiles(cols, 2, False, True, True)[:4] == tiling
-    others = [launch.forward_tiles(cols, 2, *traits) for traits in ((False, True, False), (False, False, True))]
-    assert [t == launch.row_tiles(cols, 2) for t in others] == [cols < 32768, cols < 32768]
-    assert launch.forward_tiles(cols, 2, True, False, True) == launch.row_tiles(cols, 2)
+    assert row_launch.forward_tiles(cols, 2, False, True, True)[:4] == tiling
+    others = [row_launch.forward_tiles(cols, 2, *traits) for traits in ((False, True, False), (False, False, True))]
+    assert [t == row_launch.row_tiles(cols, 2) for t in others] == [cols < 32768, cols < 32768]
+    assert row_launch.forward_tiles(cols, 2, True, False, True) == row_launch.row_tiles(cols, 2)
 
 
 @pytest.mark.parametrize("cols, is_rms, warps, on_blackwell", [
@@ -183,26 +187,26 @@ def test_rmsnorm_alone_has_twice_the_warps(cols, tiling):
     (12288, True, 48, None), (12288, False, 48, 48), (7168, True, None, None), (769, True, None, None),
 ])  # fmt: skip
 def test_a_norm_alone_has_as_many_programs_as_16_registers_beside_the_row_allow(cols, is_rms, warps, on_blackwell):
-    tiles = launch.forward_tiles(cols, 2, False, True, is_rms)
+    tiles = row_launch.forward_tiles(cols, 2, False, True, is_rms)
     for is_blackwell, expected in ((False, warps), (True, on_blackwell)):
         replaced = {"_is_blackwell": lambda found=is_blackwell: found, "_is_sm_120": lambda: False}
-        with patch.multiple(launch, **replaced):
-            resident = launch.resident_rows(cols, tiles, is_rms)
+        with patch.multiple(row_launch, **replaced):
+            resident = row_launch.resident_rows(cols, tiles, is_rms)
         assert resident == (expected // tiles.warps if expected else 1)
         options = launch._options(tiles.warps, resident, launch.GPUTarget("cuda", 90, 32))
         if expected:
             assert options["maxnreg"] == tiles.registers + 16
-    with patch.multiple(launch, _is_blackwell=lambda: True, _is_sm_120=lambda: True):
-        assert is_rms or launch.resident_rows(cols, tiles, is_rms) == 1
+    with patch.multiple(row_launch, _is_blackwell=lambda: True, _is_sm_120=lambda: True):
+        assert is_rms or row_launch.resident_rows(cols, tiles, is_rms) == 1
 
 
 @itemsizes
 def test_rows_of_64_registers_a_thread_are_kept_and_longer_ones_are_not(itemsize):
     cols = 64 * 512 // max(1, itemsize // 4)  # of 16 warps' threads; float64 takes two registers, 16 bits take one
-    assert not launch.is_long(cols, itemsize)
-    assert launch.is_long(cols + 1, itemsize)
+    assert not row_launch.is_long(cols, itemsize)
+    assert row_launch.is_long(cols + 1, itemsize)
     for sums in (1, 2):
-        assert not launch.backward_tiles(cols + 1, itemsize, sums, 0, itemsize)[1]
+        assert not row_launch.backward_tiles(cols + 1, itemsize, sums, 0, itemsize)[1]
 
 
 @itemsizes
@@ -210,7 +214,7 @@ def test_rows_of_64_registers_a_thread_are_kept_and_longer_ones_are_not(itemsize
 @given(cols=st.integers(1, 10**5), sums=st.sampled_from([1, 2]), weight=st.sampled_from([2, 4, 8]))
 def test_what_a_thread_holds_fits_its_registers(itemsize, streams, cols, sums, weight):
     """Of a multiprocessor's registers, the resident programs' threads get equal parts, and at most 255 each."""
-    tiles, is_kept = launch.backward_tiles(cols, itemsize, sums, streams, max(itemsize, weight))
+    tiles, is_kept = row_launch.backward_tiles(cols, itemsize, sums, streams, max(itemsize, weight))
     kept = (2 + sums) * tiles.registers if is_kept else sums * tiles.registers
     assert kept < min(255, 65536 // (32 * tiles.warps * tiles.resident))
 
@@ -225,7 +229,7 @@ READ_AGAIN |= {(sums, 2, itemsize): [8192, 12288, 16384] for sums, itemsize in (
 @pytest.mark.parametrize("sums", [1, 2], ids=["rms_norm", "layer_norm"])
 def test_rows_of_models_are_read_once(sums, streams, itemsize):
     """But for those that registers have no room for."""
-    kept = {cols: launch.backward_tiles(cols, itemsize, sums, streams, itemsize)[1] for cols in MODEL_WIDTHS}
+    kept = {cols: row_launch.backward_tiles(cols, itemsize, sums, streams, itemsize)[1] for cols in MODEL_WIDTHS}
     expected = READ_AGAIN.get((sums, streams, itemsize), [] if (sums, streams) == (1, 0) else [12288, 16384])
     assert [cols for cols in kept if not kept[cols]] == expected
 
@@ -235,16 +239,16 @@ def test_rows_of_models_are_read_once(sums, streams, itemsize):
 def test_rows_of_16_bits_that_stay_as_loaded(sums, streams, cols):
     """Up to 12,288 columns; an access has half of its 16 bytes, but where a row's tiles are replaced by the next one's.
     Not with a gate, nor beside a wider weight."""
-    tiles, is_kept = launch.backward_tiles(cols, 2, sums, streams, 2, can_pack=True)
+    tiles, is_kept = row_launch.backward_tiles(cols, 2, sums, streams, 2, can_pack=True)
     assert tiles.packed == (cols <= 12288)
     if tiles.packed:
-        replaces = launch.replaces(tiles, 2, sums)
+        replaces = row_launch.replaces(tiles, 2, sums)
         assert replaces == ((sums, streams) == (2, 0) and launch.padding(cols, 4096) <= launch.MAX_PADDING)
         access = 16 if replaces else 8
-        assert is_kept and launch.column_chunks(cols, tiles) == 1 and tiles.tile * 2 == access * 32 * tiles.warps
-        assert launch.prefetches(tiles, 2, sums) == (sums == 1)
+        assert is_kept and row_launch.column_chunks(cols, tiles) == 1 and tiles.tile * 2 == access * 32 * tiles.warps
+        assert row_launch.prefetches(tiles, 2, sums) == (sums == 1)
     for widest, can_pack in ((4, True), (2, False)):
-        assert not launch.backward_tiles(cols, 2, sums, streams, widest, can_pack)[0].packed
+        assert not row_launch.backward_tiles(cols, 2, sums, streams, widest, can_pack)[0].packed
 
 
 @pytest.mark.parametrize("sums", [2, 3])
@@ -252,15 +256,15 @@ def test_rows_of_16_bits_that_stay_as_loaded(sums, streams, cols):
 @given(cols=st.integers(1, 16384), streams=st.sampled_from([1, 2]))
 def test_rows_beside_an_x_gate_that_are_kept_with_few_registers(sums, itemsize, cols, streams):
     """Up to 16 registers of each of 16 warps; rows of other vendors' cards, and of float64, are read again."""
-    tiles, is_kept = launch.backward_tiles(cols, itemsize, sums, streams, itemsize, can_spare=True)
-    others, other_kept = launch.backward_tiles(cols, itemsize, sums, streams, itemsize)
+    tiles, is_kept = row_launch.backward_tiles(cols, itemsize, sums, streams, itemsize, can_spare=True)
+    others, other_kept = row_launch.backward_tiles(cols, itemsize, sums, streams, itemsize)
     if tiles.sparing:
         assert is_kept and itemsize <= 4 and (tiles.warps, tiles.rows) == (16, 1)
         assert tiles.registers * (sums + 3) <= 96
         assert tiles.tile * itemsize == (16 if itemsize == 2 else 8) * 32 * tiles.warps
     else:
         assert (tiles, is_kept) == (others, other_kept)
-    assert launch.backward_tiles(8192, itemsize, sums, 2, itemsize, can_spare=True)[0].sparing == (itemsize <= 4)
+    assert row_launch.backward_tiles(8192, itemsize, sums, 2, itemsize, can_spare=True)[0].sparing == (itemsize <= 4)
 
 
 @pytest.mark.parametrize("vendor, arch, holds", [("cuda", 90, False), ("cuda", 100, True), ("hip", "gfx942", False)])
@@ -268,15 +272,15 @@ def test_the_weight_is_kept_where_a_card_is_new(vendor, arch, holds, monkeypatch
     """Beside a next row in flight: not with elements of 32 bits, packed rows, or many short rows a program."""
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(launch, "_current_target", lambda: SimpleNamespace(backend=vendor, arch=arch))
-    tiles, _ = launch.backward_tiles(4096, 2, 2, 0, 2)
-    assert launch.holds_weight(tiles, 2) == holds
+    tiles, _ = row_launch.backward_tiles(4096, 2, 2, 0, 2)
+    assert row_launch.holds_weight(tiles, 2) == holds
     for other, itemsize in ((tiles, 4), (tiles._replace(packed=True), 2), (tiles._replace(rows=16), 2)):
-        assert not launch.holds_weight(other, itemsize)
+        assert not row_launch.holds_weight(other, itemsize)
 
 
 def test_tiles_are_loaded_ahead_where_a_card_is_new(monkeypatch):
     """Of dh all where one program has the row and registers are left; beside an x_gate two of each tensor."""
-    bf16, fp32 = (launch.chunk_tiles(16384, itemsize, 2, 1) for itemsize in (2, 4))
+    bf16, fp32 = (row_launch.chunk_tiles(16384, itemsize, 2, 1) for itemsize in (2, 4))
     cases = (bf16, 2, 2, 1, False), (fp32, 4, 1, 1, False), (fp32, 4, 2, 1, False), (bf16, 2, 2, 2, False)
     cases += (bf16, 2, 3, 2, True), (bf16, 8, 1, 1, False)
     monkeypatch.setattr(launch, "INTERPRETED", False)
@@ -287,12 +291,12 @@ def test_tiles_are_loaded_ahead_where_a_card_is_new(monkeypatch):
     ):
         target = SimpleNamespace(backend=vendor, arch=arch)
         monkeypatch.setattr(launch, "_current_target", lambda target=target: target)
-        assert [launch.tiles_ahead(*case) for case in cases] == expected
+        assert [row_launch.tiles_ahead(*case) for case in cases] == expected
 
 
 def test_loads_are_pinned_where_one_program_has_the_row():
-    assert launch.pins_loads(1, 2, has_gate=False)
-    assert not any(launch.pins_loads(*case) for case in ((2, 2, False), (1, 4, False), (1, 2, True)))
+    assert row_launch.pins_loads(1, 2, has_gate=False)
+    assert not any(row_launch.pins_loads(*case) for case in ((2, 2, False), (1, 4, False), (1, 2, True)))
 
 
 def test_access_bytes_is_the_largest_element():
@@ -324,10 +328,10 @@ def test_offsets_beyond_31_bits(op, cols, triton_device, card_memory):
 @itemsizes
 @given(length=st.integers(1, 1 << 15))
 def test_units_take_no_more_warps_than_a_card_has(itemsize, length):
-    tiles = launch.unit_tiles(length, itemsize)
+    tiles = list_launch.unit_tiles(length, itemsize)
     assert tiles.warps <= 16
     # one unit a program, as the kernel that doesn't hold it takes them
-    assert launch.keeps_powers(tiles) or tiles.rows == 1
+    assert list_launch.keeps_powers(tiles) or tiles.rows == 1
 
 
 @pytest.mark.parametrize("sums", [0, 1])
@@ -336,16 +340,16 @@ def test_rotated_rows_have_few_tiles(itemsize, sums):
     """Where partners would be tiles of a few columns, the tiles are the norm's own: no thread has whole rows, and the
     kernel stays short."""
     for cols in (64, 72, 80, 96, 112, 128, 192, 256):
-        alone = launch.many_row_tiles((cols,), itemsize, 0, sums)[0]
+        alone = row_launch.many_row_tiles((cols,), itemsize, 0, sums)[0]
         for rotary in range(2, cols + 1, 2):
-            tiles = launch.many_row_tiles((cols,), itemsize, rotary // 2, sums)[0]
-            assert tiles.count <= max(alone.count, launch.MAX_PAIRED_TILES), (cols, rotary, tiles)
+            tiles = row_launch.many_row_tiles((cols,), itemsize, rotary // 2, sums)[0]
+            assert tiles.count <= max(alone.count, row_launch.MAX_PAIRED_TILES), (cols, rotary, tiles)
             assert tiles.tile * tiles.count >= cols
 
 
 @pytest.mark.parametrize("cols", [64, 128, 256])
 def test_rotated_rows_are_read_in_whole_accesses(cols):
-    tiles = launch.many_row_tiles((cols,), 2, cols // 2, 1)[0]
+    tiles = row_launch.many_row_tiles((cols,), 2, cols // 2, 1)[0]
     assert tiles.tile * tiles.rows * 2 >= launch.WARP * tiles.warps * launch.ACCESS_BYTES
     assert tiles.resident * tiles.warps * 170 * launch.WARP <= 65536, "130 to 156 registers a thread, none spilled"
 
@@ -355,15 +359,15 @@ def test_rotated_rows_are_read_in_whole_accesses(cols):
 ])  # fmt: skip
 def test_products_have_as_many_programs_as_64_registers_allow(cols, is_capped):
     """Not where ptxas would spill: of rows of more than 32 elements a thread, with masks, or of two a program."""
-    tiles = launch.row_tiles(cols, 2)
-    assert launch.resident_products(cols, tiles, 2) == (32 // tiles.warps if is_capped else 1)
-    assert launch.resident_products(cols, launch.row_tiles(cols, 4), 4) == 1
+    tiles = row_launch.row_tiles(cols, 2)
+    assert row_launch.resident_products(cols, tiles, 2) == (32 // tiles.warps if is_capped else 1)
+    assert row_launch.resident_products(cols, row_launch.row_tiles(cols, 4), 4) == 1
 
 
 def test_every_batch_of_several_inputs_runs_the_same_code():
     """Triton makes constants of numbers in tuples that are 1, and other code for multiples of 16."""
     many = pytest.importorskip("fastnorm.triton_kernels.rms_norm_many")
-    tiles = launch.many_row_tiles((64,), 2, 0)
+    tiles = row_launch.many_row_tiles((64,), 2, 0)
     kinds = set()
     for rows in (1, 5, 16, 48, 4096):
         blocks, sizes = many._blocks_and_sizes([row_levels([torch.empty(rows, 64)], 1)], tiles)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastnorm.triton_kernels import launch, plans
+from fastnorm.triton_kernels import plans, row_launch
 from helpers.traffic import kernels, virtual_gpu
 
 pytestmark = pytest.mark.triton
@@ -63,12 +63,12 @@ class Run:
         return 2 if self.op == "gated_layer_norm" else 1
 
     @property
-    def tiles(self) -> launch.RowTiles:
+    def tiles(self) -> row_launch.RowTiles:
         """Of the backward."""
         itemsize = self.x.element_size()
         streams = self.op.startswith("add_") + (self.op in GATED) + self.op.endswith("gate first")
         cols, can_pack = self.x.shape[-1] // self.groups, self.op not in GATED
-        return launch.backward_tiles(cols, itemsize, self.parameters, streams, itemsize, can_pack)[0]
+        return row_launch.backward_tiles(cols, itemsize, self.parameters, streams, itemsize, can_pack)[0]
 
 
 @functools.cache
@@ -342,7 +342,7 @@ def assert_read_once_from_memory(seen: Run, rows: int) -> None:
     (backward,) = seen.backward
     _, (reads, writes) = seen.passes
     size, weight, cols = seen.x.nbytes, seen.weight.nbytes, seen.x.shape[1]
-    parts = launch.column_chunks(cols, seen.tiles)
+    parts = row_launch.column_chunks(cols, seen.tiles)
     assert backward.unique_read == reads * size + seen.backward_parameters * weight + 4 * seen.statistics * rows
     statistics = 4 * seen.statistics * rows * parts * backward.threads_per_block  # read by every thread
     whole = 3 if seen.op in GATED else 2

@@ -1,8 +1,8 @@
 """The Triton backend: a launcher for each operator of fastnorm.operators, with its name and its schema's arguments.
 
 Each operation's file has its kernels and then their launchers: row_norm.py, row_gradients.py, rms_norm_many.py,
-batch_norm.py, group_norm.py, multi_tensor.py, clip_policy.py and agc.py (clips). launch.py chooses tiles and programs;
-jit.py and plans.py make launches cheap.
+batch_norm.py, group_norm.py, multi_tensor.py, clip_policy.py and agc.py (clips). launch.py, row_launch.py,
+channel_launch.py and list_launch.py choose tiles and programs; jit.py and plans.py make launches cheap.
 """
 
 from collections import ChainMap

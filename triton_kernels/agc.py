@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, tables
+from . import launch, list_launch, tables
 from .jit import jit
 from .multi_tensor import change, change_span, norms_of, sum_span
 from .p_norms import decode, float64_bits, float64_of, kind_of, root, row_terms
@@ -54,7 +54,7 @@ class Group(NamedTuple):
     """Pairs that one launch serves: those of the same dtypes, tiling and alignment."""
 
     dtypes: tuple[torch.dtype, torch.dtype]
-    tiles: launch.UnitTiles
+    tiles: list_launch.UnitTiles
     is_aligned: bool
     programs: int
     addresses: Tensor  # (pairs, 2) int64: gradient, parameter
@@ -190,10 +190,10 @@ def launch_group(group: Group, clip_factor: float, eps: float, norm_type: float)
     numbers = float64_bits(clip_factor), float64_bits(eps)
     arguments = (group.addresses, group.tensors, group.program_tensor, *numbers, *types)
     with launch.on_device(group.addresses):
-        if tiles.looped or (kind == "powers" and not launch.keeps_powers(tiles)):
-            rows, _, warps = launch.chunk_tile(1)
+        if tiles.looped or (kind == "powers" and not list_launch.keeps_powers(tiles)):
+            rows, _, warps = list_launch.chunk_tile(1)
             if kind == "powers":
-                rows //= launch.POWERS_WARPS
+                rows //= list_launch.POWERS_WARPS
             cols = [launch.ACCESS_BYTES // dtype.itemsize for dtype in group.dtypes]
             # grid: one program for each unit
             _looped_unit_kernel[(group.programs,)](
@@ -204,7 +204,7 @@ def launch_group(group: Group, clip_factor: float, eps: float, norm_type: float)
             # grid: one program for each block of units
             _kept_units_kernel[(group.programs,)](
                 *arguments, **norm, ROWS=tiles.rows, COLS=tiles.cols, PACK=pack, IS_ALIGNED=group.is_aligned,
-                **launch.options(launch.POWERS_WARPS * tiles.warps if kind == "powers" else tiles.warps),
+                **launch.options(list_launch.POWERS_WARPS * tiles.warps if kind == "powers" else tiles.warps),
             )  # fmt: skip
 
 
@@ -229,12 +229,12 @@ def launches_of(
     found = []
     for places in tables.disjoint([pair.gradient for pair in pairs]):
         members = [pairs[i] for i in places]
-        long = [pair for pair in members if pair.length * pair.itemsize > launch.LONG_UNIT_BYTES]
+        long = [pair for pair in members if pair.length * pair.itemsize > list_launch.LONG_UNIT_BYTES]
         groups: dict[tuple, list[Pair]] = {}
         for pair in members:
-            if pair.length * pair.itemsize <= launch.LONG_UNIT_BYTES:
+            if pair.length * pair.itemsize <= list_launch.LONG_UNIT_BYTES:
                 dtypes = (pair.gradient.dtype, pair.parameter.dtype)
-                key = (dtypes, launch.unit_tiles(pair.length, pair.itemsize), pair.is_aligned)
+                key = (dtypes, list_launch.unit_tiles(pair.length, pair.itemsize), pair.is_aligned)
                 groups.setdefault(key, []).append(pair)
         made = [_group(*key, alike, device) for key, alike in groups.items()]
         found.append((made, _long_tables(long, device) if long else None))
@@ -242,7 +242,7 @@ def launches_of(
 
 
 def _group(
-    dtypes: tuple[torch.dtype, torch.dtype], tiles: launch.UnitTiles, is_aligned: bool, pairs: list[Pair],
+    dtypes: tuple[torch.dtype, torch.dtype], tiles: list_launch.UnitTiles, is_aligned: bool, pairs: list[Pair],
     device: torch.device,
 ) -> Group:  # fmt: skip
     """The tables of pairs that one launch serves."""

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch
+from . import channel_launch, launch
 from .channel_tiles import activated, activation_gradient, affine, input_gradient
 from .jit import jit
 from .moments import Partials, load_centered
@@ -177,7 +177,7 @@ class _Kept(NamedTuple):
 
     def aligned(self, t):
         """t, or a copy where its accesses would be narrower: the order of its sums would depend on where it lies."""
-        is_aligned = launch.vector_width(t.shape[2], [t]) % self.constants["ALIGN"] == 0
+        is_aligned = channel_launch.vector_width(t.shape[2], [t]) % self.constants["ALIGN"] == 0
         return t if is_aligned else t.clone(memory_format=torch.contiguous_format)
 
 
@@ -189,7 +189,7 @@ def kept(shape, groups, channels_last, itemsize, values):
 
 @launch.remembered
 def _kept(channels, size, groups, channels_last, itemsize, values):
-    tiles = launch.group_tiles(channels, size, channels_last, itemsize, values)
+    tiles = channel_launch.group_tiles(channels, size, channels_last, itemsize, values)
     if tiles is None:
         return None
     constants = dict(

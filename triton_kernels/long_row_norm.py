@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import launch
+from . import launch, row_launch
 from .compiler import materialize, pin_loads
 from .gates import activated, activation_slope
 from .gradient_tiles import factors, gradient, gradient_coefficients, store_gradient
@@ -334,7 +334,7 @@ def forward(arguments, sizes, strides, itemsize, features):
     """Fills y, h, mean and rstd; h and mean may be None. arguments: the forward kernel's pointers, in its order; sizes:
     the rows, and the columns of a group; strides: the kernel's arguments from x_steps on."""
     (rows, cols), groups = sizes, features["GROUPS"]
-    tile, warps = launch.long_tile(itemsize)
+    tile, warps = row_launch.long_tile(itemsize)
     # grid: one program for each group of each row
     _row_norm_long_forward_kernel[(rows, groups)](
         *arguments, cols, *strides, **features, TILE=tile, **launch.options(warps)
@@ -344,12 +344,12 @@ def forward(arguments, sizes, strides, itemsize, features):
 def backward(arguments, partials, sizes, strides, samples, tiles, sums, programs, features):
     """Fills dx, dresidual, dgate and the (samples · programs, cols) partials of dx_gate, dweight and dbias; all but dx
     may be None. arguments: the backward kernel's pointers up to dgate; sizes: as of `forward`; strides: the kernel's
-    arguments from dy_steps on; sums: as of launch.backward_tiles. Each of the samples has `programs` programs."""
+    arguments from dy_steps on; sums: as of row_launch.backward_tiles. Each of the samples has `programs` programs."""
     (rows, cols), groups = sizes, features["GROUPS"]
-    chunks = launch.column_chunks(cols, tiles)
+    chunks = row_launch.column_chunks(cols, tiles)
     itemsize = launch.access_bytes(arguments[:5])
-    pins = launch.pins_loads(chunks, itemsize, has_gate=arguments[4] is not None)
-    ahead = launch.tiles_ahead(tiles, itemsize, sums, chunks, has_x_gate=arguments[5] is not None)
+    pins = row_launch.pins_loads(chunks, itemsize, has_gate=arguments[4] is not None)
+    ahead = row_launch.tiles_ahead(tiles, itemsize, sums, chunks, has_x_gate=arguments[5] is not None)
     # grid: (chunks of the columns of each sample, programs that share its rows, groups)
     _row_norm_long_backward_kernel[(samples * chunks, programs, groups)](
         *arguments, *partials, rows, cols, *strides,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, tables
+from . import launch, list_launch, tables
 from .jit import jit
 from .p_norms import (
     combine,
@@ -245,9 +245,9 @@ def norms_of(table: tables.Table, norm_type: float, dtype: torch.dtype) -> tuple
     norm = {"KIND": kind_of(norm_type), "P": float(norm_type)}
     with launch.on_device(partials):
         for group in layout.groups:
-            rows, cols, warps = launch.chunk_tile(group.dtype.itemsize)
+            rows, cols, warps = list_launch.chunk_tile(group.dtype.itemsize)
             if norm["KIND"] == "powers":
-                rows //= launch.POWERS_WARPS
+                rows //= list_launch.POWERS_WARPS
             # grid: one program for each chunk
             _norm_kernel[(group.count,)](
                 table.addresses, layout.tensors, layout.chunk_tensor, partials, group.first,
@@ -265,7 +265,7 @@ def change(table: tables.Table, factors: Tensor | None, bound: float = math.inf,
     layout = table.layout
     with launch.on_device(table.addresses):
         for group in layout.groups:
-            rows, cols, warps = launch.chunk_tile(group.dtype.itemsize)
+            rows, cols, warps = list_launch.chunk_tile(group.dtype.itemsize)
             if factors is None and cols > 4:
                 rows //= 2  # AMD's scalar registers don't suffice for 32 comparisons a thread, of two each
             # grid: one program for each chunk

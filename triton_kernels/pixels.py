@@ -23,7 +23,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from . import launch
+from . import channel_launch, launch
 from .channel_tiles import activated, activation_gradient, affine, input_gradient, load_mask, normalized, statistics
 from .jit import jit
 from .moments import Partials, add_tiles, join_lanes, load_centered, moment_fields
@@ -302,7 +302,7 @@ def _walk(tensors, depth, mask=None, batch_invariant=False):
     """mask: a ReLU's, with a byte for each vector. batch_invariant: vectors and chunks are chosen as for a single
     sample, wherever it lies, so that sums over a sample don't depend on the others."""
     shape = tensors[0].shape
-    align, widest = launch.vector_width(shape[2], tensors), launch.widest_vector(shape[2], tensors)
+    align, widest = channel_launch.vector_width(shape[2], tensors), channel_launch.widest_vector(shape[2], tensors)
     width = 8 if mask is not None else widest if batch_invariant else align
     return _walk_of(shape, align, width, depth, batch_invariant, launch.multiprocessors())
 
@@ -312,9 +312,9 @@ def _walk_of(shape, align, width, depth, batch_invariant, multiprocessors):
     samples, n_pixels, channels = shape
     if not batch_invariant:
         depth = max(1, depth * align // width)  # a vector of several narrow accesses takes registers for each
-    vectors, pixels = launch.channel_vectors(launch.ceil_div(channels, width))
+    vectors, pixels = channel_launch.channel_vectors(launch.ceil_div(channels, width))
     blocks = launch.ceil_div(channels, width * vectors)
-    chunk, depth = launch.channel_chunk(
+    chunk, depth = channel_launch.channel_chunk(
         launch.ceil_div(n_pixels, pixels), depth, blocks if batch_invariant else samples * blocks, multiprocessors,
         2 if batch_invariant else 1,  # one sample's programs fill the card; of more samples, their ends take time
     )
@@ -335,12 +335,13 @@ def _partials(walk, fields, x):
 
 def moments(x, groups=None):
     """x: (N, S, C). Partial moments of the channels of each sample."""
-    walk = _walk([x], launch.MOMENTS_DEPTH, batch_invariant=groups is not None)
+    walk = _walk([x], channel_launch.MOMENTS_DEPTH, batch_invariant=groups is not None)
     partials = _partials(walk, 3, x)
     # grid: (samples times blocks of channels, chunks)
     _pixels_moments_kernel[walk.grid](
         x, partials.values, walk.strides(x), *walk.sizes, x.shape[2] // (groups or x.shape[2]),
-        GROUPED=groups is not None, **walk.constants, **launch.options(launch.CHANNEL_WARPS, launch.CHANNEL_PROGRAMS),
+        GROUPED=groups is not None, **walk.constants,
+        **launch.options(channel_launch.CHANNEL_WARPS, channel_launch.CHANNEL_PROGRAMS),
     )  # fmt: skip
     return partials
 
@@ -348,25 +349,25 @@ def moments(x, groups=None):
 def normalize(x, residual, affine, statistics, y, mask, *, eps=None, groups=None, activation=None):
     """Fills y, and a ReLU's mask unless it is None. affine: weight and bias; statistics: mean and rstd, or with an eps
     mean and variance."""
-    walk = _walk([t for t in (x, residual, y) if t is not None], launch.ELEMENTWISE_DEPTH, mask)
+    walk = _walk([t for t in (x, residual, y) if t is not None], channel_launch.ELEMENTWISE_DEPTH, mask)
     # grid: (samples times blocks of channels, chunks)
     _pixels_normalize_kernel[walk.grid](
         x, residual, *affine, *statistics, y, mask, *map(walk.strides, (x, residual, y)), walk.byte_strides(mask),
         *walk.sizes, x.shape[2] // (groups or x.shape[2]), EPS=eps, ACTIVATION=activation, GROUPED=groups is not None,
-        RAGGED=walk.ragged, **walk.constants, **launch.options(launch.CHANNEL_WARPS),
+        RAGGED=walk.ragged, **walk.constants, **launch.options(channel_launch.CHANNEL_WARPS),
     )  # fmt: skip
 
 
 def sums(dy, mask, x, affine, statistics, *, groups=None, silu=False):
     """Partial Σ dz and Σ dz · x̂ of the channels of each sample."""
-    walk = _walk([dy, x], launch.ELEMENTWISE_DEPTH, mask, batch_invariant=groups is not None)
+    walk = _walk([dy, x], channel_launch.ELEMENTWISE_DEPTH, mask, batch_invariant=groups is not None)
     partials = _partials(walk, 2, x)
     # grid: (samples times blocks of channels, chunks)
     _pixels_sums_kernel[walk.grid](
         dy, mask, x, *affine, *statistics, partials.values,
         walk.strides(dy), walk.byte_strides(mask), walk.strides(x), *walk.sizes, x.shape[2] // (groups or x.shape[2]),
         ACTIVATION="silu" if silu else None, GROUPED=groups is not None, **walk.constants,
-        **launch.options(launch.CHANNEL_WARPS, launch.CHANNEL_PROGRAMS),
+        **launch.options(channel_launch.CHANNEL_WARPS, channel_launch.CHANNEL_PROGRAMS),
     )  # fmt: skip
     return partials
 
@@ -374,12 +375,12 @@ def sums(dy, mask, x, affine, statistics, *, groups=None, silu=False):
 def gradient(dy, mask, x, affine, statistics, means, dx, dresidual, *, groups=None, silu=False):
     """Fills dx, and dresidual unless it is None. means: (2, units), c2 and c1, of batch_norm without the weight; None
     where the statistics are constants."""
-    walk = _walk([t for t in (dy, x, dx, dresidual) if t is not None], launch.ELEMENTWISE_DEPTH, mask)
+    walk = _walk([t for t in (dy, x, dx, dresidual) if t is not None], channel_launch.ELEMENTWISE_DEPTH, mask)
     # grid: (samples times blocks of channels, chunks)
     _pixels_gradient_kernel[walk.grid](
         dy, mask, x, *affine, *statistics, means, dx, dresidual,
         walk.strides(dy), walk.byte_strides(mask), walk.strides(x), walk.strides(dx),
         *walk.sizes, x.shape[2] // (groups or x.shape[2]),
         ACTIVATION="silu" if silu else None, GROUPED=groups is not None, **walk.constants,
-        **launch.options(launch.CHANNEL_WARPS),
+        **launch.options(channel_launch.CHANNEL_WARPS),
     )  # fmt: skip

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from . import launch
+from . import channel_launch, launch
 from .moments import Partials
 from .types import stat_dtype
 
@@ -119,7 +119,7 @@ def walk_units(tensors, groups, depth, mask=None, batch_invariant=False):
     mask: a ReLU's, with a byte for each vector. batch_invariant: vectors and chunks are chosen as for a single sample,
     wherever it lies, so that sums over a sample don't depend on the others."""
     shape = tensors[0].shape
-    align, widest = launch.vector_width(shape[2], tensors), launch.widest_vector(shape[2], tensors)
+    align, widest = channel_launch.vector_width(shape[2], tensors), channel_launch.widest_vector(shape[2], tensors)
     width = 8 if mask is not None else widest if batch_invariant else align
     return _walk_of(shape, align, width, groups, depth, batch_invariant, launch.multiprocessors())
 
@@ -133,9 +133,10 @@ def _walk_of(shape, align, width, groups, depth, batch_invariant, multiprocessor
         depth = max(1, depth * align // width)  # a vector of several narrow accesses takes registers for each
     plane_vectors = launch.ceil_div(cols, width)
     vectors = planes * plane_vectors
-    units, lanes = launch.unit_lanes(vectors, inner if batch_invariant else outer * inner, depth, multiprocessors)
-    blocks = launch.ceil_div(inner if batch_invariant else outer * inner, units)
-    chunk, depth = launch.channel_chunk(launch.ceil_div(vectors, lanes), depth, blocks, multiprocessors)
+    n_units = inner if batch_invariant else outer * inner
+    units, lanes = channel_launch.unit_lanes(vectors, n_units, depth, multiprocessors)
+    blocks = launch.ceil_div(n_units, units)
+    chunk, depth = channel_launch.channel_chunk(launch.ceil_div(vectors, lanes), depth, blocks, multiprocessors)
     return Walk(
         groups, align,
         (outer * inner, inner, vectors, plane_vectors, cols // align, chunk * lanes),

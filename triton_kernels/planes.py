@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import launch
+from . import channel_launch, launch
 from .channel_tiles import activated, activation_gradient, affine, input_gradient, load_mask, normalized, statistics
 from .jit import jit
 from .moments import add_tiles, join_lanes, load_centered, moment_fields
@@ -242,12 +242,12 @@ def _planes_gradient_kernel(
 
 def moments(x, groups=None):
     """x: (N, C, S). Partial moments of the channels over all samples, or of the groups of each sample."""
-    walk = walk_units([x], groups, launch.MOMENTS_DEPTH, batch_invariant=groups is not None)
+    walk = walk_units([x], groups, channel_launch.MOMENTS_DEPTH, batch_invariant=groups is not None)
     partials = walk.partials(3, x)
     # grid: (blocks of units, chunks)
     _planes_moments_kernel[walk.grid](
         x, partials.values, walk.strides(x), *walk.sizes, **walk.constants,
-        **launch.options(launch.CHANNEL_WARPS, launch.CHANNEL_PROGRAMS),
+        **launch.options(channel_launch.CHANNEL_WARPS, channel_launch.CHANNEL_PROGRAMS),
     )  # fmt: skip
     return partials
 
@@ -255,12 +255,12 @@ def moments(x, groups=None):
 def normalize(x, residual, affine, statistics, y, mask, *, eps=None, groups=None, activation=None):
     """Fills y, and a ReLU's mask unless it is None. affine: weight and bias; statistics: mean and rstd, or with an eps
     mean and variance."""
-    walk = walk_units([t for t in (x, residual, y) if t is not None], groups, launch.ELEMENTWISE_DEPTH, mask)
+    walk = walk_units([t for t in (x, residual, y) if t is not None], groups, channel_launch.ELEMENTWISE_DEPTH, mask)
     # grid: (blocks of units, chunks)
     _planes_normalize_kernel[walk.grid](
         x, residual, *affine, *statistics, y, mask, *map(walk.strides, (x, residual, y)), walk.byte_strides(mask),
         *walk.sizes, x.shape[1] // (groups or x.shape[1]), EPS=eps, ACTIVATION=activation, GROUPED=groups is not None,
-        RAGGED=walk.ragged, **walk.constants, **launch.options(launch.CHANNEL_WARPS),
+        RAGGED=walk.ragged, **walk.constants, **launch.options(channel_launch.CHANNEL_WARPS),
     )  # fmt: skip
 
 
@@ -268,14 +268,14 @@ def sums(dy, mask, x, affine, statistics, *, groups=None, silu=False):
     """Partial Σ dz and Σ dz · x̂ of the channels over all samples, or, with groups, of the channels of each sample."""
     channels = x.shape[1]
     units = None if groups is None else channels
-    walk = walk_units([dy, x], units, launch.ELEMENTWISE_DEPTH, mask, batch_invariant=groups is not None)
+    walk = walk_units([dy, x], units, channel_launch.ELEMENTWISE_DEPTH, mask, batch_invariant=groups is not None)
     partials = walk.partials(2, x)
     # grid: (blocks of channels, chunks)
     _planes_sums_kernel[walk.grid](
         dy, mask, x, *affine, *statistics, partials.values,
         walk.strides(dy), walk.byte_strides(mask), walk.strides(x), *walk.sizes, channels // (groups or channels),
         ACTIVATION="silu" if silu else None, RAGGED=walk.ragged, **walk.constants,
-        **launch.options(launch.CHANNEL_WARPS),
+        **launch.options(channel_launch.CHANNEL_WARPS),
     )  # fmt: skip
     return partials
 
@@ -283,12 +283,13 @@ def sums(dy, mask, x, affine, statistics, *, groups=None, silu=False):
 def gradient(dy, mask, x, affine, statistics, means, dx, dresidual, *, groups=None, silu=False):
     """Fills dx, and dresidual unless it is None. means: (2, units), c2 and c1, of batch_norm without the weight; None
     where the statistics are constants."""
-    walk = walk_units([t for t in (dy, x, dx, dresidual) if t is not None], groups, launch.ELEMENTWISE_DEPTH, mask)
+    tensors = [t for t in (dy, x, dx, dresidual) if t is not None]
+    walk = walk_units(tensors, groups, channel_launch.ELEMENTWISE_DEPTH, mask)
     # grid: (blocks of units, chunks)
     _planes_gradient_kernel[walk.grid](
         dy, mask, x, *affine, *statistics, means, dx, dresidual,
         walk.strides(dy), walk.byte_strides(mask), walk.strides(x), walk.strides(dx),
         *walk.sizes, x.shape[1] // (groups or x.shape[1]),
         ACTIVATION="silu" if silu else None, GROUPED=groups is not None, RAGGED=walk.ragged, **walk.constants,
-        **launch.options(launch.CHANNEL_WARPS),
+        **launch.options(channel_launch.CHANNEL_WARPS),
     )  # fmt: skip

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..views import RowLevels, contiguous, row_levels
-from . import launch
+from . import launch, row_launch
 from .jit import jit
 from .row_gradients import gradient_blocks, row_norm_backward
 from .row_norm import norm_block, row_norm_forward
@@ -97,7 +97,7 @@ def rms_norm_many_forward(inputs, weights, cos, sin, interleaved, eps, zero_cent
         return [y for y, *_ in results] + [rstd for *_, rstd in results]
     ys = [empty_like(x, out_dtype) for x in inputs]
     rstds = [x.new_empty(each.rows, dtype=stat_dtype(x)) for x, each in zip(inputs, levels, strict=True)]
-    tiles = launch.many_row_tiles(tuple(each.cols for each in levels), itemsize, pairs)
+    tiles = row_launch.many_row_tiles(tuple(each.cols for each in levels), itemsize, pairs)
     blocks, sizes = _blocks_and_sizes(levels, tiles)
     steps, starts = _steps(levels)
     xs, cos, sin = zip(*(each.tensors for each in levels), strict=True)
@@ -132,13 +132,13 @@ def rms_norm_many_backward(
         dweights = [dweight for *_, dweight, _ in results]
         return [dx for dx, *_ in results] + [dweight for dweight in dweights if dweight is not None]
     dxs = [empty_like(x, x.dtype) for x in inputs]
-    tiles = launch.many_row_tiles(tuple(each.cols for each in levels), itemsize, pairs, 1)
+    tiles = row_launch.many_row_tiles(tuple(each.cols for each in levels), itemsize, pairs, 1)
     blocks, sizes = _blocks_and_sizes(levels, tiles)
     steps, starts = _steps(levels)
     partial_cols = sum(each.cols for each, dtype in zip(levels, dtypes, strict=True) if dtype is not None)
     elements = sum(each.rows * each.cols for each in levels)
     rows = max(each.rows for each in levels)
-    programs = launch.many_programs(elements, rows, max(blocks), tiles[0], itemsize, partial_cols)
+    programs = row_launch.many_programs(elements, rows, max(blocks), tiles[0], itemsize, partial_cols)
     partials = [
         None if dtype is None else x.new_empty(programs, each.cols, dtype=rstd.dtype)
         for x, each, rstd, dtype in zip(inputs, levels, rstds, dtypes, strict=True)
@@ -149,7 +149,7 @@ def rms_norm_many_backward(
         _rms_norm_many_backward_kernel[(programs,)](
             dys, xs, tuple(map(contiguous, weights)), cos, sin, tuple(rstds), tuple(dxs), tuple(partials), sizes, steps,
             ZERO_CENTERED=zero_centered, CAST=triton_dtype(cast_dtype), ROTARY=rotary, INTERLEAVED=interleaved,
-            PREFETCH=all(launch.prefetches(each, itemsize, 1) for each in tiles), LEVELS=starts,
+            PREFETCH=all(row_launch.prefetches(each, itemsize, 1) for each in tiles), LEVELS=starts,
             TILES=_columns_and_tiles(levels, tiles), **launch.options(tiles[0].warps, tiles[0].resident),
         )  # fmt: skip
         dweights = column_sums(partials, dtypes)
@@ -170,7 +170,7 @@ def _rotary(cos, interleaved: bool) -> tuple[int, int]:
 def _are_kept(levels: list[RowLevels], itemsize: int, rotary: int) -> bool:
     """Whether programs keep the rows of all inputs in registers, as one launch for all needs. Raises RuntimeError where
     they don't, but are to be rotated."""
-    are_kept = all(launch.backward_tiles(each.cols, itemsize, 1, 0, itemsize)[1] for each in levels)
+    are_kept = all(row_launch.backward_tiles(each.cols, itemsize, 1, 0, itemsize)[1] for each in levels)
     if rotary and not are_kept:
         raise RuntimeError(
             f"rows of {max(each.cols for each in levels)} columns are too long for Triton's kernels with a rotary "
@@ -179,7 +179,9 @@ def _are_kept(levels: list[RowLevels], itemsize: int, rotary: int) -> bool:
     return are_kept
 
 
-def _blocks_and_sizes(levels: list[RowLevels], tiles: tuple[launch.RowTiles, ...]) -> tuple[list[int], tuple[int, ...]]:
+def _blocks_and_sizes(
+    levels: list[RowLevels], tiles: tuple[row_launch.RowTiles, ...]
+) -> tuple[list[int], tuple[int, ...]]:
     """Each input's blocks of rows; and, twice as large and one more, the rows and blocks of the first input, then of
     the second. Triton specialises kernels on 1 and multiples of 16, in tuples always: these numbers are neither, so
     that every batch runs the same code."""
@@ -201,5 +203,5 @@ def _steps(levels: list[RowLevels]) -> tuple[tuple[int, ...], tuple[tuple[int, i
     return tuple(steps), tuple(starts)
 
 
-def _columns_and_tiles(levels: list[RowLevels], tiles: tuple[launch.RowTiles, ...]) -> tuple[tuple[int, ...], ...]:
+def _columns_and_tiles(levels: list[RowLevels], tiles: tuple[row_launch.RowTiles, ...]) -> tuple[tuple[int, ...], ...]:
     return tuple((each.cols, t.tile, t.count, t.rows) for each, t in zip(levels, tiles, strict=True))

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..operators import gradient_shape
 from ..views import row_levels
-from . import launch, long_row_norm
+from . import launch, long_row_norm, row_launch
 from .compiler import opaque
 from .gates import store_gate_gradient, through_gate, through_x_gate, within_gate
 from .gradient_tiles import (
@@ -280,15 +280,15 @@ def _division(tensors, weight, cols, groups, sums, wanted, sample_rows, rows, no
     on_cuda = launch.backend() == "cuda"
     can_pack, can_spare = on_cuda and gate is None and x is None, on_cuda and x is not None
     widest = launch.access_bytes((*tensors, weight))
-    tiles, is_kept = launch.backward_tiles(cols, itemsize, sums, streams, widest, can_pack, can_spare)
-    multiprocessors = launch.multiprocessors() // (launch.column_chunks(cols, tiles) * groups)
+    tiles, is_kept = row_launch.backward_tiles(cols, itemsize, sums, streams, widest, can_pack, can_spare)
+    multiprocessors = launch.multiprocessors() // (row_launch.column_chunks(cols, tiles) * groups)
     passes = 3 + (dh is not None) + 2 * (gate is not None) + 2 * (x is not None)
     per_row = is_kept and sample_rows == 1
     if per_row or sample_rows is None:
-        spares, partials = launch.spares_programs(tiles, is_kept, itemsize), 0 if per_row else wanted
-        programs = launch.backward_programs(rows, tiles, multiprocessors, itemsize, partials, passes, spares)
+        spares, partials = row_launch.spares_programs(tiles, is_kept, itemsize), 0 if per_row else wanted
+        programs = row_launch.backward_programs(rows, tiles, multiprocessors, itemsize, partials, passes, spares)
     else:
-        programs = launch.sample_programs(sample_rows, tiles, multiprocessors, itemsize, wanted, passes)
+        programs = row_launch.sample_programs(sample_rows, tiles, multiprocessors, itemsize, wanted, passes)
     return tiles, is_kept, per_row, programs
 
 
@@ -316,7 +316,7 @@ def row_norm_backward(
     if rows == 0:
         zeros = (None if d is None else h.new_zeros(s, dtype=d) for d, s in zip(dtypes, shapes, strict=True))
         return dx, dresidual, dgate, *zeros
-    launch.check_groups(groups)
+    row_launch.check_groups(groups)
     itemsize = launch.access_bytes((dy, dh, h, x, gate, dx, dresidual))
     # registers for two sums where there is a bias, whichever gradients are wanted, so that dx does not depend on that
     sums = 1 if mean is None and bias is None and dbias_dtype is None else 2
@@ -345,13 +345,13 @@ def row_norm_backward(
     with launch.on_device(h):
         if is_kept:
             blocks = launch.ceil_div(rows if per_row else sample_rows, tiles.rows)
-            holds_weight = launch.holds_weight(tiles, itemsize) and gate is None and not per_row
+            holds_weight = row_launch.holds_weight(tiles, itemsize) and gate is None and not per_row
             sampling = (sample_rows, None if per_row else programs) if of_samples else (None, None)
             # grid: as many programs as are resident, or some for each sample; each takes every programs-th block
             _row_norm_backward_kernel[(programs if per_row else samples * programs, groups)](
                 *arguments, *partials, rows, blocks, *steps, divisions, *sampling, *parameter_strides,
-                **features, PREFETCH=launch.prefetches(tiles, itemsize, sums), PACKED=tiles.packed,
-                REPLACE=launch.replaces(tiles, itemsize, sums), SPARE=tiles.sparing, HOLD_WEIGHT=holds_weight,
+                **features, PREFETCH=row_launch.prefetches(tiles, itemsize, sums), PACKED=tiles.packed,
+                REPLACE=row_launch.replaces(tiles, itemsize, sums), SPARE=tiles.sparing, HOLD_WEIGHT=holds_weight,
                 PER_ROW=per_row,
                 N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows,
                 **launch.options(tiles.warps, tiles.resident),

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..views import contiguous, row_levels, rows_of_samples
-from . import launch, long_row_norm
+from . import launch, long_row_norm, row_launch
 from .gates import activated
 from .jit import jit
 from .rotary import load_partner_tiles, rotated_forth
@@ -224,7 +224,7 @@ def row_norm_forward(
         return y, h, mean, rstd
     (x_gate, weight, bias), parameter_strides = as_rows((x_gate, weight, bias), of_samples)
     arguments = (x, residual, gate, x_gate, weight, bias, y, h, mean, rstd)
-    launch.check_groups(groups)
+    row_launch.check_groups(groups)
     steps, divisions = row_steps(levels)
     strides = (*steps, divisions, rows // samples if of_samples else None, *parameter_strides)
     features = dict(
@@ -233,18 +233,18 @@ def row_norm_forward(
     )  # fmt: skip
     itemsize = launch.access_bytes((x, residual, gate, h, y))
     with launch.on_device(x):
-        if launch.is_long(cols, itemsize):
+        if row_launch.is_long(cols, itemsize):
             long_row_norm.forward(arguments, (rows, cols), strides, itemsize, features)
         else:
             has_gate = gate is not None or x_gate is not None
             is_alone = h is None and not (has_gate or of_samples) and launch.access_bytes((x, y, weight, bias)) == 2
-            tiles = launch.forward_tiles(cols, itemsize, has_gate, is_alone, not subtract_mean)
+            tiles = row_launch.forward_tiles(cols, itemsize, has_gate, is_alone, not subtract_mean)
             is_product = gate is not None and not norm_before_gate  # of 16-bit numbers: not itself one
             dtype = rstd.dtype if is_product else (x if h is None else h).dtype
-            refines = subtract_mean and launch.refines(cols, dtype)
-            resident = launch.resident_products(cols, tiles, itemsize) if is_product else 1
+            refines = subtract_mean and row_launch.refines(cols, dtype)
+            resident = row_launch.resident_products(cols, tiles, itemsize) if is_product else 1
             if is_alone:
-                resident = launch.resident_rows(cols, tiles, not subtract_mean)
+                resident = row_launch.resident_rows(cols, tiles, not subtract_mean)
             # grid: one program for each group of each block of tiles.rows rows
             _row_norm_forward_kernel[(launch.ceil_div(rows, tiles.rows), groups)](
                 *arguments, rows, *strides,

@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import launch
+from . import launch, list_launch
 
 T = TypeVar("T")
 # Columns of Layout.tensors, a row for each tensor. Elements are counted from the 16-byte boundary at or before the
@@ -188,7 +188,7 @@ def _layout(entries: Sequence[Entry], positions: Sequence[int], device: torch.de
     """Sorts the tensors by dtype, cuts them into chunks of one size, and uploads what programs need to find theirs."""
     dtypes = list(dict.fromkeys(entry.dtype for entry in entries))
     order = sorted(range(len(entries)), key=lambda i: dtypes.index(entries[i].dtype))
-    size = launch.chunk_bytes(sum(entry.size * entry.dtype.itemsize for entry in entries))
+    size = list_launch.chunk_bytes(sum(entry.size * entry.dtype.itemsize for entry in entries))
     # an empty tensor has a chunk too, so that it gets a norm
     counts = [max(1, -(-(entries[i].lead + entries[i].size) * entries[i].dtype.itemsize // size)) for i in order]
     firsts = list(accumulate(counts, initial=0))

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 import fastnorm
-from fastnorm.triton_kernels import launch
+from fastnorm.triton_kernels import launch, row_launch
 
 from ..operations import OPERATIONS
 from ..presets import DTYPES
@@ -30,14 +30,14 @@ TOLERANCE = 0.02  # of the largest value: variants round elsewhere, in bfloat16
 
 
 def _kept(cols, itemsize, sums, *_):
-    return launch.row_tiles(cols, itemsize, sums), True
+    return row_launch.row_tiles(cols, itemsize, sums), True
 
 
 def _read_again(cols, itemsize, sums, streams, *_):
-    return launch.chunk_tiles(cols, itemsize, sums, streams), False
+    return row_launch.chunk_tiles(cols, itemsize, sums, streams), False
 
 
-def _programs(factor, rows, tiles, *others, counted=launch.backward_programs) -> int:
+def _programs(factor, rows, tiles, *others, counted=row_launch.backward_programs) -> int:
     """No more than there are blocks of rows, which the kernel relies on."""
     return max(1, min(int(factor * counted(rows, tiles, *others)), triton.cdiv(rows, tiles.rows)))
 
@@ -50,7 +50,7 @@ def _warps_alone(warps: int, resident: int = 1) -> dict[str, int]:
 def eight_byte_accesses() -> Iterator[None]:
     """The tiles chosen for those."""
     try:
-        with patch.object(launch, "ACCESS_BYTES", 8):
+        with patch.object(row_launch, "ACCESS_BYTES", 8):
             _forget()
             yield
     finally:
@@ -58,19 +58,19 @@ def eight_byte_accesses() -> Iterator[None]:
 
 
 def _forget() -> None:
-    launch.row_tiles.cache_clear()
-    launch.backward_tiles.cache_clear()
+    row_launch.row_tiles.cache_clear()
+    row_launch.backward_tiles.cache_clear()
 
 
 def variants() -> dict[str, Callable[[], AbstractContextManager]]:
     """By name, what undoes one choice."""
-    change = partial(patch.object, launch)
+    change = partial(patch.object, row_launch)
     return {
         "as it is": ExitStack,
         "without prefetch": lambda: change("prefetches", lambda *_: False),
         "row kept": lambda: change("backward_tiles", _kept),
         "row read again": lambda: change("backward_tiles", _read_again),
-        "without maxnreg": lambda: change("options", _warps_alone),
+        "without maxnreg": lambda: patch.object(launch, "options", _warps_alone),
         "8-byte accesses": eight_byte_accesses,
         "half the programs": lambda: change("backward_programs", partial(_programs, 0.5)),
         "twice the programs": lambda: change("backward_programs", partial(_programs, 2.0)),
