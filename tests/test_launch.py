@@ -164,9 +164,9 @@ def test_few_rows_have_no_more_programs_than_they_need(rows, even, fewer):
 ])  # fmt: skip
 def test_programs_are_spared_where_each_keeps_a_row(cols, is_spared):
     """Rows of 16384 columns are read again, and short ones leave the memory idle."""
-    with patch.object(row_launch, "_is_blackwell", lambda: False):
+    with patch.object(row_launch, "is_blackwell", lambda: False):
         assert row_launch.spares_programs(*row_launch.backward_tiles(cols, 2, 2, 0, 2, True), 2) == is_spared
-    with patch.object(row_launch, "_is_blackwell", lambda: True):
+    with patch.object(row_launch, "is_blackwell", lambda: True):
         assert not row_launch.spares_programs(*row_launch.backward_tiles(cols, 2, 2, 0, 2, True), 2)
 
 
@@ -189,14 +189,14 @@ def test_rmsnorm_alone_has_twice_the_warps(cols, tiling):
 def test_a_norm_alone_has_as_many_programs_as_16_registers_beside_the_row_allow(cols, is_rms, warps, on_blackwell):
     tiles = row_launch.forward_tiles(cols, 2, False, True, is_rms)
     for is_blackwell, expected in ((False, warps), (True, on_blackwell)):
-        replaced = {"_is_blackwell": lambda found=is_blackwell: found, "_is_sm_120": lambda: False}
+        replaced = {"is_blackwell": lambda found=is_blackwell: found, "is_sm_120": lambda: False}
         with patch.multiple(row_launch, **replaced):
             resident = row_launch.resident_rows(cols, tiles, is_rms)
         assert resident == (expected // tiles.warps if expected else 1)
         options = launch._options(tiles.warps, resident, launch.GPUTarget("cuda", 90, 32))
         if expected:
             assert options["maxnreg"] == tiles.registers + 16
-    with patch.multiple(row_launch, _is_blackwell=lambda: True, _is_sm_120=lambda: True):
+    with patch.multiple(row_launch, is_blackwell=lambda: True, is_sm_120=lambda: True):
         assert is_rms or row_launch.resident_rows(cols, tiles, is_rms) == 1
 
 

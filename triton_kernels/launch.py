@@ -56,14 +56,24 @@ def _target(driver: object, device: object) -> GPUTarget:
     return driver.get_current_target()
 
 
-def current_target() -> GPUTarget:
+def _current_target() -> GPUTarget:
     driver = triton.runtime.driver.active
     return _target(driver, driver.get_current_device())
 
 
 def backend() -> str:
     """"hip" on AMD's cards, else "cuda", also in the interpreter."""
-    return "hip" if not INTERPRETED and current_target().backend == "hip" else "cuda"
+    return "hip" if not INTERPRETED and _current_target().backend == "hip" else "cuda"
+
+
+def is_blackwell() -> bool:
+    """Whether code for Blackwell's cards is wanted; the interpreter runs the same."""
+    return INTERPRETED or (backend() == "cuda" and _current_target().arch >= 100)
+
+
+def is_sm_120() -> bool:
+    """Whether code for Blackwell's smaller cards is wanted."""
+    return not INTERPRETED and _current_target().arch == 120
 
 
 def options(warps: int, resident: int = 1) -> dict[str, int]:
@@ -74,7 +84,7 @@ def options(warps: int, resident: int = 1) -> dict[str, int]:
 
     Products and sums are fused only where a kernel says tl.fma. Left to itself, the compiler fuses what it likes, and
     otherwise in the code for addresses that are no multiples of 16: the same row had other bits at another place."""
-    return {"num_warps": warps} if INTERPRETED else _options(warps, resident, current_target())
+    return {"num_warps": warps} if INTERPRETED else _options(warps, resident, _current_target())
 
 
 @functools.lru_cache(maxsize=64)

@@ -8,12 +8,11 @@ import torch
 
 from .launch import (
     ACCESS_BYTES,
-    INTERPRETED,
     MAX_PADDING,
     WARP,
-    backend,
     ceil_div,
-    current_target,
+    is_blackwell,
+    is_sm_120,
     multiprocessors,
     next_power_of_2,
     padding,
@@ -218,7 +217,7 @@ def holds_weight(tiles: RowTiles, itemsize: int) -> bool:
     load of the weight together with that row's, so that what uses the weight waits for both. On B200 that wait is 4 to
     8 per cent of LayerNorm's time; earlier cards hide it, and have code that would spill. Rows beyond 8 a program have
     their weights laid out in another way."""
-    return _is_blackwell() and not tiles.packed and tiles.rows <= 8 and prefetches(tiles, itemsize, sums=1)
+    return is_blackwell() and not tiles.packed and tiles.rows <= 8 and prefetches(tiles, itemsize, sums=1)
 
 
 def tiles_ahead(tiles: RowTiles, itemsize: int, sums: int, chunks: int, has_x_gate: bool) -> int:
@@ -227,22 +226,12 @@ def tiles_ahead(tiles: RowTiles, itemsize: int, sums: int, chunks: int, has_x_ga
     x_gate, and else all of dh, where registers are left and one program has the row. Predicted for B200, in per cent of
     a copy's speed, 16384 columns, with one and with more: add_layer_norm in bf16 64 and 73, add_rms_norm 77 and 85, in
     fp32 85 and 93. In fp32 it would lose 2 on H100, 8 on A100, and 3 on B200 where two programs share a row."""
-    if not _is_blackwell() or itemsize > 4:
+    if not is_blackwell() or itemsize > 4:
         return 1
     if has_x_gate:
         return 2
     registers = tiles.registers * sums + tiles.registers * itemsize // 4  # of the sums, and of dh
     return tiles.count if chunks == 1 and registers <= AHEAD_REGISTERS else 1
-
-
-def _is_blackwell() -> bool:
-    """Whether code for Blackwell's cards is wanted; the interpreter runs the same."""
-    return INTERPRETED or (backend() == "cuda" and current_target().arch >= 100)
-
-
-def _is_sm_120() -> bool:
-    """Whether code for Blackwell's smaller cards is wanted."""
-    return not INTERPRETED and current_target().arch == 120
 
 
 def pins_loads(chunks: int, itemsize: int, has_gate: bool) -> bool:
@@ -277,7 +266,7 @@ def resident_rows(cols: int, tiles: RowTiles, is_rms: bool) -> int:
     and 73. But on B200 it costs LayerNorm of 768 columns 7, and sm_120 would spill LayerNorm's 12288."""
     if cols % tiles.tile == 0 and tiles.registers == 16 and is_rms:
         return 64 // tiles.warps
-    pays = (tiles.warps == 16 and not is_rms and not _is_sm_120()) if _is_blackwell() else True
+    pays = (tiles.warps == 16 and not is_rms and not is_sm_120()) if is_blackwell() else True
     return 48 // tiles.warps if pays and cols % tiles.tile == 0 and tiles.registers == 24 else 1
 
 
@@ -319,7 +308,7 @@ def spares_programs(tiles: RowTiles, is_kept: bool, itemsize: int) -> bool:
     if the memory's latency is half as long again. B200 has more bandwidth for each multiprocessor than fewer programs
     use: RMSNorm's 16384 columns, of 32 M elements, would fall from 75 to 52."""
     is_long_enough = tiles.tile * tiles.count * itemsize >= BUSY_BYTES
-    return is_kept and tiles.rows == 1 and is_long_enough and not _is_blackwell()
+    return is_kept and tiles.rows == 1 and is_long_enough and not is_blackwell()
 
 
 def many_programs(elements: int, rows: int, blocks: int, tiles: RowTiles, itemsize: int, partial_cols: int) -> int:
