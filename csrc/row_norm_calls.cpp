@@ -91,7 +91,7 @@ bool has_other_shape(const Options& o, const Tensor& parameter) {
 
 // A parameter as the formula takes it: of samples as rows, (samples, columns).
 Tensor rows_of(const Options& o, const Tensor& parameter) {
-  return has_other_shape(o, parameter) ? parameter.view({o.samples, parameter.sizes().back()}) : parameter;
+  return has_other_shape(o, parameter) ? parameter.reshape({o.samples, parameter.sizes().back()}) : parameter;
 }
 
 // The same for kernels. Autograd sees the parameters as they were given, and three views by the dispatcher would take
@@ -100,8 +100,16 @@ Tensor kernel_rows_of(const Options& o, const Tensor& parameter) {
   if (!has_other_shape(o, parameter)) {
     return parameter;
   }
+  // A hook on saved tensors may have returned other sizes, or another layout.
+  TORCH_CHECK(parameter.dim() > 0 && parameter.numel() == o.samples * parameter.sizes().back(),
+              "fastnorm: expected a scale, shift or gate with a row for each of ", o.samples, " samples, got ",
+              parameter.sizes());
   const at::DimVector sizes{o.samples, parameter.sizes().back()};
   const auto strides = at::detail::computeStride(parameter.sizes(), parameter.strides(), sizes);
+  if (!strides) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return parameter.reshape(sizes);
+  }
   Tensor rows = at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(parameter.storage()),
                                                          parameter.key_set(), parameter.dtype());
   rows.unsafeGetTensorImpl()->set_sizes_and_strides(sizes, *strides, parameter.storage_offset());

@@ -521,3 +521,10 @@ def test_a_frozen_bias_changes_no_bit_of_the_other_gradients(kernel_device):
         y = gated_rms_norm(*leaves[:2], (1024,), leaves[2], b.clone().requires_grad_(trained))
         results.append(torch.autograd.grad(y.square().sum(), leaves))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("op", ["gated_layer_norm", "gated_rms_norm"])
+def test_groups_of_no_columns(op):
+    x = torch.empty(2, 0, requires_grad=True)
+    y = getattr(fastnorm.functional, op)(x, x, (0,), group_size=4)
+    assert y.shape == (2, 0) and torch.autograd.grad(y.sum(), x)[0].shape == (2, 0)

@@ -11,6 +11,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import fastnorm
 from fastnorm import backend
+from fastnorm.convert import adapted
+from fastnorm.convert.adapted import Modulated
 from fastnorm.monitor import watch
 from fastnorm.ops import statistics
 from helpers import foreign_norms
@@ -421,6 +423,42 @@ def test_a_converted_norms_input_by_its_own_name():
         model[0](gate=x, hidden_states=x).sum().backward()
         monitor.step()
         assert monitor.last()["input_rms"] == pytest.approx({"0": rms(x)}, rel=1e-5)
+
+
+def test_an_adaptive_norms_sum():
+    model = nn.ModuleDict({"ada": fastnorm.AdaLayerNorm(6), "out": nn.Linear(6, 1)})
+    x, residual, gate = torch.randn(2, 4, 6), torch.randn(2, 4, 6), torch.randn(2, 1, 6)
+    scale = torch.randn(2, 1, 6, requires_grad=True)
+    for by in (None, "reference"):
+        with fastnorm.use(by), fastnorm.Monitor(model) as monitor:
+            model["out"](model["ada"](x, scale, None, residual, gate)[0]).sum().backward()
+            monitor.step()
+            assert monitor.last()["input_rms"] == pytest.approx({"ada": rms(residual + gate * x)}, rel=1e-5)
+
+
+class Modulating(Modulated):
+    """As a converted adaptive norm of diffusers."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = fastnorm.LayerNorm(6, elementwise_affine=False)
+
+    def forward(self, x, scale):
+        return self.modulated(x, scale, scale)
+
+
+def test_a_modulated_norm_stays_one_kernel(monkeypatch):
+    """Its norm isn't called, so that hooks on the norm would make it a call of its own."""
+    fused, calls = adapted.modulated_layer_norm, []
+    monkeypatch.setattr(adapted, "modulated_layer_norm", lambda *args, **kw: calls.append(1) or fused(*args, **kw))
+    model = nn.ModuleDict({"block": Modulating(), "last": fastnorm.LayerNorm(6)})
+    x, scale = torch.randn(2, 4, 6), torch.randn(2, 6, requires_grad=True)
+    with fastnorm.Monitor(model) as monitor:
+        model["last"](model["block"](x, scale)).sum().backward()
+        monitor.step()
+        found = monitor.last()["input_rms"]
+    assert calls == [1] and set(found) == {"block.norm", "last"}
+    assert found["block.norm"] == pytest.approx(rms(x), rel=1e-5)
 
 
 @pytest.mark.parametrize("transform", ["grad", "vmap", "vmap of grad"])

@@ -119,6 +119,25 @@ def test_report_of_a_threshold_that_always_clips():
                 monitor.report(**bounds)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite(value):
+    """The gradients of a linear map don't tell."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with fastnorm.Monitor(model, optimizer, updates_every=1) as monitor:
+        for i in range(3):
+            if i == 1:
+                with torch.no_grad():
+                    model.weight[0, 0] = value
+            optimizer.zero_grad()
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+        last = monitor.last()
+        assert last["weight_norm"]["weight"] == pytest.approx(value, nan_ok=True)
+        assert math.isnan(last["update_ratio"]["weight"]) and math.isfinite(last["update_ratio"]["bias"])
+        assert "weights not finite first at step 1: weight" in monitor.report().splitlines()
+
+
 def test_errors_of_on_spike_come_out_of_the_step():
     model, optimizer, run = explosion(1e6)
 

@@ -67,3 +67,29 @@ def test_memory_that_is_gone(norm):
     x.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="memory of x is gone"):
         norm(x, None)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_hook_returns_another_layout_of_a_modulation(create_graph):
+    """Of rows of samples that no stride leads along: a tensor (batch, sequence, columns) with sequences adjacent."""
+    x, scale, gate = (torch.randn(4, 5, 16, requires_grad=True) for _ in range(3))
+    dy = torch.randn(4, 5, 16)
+
+    def run():
+        return F.modulated_layer_norm(x, scale, None, x, gate)[0]
+
+    expected = torch.autograd.grad(run(), (x, scale, gate), dy)
+    with unpacked_by(lambda t: t.transpose(0, 1).contiguous().transpose(0, 1) if t.dim() == 3 else t):
+        y = run()
+    found = torch.autograd.grad(y, (x, scale, gate), dy, create_graph=create_graph)
+    for mine, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, right)
+
+
+@pytest.mark.parametrize("change", [lambda t: t[:3], lambda t: t.sum()], ids=["fewer rows", "a number"])
+def test_a_hook_returns_another_shape_of_a_modulation(change):
+    x, scale = torch.randn(4, 5, 16), torch.randn(4, 1, 16, requires_grad=True)
+    with unpacked_by(lambda t: change(t) if t.shape == (4, 1, 16) else t):
+        y, _ = F.modulated_layer_norm(x, scale)
+    with pytest.raises(RuntimeError, match="a scale, shift or gate with a row for each of 4 samples"):
+        y.backward(torch.ones_like(y))

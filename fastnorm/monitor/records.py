@@ -38,7 +38,8 @@ class Names:
 
 @dataclass(frozen=True)
 class Record:
-    """One step. series: by the names of SERIES, float64 for each group, norm or layer, NaN where none was measured."""
+    """One step. series: by the names of SERIES, float64 for each group, norm or layer, NaN where none was measured.
+    measured: by the same names, where there are numbers. They may be NaN themselves."""
 
     step: int
     total_norm: float
@@ -47,6 +48,7 @@ class Record:
     skipped: bool
     spike: float | None
     series: dict[str, Tensor]
+    measured: dict[str, Tensor]
 
     @property
     def has_clip(self) -> bool:
@@ -68,15 +70,9 @@ class Record:
             "spike": self.spike,
         }
         for series, numbers in self.series.items():
-            measured = self.measured(series).tolist()
-            found = zip(names.of(series), numbers.tolist(), measured, strict=True)
+            found = zip(names.of(series), numbers.tolist(), self.measured[series].tolist(), strict=True)
             result[series] = {name: number for name, number, is_measured in found if is_measured}
         return result
-
-    def measured(self, series: str) -> Tensor:
-        """Where there are numbers: a norm may be NaN because its gradient is."""
-        counted = self.series["nonfinite"] if series == "gradient_norm" else self.series[series]
-        return ~counted.isnan()
 
     def scalars(self, names: Names) -> Iterator[tuple[str, float]]:
         """(name, number) of all that was measured, series as "gradient_norm/layer.weight"."""
@@ -92,43 +88,50 @@ def decode(row: Row, names: Names) -> Record:
     count, groups = len(names.group_of), len(names.groups)
     norms, present = row.norms(count)
 
-    def summed(values: Tensor, where: Tensor) -> Tensor:
-        """(groups,): sums over the parameters at `where`, NaN for a group without one."""
+    def summed(values: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+        """(groups,): sums over the parameters at `where`, NaN for a group without one; and which have one."""
         sums, members = torch.zeros(2, groups, dtype=torch.float64, device="cpu")
         sums.index_add_(0, names.group_of[where], values[where])
         members.index_add_(0, names.group_of[where], where[where].double())
-        return sums.masked_fill(members == 0, math.nan)
+        return sums.masked_fill(members == 0, math.nan), members > 0
 
-    def lengths(kind: str) -> Tensor:
-        """(groups,): the L2 norm of all of a group's tensors."""
+    def lengths(kind: str) -> tuple[Tensor, Tensor]:
+        """(groups,): the L2 norm of all of a group's tensors; and which have one."""
         values, where = row.placed(kind, count)
-        return summed(values.square(), where).sqrt()
+        squares, found = summed(values.square(), where)
+        return squares.sqrt(), found
 
-    series = {
-        "gradient_norm": summed(norms.square(), present).sqrt(),
-        "nonfinite": summed((~norms.isfinite()).double(), present),
-        "weight_norm": lengths("weights"),
-        "update_ratio": lengths("updates") / lengths("weights"),
-        "input_rms": _input_rms(row, len(names.norms)),
-        "zero_share": torch.full((len(names.layers),), math.nan, dtype=torch.float64, device="cpu"),
-    }
+    squares, has_gradients = summed(norms.square(), present)
+    weights, has_weights = lengths("weights")
+    updates, has_updates = lengths("updates")
+    zeros = torch.full((len(names.layers),), math.nan, dtype=torch.float64, device="cpu")
     for values, part in row.of_kind("nonzero"):
         shares = [zero_share(number, size) for number, size in zip(values.tolist(), part.sizes, strict=True)]
-        put(series["zero_share"], part.where, values.new_tensor(shares))
+        put(zeros, part.where, values.new_tensor(shares))
+    found = {
+        "gradient_norm": (squares.sqrt(), has_gradients),
+        "nonfinite": summed((~norms.isfinite()).double(), present),
+        "weight_norm": (weights, has_weights),
+        "update_ratio": (updates / weights, has_updates & has_weights & ((weights != 0) | (updates != 0))),
+        "input_rms": _input_rms(row, len(names.norms)),
+        "zero_share": (zeros, ~zeros.isnan()),
+    }
+    series, measured = ({key: pair[i] for key, pair in found.items()} for i in (0, 1))
     coefficient, threshold = row.number("coefficient"), row.number("threshold")
     skipped = row.number("skipped") > 0
-    return Record(row.step, row.total_norm(), coefficient, threshold, skipped, row.spike, series)
+    return Record(row.step, row.total_norm(), coefficient, threshold, skipped, row.spike, series, measured)
 
 
-def _input_rms(row: Row, count: int) -> Tensor:
-    """(count,): of everything that each norm was given; NaN for one that was given nothing."""
+def _input_rms(row: Row, count: int) -> tuple[Tensor, Tensor]:
+    """(count,): of everything that each norm was given, NaN for one that was given nothing; and which were given some.
+    """
     squares, sizes = torch.zeros(2, count, dtype=torch.float64, device="cpu")
     for values, part in row.of_kind("inputs"):
         where = torch.tensor(part.where, device="cpu")
         factors, offsets = values.new_tensor(part.factors), values.new_tensor(part.offsets)
         squares.index_add_(0, where, factors * values.square() - offsets)
         sizes.index_add_(0, where, values.new_tensor(part.sizes))
-    return (squares.clamp(min=0) / sizes).sqrt()  # below 0 by rounding, where eps is far above x²
+    return (squares.clamp(min=0) / sizes).sqrt(), sizes > 0  # below 0 by rounding, where eps is far above x²
 
 
 class RunningMedian:

@@ -22,14 +22,14 @@ def in_words(
         return "nothing was recorded yet"
     lines = [_totals(records), _clips(records), _skips(records), _spikes(records, factor)]
     lines += [_first(records, names, sizes, bounds, flag) for flag in (NONFINITE, EXPLODING, VANISHING)]
-    lines += [_updates(records, names), _inputs(records, names), _zeros(records, names)]
+    lines += [_lost_weights(records, names), _updates(records, names), _inputs(records, names), _zeros(records, names)]
     norms = _norms(records[-1])
     health = judge(names.groups, sizes, norms, records[-1].total_norm, bounds)
     return "\n".join(line for line in (*lines, f"last step: {health.diagnosis}") if line)
 
 
 def _norms(record: Record) -> list[float | None]:
-    measured = record.measured("gradient_norm").tolist()
+    measured = record.measured["gradient_norm"].tolist()
     numbers = record.series["gradient_norm"].tolist()
     return [norm if is_measured else None for norm, is_measured in zip(numbers, measured, strict=True)]
 
@@ -92,6 +92,17 @@ def _first(
     others = f", and {len(found) - 1} more" if len(found) > 1 else ""
     return (f"{flag} first at step {record.step}: {names.groups[worst]} (norm {numbers[worst]:.3g}){others}; "
             f"in {len(flagged)} of {len(records)} steps")  # fmt: skip
+
+
+def _lost_weights(records: Sequence[Record], names: Names) -> str:
+    """The first step whose weights are NaN or infinite: the gradients may be finite, or not yet tell."""
+    for record in records:
+        weights = record.series["weight_norm"]
+        lost = (record.measured["weight_norm"] & ~weights.isfinite()).nonzero().flatten().tolist()
+        if lost:
+            others = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
+            return f"weights not finite first at step {record.step}: {names.groups[lost[0]]}{others}"
+    return ""
 
 
 def _updates(records: Sequence[Record], names: Names) -> str:

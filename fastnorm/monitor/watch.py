@@ -14,11 +14,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..clip.activations import ZeroCounts, layers_of
 from ..clip.policy_base import is_capturing
+from ..convert.adapted import Modulated
 from ..obstacles import PLAIN
 from ..ops import statistics
 from ..ops.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from ..ops.group_norm import GroupNorm
 from ..ops.layer_norm import AddLayerNorm
+from ..ops.modulated_norm import AdaLayerNorm
 from ..ops.rms_norm import AddRMSNorm
 from ..ops.row_norm import RowNorm
 from ..ops.statistics import Statistics
@@ -27,8 +29,8 @@ from ..reference import stat_dtype
 from .measurements import norms_of
 from .rows import Piece, Shared, concatenated
 
-PAIRS = AddLayerNorm, AddRMSNorm  # norms of x + residual, which they return too
-_NORMS = (RowNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, GroupNorm)
+PAIRS = AddLayerNorm, AddRMSNorm, AdaLayerNorm  # norms of a sum, which they return too
+_NORMS = (RowNorm, AdaLayerNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, GroupNorm)
 Action = Callable[["ForwardWatch", str, nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
 
 
@@ -58,7 +60,7 @@ class ForwardWatch:
 
     def __init__(self, model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
         self.is_on = self.reads = False
-        norms, layers = layers_of(model, _NORMS), layers_of(model, kinds) if kinds else {}
+        norms, layers = _norms_of(model), layers_of(model, kinds) if kinds else {}
         self.norms, self.layers = list(norms), list(layers)
         self._positions = {name: i for i, name in enumerate(self.norms)}
         self._shared = Shared()
@@ -142,6 +144,15 @@ class ForwardWatch:
         for handle in self._handles:
             handle.remove()
         self._clear()
+
+
+def _norms_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The module that computes each norm, by the norm's name: one whose norm is modulated doesn't call it."""
+    norms = layers_of(model, _NORMS)
+    names = {id(norm): name for name, norm in norms.items()}
+    for name, module in layers_of(model, (Modulated,)).items():
+        norms[names.get(id(module.norm), f"{name}.norm")] = module
+    return norms
 
 
 def _stacked(tensors: Any) -> Tensor:

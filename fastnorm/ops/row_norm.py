@@ -197,7 +197,7 @@ def count_groups(op: str, shape: Sequence[int], gate: Gate) -> int:
         raise ValueError(
             f"{op}(): group_size must divide the {cols} elements of normalized_shape={list(shape)}, but got {size}"
         )
-    return cols // size
+    return max(1, cols // size)  # of no columns one group
 
 
 class RowNorm(torch.nn.Module):
