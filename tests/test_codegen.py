@@ -4,6 +4,7 @@
 `make test-codegen` takes more widths, and everything on six architectures.
 """
 
+import ast
 import importlib.util
 import json
 import os
@@ -99,6 +100,16 @@ def test_every_architecture_and_kernel_is_there(kernels):
     kinds = "forward", "long_forward", "backward", "long_backward"
     for operations in (("rms_norm", "add_rms_norm"), ("layer_norm", "add_layer_norm")):
         assert {f"row_norm_{kind}" for kind in kinds} <= {k["kernel"] for k in kernels if k["operation"] in operations}
+
+
+def test_loops_that_are_unrolled_have_plain_bounds():
+    """Before 3.6, Triton makes a tensor of min() of constants, and refuses it."""
+    folder = ROOT / "triton_kernels"
+    calls = [node for path in folder.glob("*.py") for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+             if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.static_range"]  # fmt: skip
+    inner = {ast.unparse(call.func) for node in calls for bound in node.args for call in ast.walk(bound)
+             if isinstance(call, ast.Call)}  # fmt: skip
+    assert calls and inner <= {"len", "tl.constexpr"}
 
 
 # bytes of a thread, which docs/verification.md tells of

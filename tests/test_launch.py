@@ -26,8 +26,9 @@ backward_tiles = row_launch.backward_tiles
 CHOICES = {
     "forward": row_launch.row_tiles,
     "forward, adding": lambda cols, itemsize: row_launch.forward_tiles(cols, itemsize, False, False, True),
-    "forward, RMSNorm alone":
-        lambda cols, itemsize: row_launch.forward_tiles(cols, itemsize, False, itemsize == 2, True),
+    "forward, RMSNorm alone": lambda cols, itemsize: row_launch.forward_tiles(
+        cols, itemsize, False, itemsize == 2, True
+    ),
     "backward, one sum": lambda cols, itemsize: backward_tiles(cols, itemsize, 1, 0, itemsize)[0],
     "backward, two sums": lambda cols, itemsize: backward_tiles(cols, itemsize, 2, 0, itemsize)[0],
     "backward, two sums, adding": lambda cols, itemsize: backward_tiles(cols, itemsize, 2, 1, itemsize)[0],
@@ -282,12 +283,12 @@ def test_tiles_are_loaded_ahead_where_a_card_is_new(monkeypatch):
     """Of dh all where one program has the row and registers are left; beside an x_gate two of each tensor."""
     bf16, fp32 = (row_launch.chunk_tiles(16384, itemsize, 2, 1) for itemsize in (2, 4))
     cases = (bf16, 2, 2, 1, False), (fp32, 4, 1, 1, False), (fp32, 4, 2, 1, False), (bf16, 2, 2, 2, False)
-    cases += (bf16, 2, 3, 2, True), (bf16, 8, 1, 1, False)
+    cases += (bf16, 2, 3, 2, True), (bf16, 8, 1, 1, False), (bf16._replace(count=1), 2, 3, 2, True)
     monkeypatch.setattr(launch, "INTERPRETED", False)
     for vendor, arch, expected in (
-        ("cuda", 100, [4, 8, 1, 1, 2, 1]),
-        ("cuda", 90, [1] * 6),
-        ("hip", "gfx942", [1] * 6),
+        ("cuda", 100, [4, 8, 1, 1, 2, 1, 1]),
+        ("cuda", 90, [1] * 7),
+        ("hip", "gfx942", [1] * 7),
     ):
         target = SimpleNamespace(backend=vendor, arch=arch)
         monkeypatch.setattr(launch, "_current_target", lambda target=target: target)

@@ -258,7 +258,7 @@ def _row_norm_long_backward_kernel(
             ahead_rows = (x_row, h_row, dy_row)
         if dh_ptr is not None:
             ahead_rows = ahead_rows + (dh_ptr + row_offsets(row, dh_steps, divisions) + group_start + lanes,)
-        for i in tl.static_range(min(AHEAD, N_TILES)):
+        for i in tl.static_range(AHEAD):
             first = chunk_start + (N_TILES - 1 - i) * TILE
             ahead_tiles = ahead_tiles + (_load_at(ahead_rows, first, n_cols - first, lanes),)
         coefficients = gradient_coefficients(c1_sums, c2_sums, statistics, n_cols)

@@ -229,7 +229,7 @@ def tiles_ahead(tiles: RowTiles, itemsize: int, sums: int, chunks: int, has_x_ga
     if not is_blackwell() or itemsize > 4:
         return 1
     if has_x_gate:
-        return 2
+        return min(2, tiles.count)
     registers = tiles.registers * sums + tiles.registers * itemsize // 4  # of the sums, and of dh
     return tiles.count if chunks == 1 and registers <= AHEAD_REGISTERS else 1
 
