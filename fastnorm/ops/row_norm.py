@@ -115,7 +115,8 @@ def row_norm(
     )  # fmt: skip
     if outputs is not NotImplemented:
         return outputs
-    is_gated, gate = bool(gating), Gate(*gating) if gating else _NO_GATE
+    is_gated = len(gating) > 0  # torch.compile of 2.9 knows no bool of a tuple
+    gate = Gate(*gating) if is_gated else _NO_GATE
     if dtensors.is_dtensor(x) and isinstance(normalized_shape, (tuple, list)):
         tensors = x, residual, gate.tensor
         obstacle = dtensors.why_not_by_rows(x, len(normalized_shape), tensors, (weight, bias))
