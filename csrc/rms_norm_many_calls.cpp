@@ -176,7 +176,13 @@ struct RMSNormManyFunction : torch::autograd::Function<RMSNormManyFunction> {
       ctx.save_for_backward(Saved{call.xs, call.weights, results.rstds, call.cos, call.sin}.list());
       ctx.saved_data["options"] = call.options.packed();
     };
-    attach<RMSNormManyFunction>(pairs(call.xs, call.weights), results.ys, save);
+    variable_list outputs = results.ys;
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      if (!any_requires_grad({call.xs[i], call.weights[i]})) {
+        outputs[i] = Tensor();
+      }
+    }
+    attach<RMSNormManyFunction>(pairs(call.xs, call.weights), outputs, save);
     return std::move(results.ys);
   }
 

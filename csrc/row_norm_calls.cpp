@@ -176,8 +176,10 @@ struct RowNormFunction : torch::autograd::Function<RowNormFunction> {
       ctx.save_for_backward(saved.list());
       ctx.saved_data["options"] = call.options.packed();
     };
+    // y's parameters don't lead to h
+    const bool h_is_result = result.h.defined() && any_requires_grad({call.x, call.residual, call.x_gate});
     attach<RowNormFunction>({call.x, call.residual, call.weight, call.bias, call.gate, call.x_gate},
-                            {result.y, result.h}, save);
+                            {result.y, h_is_result ? result.h : Tensor()}, save);
     return result;
   }
 
@@ -391,8 +393,7 @@ bool read(PyObject* const* args, int64_t operation, Call& call) {
   }
   call.out_dtype = out_dtype ? *out_dtype : default_dtype(call, operation, is_llama);
   const bool has_double_gate = call.gate.defined() && call.gate.scalar_type() == at::kDouble;
-  const bool reads_double = o.x_dtype == at::kDouble || o.residual_dtype == at::kDouble;
-  const bool is_double = has_double_gate || (kind == Kind::modulated && reads_double);
+  const bool is_double = has_double_gate || o.x_dtype == at::kDouble || o.residual_dtype == at::kDouble;
   const auto computed = is_double ? at::kDouble : call.h_dtype.value_or(o.x_dtype);
   return unpack_eps(args[7], is_rms, computed, o.eps) && is_not_intercepted();
 }

@@ -36,7 +36,7 @@ def row_norm(
     is_stocks = not is_single and not zero_centered and cast_dtype is None and _have_dtype_of(x, weight, bias)
     if is_stocks and out_dtype == x.dtype:
         return _stock_row_norm(x, shape, weight, bias, eps, subtract_mean)
-    dtype = stat_dtype(torch.promote_types(x.dtype, out_dtype))
+    dtype = stat_dtype(x.dtype, out_dtype)
     x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     weight = _applied(weight, zero_centered, dtype)
     if is_single:
@@ -58,7 +58,7 @@ def gated_row_norm(
     """y = (x̂ · w + b) · act(gate), or with x · act(gate) for x; each group of columns has statistics of its own."""
     if gate is None and groups == 1:
         return row_norm(x, shape, weight, bias, eps, subtract_mean, zero_centered, cast_dtype, out_dtype)
-    dtype = stat_dtype(torch.promote_types(x.dtype, out_dtype if gate is None else gate.dtype))
+    dtype = stat_dtype(x.dtype, out_dtype if gate is None else gate.dtype)
     factor = None if gate is None else (F.silu if silu else torch.sigmoid)(gate.to(dtype))
     h = x.to(dtype) if factor is None or norm_before_gate else x.to(dtype) * factor
     h = h.reshape(*x.shape[: x.dim() - len(shape)], groups, math.prod(shape) // groups)
@@ -174,7 +174,7 @@ def group_norm(
     if not is_single and out_dtype == x.dtype and mixes:
         z = F.group_norm(x, groups, weight, bias, eps)
     else:
-        dtype = stat_dtype(torch.promote_types(x.dtype, out_dtype))
+        dtype = stat_dtype(x.dtype, out_dtype)
         values = x.to(dtype)
         weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
         if is_single:
@@ -282,7 +282,7 @@ def modulated_row_norm(
     subtract_mean: bool, zero_centered: bool, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """y = x̂ · w + b; weight and bias: (samples, *shape), a row for each of the samples, equal runs of h's rows."""
-    dtype = stat_dtype(torch.promote_types(h.dtype, out_dtype))
+    dtype = stat_dtype(h.dtype, out_dtype)
     x_hat = row_norm(h, shape, None, None, eps, subtract_mean, False, None, dtype)
     weight, bias = (p if p is None else p.unsqueeze(1) for p in (weight, bias))
     parameters = _applied(weight, zero_centered, dtype), None if bias is None else bias.to(dtype)
@@ -295,12 +295,17 @@ def gated_sum(
     """h = residual + x_gate · x, rounded once; without an x_gate, `add_residual`. x_gate: (samples, *shape)."""
     if x_gate is None:
         return add_residual(x, residual, residual_dtype)
-    promoted = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    residual_dtype = residual_dtype or promoted
-    dtype = stat_dtype(torch.promote_types(promoted, residual_dtype))
+    given = x.dtype if residual is None else residual.dtype
+    residual_dtype = residual_dtype or torch.promote_types(x.dtype, given)
+    dtype = stat_dtype(x.dtype, given, residual_dtype)
     h = _by_samples(x.to(dtype), x_gate.shape[0], x_gate.shape[1:]) * x_gate.to(dtype).unsqueeze(1)
     h = h.reshape(x.shape)
     return (h if residual is None else residual.to(dtype) + h).to(residual_dtype).contiguous()
+
+
+def in_precision(h: Tensor, dtype: torch.dtype) -> Tensor:
+    """h, in float64 if its norm is computed in that: of a float64 x, a rounded h is normalised with x's precision."""
+    return h.to(dtype) if dtype == torch.float64 else h
 
 
 def add_residual(x: Tensor, residual: Tensor | None, residual_dtype: torch.dtype | None) -> Tensor:
@@ -333,14 +338,18 @@ def rotated_rms_norm(
     """RMSNorm over the last dimension, and `rotated` by (cos, sin), where given; rounded once, to out_dtype."""
     if rotation is None:
         return row_norm(x, x.shape[-1:], weight, None, eps, False, zero_centered, cast_dtype, out_dtype)
-    dtype = stat_dtype(torch.promote_types(x.dtype, out_dtype))
+    dtype = stat_dtype(x.dtype, out_dtype)
     z = row_norm(x, x.shape[-1:], weight, None, eps, False, zero_centered, cast_dtype, dtype)
     return rotated(z, *rotation, interleaved).to(out_dtype).contiguous()
 
 
-def stat_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of an input's statistics: float32, or float64 or complex where the input is."""
-    return dtype if dtype == torch.float64 or dtype.is_complex else torch.float32
+def stat_dtype(*dtypes: torch.dtype | None) -> torch.dtype:
+    """The dtype in which inputs of these dtypes are computed: float32, or float64 or complex where one of them is."""
+    result = torch.float32
+    for dtype in dtypes:
+        if dtype is not None and (dtype == torch.float64 or dtype.is_complex):
+            result = torch.promote_types(result, dtype)
+    return result
 
 
 def gradients(formula: Callable[..., Tensor], inputs: Sequence[Tensor | None], dy: Tensor) -> list[Tensor | None]:
@@ -362,7 +371,8 @@ def row_norm_gradients(
     and residual. options: eps, subtract_mean, zero_centered, cast_dtype, groups, silu, norm_before_gate.
     """
     *normalized, x, x_gate = inputs
-    total, dweight, dbias, dgate = dh, None, None, None
+    dtype = stat_dtype(*dtypes, inputs[0].dtype)  # type: ignore[union-attr]
+    total, dweight, dbias, dgate = None if dh is None else dh.to(dtype), None, None, None
     if dy is not None:
 
         samples = count_samples(shape, *normalized[1:3])
@@ -373,12 +383,15 @@ def row_norm_gradients(
             eps, subtract_mean, zero_centered, *_ = options
             return modulated_row_norm(h, shape, samples, weight, bias, eps, subtract_mean, zero_centered, dy.dtype)
 
-        # Views, because h is an output of the node whose backward runs, and autograd locks that node meanwhile.
+        # Views, because h is an output of the node whose backward runs, and autograd locks that node meanwhile. h's
+        # gradient is rounded to the dtypes of x and residual only, not to h's first.
         with torch.enable_grad():
             normalized = [None if t is None else t.view_as(t) for t in normalized]
-        total, dweight, dbias, dgate = gradients(formula, normalized, dy)
-        total = total if dh is None or total is None else total + dh
-    return *_sum_gradients(total, x, x_gate, *dtypes), dweight, dbias, dgate, _x_gate_gradient(total, x, x_gate)
+            normalized[0] = normalized[0].to(dtype)  # type: ignore[union-attr]
+        of_y, dweight, dbias, dgate = gradients(formula, normalized, dy)
+        total = of_y if total is None or of_y is None else of_y + total
+    gate_gradient = None if total is None or x is None else _x_gate_gradient(total, x, x_gate)
+    return *_sum_gradients(total, x_gate, *dtypes), dweight, dbias, dgate, gate_gradient
 
 
 def rms_norm_many_gradients(
@@ -405,25 +418,22 @@ def rms_norm_many_gradients(
 
 
 def _sum_gradients(
-    total: Tensor | None, x: Tensor | None, x_gate: Tensor | None, x_dtype: torch.dtype,
-    residual_dtype: torch.dtype | None,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    total: Tensor | None, x_gate: Tensor | None, x_dtype: torch.dtype, residual_dtype: torch.dtype | None
+) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dresidual) of h = residual + x_gate · x, or of x + residual, from h's whole gradient."""
     if total is None:
         return None, None
     dx = total
     if x_gate is not None:
-        dtype = stat_dtype(torch.promote_types(total.dtype, x_dtype))
-        dh = _by_samples(total.to(dtype), x_gate.shape[0], x_gate.shape[1:])
-        dx = (dh * x_gate.to(dtype).unsqueeze(1)).reshape(total.shape)
+        dh = _by_samples(total, x_gate.shape[0], x_gate.shape[1:])
+        dx = (dh * x_gate.to(total.dtype).unsqueeze(1)).reshape(total.shape)
     return dx.to(x_dtype), None if residual_dtype is None else total.to(residual_dtype)
 
 
-def _x_gate_gradient(total: Tensor | None, x: Tensor | None, x_gate: Tensor | None) -> Tensor | None:
-    if total is None or x is None or x_gate is None:
+def _x_gate_gradient(total: Tensor, x: Tensor, x_gate: Tensor | None) -> Tensor | None:
+    if x_gate is None:
         return None
-    dtype = stat_dtype(torch.promote_types(total.dtype, x.dtype))
-    dh, values = (_by_samples(t.to(dtype), x_gate.shape[0], x_gate.shape[1:]) for t in (total, x))
+    dh, values = (_by_samples(t.to(total.dtype), x_gate.shape[0], x_gate.shape[1:]) for t in (total, x))
     return (dh * values).sum(1).to(x_gate.dtype)
 
 
@@ -521,7 +531,7 @@ def adaptively_clipped(
     grad: Tensor, param: Tensor, dims: tuple[int, ...] | None, clip_factor: float, eps: float, norm_type: float
 ) -> Tensor:
     """The clipped gradient, not yet rounded to its dtype. Norms are taken over `dims`; None is all of them."""
-    dtype = stat_dtype(torch.promote_types(grad.dtype, param.dtype))
+    dtype = stat_dtype(grad.dtype, param.dtype)
     norm = torch.linalg.vector_norm(grad.to(dtype), norm_type, dim=dims, keepdim=True)
     max_norm = torch.linalg.vector_norm(param.to(dtype), norm_type, dim=dims, keepdim=True).clamp(min=eps) * clip_factor
     # `where` in this order makes a unit NaN if either norm is NaN.

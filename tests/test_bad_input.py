@@ -265,6 +265,36 @@ def test_unknown_rounding(rounding):
 
 
 @operations
+@pytest.mark.parametrize("wrong", ["no", "", 1, 0.0, None, torch.tensor(True)], ids=repr)
+def test_options_that_are_no_truth(op, wrong, device):
+    """Kernels and formulas would see another truth in them."""
+    check_mistake(op, "zero_centered", arguments(op, zero_centered=wrong), TypeError)
+    module = getattr(fastnorm, op.title().replace("_", "").replace("Rms", "RMS"))
+    with pytest.raises(TypeError, match=rf"^{module.__name__}\(\): argument 'zero_centered' must be bool"):
+        module(8, zero_centered=wrong)
+
+
+@operations
+def test_numpys_truths(op, device):
+    numpy = pytest.importorskip("numpy")
+    given = arguments(op)
+    found, expected = (getattr(functional, op)(**given, zero_centered=yes) for yes in (numpy.bool_(True), True))
+    for actual, wanted in zip(found, expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+class Renamed(fastnorm.GatedRMSNorm):
+    """Somebody's own."""
+
+
+def test_constructors_name_their_class():
+    """Not the one that they are derived from."""
+    for module in (fastnorm.AddRMSNorm, fastnorm.AddLayerNorm, fastnorm.GatedRMSNorm, fastnorm.GatedLayerNorm, Renamed):
+        for options in ({"out_dtype": torch.int32}, {"zero_centered": None}):
+            assert str(error_of(lambda m=module, o=options: m(8, **o), {})).startswith(f"{module.__name__}(): ")
+
+
+@operations
 def test_unknown_and_missing_arguments(op):
     """What Python itself checks is as in stock: unknown names, and options that are given by position."""
     function = getattr(functional, op)

@@ -441,6 +441,8 @@ MISTAKES = {
     "gate of integers": ({"gate": torch.ones(4, 8, dtype=torch.int64)}, RuntimeError, "gate"),
     "gate of truths": ({"gate": torch.ones(4, 8, dtype=torch.bool)}, RuntimeError, "gate"),
     "gate of complex numbers": ({"gate": torch.ones(4, 8, dtype=torch.complex64)}, RuntimeError, "gate"),
+    "sparse gate": ({"gate": torch.ones(4, 8).to_sparse()}, RuntimeError, "gate"),
+    "mkldnn gate": ({"gate": torch.ones(4, 8).to_mkldnn()}, RuntimeError, "gate"),
     "gate that is no tensor": ({"gate": [1.0] * 8}, TypeError, "gate"),
     "gate that is a number": ({"gate": 1.0}, TypeError, "gate"),
     "no columns in a group": ({"group_size": 0}, ValueError, "group_size"),
@@ -479,8 +481,9 @@ def test_mistakes_of_constructors(name):
     cls = getattr(fastnorm, name)
     for options, expected in (({"activation": "relu"}, ValueError), ({"group_size": 3}, ValueError),
                               ({"group_size": 0}, ValueError), ({"group_size": 4.0}, TypeError),
-                              ({"norm_before_gate": None}, TypeError)):  # fmt: skip
-        with pytest.raises(expected, match=rf"^{name}\(\): {next(iter(options))}|{name}.*{next(iter(options))}"):
+                              ({"norm_before_gate": None}, TypeError), ({"zero_centered": None}, TypeError),
+                              ({"out_dtype": torch.int32}, NotImplementedError)):  # fmt: skip
+        with pytest.raises(expected, match=rf"^{name}\(\): .*{next(iter(options))}"):
             cls(8, **options)
 
 

@@ -402,6 +402,9 @@ MISTAKES = {
     "shift of integers": ({"shift": torch.ones(8, dtype=torch.int64)}, RuntimeError, "shift"),
     "gate of one column": ({"gate": torch.ones(2, 1, 1)}, RuntimeError, "gate"),
     "gate of four dimensions": ({"gate": torch.ones(1, 2, 3, 8)}, RuntimeError, "gate"),
+    "sparse scale": ({"scale": torch.ones(2, 8).to_sparse()}, RuntimeError, "scale"),
+    "sparse shift": ({"shift": torch.ones(8).to_sparse()}, RuntimeError, "shift"),
+    "mkldnn gate": ({"gate": torch.ones(2, 3, 8).to_mkldnn()}, RuntimeError, "gate"),
     "residual that broadcasts": ({"residual": torch.ones(2, 1, 8)}, RuntimeError, "residual"),
     "residual of a list": ({"residual": [1.0]}, TypeError, "residual"),
     "eps of a word": ({"eps": "1e-5"}, TypeError, "eps"),
@@ -419,8 +422,9 @@ def test_mistakes(op, name):
     changes, expected, name = MISTAKES[name]
     error = error_of(getattr(fastnorm.functional, op), {"x": torch.randn(2, 3, 8), "residual": None} | changes)
     assert type(error) is expected and str(error).startswith(f"{op}(): ") and name in str(error)
-    shaped = isinstance(changes.get(name), Tensor) and changes[name].device.type == "cpu" and name != "residual"
-    if expected is RuntimeError and shaped and changes[name].is_floating_point():
+    given = changes.get(name)
+    is_plain = isinstance(given, Tensor) and given.device.type == "cpu" and given.layout is torch.strided
+    if expected is RuntimeError and is_plain and name != "residual" and given.is_floating_point():
         assert "[8], [2, 8], [2, 1, 8], [2, 3, 8]" in str(error) and str(list(changes[name].shape)) in str(error)
 
 
@@ -453,6 +457,43 @@ def test_eps_of_none_is_that_of_float64_statistics(residual_dtype, device):
     for a, b in ((x, residual), (residual, x)):
         y, h = modulated_rms_norm(a, None, None, b, residual_dtype=residual_dtype)
         torch.testing.assert_close(y.double(), F.rms_norm(h.double(), (8,)), rtol=1e-5, atol=1e-5)
+
+
+@operations
+@pytest.mark.parametrize("kinds", [{}, dict(scale="b1"), ALL], ids=["nothing", "scale", "all"])
+def test_a_rounded_h_of_float64_is_normalised_in_float64(op, kinds, device):
+    tensors = inputs((2, 3, 24), device, F64, **kinds)
+    y, h = call(op, tensors, residual_dtype=F32)
+    assert y.dtype == F64 and torch.equal(h, stream(tensors).float())
+    torch.testing.assert_close(y, formula(op, h.double(), tensors), rtol=1e-12, atol=1e-12)
+
+
+@operations
+def test_gradients_that_can_be_differentiated_are_not_rounded_to_the_dtype_of_h(op, kernel_device):
+    leaves = {name: t.requires_grad_() for name, t in inputs((2, 3, 24), kernel_device, F32, **ALL).items()}
+    y, h = call(op, leaves, residual_dtype=BF16)
+    upstream = random_gradients(y.shape, F32, kernel_device)
+    upstream = upstream[0], upstream[1].to(BF16)
+    plain, differentiable = (
+        torch.autograd.grad((y, h), list(leaves.values()), upstream, retain_graph=True, create_graph=create_graph)
+        for create_graph in (False, True)
+    )
+    for once, again in zip(plain, differentiable, strict=True):
+        torch.testing.assert_close(again, once, rtol=1e-5, atol=1e-5)
+
+
+@operations
+def test_a_float64_residual_makes_the_gradient_through_h_alone_exact(op, kernel_device):
+    """The kernels', and the formula's that can be differentiated."""
+    tensors = inputs((2, 300, 8), kernel_device, F32, **ALL)
+    tensors["residual"], tensors["gate"] = tensors["residual"].double(), tensors["gate"].double()
+    leaves = {name: t.requires_grad_() for name, t in tensors.items()}
+    dh = torch.randn(2, 300, 8, device=kernel_device)
+    right = (dh.double() * tensors["x"].double()).sum(1, keepdim=True)
+    for create_graph in (False, True):
+        _, h = call(op, leaves, residual_dtype=F32)
+        (found,) = torch.autograd.grad(h, leaves["gate"], dh, create_graph=create_graph)
+        torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["scale", "shift", "gate"])

@@ -377,6 +377,8 @@ MISTAKES = {
     "sin of integers": ({"rotary": (TABLE, TABLE.long())}, RuntimeError, ("sin",)),
     "cos of complex numbers": ({"rotary": (TABLE.cfloat(), TABLE)}, RuntimeError, ("cos",)),
     "cos on another device": ({"rotary": (TABLE.to("meta"), TABLE)}, RuntimeError, ("cos",)),
+    "sparse cos": ({"rotary": (TABLE.to_sparse(), TABLE)}, RuntimeError, ("cos", "to_dense")),
+    "mkldnn sin": ({"rotary": (TABLE, TABLE.to_mkldnn())}, RuntimeError, ("sin", "to_dense")),
     "cos of other positions": ({"rotary": (TABLE[:4], TABLE)}, RuntimeError, ("cos", "inputs[0]", "[5,")),
     "sin of other positions": ({"rotary": (TABLE, TABLE[:1])}, RuntimeError, ("sin", "inputs[0]", "[5,")),
     "cos of an odd width": ({"rotary": (TABLE[:, :7], TABLE[:, :7])}, RuntimeError, ("cos", "even")),
@@ -407,6 +409,8 @@ MISTAKES = {
     "sequence_dim of None": ({"rotary": (TABLE, TABLE), "sequence_dim": None}, TypeError, ("sequence_dim",)),
     "interleaved of a number": ({"interleaved": 1}, TypeError, ("interleaved",)),
     "interleaved of None": ({"interleaved": None}, TypeError, ("interleaved",)),
+    "zero_centered of a word": ({"zero_centered": "no"}, TypeError, ("zero_centered",)),
+    "zero_centered of None": ({"zero_centered": None}, TypeError, ("zero_centered",)),
     "unknown rounding": ({"rounding": "lama"}, ValueError, ("rounding",)),
     "rounding of None": ({"rounding": None}, ValueError, ("rounding",)),
     "result of integers": ({"out_dtype": torch.int32}, NotImplementedError, ("out_dtype",)),
@@ -429,6 +433,19 @@ def test_mistakes(mistake, device):
     assert type(error) is expected and str(error).startswith("rms_norm_many(): "), repr(error)
     for word in words:
         assert word in str(error), error
+
+
+@pytest.mark.parametrize("table", [None, "S"], ids=["plain", "rotary"])
+def test_a_y_requires_a_gradient_only_where_it_has_one(table, device):
+    """As where each norm is a call of its own."""
+    case = Case(table=table)
+    tensors = inputs(case, device)
+    for wanted in ("x0", "weight0", "x1", "weight1"):
+        leaves = {name: t.clone().requires_grad_(name == wanted) for name, t in tensors.items()}
+        ys = call(case, leaves)
+        assert [y.requires_grad for y in ys] == [str(i) in wanted for i in range(len(ys))]
+        ys[int(wanted[-1])].square().sum().backward()
+        assert leaves[wanted].grad.any()
 
 
 def test_arguments_of_a_mistake_are_not_written_to(device):
@@ -564,7 +581,8 @@ def test_mistakes_of_modules():
         with pytest.raises(error, match=r"RMSNormMany\(\): .*widths"):
             fastnorm.RMSNormMany(wrong)
     for options, error in (({"rounding": "lama"}, ValueError), ({"out_dtype": torch.int8}, NotImplementedError),
-                           ({"interleaved": 1}, TypeError), ({"sequence_dim": 1.0}, TypeError)):  # fmt: skip
+                           ({"interleaved": 1}, TypeError), ({"zero_centered": 0}, TypeError),
+                           ({"sequence_dim": 1.0}, TypeError)):  # fmt: skip
         with pytest.raises(error, match=rf"RMSNormMany\(\): .*{next(iter(options))}"):
             fastnorm.RMSNormMany((8,), **options)
     module, x = fastnorm.RMSNormMany((8, 16)), torch.randn(3, 8)

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
 import fastnorm
+from fastnorm import backend
 from fastnorm.backend import ROW_NORMS
 from helpers.drawing import examples
 from helpers.environment import SIMULATED
@@ -46,6 +48,7 @@ GATED_SHAPES = [(3, 1), (1, 7), (33, 128), (2, 1025)]
 GATED_GRID = [(dtype, shape) for dtype, shape in GRID if shape in GATED_SHAPES]
 VALUES = [(op, *case) for op in ROW_NORMS for case in (GATED_GRID if op.startswith("gated_") else GRID)]
 operations = pytest.mark.parametrize("op", ROW_NORMS)
+adding = pytest.mark.parametrize("op", ["add_layer_norm", "add_rms_norm"])
 
 
 @pytest.mark.parametrize("op, dtype, shape", VALUES, ids=lambda value: str(value).removeprefix("torch."))
@@ -267,7 +270,7 @@ def test_frozen_parameters_get_no_gradient_and_change_no_other(op, frozen, devic
             torch.testing.assert_close(rest[name], everything[name], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("op", ["add_layer_norm", "add_rms_norm"])
+@adding
 def test_each_output_of_an_add_norm_has_its_own_gradient(op, device):
     """One of two outputs unused: the other's gradient still flows, and alone."""
     case = plain_case(op, (5, 40), torch.float32)
@@ -285,7 +288,7 @@ def test_each_output_of_an_add_norm_has_its_own_gradient(op, device):
         torch.testing.assert_close(found["both"][i], found["y"][i] + found["h"][i])
 
 
-@pytest.mark.parametrize("op", ["add_layer_norm", "add_rms_norm"])
+@adding
 def test_no_residual_starts_the_stream(op, device):
     case = plain_case(op, (5, 40), torch.bfloat16, residual=None)
     tensors = inputs(case, device)
@@ -294,6 +297,61 @@ def test_no_residual_starts_the_stream(op, device):
     assert h is tensors["x"] and torch.equal(y, call(plain, tensors)[0])
     y, h = call(case.alike(options={"residual_dtype": torch.float32}), tensors)
     assert h.dtype == torch.float32 and y.dtype == torch.bfloat16 and torch.equal(h, tensors["x"].float())
+
+
+@adding
+def test_h_requires_a_gradient_only_where_it_has_one(op, device):
+    """As x + residual does: else whatever h goes into would compute gradients that nobody wants."""
+    case = plain_case(op, (5, 40), torch.float32)
+    tensors = inputs(case, device)
+    for wanted in tensors:
+        y, h = call(case, {name: t.clone().requires_grad_(name == wanted) for name, t in tensors.items()})
+        assert y.requires_grad and h.requires_grad == (wanted in ("x", "residual"))
+
+
+@adding
+@pytest.mark.parametrize("residual", [None, torch.float64], ids=str)
+@pytest.mark.parametrize("h_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_rounded_h_of_float64_is_normalised_in_float64(op, residual, h_dtype, device):
+    case = plain_case(op, (5, 40), torch.float64, residual=residual, options={"residual_dtype": h_dtype})
+    tensors = {name: t.requires_grad_() for name, t in inputs(case, device).items()}
+    tensors["x"].data.flatten()[0] = -0.0
+    y, h = call(case, tensors)
+    total = tensors["x"] if residual is None else tensors["x"] + tensors["residual"]
+    assert y.dtype == torch.float64 and h.dtype == h_dtype
+    assert torch.equal(h, total.to(h_dtype)) and torch.equal(h.signbit(), total.to(h_dtype).signbit())
+    values = total + (h.double() - total).detach()
+    affine = [tensors[name] for name in ("weight", "bias") if name in tensors]
+    expected = (F.layer_norm if case.centers else F.rms_norm)(values, (40,), *affine, eps=case.eps)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    if backend._forced != "reference":  # autograd carries the gradient of h in its dtype
+        found, right = (torch.autograd.grad(out.square().sum(), list(tensors.values())) for out in (y, expected))
+        for gradient, wanted in zip(found, right, strict=True):
+            torch.testing.assert_close(gradient, wanted, rtol=1e-11, atol=1e-11)
+
+
+@adding
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.float64], ids=str)
+def test_gradients_that_can_be_differentiated_are_not_rounded_to_the_dtype_of_h(op, x_dtype, kernel_device):
+    case = plain_case(op, (5, 40), x_dtype, residual=x_dtype, options={"residual_dtype": torch.bfloat16})
+    tensors = {name: t.requires_grad_() for name, t in inputs(case, kernel_device).items()}
+    y, h = call(case, tensors)
+    dy, dh = torch.randn_like(y), torch.randn_like(h)
+    plain, differentiable = (
+        torch.autograd.grad((y, h), list(tensors.values()), (dy, dh), retain_graph=True, create_graph=create_graph)
+        for create_graph in (False, True)
+    )
+    close = {"rtol": 1e-5, "atol": 1e-5} if x_dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    for once, again in zip(plain, differentiable, strict=True):
+        torch.testing.assert_close(again, once, **close)
+
+
+def test_eps_of_none_is_that_of_float64_statistics(device):
+    """Those are float64 if x or the residual is, whatever h's dtype."""
+    x = 1e-5 * torch.randn(3, 8, dtype=torch.float64, device=device)
+    for residual in (None, x.float()):
+        y, h = fastnorm.functional.add_rms_norm(x, residual, (8,), residual_dtype=torch.float32)
+        torch.testing.assert_close(y, F.rms_norm(h.double(), (8,)), rtol=1e-12, atol=1e-12)
 
 
 @operations

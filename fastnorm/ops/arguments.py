@@ -14,6 +14,7 @@ from .symbolic import refuse_overridden
 
 _FLOATS: tuple[type, ...] = (int, float)
 _INTS: tuple[type, ...] = (int,)
+_BOOLS: tuple[type, ...] = (bool,)
 try:
     import numpy
 except ImportError:  # torch works without numpy
@@ -21,6 +22,7 @@ except ImportError:  # torch works without numpy
 else:
     _FLOATS += (numpy.number, numpy.bool_)
     _INTS += (numpy.integer,)
+    _BOOLS += (numpy.bool_,)
 
 _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu", "mtia", "maia", "hpu")
 
@@ -95,6 +97,14 @@ def as_int(op: str, name: str, value: Any) -> int:
     return int(value)
 
 
+def as_bool(op: str, name: str, value: Any) -> bool:
+    """A bool from Python's or numpy's; TypeError for anything else, whose truth a kernel and a formula may see
+    differently."""
+    if not isinstance(value, _BOOLS):
+        raise TypeError(f"{op}(): argument '{name}' must be bool, not {type(value).__name__}")
+    return bool(value)
+
+
 def _as_shape(shape: Any) -> tuple[int, ...]:
     """A tuple or list of integers (whatever has __index__) as a tuple of int; TypeError for anything else."""
     if not isinstance(shape, (tuple, list)):
@@ -158,6 +168,17 @@ def tensor_mistake(op: str, name: str, tensor: Any, x: Tensor, shape: tuple[int,
     if tensor.dtype not in DTYPES:
         return RuntimeError(f"{op}(): {name} must be float32, bfloat16, float16 or float64, but got {tensor.dtype}")
     return None
+
+
+def refuse_sparse(op: str, x: Any, **tensors: Any) -> None:
+    """Raises RuntimeError for a sparse tensor, or an mkldnn one, beside an x that is neither: no formula takes it."""
+    if not isinstance(x, Tensor) or x.layout is not torch.strided:
+        return
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.layout is not torch.strided:
+            raise RuntimeError(
+                f"{op}(): {name} must be dense, as input is, but got the layout {tensor.layout}; use {name}.to_dense()"
+            )
 
 
 def check_dtype(op: str, name: str, dtype: torch.dtype | None) -> None:

@@ -13,7 +13,7 @@ from torch.overrides import handle_torch_function
 
 from .. import backend, reference
 from ..views import batch_norm_format
-from .arguments import apply, as_float, autocast, options_repr
+from .arguments import apply, as_bool, as_float, autocast, options_repr
 from .channels import (
     as_vector,
     check_activation,
@@ -187,8 +187,7 @@ def check_batch_norm(
 ) -> None:
     """Raises what torch raises for wrong arguments, or Overridden."""
     check_input("batch_norm", x)
-    if not isinstance(training, bool):
-        raise TypeError(f"batch_norm(): argument 'training' must be bool, not {type(training).__name__}")
+    as_bool("batch_norm", "training", training)
     check_channels("batch_norm", x, IndexError if running_mean is None and weight is None else RuntimeError)
     if training and (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")

@@ -139,7 +139,7 @@ class GatedRMSNorm(RMSNorm):
             normalized_shape, eps, elementwise_affine, device, dtype,
             zero_centered=zero_centered, out_dtype=out_dtype, rounding=rounding,
         )  # fmt: skip
-        count_groups("GatedRMSNorm", self.normalized_shape, Gate(None, activation, norm_before_gate, group_size))
+        count_groups(type(self).__name__, self.normalized_shape, Gate(None, activation, norm_before_gate, group_size))
         with_bias = elementwise_affine and bias
         zeros = torch.zeros(self.normalized_shape, device=device, dtype=dtype) if with_bias else None
         self.register_parameter("bias", None if zeros is None else torch.nn.Parameter(zeros))
@@ -184,7 +184,7 @@ class GatedLayerNorm(LayerNorm):
             normalized_shape, eps, elementwise_affine, bias, device, dtype,
             zero_centered=zero_centered, out_dtype=out_dtype,
         )  # fmt: skip
-        count_groups("GatedLayerNorm", self.normalized_shape, Gate(None, activation, norm_before_gate, group_size))
+        count_groups(type(self).__name__, self.normalized_shape, Gate(None, activation, norm_before_gate, group_size))
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         return gated_layer_norm(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from .arguments import check_dtype
+from .arguments import as_bool, check_dtype
 from .row_norm import RowNorm, check_options, row_norm
 from .symbolic import Overridden
 
@@ -113,8 +113,9 @@ class LayerNorm(RowNorm, torch.nn.LayerNorm):
         zero_centered: bool = False,
         out_dtype: torch.dtype | None = None,
     ) -> None:
-        check_options("LayerNorm", out_dtype)  # raises here, not at the first forward
-        self.zero_centered, self.out_dtype = zero_centered, out_dtype
+        name = type(self).__name__
+        check_options(name, out_dtype)  # raises here, not at the first forward
+        self.zero_centered, self.out_dtype = as_bool(name, "zero_centered", zero_centered), out_dtype
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -144,7 +145,7 @@ class AddLayerNorm(LayerNorm):
         out_dtype: torch.dtype | None = None,
         residual_dtype: torch.dtype | None = None,
     ) -> None:
-        check_dtype("AddLayerNorm", "residual_dtype", residual_dtype)
+        check_dtype(type(self).__name__, "residual_dtype", residual_dtype)
         self.residual_dtype = residual_dtype
         super().__init__(
             normalized_shape, eps, elementwise_affine, bias, device, dtype,

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from .. import backend, dtensors, reference
-from .arguments import apply, as_int, check, options_repr, tensor_mistake
-from .row_norm import Options, RowNormFunction, check_options
+from .arguments import apply, as_int, check, options_repr, refuse_sparse, tensor_mistake
+from .row_norm import Options, RowNormFunction, check_options, dtype_of_h, nothing_to_add
 from .scripting import scriptable
 from .symbolic import Overridden, refuse_overridden
 
@@ -110,27 +110,26 @@ def _modulated_norm(
     tensors = x, scale, shift, residual, gate
     x, scale, shift, residual, gate = map(dtensors.arrived, tensors)
     refuse_overridden(x, scale, shift, residual, gate)
+    refuse_sparse(op, x, scale=scale, shift=shift, gate=gate)
     is_readable = not backend.needs_formula(op, x, residual, scale, shift, gate)
     shape, eps = check(op, x, x.shape[-1:] if isinstance(x, Tensor) else (1,), eps, residual=residual)
     check_options(op, out_dtype, residual_dtype)
     samples, scale, shift, x_gate = _by_samples(op, x, scale, shift, gate)
     out_dtype = out_dtype or x.dtype
-    if residual is not None:
-        residual_dtype = residual_dtype or torch.promote_types(x.dtype, residual.dtype)
-    elif x_gate is not None:
-        residual_dtype = residual_dtype or x.dtype
-    elif residual_dtype is not None:
-        x, residual_dtype = x.to(residual_dtype), None
+    dtype = reference.stat_dtype(x.dtype, residual_dtype, None if residual is None else residual.dtype)
+    residual_dtype = dtype_of_h(x, residual, residual_dtype) or (None if x_gate is None else x.dtype)
     if eps is None:
-        dtypes = x.dtype, x.dtype if residual is None else residual.dtype, residual_dtype or x.dtype
-        eps = torch.finfo(torch.float64 if torch.float64 in dtypes else torch.float32).eps
+        eps = torch.finfo(dtype).eps
     options = Options(eps, op.endswith("layer_norm"), True, None)
     impl = backend.pick(op, x) if is_readable else None
     if impl is None or x.numel() == 0:
         h = reference.gated_sum(x, residual, x_gate, residual_dtype)
+        values = reference.in_precision(h, dtype)
         if scale is None and shift is None:
-            return reference.gated_row_norm(h, None, shape, None, None, *options, out_dtype), h
-        return reference.modulated_row_norm(h, shape, samples, scale, shift, *options[:3], out_dtype), h
+            return reference.gated_row_norm(values, None, shape, None, None, *options, out_dtype), h
+        return reference.modulated_row_norm(values, shape, samples, scale, shift, *options[:3], out_dtype), h
+    if residual is None and x_gate is None and residual_dtype is not None:
+        residual = nothing_to_add(x)
     inputs = x, residual, scale, shift, None, x_gate
     outputs = apply(RowNormFunction, *inputs, impl, shape, options, (out_dtype, residual_dtype))
     return (outputs, x) if residual_dtype is None else outputs

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from .arguments import check_dtype
+from .arguments import as_bool, check_dtype
 from .row_norm import RowNorm, check_options, row_norm
 from .symbolic import Overridden
 
@@ -118,8 +118,10 @@ class RMSNorm(RowNorm, torch.nn.RMSNorm):
         out_dtype: torch.dtype | None = None,
         rounding: Literal["torch", "llama"] = "torch",
     ) -> None:
-        check_options("RMSNorm", out_dtype, rounding=rounding)  # raises here, not at the first forward
-        self.zero_centered, self.out_dtype, self.rounding = zero_centered, out_dtype, rounding
+        name = type(self).__name__
+        check_options(name, out_dtype, rounding=rounding)  # raises here, not at the first forward
+        self.zero_centered = as_bool(name, "zero_centered", zero_centered)
+        self.out_dtype, self.rounding = out_dtype, rounding
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,7 +151,7 @@ class AddRMSNorm(RMSNorm):
         residual_dtype: torch.dtype | None = None,
         rounding: Literal["torch", "llama"] = "torch",
     ) -> None:
-        check_dtype("AddRMSNorm", "residual_dtype", residual_dtype)
+        check_dtype(type(self).__name__, "residual_dtype", residual_dtype)
         self.residual_dtype = residual_dtype
         super().__init__(
             normalized_shape, eps, elementwise_affine, device, dtype,

@@ -12,7 +12,17 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from .. import backend, dtensors, reference
-from .arguments import apply, as_float, as_int, check, options_repr, result_dtype, tensor_mistake
+from .arguments import (
+    apply,
+    as_bool,
+    as_float,
+    as_int,
+    check,
+    options_repr,
+    refuse_sparse,
+    result_dtype,
+    tensor_mistake,
+)
 from .row_norm import Gradients, check_options, row_norm
 from .scripting import scriptable
 from .statistics import tell
@@ -39,13 +49,16 @@ class RMSNormManyFunction(torch.autograd.Function):
         inputs, weights = list(tensors[::2]), list(tensors[1::2])
         count, (interleaved, *rounding) = len(inputs), options
         results = impl.rms_norm_many_forward(inputs, weights, cos, sin, interleaved, *rounding, out_dtype)
-        rstds = results[count:]
+        ys, rstds = results[:count], results[count:]
         for x, rstd in zip(inputs, rstds, strict=True):
             tell(x, None, rstd, options.eps)  # type: ignore[arg-type]
         ctx.save_for_backward(*tensors, *rstds, *cos, *sin)
         ctx.impl, ctx.options, ctx.count = impl, options, count
         ctx.set_materialize_grads(False)  # a y that is unused costs no kernel
-        return tuple(results[:count])
+        needs = ctx.needs_input_grad[5:]
+        if any(needs):
+            ctx.mark_non_differentiable(*(y for i, y in enumerate(ys) if not any(needs[2 * i : 2 * i + 2])))
+        return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
@@ -146,8 +159,12 @@ def _rms_norm_many(
     if outputs is not NotImplemented:
         return outputs
     pairs = _pairs(op, inputs)
-    dimension = _check_options(op, interleaved, sequence_dim, out_dtype, rounding)
+    check_options(op, out_dtype, None, rounding)
+    interleaved = as_bool(op, "interleaved", interleaved)
+    zero_centered = as_bool(op, "zero_centered", zero_centered)
+    dimension = as_int(op, "sequence_dim", sequence_dim)
     eps = None if eps is None else as_float(op, "eps", eps)
+    refuse_sparse(op, pairs[0][0], cos=cos, sin=sin)
     for i, (x, weight) in enumerate(pairs):
         _check_pair(op, i, x, weight)
     if any(dtensors.is_dtensor(x) for x, _ in pairs):
@@ -193,14 +210,6 @@ def _out_dtype(x: Tensor, weight: Tensor | None, out_dtype: torch.dtype | None, 
     if rounding == "torch" or out_dtype is not None:
         return result_dtype("rms_norm", x, out_dtype)
     return x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
-
-
-def _check_options(op: str, interleaved: Any, sequence_dim: Any, out_dtype: Any, rounding: Any) -> int:
-    """sequence_dim as an int."""
-    check_options(op, out_dtype, None, rounding)
-    if not isinstance(interleaved, bool):
-        raise TypeError(f"{op}(): argument 'interleaved' must be bool, not {type(interleaved).__name__}")
-    return as_int(op, "sequence_dim", sequence_dim)
 
 
 def _described(value: Any) -> str:
@@ -300,9 +309,12 @@ class RMSNormMany(torch.nn.Module):
         self.widths = tuple(as_int("RMSNormMany", "widths", width) for width in widths)
         if not self.widths or min(self.widths) < 1:
             raise ValueError(f"RMSNormMany(): widths must be positive, and at least one, but got {list(self.widths)}")
-        self.sequence_dim = _check_options("RMSNormMany", interleaved, sequence_dim, out_dtype, rounding)
-        self.eps, self.elementwise_affine, self.interleaved = eps, elementwise_affine, interleaved
-        self.zero_centered, self.out_dtype, self.rounding = zero_centered, out_dtype, rounding
+        check_options("RMSNormMany", out_dtype, None, rounding)
+        self.interleaved = as_bool("RMSNormMany", "interleaved", interleaved)
+        self.zero_centered = as_bool("RMSNormMany", "zero_centered", zero_centered)
+        self.sequence_dim = as_int("RMSNormMany", "sequence_dim", sequence_dim)
+        self.eps, self.elementwise_affine = eps, elementwise_affine
+        self.out_dtype, self.rounding = out_dtype, rounding
         weights = (torch.empty(width, device=device, dtype=dtype) for width in self.widths)
         self.weights = torch.nn.ParameterList(map(torch.nn.Parameter, weights)) if elementwise_affine else None
         self.reset_parameters()

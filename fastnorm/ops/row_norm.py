@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import backend, dtensors, reference
-from .arguments import apply, as_int, check, check_dtype, options_repr, result_dtype
+from .arguments import apply, as_bool, as_int, check, check_dtype, options_repr, refuse_sparse, result_dtype
 from .scripting import scriptable
 from .statistics import tell
 
@@ -54,6 +54,9 @@ class RowNormFunction(torch.autograd.Function):
         if gate is None or norm_before_gate:  # else they are not x's, but x · act(gate)'s
             tell(x, mean, rstd, eps)
         has_h = residual is not None or x_gate is not None
+        needs = ctx.needs_input_grad
+        if has_h and any(needs) and not (needs[0] or needs[1] or needs[5]):  # the parameters lead to y alone
+            ctx.mark_non_differentiable(h)
         gated_x = None if x_gate is None else x
         ctx.save_for_backward(h if has_h else x, weight, bias, gate, gated_x, x_gate, mean, rstd)
         ctx.impl, ctx.shape, ctx.options, ctx.samples = impl, shape, options, samples
@@ -136,10 +139,12 @@ def row_norm(
     x, residual, gate_tensor = dtensors.arrived(x), dtensors.arrived(residual), dtensors.arrived(gate.tensor)
     stock = op.removeprefix("add_")
     subtract_mean, cast_dtype = stock.endswith("layer_norm"), None
+    refuse_sparse(op, x, gate=gate_tensor)
     is_readable = not backend.needs_formula(op, x, residual, gate_tensor, weight, bias)
     if is_readable:
         normalized_shape, eps = check(op, x, normalized_shape, eps, weight, bias, residual=residual, gate=gate_tensor)
     check_options(op, out_dtype, residual_dtype, rounding)
+    zero_centered = as_bool(op, "zero_centered", zero_centered)
     groups = count_groups(op, normalized_shape, gate)
     if rounding == "torch":
         out_dtype = (out_dtype or x.dtype) if is_gated else result_dtype(stock, x, out_dtype)
@@ -147,15 +152,11 @@ def row_norm(
         cast_dtype = x.dtype
         last = None if is_gated and gate.norm_before_gate else weight  # what x̂ is multiplied by at the end
         out_dtype = out_dtype or (x.dtype if last is None else torch.promote_types(x.dtype, last.dtype))
-    if residual is not None:
-        residual_dtype = residual_dtype or torch.promote_types(x.dtype, residual.dtype)
-    elif residual_dtype is not None:
-        x, residual_dtype = x.to(residual_dtype), None
+    given = (None if t is None else t.dtype for t in (residual, gate_tensor))
+    dtype = reference.stat_dtype(x.dtype, residual_dtype, *given)
+    residual_dtype = dtype_of_h(x, residual, residual_dtype)
     if eps is None and not subtract_mean:
-        dtype = residual_dtype or x.dtype
-        if gate.tensor is not None:
-            dtype = torch.promote_types(dtype, gate.tensor.dtype)
-        eps = torch.finfo(reference.stat_dtype(dtype)).eps
+        eps = torch.finfo(dtype).eps
     options = Options(
         eps, subtract_mean, zero_centered, cast_dtype,  # type: ignore[arg-type]
         groups, gate.activation == "silu", gate.norm_before_gate,
@@ -164,13 +165,29 @@ def row_norm(
     impl = backend.pick(stock if residual is None else op, x) if is_readable else None
     if impl is None or x.numel() == 0:
         h = reference.add_residual(x, residual, residual_dtype)
-        y = reference.gated_row_norm(h, gate_tensor, normalized_shape, weight, bias, *options, out_dtype)
-    elif residual is None:
+        values = reference.in_precision(h, dtype)
+        y = reference.gated_row_norm(values, gate_tensor, normalized_shape, weight, bias, *options, out_dtype)
+    elif residual_dtype is None:
         inputs = x, None, weight, bias, gate_tensor, None
         h, y = x, apply(RowNormFunction, *inputs, impl, normalized_shape, options, dtypes)
     else:
+        residual = nothing_to_add(x) if residual is None else residual
         return apply(RowNormFunction, x, residual, weight, bias, None, None, impl, normalized_shape, options, dtypes)
     return (y, h) if op.startswith("add_") else y
+
+
+def dtype_of_h(
+    x: Tensor, residual: Tensor | None, residual_dtype: torch.dtype | None
+) -> torch.dtype | None:
+    """residual_dtype, or what it is by default; None where h is x."""
+    if residual is None:
+        return None if residual_dtype == x.dtype else residual_dtype
+    return residual_dtype or torch.promote_types(x.dtype, residual.dtype)
+
+
+def nothing_to_add(x: Tensor) -> Tensor:
+    """A residual that changes no bit of x, for the kernels to round h."""
+    return x.new_full(x.shape[-1:], -0.0).expand(x.shape)
 
 
 def check_options(op: str, out_dtype: Any, residual_dtype: Any = None, rounding: str = "torch") -> None:
@@ -188,9 +205,7 @@ def count_groups(op: str, shape: Sequence[int], gate: Gate) -> int:
     TypeError for one that is no integer and for a norm_before_gate that is no bool."""
     if gate.activation not in ACTIVATIONS:
         raise ValueError(f"{op}(): activation must be one of {', '.join(ACTIVATIONS)}, but got {gate.activation!r}")
-    if not isinstance(gate.norm_before_gate, bool):
-        found = type(gate.norm_before_gate).__name__
-        raise TypeError(f"{op}(): argument 'norm_before_gate' must be bool, not {found}")
+    as_bool(op, "norm_before_gate", gate.norm_before_gate)
     if gate.group_size is None:
         return 1
     size, cols = as_int(op, "group_size", gate.group_size), math.prod(shape)
