@@ -112,22 +112,28 @@ def test_loops_that_are_unrolled_have_plain_bounds():
     assert calls and inner <= {"len", "tl.constexpr"}
 
 
-# bytes of a thread, which docs/verification.md tells of
+# bytes of a thread, which docs/verification.md tells of; of rows that are read twice the most at any width
 KNOWN_SPILLS = {
-    "sm_120 add_layer_norm row_norm_backward bf16 8192": 24,
-    "sm_100 add_layer_norm row_norm_long_backward bf16 None": 8,
+    "sm_100 add_layer_norm row_norm_long_backward bf16 None": 16,
+    "sm_120 add_layer_norm row_norm_long_backward bf16 None": 8,
+    "sm_120 add_layer_norm row_norm_long_backward mixed None": 16,
+    "sm_80 add_layer_norm row_norm_long_backward mixed None": 8,
+    "gfx1100 layer_norm row_norm_backward mixed 1793": 108,
 }
 
 
 def test_row_kernels_do_not_spill(kernels):
-    spilled = {name(k): k["spilled"] for k in kernels if k["spilled"]}
+    spilled: dict[str, int] = {}
+    for kernel in kernels:
+        if kernel["spilled"]:
+            spilled[name(kernel)] = max(kernel["spilled"], spilled.get(name(kernel), 0))
     known, triton = dict(KNOWN_SPILLS), release(metadata.version("triton"))
     if triton < (3, 7):  # older compilers find no registers for these
         known["sm_90 rms_norm row_norm_backward bf16 16384"] = 16
     if triton < (3, 6):
         known["gfx1100 rms_norm row_norm_backward bf16 7168"] = 24
-    for kernel, most in known.items():
-        assert spilled.pop(kernel, 0) <= most
+    for of_kernel, most in known.items():
+        assert spilled.pop(of_kernel, 0) <= most
     assert not spilled
 
 

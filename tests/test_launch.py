@@ -268,15 +268,21 @@ def test_rows_beside_an_x_gate_that_are_kept_with_few_registers(sums, itemsize, 
     assert row_launch.backward_tiles(8192, itemsize, sums, 2, itemsize, can_spare=True)[0].sparing == (itemsize <= 4)
 
 
-@pytest.mark.parametrize("vendor, arch, holds", [("cuda", 90, False), ("cuda", 100, True), ("hip", "gfx942", False)])
+@pytest.mark.parametrize(
+    "vendor, arch, holds", [("cuda", 90, False), ("cuda", 100, True), ("cuda", 120, True), ("hip", "gfx942", False)]
+)
 def test_the_weight_is_kept_where_a_card_is_new(vendor, arch, holds, monkeypatch):
-    """Beside a next row in flight: not with elements of 32 bits, packed rows, or many short rows a program."""
+    """Beside a next row in flight: not with elements of 32 bits, packed rows, or many short rows a program; nor where a
+    thread's registers are full of a row and two sums."""
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(launch, "_current_target", lambda: SimpleNamespace(backend=vendor, arch=arch))
     tiles, _ = row_launch.backward_tiles(4096, 2, 2, 0, 2)
-    assert row_launch.holds_weight(tiles, 2) == holds
+    single, _ = row_launch.backward_tiles(8192, 2, 2, 0, 2)  # one row a program
+    assert row_launch.holds_weight(tiles, 2, 2, 1, 0) == row_launch.holds_weight(tiles, 2, 2, 2, 1) == holds
+    assert row_launch.holds_weight(tiles, 2, 4, 2, 0) == row_launch.holds_weight(single, 2, 2, 2, 0) == (arch == 100)
     for other, itemsize in ((tiles, 4), (tiles._replace(packed=True), 2), (tiles._replace(rows=16), 2)):
-        assert not row_launch.holds_weight(other, itemsize)
+        assert not row_launch.holds_weight(other, itemsize, 2, 1, 0)
+    assert not row_launch.holds_weight(single, 2, 4, 2, 0)
 
 
 def test_tiles_are_loaded_ahead_where_a_card_is_new(monkeypatch):

@@ -268,8 +268,8 @@ def _row_norm_backward_kernel(
 
 
 def _division(tensors, weight, cols, groups, sums, wanted, sample_rows, rows, norm_before_gate):
-    """Tiles; whether rows are kept; whether each is a sample of its own; and how many programs there are, of each
-    sample where those have several rows.
+    """Tiles; whether rows are kept, and the weight beside them; whether each row is a sample of its own; and how many
+    programs there are, of each sample where those have several rows.
 
     tensors: dy, dh, h, x, gate, dx, dresidual. wanted: how many gradients of parameters. sample_rows: None without
     samples."""
@@ -289,7 +289,8 @@ def _division(tensors, weight, cols, groups, sums, wanted, sample_rows, rows, no
         programs = row_launch.backward_programs(rows, tiles, multiprocessors, itemsize, partials, passes, spares)
     else:
         programs = row_launch.sample_programs(sample_rows, tiles, multiprocessors, itemsize, wanted, passes)
-    return tiles, is_kept, per_row, programs
+    holds_weight = row_launch.holds_weight(tiles, itemsize, widest, sums, streams) and gate is None and not per_row
+    return tiles, is_kept, holds_weight, per_row, programs
 
 
 def row_norm_backward(
@@ -332,7 +333,7 @@ def row_norm_backward(
     )  # fmt: skip
     samples = samples if of_samples else 1
     sample_rows = rows // samples
-    tiles, is_kept, per_row, programs = _division(
+    tiles, is_kept, holds_weight, per_row, programs = _division(
         (dy, dh, h, x, gate, dx, dresidual), weight, cols, groups, sums, sum(d is not None for d in dtypes),
         sample_rows if of_samples else None, rows, norm_before_gate,
     )  # fmt: skip
@@ -345,7 +346,6 @@ def row_norm_backward(
     with launch.on_device(h):
         if is_kept:
             blocks = launch.ceil_div(rows if per_row else sample_rows, tiles.rows)
-            holds_weight = row_launch.holds_weight(tiles, itemsize) and gate is None and not per_row
             sampling = (sample_rows, None if per_row else programs) if of_samples else (None, None)
             # grid: as many programs as are resident, or some for each sample; each takes every programs-th block
             _row_norm_backward_kernel[(programs if per_row else samples * programs, groups)](

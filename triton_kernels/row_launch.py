@@ -212,12 +212,16 @@ def replaces(tiles: RowTiles, itemsize: int, sums: int) -> bool:
     return tiles.packed and sums == 2 and tiles.tile * itemsize == WARP * tiles.warps * ACCESS_BYTES
 
 
-def holds_weight(tiles: RowTiles, itemsize: int) -> bool:
+def holds_weight(tiles: RowTiles, itemsize: int, widest: int, sums: int, streams: int) -> bool:
     """Whether the backward keeps the weight in registers while the next row is in flight. ptxas (Triton 3.8) counts a
     load of the weight together with that row's, so that what uses the weight waits for both. On B200 that wait is 4 to
-    8 per cent of LayerNorm's time; earlier cards hide it, and have code that would spill. Rows beyond 8 a program have
-    their weights laid out in another way."""
-    return is_blackwell() and not tiles.packed and tiles.rows <= 8 and prefetches(tiles, itemsize, sums=1)
+    8 per cent of LayerNorm's time; earlier cards hide it, and have code that would spill. So has sm_120's, where a
+    thread has 32 elements of a row beside two sums, and sm_100's with a single row and a weight of 32 bits. Rows beyond
+    8 a program have their weights laid out in another way. widest, sums, streams: as of `backward_tiles`."""
+    is_full = tiles.registers == 32 and sums == 2 and streams == 0
+    would_spill = is_full and (is_sm_120() or (widest > 2 and tiles.rows == 1))
+    fits = not tiles.packed and tiles.rows <= 8 and not would_spill
+    return is_blackwell() and fits and prefetches(tiles, itemsize, sums=1)
 
 
 def tiles_ahead(tiles: RowTiles, itemsize: int, sums: int, chunks: int, has_x_gate: bool) -> int:
