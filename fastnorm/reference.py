@@ -300,7 +300,8 @@ def gated_sum(
     dtype = stat_dtype(x.dtype, given, residual_dtype)
     h = _by_samples(x.to(dtype), x_gate.shape[0], x_gate.shape[1:]) * x_gate.to(dtype).unsqueeze(1)
     h = h.reshape(x.shape)
-    return (h if residual is None else residual.to(dtype) + h).to(residual_dtype).contiguous()
+    # the residual last: PyTorch adds a sparse tensor to a dense one, and not the other way
+    return (h if residual is None else h + residual.to(dtype)).to(residual_dtype).contiguous()
 
 
 def in_precision(h: Tensor, dtype: torch.dtype) -> Tensor:

@@ -262,10 +262,10 @@ def test_hooks_of_the_users_are_not_timed(clock):
 class AdaLayerNormContinuous(nn.Module):
     """diffusers'."""
 
-    def __init__(self):
+    def __init__(self, elementwise_affine: bool = False):
         super().__init__()
         self.silu, self.linear = nn.SiLU(), nn.Linear(8, 16)
-        self.norm = nn.LayerNorm(8, 1e-5, elementwise_affine=False)
+        self.norm = nn.LayerNorm(8, 1e-5, elementwise_affine)
 
     def forward(self, x, conditioning_embedding):
         scale, shift = self.linear(self.silu(conditioning_embedding).to(x.dtype)).chunk(2, dim=1)
@@ -279,6 +279,28 @@ def test_the_norm_in_a_modulated_one_is_not_timed_alone(clock):
     assert len(report.swapped) == 2, str(report)
     (norm,) = report.estimate(torch.randn(2, 3, 8), torch.randn(2, 8)).norms
     assert norm.names == ("",) and norm.calls == 1 and norm.replacement == "AdaLayerNormContinuous"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_modulated_norm_with_a_small_weight_keeps_its_digits(dtype):
+    """Their product with 1 + scale, less 1, would have few of them."""
+    x, embedding, dy = torch.randn(2, 9, 8).to(dtype), torch.randn(2, 8).to(dtype), torch.randn(2, 9, 8).to(dtype)
+
+    def results(model: nn.Module, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaf = x.to(dtype).requires_grad_()
+        y = model(leaf, embedding.to(dtype))
+        return [t.detach().double() for t in (y, *torch.autograd.grad(y, leaf, dy.to(dtype)))]
+
+    stock = AdaLayerNormContinuous(True).to(dtype)
+    nn.init.normal_(stock.norm.weight, std=1e-4)
+    nn.init.zeros_(stock.linear.bias)
+    ours = copy.deepcopy(stock)
+    assert len(fastnorm.convert(ours).swapped) == 2
+    exact = results(copy.deepcopy(stock).double(), torch.float64)
+    for found, by_stock, right in zip(results(ours, dtype), results(stock, dtype), exact, strict=True):
+        largest = right.abs().max()
+        allowed = 1.25 * (by_stock - right).abs().max() + torch.finfo(dtype).eps * largest
+        assert (found - right).abs().max() <= allowed
 
 
 BAD = {

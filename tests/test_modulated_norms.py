@@ -403,6 +403,8 @@ MISTAKES = {
     "gate of one column": ({"gate": torch.ones(2, 1, 1)}, RuntimeError, "gate"),
     "gate of four dimensions": ({"gate": torch.ones(1, 2, 3, 8)}, RuntimeError, "gate"),
     "sparse scale": ({"scale": torch.ones(2, 8).to_sparse()}, RuntimeError, "scale"),
+    "nested scale": ({"scale": torch.nested.nested_tensor([torch.ones(3, 8)])}, RuntimeError, "scale"),
+    "nested x": ({"x": torch.nested.nested_tensor([torch.ones(3, 8)])}, RuntimeError, "x"),
     "sparse shift": ({"shift": torch.ones(8).to_sparse()}, RuntimeError, "shift"),
     "mkldnn gate": ({"gate": torch.ones(2, 3, 8).to_mkldnn()}, RuntimeError, "gate"),
     "residual that broadcasts": ({"residual": torch.ones(2, 1, 8)}, RuntimeError, "residual"),
@@ -424,6 +426,7 @@ def test_mistakes(op, name):
     assert type(error) is expected and str(error).startswith(f"{op}(): ") and name in str(error)
     given = changes.get(name)
     is_plain = isinstance(given, Tensor) and given.device.type == "cpu" and given.layout is torch.strided
+    is_plain = is_plain and not given.is_nested
     if expected is RuntimeError and is_plain and name != "residual" and given.is_floating_point():
         assert "[8], [2, 8], [2, 1, 8], [2, 3, 8]" in str(error) and str(list(changes[name].shape)) in str(error)
 
@@ -516,6 +519,25 @@ def test_gradients_of_expanded_parameters_are_rounded_once(name, device):
     y = F.layer_norm(h, (16,)) * (1 + wide["scale"]) + wide["shift"]
     (right,) = torch.autograd.grad((y, h)[:outputs], wide[name], [dy.double()] * outputs)
     torch.testing.assert_close(found.double(), right, rtol=2e-2, atol=6e-8)  # half a unit of float16's subnormals
+
+
+def test_a_sparse_residual_is_added():
+    """As add_rms_norm's is, by PyTorch's operations."""
+    tensors = inputs((2, 3, 8), **ALL)
+    expected = call("modulated_rms_norm", tensors)
+    found = call("modulated_rms_norm", tensors | {"residual": tensors["residual"].to_sparse()})
+    for actual, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, right)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+def test_gradients_of_expanded_parameters_are_summed_in_float64(dtype, device):
+    """If x is float64: the terms of so many rows, in float32, would be off by tens of units."""
+    x, fine, dy = (torch.randn(1, 20000, 8, dtype=F64, device=device) for _ in range(3))
+    shift = torch.zeros(8, dtype=dtype, device=device, requires_grad=True)
+    y, _ = modulated_rms_norm(x, fine.float(), shift)
+    (found,) = torch.autograd.grad(y, shift, dy)
+    assert torch.equal(found, dy.sum((0, 1)).to(dtype))
 
 
 def test_the_number_of_samples_is_no_constant_of_a_graph():

@@ -504,6 +504,17 @@ def test_a_symbolic_trace_of_pairs():
     assert torch.equal(torch.fx.symbolic_trace(of_all)([(X, W)]), of_all([(X, W)]))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("has_rotary", [False, True])
+def test_one_pair_is_compiled_in_one_graph(has_rotary, kernel_device, fresh_dynamo):
+    """Without a gradient, too, as in evaluation."""
+    x, cos, sin = (torch.randn(shape, device=kernel_device) for shape in ((2, 5, 3, 8), (5, 8), (5, 8)))
+    rotary = (cos, sin) if has_rotary else None
+    module = fastnorm.RMSNormMany((8,), device=kernel_device).requires_grad_(False)
+    compiled = torch.compile(lambda x: module(x, rotary=rotary), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), module(x, rotary=rotary))
+
+
 def test_complex_numbers_go_to_the_formula():
     x = torch.randn(2, 3, 8, dtype=torch.complex64)
     assert torch.equal(rms_norm_many([(x, None)], EPS)[0], rms_norm(x, (8,), eps=EPS))

@@ -11,7 +11,7 @@ from ..ops.arguments import options_repr, result_dtype
 from ..ops.batch_norm import BatchNorm2d
 from ..ops.group_norm import GroupNorm
 from ..ops.layer_norm import LayerNorm
-from ..ops.modulated_norm import modulated_layer_norm, modulated_rms_norm
+from ..ops.modulated_norm import modulated_layer_norm, modulated_norm, modulated_rms_norm
 from ..ops.rms_norm import RMSNorm, rms_norm
 from ..ops.symbolic import has_hooks, module_node
 from ..ops.sync_batch_norm import SyncBatchNorm
@@ -170,12 +170,15 @@ class Modulated(nn.Module):
             dtype = weight.dtype if weight.dtype in _HALVES else torch.promote_types(dtype, weight.dtype)
         for parameter in (scale, shift):
             dtype = dtype if parameter is None else torch.promote_types(dtype, parameter.dtype)
-        if weight is not None:  # w·x̂ + b, scaled and shifted, is x̂ scaled and shifted; a row for each sample
-            factor = 1 + scale.to(torch.promote_types(scale.dtype, torch.float32))
-            scale = factor * weight - 1
-            if bias is not None:
-                shift = factor * bias if shift is None else torch.addcmul(shift.to(factor.dtype), factor, bias)
-        return functional(x, scale, shift, eps=norm.eps, out_dtype=dtype)[0]
+        if weight is None:
+            return functional(x, scale, shift, eps=norm.eps, out_dtype=dtype)[0]
+        # w·x̂ + b, scaled and shifted, is x̂ scaled and shifted; a row for each sample. Less 1, it would be rounded
+        factor = 1 + scale.to(torch.promote_types(scale.dtype, torch.float32))
+        if bias is not None:
+            shift = factor * bias if shift is None else torch.addcmul(shift.to(factor.dtype), factor, bias)
+        return modulated_norm(
+            functional.__name__, x, factor * weight, shift, None, None, norm.eps, dtype, None, zero_centered=False
+        )[0]
 
 
 class AdaLayerNorm(Modulated):

@@ -170,14 +170,14 @@ def tensor_mistake(op: str, name: str, tensor: Any, x: Tensor, shape: tuple[int,
     return None
 
 
-def refuse_sparse(op: str, x: Any, **tensors: Any) -> None:
-    """Raises RuntimeError for a sparse tensor, or an mkldnn one, beside an x that is neither: no formula takes it."""
-    if not isinstance(x, Tensor) or x.layout is not torch.strided:
-        return
+def refuse_sparse(op: str, **tensors: Any) -> None:
+    """Raises RuntimeError for a sparse, mkldnn or nested tensor, which no formula of such an operation takes."""
     for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.is_nested:
+            raise RuntimeError(f"{op}(): {name} is a nested tensor; pass its values, {name}.values()")
         if isinstance(tensor, Tensor) and tensor.layout is not torch.strided:
             raise RuntimeError(
-                f"{op}(): {name} must be dense, as input is, but got the layout {tensor.layout}; use {name}.to_dense()"
+                f"{op}(): {name} must be dense, but got the layout {tensor.layout}; use {name}.to_dense()"
             )
 
 

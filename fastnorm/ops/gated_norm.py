@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
+from .arguments import as_bool
 from .layer_norm import LayerNorm
 from .rms_norm import RMSNorm
 from .row_norm import Activation, Gate, count_groups, row_norm
@@ -134,7 +135,8 @@ class GatedRMSNorm(RMSNorm):
         out_dtype: torch.dtype | None = None,
         rounding: Literal["torch", "llama"] = "torch",
     ) -> None:
-        self.activation, self.norm_before_gate, self.group_size = activation, norm_before_gate, group_size
+        self.activation, self.group_size = activation, group_size
+        self.norm_before_gate = as_bool(type(self).__name__, "norm_before_gate", norm_before_gate)
         super().__init__(
             normalized_shape, eps, elementwise_affine, device, dtype,
             zero_centered=zero_centered, out_dtype=out_dtype, rounding=rounding,
@@ -179,7 +181,8 @@ class GatedLayerNorm(LayerNorm):
         zero_centered: bool = False,
         out_dtype: torch.dtype | None = None,
     ) -> None:
-        self.activation, self.norm_before_gate, self.group_size = activation, norm_before_gate, group_size
+        self.activation, self.group_size = activation, group_size
+        self.norm_before_gate = as_bool(type(self).__name__, "norm_before_gate", norm_before_gate)
         super().__init__(
             normalized_shape, eps, elementwise_affine, bias, device, dtype,
             zero_centered=zero_centered, out_dtype=out_dtype,

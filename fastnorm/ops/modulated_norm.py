@@ -58,7 +58,7 @@ def modulated_layer_norm(
     """
     tensors = x, scale, shift, residual, gate
     try:
-        return _modulated_norm("modulated_layer_norm", *tensors, eps, out_dtype, residual_dtype)
+        return modulated_norm("modulated_layer_norm", *tensors, eps, out_dtype, residual_dtype)
     except Overridden:
         return handle_torch_function(
             modulated_layer_norm, tensors, *tensors, eps, out_dtype=out_dtype, residual_dtype=residual_dtype
@@ -83,14 +83,14 @@ def modulated_rms_norm(
     """
     tensors = x, scale, shift, residual, gate
     try:
-        return _modulated_norm("modulated_rms_norm", *tensors, eps, out_dtype, residual_dtype)
+        return modulated_norm("modulated_rms_norm", *tensors, eps, out_dtype, residual_dtype)
     except Overridden:
         return handle_torch_function(
             modulated_rms_norm, tensors, *tensors, eps, out_dtype=out_dtype, residual_dtype=residual_dtype
         )
 
 
-def _modulated_norm(
+def modulated_norm(
     op: str,
     x: Tensor,
     scale: Tensor | None,
@@ -100,27 +100,29 @@ def _modulated_norm(
     eps: float | None,
     out_dtype: torch.dtype | None,
     residual_dtype: torch.dtype | None,
+    zero_centered: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The functional of the name `op`. Raises Overridden, as `check` does."""
+    """The functional of the name `op`, or, not zero-centred, with scale in place of 1 + scale. Raises Overridden, as
+    `check` does."""
     outputs = backend.call_directly(
-        op, x, residual, None, scale, shift, eps, True, out_dtype, residual_dtype, "torch", gate
+        op, x, residual, None, scale, shift, eps, zero_centered, out_dtype, residual_dtype, "torch", gate
     )  # fmt: skip
     if outputs is not NotImplemented:
         return outputs
     tensors = x, scale, shift, residual, gate
     x, scale, shift, residual, gate = map(dtensors.arrived, tensors)
     refuse_overridden(x, scale, shift, residual, gate)
-    refuse_sparse(op, x, scale=scale, shift=shift, gate=gate)
+    refuse_sparse(op, x=x, scale=scale, shift=shift, gate=gate)
     is_readable = not backend.needs_formula(op, x, residual, scale, shift, gate)
     shape, eps = check(op, x, x.shape[-1:] if isinstance(x, Tensor) else (1,), eps, residual=residual)
     check_options(op, out_dtype, residual_dtype)
-    samples, scale, shift, x_gate = _by_samples(op, x, scale, shift, gate)
     out_dtype = out_dtype or x.dtype
     dtype = reference.stat_dtype(x.dtype, residual_dtype, None if residual is None else residual.dtype)
+    samples, scale, shift, x_gate = _by_samples(op, x, scale, shift, gate, dtype)
     residual_dtype = dtype_of_h(x, residual, residual_dtype) or (None if x_gate is None else x.dtype)
     if eps is None:
         eps = torch.finfo(dtype).eps
-    options = Options(eps, op.endswith("layer_norm"), True, None)
+    options = Options(eps, op.endswith("layer_norm"), zero_centered, None)
     impl = backend.pick(op, x) if is_readable else None
     if impl is None or x.numel() == 0:
         h = reference.gated_sum(x, residual, x_gate, residual_dtype)
@@ -136,12 +138,13 @@ def _modulated_norm(
 
 
 def _by_samples(
-    op: str, x: Tensor, scale: Tensor | None, shift: Tensor | None, gate: Tensor | None
+    op: str, x: Tensor, scale: Tensor | None, shift: Tensor | None, gate: Tensor | None, dtype: torch.dtype
 ) -> tuple[int, Tensor | None, Tensor | None, Tensor | None]:
     """The number of samples that x's first dimensions make, and scale, shift and gate as (samples, H): a row for each.
-    """
+    dtype: in which the call is computed."""
     level = max(_level(op, name, p, x) for name, p in (("scale", scale), ("shift", shift), ("gate", gate)))
-    return math.prod(x.shape[:level]), _rows(scale, x, level), _rows(shift, x, level), _rows(gate, x, level)
+    rows = (_rows(p, x, level, dtype) for p in (scale, shift, gate))
+    return math.prod(x.shape[:level]), *rows  # type: ignore[return-value]
 
 
 def _level(op: str, name: str, parameter: Tensor | None, x: Tensor) -> int:
@@ -171,15 +174,15 @@ def _level(op: str, name: str, parameter: Tensor | None, x: Tensor) -> int:
     )
 
 
-def _rows(parameter: Tensor | None, x: Tensor, level: int) -> Tensor | None:
+def _rows(parameter: Tensor | None, x: Tensor, level: int, dtype: torch.dtype) -> Tensor | None:
     """The parameter's rows, (samples, H), one for each of the samples that x's first `level` dimensions make.
 
-    Where it has fewer rows they are expanded, so that autograd adds up their gradients: in float32 at least.
+    Where it has fewer rows they are expanded, so that autograd adds up their gradients: in `dtype` at least.
     """
     if parameter is None:
         return None
-    if parameter.dtype.itemsize < 4 and parameter.numel() < math.prod(x.shape[:level]) * x.shape[-1]:
-        parameter = parameter.float()
+    if parameter.numel() < math.prod(x.shape[:level]) * x.shape[-1]:
+        parameter = parameter.to(torch.promote_types(parameter.dtype, dtype))
     if parameter.dim() == 2 < x.dim():
         parameter = parameter.unflatten(0, (parameter.shape[0], *[1] * (x.dim() - 2)))
     shape = (*x.shape[:level], *[1] * (x.dim() - 1 - level), x.shape[-1])

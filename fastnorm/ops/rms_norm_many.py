@@ -39,23 +39,23 @@ class _Options(NamedTuple):
 
 
 class RMSNormManyFunction(torch.autograd.Function):
-    """The ys of x₀, weight₀, x₁, weight₁, …; cos and sin: for each x its own, (*, rotary_dim), or none."""
+    """The ys of `count` inputs. tensors: x₀, weight₀, x₁, weight₁, …; of a rotation also cos₀, cos₁, …, sin₀, sin₁, …,
+    (*, rotary_dim) for each x."""
 
     @staticmethod
     def forward(
-        ctx: Any, impl: Any, options: _Options, out_dtype: torch.dtype, cos: list[Tensor], sin: list[Tensor],
-        *tensors: Tensor | None,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        inputs, weights = list(tensors[::2]), list(tensors[1::2])
-        count, (interleaved, *rounding) = len(inputs), options
+        ctx: Any, impl: Any, options: _Options, out_dtype: torch.dtype, count: int, *tensors: Any
+    ) -> tuple[Tensor, ...]:
+        pairs, cos, sin = _parted(list(tensors), count)
+        inputs, weights, (interleaved, *rounding) = pairs[::2], pairs[1::2], options
         results = impl.rms_norm_many_forward(inputs, weights, cos, sin, interleaved, *rounding, out_dtype)
         ys, rstds = results[:count], results[count:]
         for x, rstd in zip(inputs, rstds, strict=True):
             tell(x, None, rstd, options.eps)  # type: ignore[arg-type]
-        ctx.save_for_backward(*tensors, *rstds, *cos, *sin)
+        ctx.save_for_backward(*tensors, *rstds)
         ctx.impl, ctx.options, ctx.count = impl, options, count
         ctx.set_materialize_grads(False)  # a y that is unused costs no kernel
-        needs = ctx.needs_input_grad[5:]
+        needs = ctx.needs_input_grad[4:]
         if any(needs):
             ctx.mark_non_differentiable(*(y for i, y in enumerate(ys) if not any(needs[2 * i : 2 * i + 2])))
         return tuple(ys)
@@ -63,13 +63,12 @@ class RMSNormManyFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
         saved, n = list(ctx.saved_tensors), ctx.count
-        tensors, rstds, rotation = saved[: 2 * n], saved[2 * n : 3 * n], saved[3 * n :]
-        cos, sin = rotation[: len(rotation) // 2], rotation[len(rotation) // 2 :]
-        none = (None,) * 5
+        (tensors, cos, sin), rstds = _parted(saved[:-n], n), saved[-n:]
+        none, of_rotation = (None,) * 4, (None,) * len(cos + sin)
         if backend.backward_needs_formula(*grads):
-            return *none, *reference.rms_norm_many_gradients(tensors, grads, cos, sin, *ctx.options)
+            return *none, *reference.rms_norm_many_gradients(tensors, grads, cos, sin, *ctx.options), *of_rotation
         given = [i for i, dy in enumerate(grads) if dy is not None]
-        wanted = [ctx.needs_input_grad[5 + 2 * i + 1] for i in given]
+        wanted = [ctx.needs_input_grad[4 + 2 * i + 1] for i in given]
         found: list[Tensor | None] = [None] * (2 * n)
         if given:
 
@@ -84,7 +83,13 @@ class RMSNormManyFunction(torch.autograd.Function):
             dweights = iter(results[len(given) :])
             for i, dx, is_wanted in zip(given, results[: len(given)], wanted, strict=True):
                 found[2 * i], found[2 * i + 1] = dx, next(dweights) if is_wanted else None
-        return *none, *found
+        return *none, *found, *of_rotation
+
+
+def _parted(tensors: list[Any], count: int) -> tuple[list[Any], list[Any], list[Any]]:
+    """x₀, weight₀, x₁, …; the cos; and the sin of RMSNormManyFunction's tensors."""
+    rotation = tensors[2 * count :]
+    return tensors[: 2 * count], rotation[: len(rotation) // 2], rotation[len(rotation) // 2 :]
 
 
 def rms_norm_many(
@@ -164,12 +169,14 @@ def _rms_norm_many(
     zero_centered = as_bool(op, "zero_centered", zero_centered)
     dimension = as_int(op, "sequence_dim", sequence_dim)
     eps = None if eps is None else as_float(op, "eps", eps)
-    refuse_sparse(op, pairs[0][0], cos=cos, sin=sin)
+    refuse_sparse(op, cos=cos, sin=sin)
     for i, (x, weight) in enumerate(pairs):
         _check_pair(op, i, x, weight)
-    if any(dtensors.is_dtensor(x) for x, _ in pairs):
-        if rotary is not None:
-            raise RuntimeError(f"{op}(): rotary takes no DTensors; pass the local heads, x.to_local()")
+    has_dtensors = any(dtensors.is_dtensor(x) for x, _ in pairs)
+    if has_dtensors and rotary is not None:
+        raise RuntimeError(f"{op}(): rotary takes no DTensors; pass the local heads, x.to_local()")
+    # torch.compile takes the tensors of a single pair for the arguments of a forward without ctx
+    if has_dtensors or (rotary is None and (len(pairs) == 1 or len({x.dtype for x, _ in pairs}) > 1)):
         return tuple(
             row_norm("rms_norm", x, None, x.shape[-1:], w, None, eps, zero_centered, out_dtype, rounding=rounding)
             for x, w in pairs
@@ -188,7 +195,7 @@ def _of_one_dtype(
     op: str, calls: list[tuple[Any, ...]], eps: float | None, interleaved: bool, zero_centered: bool
 ) -> tuple[Tensor, ...]:
     """calls: (x, weight, (cos, sin) or None, cast_dtype, dtype of y) of each input, whose dtypes and devices agree."""
-    x, _, first_rotation, cast_dtype, out_dtype = calls[0]
+    x, _, _, cast_dtype, out_dtype = calls[0]
     if eps is None:
         eps = torch.finfo(reference.stat_dtype(x.dtype)).eps
     options = _Options(interleaved, eps, zero_centered, cast_dtype)
@@ -202,8 +209,8 @@ def _of_one_dtype(
         impl = backend.pick(op, x)
     if impl is None or x.numel() == 0:
         return tuple(reference.rotated_rms_norm(x, w, r, *options, out_dtype) for x, w, r, *_ in calls)
-    cos, sin = ([r[i] for _, _, r, *_ in calls] if first_rotation else [] for i in (0, 1))
-    return apply(RMSNormManyFunction, impl, options, out_dtype, cos, sin, *tensors)
+    rotation = [r[i] for i in (0, 1) for _, _, r, *_ in calls if r]
+    return apply(RMSNormManyFunction, impl, options, out_dtype, len(calls), *tensors, *rotation)
 
 
 def _out_dtype(x: Tensor, weight: Tensor | None, out_dtype: torch.dtype | None, rounding: str) -> torch.dtype:

@@ -125,21 +125,14 @@ def row_norm(
         obstacle = dtensors.why_not_by_rows(x, len(normalized_shape), tensors, (weight, bias))
         if obstacle is None:
             check(op, x, normalized_shape, eps, weight, bias, residual=residual, gate=gate.tensor)
-            rows, rows_residual, rows_gate = map(dtensors.rows_of, tensors)
-            outputs = row_norm(
-                op, rows, rows_residual, normalized_shape, dtensors.whole(weight, x), dtensors.whole(bias, x), eps,
-                zero_centered, out_dtype, residual_dtype, rounding, (rows_gate, *gating[1:]) if is_gated else (),
-            )  # fmt: skip
-            results = dtensors.from_rows(outputs, x)
-            h = results[1] if isinstance(results, tuple) else x
-            is_saved = residual is None and h.dtype == x.dtype
-            dtensors.raise_if_modified(outputs, (x if is_saved else None, h, gate.tensor, weight, bias))
-            return results
+            options = eps, zero_centered, out_dtype, residual_dtype, rounding
+            return _by_own_rows(op, *tensors, normalized_shape, weight, bias, options, gating)
         backend.refuse_formula(op, obstacle)
     x, residual, gate_tensor = dtensors.arrived(x), dtensors.arrived(residual), dtensors.arrived(gate.tensor)
     stock = op.removeprefix("add_")
     subtract_mean, cast_dtype = stock.endswith("layer_norm"), None
-    refuse_sparse(op, x, gate=gate_tensor)
+    if is_gated:
+        refuse_sparse(op, x=x, gate=gate_tensor, weight=weight, bias=bias)
     is_readable = not backend.needs_formula(op, x, residual, gate_tensor, weight, bias)
     if is_readable:
         normalized_shape, eps = check(op, x, normalized_shape, eps, weight, bias, residual=residual, gate=gate_tensor)
@@ -174,6 +167,22 @@ def row_norm(
         residual = nothing_to_add(x) if residual is None else residual
         return apply(RowNormFunction, x, residual, weight, bias, None, None, impl, normalized_shape, options, dtypes)
     return (y, h) if op.startswith("add_") else y
+
+
+def _by_own_rows(
+    op: str, x: Tensor, residual: Tensor | None, gate: Tensor | None, shape: Sequence[int], weight: Tensor | None,
+    bias: Tensor | None, options: tuple[Any, ...], gating: tuple[Any, ...],
+) -> Any:  # fmt: skip
+    """Of DTensors, each rank's own rows. options: the arguments of `row_norm` behind bias, up to `gating`."""
+    rows, rows_residual, rows_gate = map(dtensors.rows_of, (x, residual, gate))
+    own_weight, own_bias = dtensors.whole(weight, x), dtensors.whole(bias, x)
+    own_gating = (rows_gate, *gating[1:]) if len(gating) > 0 else ()
+    outputs = row_norm(op, rows, rows_residual, shape, own_weight, own_bias, *options, own_gating)
+    results = dtensors.from_rows(outputs, x)
+    h = results[1] if isinstance(results, tuple) else x
+    is_saved = residual is None and h.dtype == x.dtype
+    dtensors.raise_if_modified(outputs, (x if is_saved else None, h, gate, weight, bias))
+    return results
 
 
 def dtype_of_h(
