@@ -125,8 +125,8 @@ def row_norm(
         obstacle = dtensors.why_not_by_rows(x, len(normalized_shape), tensors, (weight, bias))
         if obstacle is None:
             check(op, x, normalized_shape, eps, weight, bias, residual=residual, gate=gate.tensor)
-            options = eps, zero_centered, out_dtype, residual_dtype, rounding
-            return _by_own_rows(op, *tensors, normalized_shape, weight, bias, options, gating)
+            further = eps, zero_centered, out_dtype, residual_dtype, rounding
+            return _by_own_rows(op, *tensors, normalized_shape, weight, bias, further, gating)
         backend.refuse_formula(op, obstacle)
     x, residual, gate_tensor = dtensors.arrived(x), dtensors.arrived(residual), dtensors.arrived(gate.tensor)
     stock = op.removeprefix("add_")
@@ -170,14 +170,14 @@ def row_norm(
 
 
 def _by_own_rows(
-    op: str, x: Tensor, residual: Tensor | None, gate: Tensor | None, shape: Sequence[int], weight: Tensor | None,
-    bias: Tensor | None, options: tuple[Any, ...], gating: tuple[Any, ...],
+    op: str, x: Any, residual: Tensor | None, gate: Tensor | None, shape: Sequence[int], weight: Tensor | None,
+    bias: Tensor | None, further: Any, gating: tuple[Any, ...],
 ) -> Any:  # fmt: skip
-    """Of DTensors, each rank's own rows. options: the arguments of `row_norm` behind bias, up to `gating`."""
+    """Of DTensors, each rank's own rows. further: the arguments of `row_norm` behind bias, up to `gating`."""
     rows, rows_residual, rows_gate = map(dtensors.rows_of, (x, residual, gate))
     own_weight, own_bias = dtensors.whole(weight, x), dtensors.whole(bias, x)
     own_gating = (rows_gate, *gating[1:]) if len(gating) > 0 else ()
-    outputs = row_norm(op, rows, rows_residual, shape, own_weight, own_bias, *options, own_gating)
+    outputs = row_norm(op, rows, rows_residual, shape, own_weight, own_bias, *further, own_gating)
     results = dtensors.from_rows(outputs, x)
     h = results[1] if isinstance(results, tuple) else x
     is_saved = residual is None and h.dtype == x.dtype
