@@ -177,7 +177,8 @@ def _by_own_rows(
     rows, rows_residual, rows_gate = map(dtensors.rows_of, (x, residual, gate))
     own_weight, own_bias = dtensors.whole(weight, x), dtensors.whole(bias, x)
     own_gating = (rows_gate, *gating[1:]) if len(gating) > 0 else ()
-    outputs = row_norm(op, rows, rows_residual, shape, own_weight, own_bias, *further, gating=own_gating)
+    arguments: Any = rows, rows_residual, shape, own_weight, own_bias, *further, own_gating
+    outputs = row_norm(op, *arguments)
     results = dtensors.from_rows(outputs, x)
     h = results[1] if isinstance(results, tuple) else x
     is_saved = residual is None and h.dtype == x.dtype
