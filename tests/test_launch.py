@@ -286,13 +286,13 @@ def test_the_weight_is_kept_where_a_card_is_new(vendor, arch, holds, monkeypatch
 
 
 def test_tiles_are_loaded_ahead_where_a_card_is_new(monkeypatch):
-    """Of dh all where one program has the row and registers are left; beside an x_gate two of each tensor."""
+    """Of dh as many as registers hold where one program has the row; beside an x_gate two of each tensor."""
     bf16, fp32 = (row_launch.chunk_tiles(16384, itemsize, 2, 1) for itemsize in (2, 4))
     cases = (bf16, 2, 2, 1, False), (fp32, 4, 1, 1, False), (fp32, 4, 2, 1, False), (bf16, 2, 2, 2, False)
     cases += (bf16, 2, 3, 2, True), (bf16, 8, 1, 1, False), (bf16._replace(count=1), 2, 3, 2, True)
     monkeypatch.setattr(launch, "INTERPRETED", False)
     for vendor, arch, expected in (
-        ("cuda", 100, [4, 8, 1, 1, 2, 1, 1]),
+        ("cuda", 100, [4, 8, 2, 1, 2, 1, 1]),
         ("cuda", 90, [1] * 7),
         ("hip", "gfx942", [1] * 7),
     ):

@@ -14,12 +14,13 @@ from .tiles import as_factor, load_tiles, load_weight_tile, row_offsets, store_t
 
 
 @triton.jit
-def locate(
-    mean_ptr, rstd_ptr, block, group, first_row, end_row, dy_steps, h_steps, divisions, lanes, GROUPS: tl.constexpr,
-    N_COLS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+def locate(source, block, lanes, GROUPS: tl.constexpr, N_COLS: tl.constexpr, ROWS: tl.constexpr):
     """Of a block's rows: where tile 0 lies in h and in dy, and which rows are there, (ROWS, 1); and (rstd, mean), or
-    (rstd,) for RMSNorm, (ROWS, 1) each, zeros where there is no row."""
+    (rstd,) for RMSNorm, (ROWS, 1) each, zeros where there is no row. source: see `load_rows`."""
+    pointers, steps, span = source
+    _, _, _, _, _, mean_ptr, rstd_ptr = pointers
+    dy_steps, h_steps, _, _, _, divisions = steps
+    group, first_row, end_row = span
     row_ids = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS) + first_row
     mask = row_ids < end_row
     statistics = (tl.load(rstd_ptr + row_ids * GROUPS + group, mask=mask, other=0.0)[:, None],)
@@ -32,19 +33,21 @@ def locate(
 
 @triton.jit
 def load_rows(
-    source, block, group, first_row, end_row, GROUPS: tl.constexpr, ROTARY: tl.constexpr,
-    INTERLEAVED: tl.constexpr, N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
+    source, block, GROUPS: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """A block's tiles of h, dy and the gate, () without one, in the types of the memory; its statistics, see `locate`;
     and of its rotation, () without one, the tiles of cos and sin and, where they are loaded, those of the partners' dy
-    and sin. Zeros for rows from end_row on."""
-    pointers, steps = source
+    and sin. Zeros for rows from end_row on.
+
+    source: pointers; steps, see `row_steps`; and (group, first_row, end_row), a group of columns and some of its rows.
+    """
+    pointers, steps, span = source
     dy_ptr, h_ptr, gate_ptr, cos_ptr, sin_ptr, mean_ptr, rstd_ptr = pointers
     dy_steps, h_steps, gate_steps, cos_steps, sin_steps, divisions = steps
+    group, first_row, _ = span
     lanes = tl.arange(0, TILE)[None, :]
-    places, statistics = locate(
-        mean_ptr, rstd_ptr, block, group, first_row, end_row, dy_steps, h_steps, divisions, lanes, GROUPS, N_COLS, ROWS
-    )  # fmt: skip
+    places, statistics = locate(source, block, lanes, GROUPS, N_COLS, ROWS)
     h_offsets, dy_offsets, row_mask = places
     h_tiles = load_tiles(h_ptr, h_offsets, lanes, row_mask, N_COLS, TILE, N_TILES)
     dy_tiles = load_tiles(dy_ptr, dy_offsets, lanes, row_mask, N_COLS, TILE, N_TILES)

@@ -13,8 +13,8 @@ import triton.language as tl
 
 from . import launch, row_launch
 from .compiler import materialize, pin_loads
-from .gates import activated, activation_slope
-from .gradient_tiles import factors, gradient, gradient_coefficients, store_gradient
+from .gates import activated, activation_slope, through_gate, within_gate
+from .gradient_tiles import factors, gradient, gradient_coefficients, store_gradient, sum_with
 from .jit import jit
 from .tiles import (
     load_tile,
@@ -100,12 +100,9 @@ def _row_norm_long_forward_kernel(
         gate_row = (gate_ptr + (row_offsets(row, gate_steps, divisions) + first),)
     if sample_rows is not None:
         sample = (tl.program_id(0) // sample_rows).to(tl.int64)
-        if x_gate_ptr is not None:
-            x_gate_ptr += sample * x_gate_stride
-        if weight_ptr is not None:
-            weight_ptr += sample * weight_stride
-        if bias_ptr is not None:
-            bias_ptr += sample * bias_stride
+        x_gate_ptr = None if x_gate_ptr is None else x_gate_ptr + sample * x_gate_stride
+        weight_ptr = None if weight_ptr is None else weight_ptr + sample * weight_stride
+        bias_ptr = None if bias_ptr is None else bias_ptr + sample * bias_stride
     inv_n = 1.0 / tl.cast(n_cols, stat)
     lane_mean = tl.zeros((TILE,), stat)
     lane_m2 = tl.zeros((TILE,), stat)  # of RMSNorm: Σ h² / n
@@ -196,6 +193,93 @@ def _load_at(row_ptrs, first, left, lanes):
     return tiles
 
 
+@triton.jit
+def _load_chunk_tile(h_row, dy_row, gate_row, x_gate_ptr, ahead, first, lanes, mask, stat: tl.constexpr):
+    """Tiles of h and dy from column `first` on, of the type `stat`; (gate,) in the type of the memory, or (); and of an
+    x_gate (x, x_gate), or (). With an x_gate, x, h and dy have been loaded ahead."""
+    x_tiles, gate_tiles = (), ()
+    if x_gate_ptr is not None:
+        x_tiles = ahead[0].to(stat), load_tile(x_gate_ptr + lanes + first, mask, stat)
+        h, dy = ahead[1], ahead[2]
+    else:
+        dy = tl.load(dy_row + first, mask=mask, other=0.0)
+        h = tl.load(h_row + first, mask=mask, other=0.0)
+    if len(gate_row) > 0:
+        gate_tiles = (tl.load(gate_row[0] + first, mask=mask, other=0.0),)
+    return h.to(stat), dy.to(stat), gate_tiles, x_tiles
+
+
+@triton.jit
+def _store_chunk_tile(
+    dx_ptr, dresidual_ptr, dgate_ptr, weight_ptr, bias_ptr, offsets, cols, mask, dx, h, dy, gate_tiles, x_tiles,
+    x_factor, statistics, ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr,
+    CAST: tl.constexpr,
+):  # fmt: skip
+    """Stores a tile of the gradients, of which dx is that of what the norm got. The other tiles: see
+    `_load_chunk_tile`."""
+    if len(gate_tiles) > 0:
+        if NORM_BEFORE_GATE:
+            z = rounded_to(x_factor, CAST) if len(statistics) == 1 else x_factor * statistics[0]
+            if weight_ptr is not None:
+                z *= load_weight(weight_ptr + cols, mask, z.dtype, ZERO_CENTERED)
+            if bias_ptr is not None:
+                z += load_tile(bias_ptr + cols, mask, z.dtype)
+            store_tile(dgate_ptr + offsets, dy * z * activation_slope(gate_tiles[0].to(z.dtype), SILU), mask)
+        else:
+            dx = through_gate(dgate_ptr, offsets, dx, h, gate_tiles[0], mask, SILU)
+    if len(x_tiles) > 0:
+        if dresidual_ptr is not None:
+            store_tile(dresidual_ptr + offsets, dx, mask)
+        store_tile(dx_ptr + offsets, dx * x_tiles[1], mask)
+    else:
+        store_gradient(dx_ptr, dresidual_ptr, offsets, dx, mask)
+
+
+@triton.jit
+def _store_chunk(
+    dx_ptr, dresidual_ptr, dgate_ptr, x_gate_ptr, weight_ptr, bias_ptr, h_row, dy_row, gate_row, ahead_rows, ahead_tiles,
+    statistics, coefficients, old_dweight_sums, old_dbias_sums, old_dx_gate_sums, chunk_start, row_start, lanes, n_cols,
+    r, end_row, ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, CAST: tl.constexpr,
+    HAS_DH: tl.constexpr, AHEAD: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr,
+):  # fmt: skip
+    """Stores row r's gradients in the chunk's columns, from its end to its beginning, and returns the chunk's sums with
+    this row's. ahead_tiles: of the last AHEAD tiles of ahead_rows, see `_load_at`; dh is the last of those rows."""
+    stat = statistics[0].dtype
+    dweight_sums, dbias_sums, dx_gate_sums = (), (), ()
+    for t in tl.static_range(N_TILES - 1, -1, -1):
+        first, ahead = chunk_start + t * TILE, ahead_tiles[N_TILES - 1 - t]
+        mask, offsets = lanes < n_cols - first, row_start + first + lanes
+        h, dy, gate_tiles, x_tiles = _load_chunk_tile(h_row, dy_row, gate_row, x_gate_ptr, ahead, first, lanes, mask, stat)
+        norm_h, norm_dy = within_gate(h, dy, gate_tiles, 0, SILU, NORM_BEFORE_GATE)
+        x_factor, dy_factor = factors(norm_h, norm_dy, statistics)
+        dweight_sums = sum_with(old_dweight_sums, t, dy_factor, rounded_to(x_factor, CAST), False) + dweight_sums
+        dbias_sums = sum_with(old_dbias_sums, t, norm_dy, None, False) + dbias_sums
+        dweight_sums, dbias_sums, statistics = materialize(dweight_sums, dbias_sums, statistics, r - t, end_row)
+        wdy_factor = dy_factor
+        if weight_ptr is not None:
+            wdy_factor *= load_weight(weight_ptr + lanes + first, mask, stat, ZERO_CENTERED)
+        dh = ahead[len(ahead) - 1] if HAS_DH else None
+        dx = gradient(x_factor, wdy_factor, coefficients, statistics[0], dh)
+        if t >= AHEAD:
+            # not by t − AHEAD: the compiler would keep the mask for that tile's other accesses
+            next_tiles = _load_at(ahead_rows, first - AHEAD * TILE, n_cols - first + AHEAD * TILE, lanes)
+            ahead_tiles = ahead_tiles + (next_tiles,)
+        if len(x_tiles) > 0:
+            dx_gate_sums = sum_with(old_dx_gate_sums, t, dx, x_tiles[0], False) + dx_gate_sums
+        _store_chunk_tile(
+            dx_ptr, dresidual_ptr, dgate_ptr, weight_ptr, bias_ptr, offsets, first + lanes, mask, dx, h, dy, gate_tiles,
+            x_tiles, x_factor, statistics, ZERO_CENTERED, SILU, NORM_BEFORE_GATE, CAST,
+        )  # fmt: skip
+    return dweight_sums, dbias_sums, dx_gate_sums
+
+
+@triton.jit
+def _store_chunk_sums(ptr, sums, offsets, left, lanes):
+    """Stores a chunk's sums, tiles of (1, TILE), or (). offsets: of tile 0; left: the row's columns from there on."""
+    for t in tl.static_range(len(sums)):
+        store_tile(ptr + offsets + t * lanes.shape[1], sums[t], lanes < left - t * lanes.shape[1])
+
+
 @jit(do_not_specialize=["n_rows", "sample_rows"])  # the same code for every batch: the same bits
 def _row_norm_long_backward_kernel(
     dy_ptr, dh_ptr, h_ptr, x_ptr, gate_ptr, x_gate_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr,
@@ -205,9 +289,8 @@ def _row_norm_long_backward_kernel(
     ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, CAST: tl.constexpr,
     GROUPS: tl.constexpr, PIN: tl.constexpr, AHEAD: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr,
 ):  # fmt: skip
-    """The gradients by the formulas of `_row_norm_backward_kernel`. AHEAD: so many tiles of a
-    chunk's dh, and with an x_gate of all its tensors, are loaded before they are used, the first ones before the sums
-    of the row are there.
+    """The gradients by the formulas of `gradient_blocks`. AHEAD: so many tiles of a chunk's dh, and with an x_gate of
+    all its tensors, are loaded before they are used, the first ones before the sums of the row are there.
 
     Grid: (chunks of N_TILES tiles of columns, programs that share the rows, GROUPS of n_cols columns). Of samples:
     (samples · chunks, programs that share a sample's rows)."""
@@ -215,24 +298,17 @@ def _row_norm_long_backward_kernel(
     chunk, set_of_sums, first_row, end_row = tl.program_id(0), tl.program_id(1), 0, n_rows
     if sample_rows is not None:
         chunks = tl.cdiv(n_cols, N_TILES * TILE)
-        sample = (chunk // chunks).to(tl.int64)
-        chunk %= chunks
+        sample, chunk = (chunk // chunks).to(tl.int64), chunk % chunks
         set_of_sums = sample * tl.num_programs(1) + tl.program_id(1)
-        first_row = sample * sample_rows
-        end_row = first_row + sample_rows
-        if x_gate_ptr is not None:
-            x_gate_ptr += sample * x_gate_stride
-        if weight_ptr is not None:
-            weight_ptr += sample * weight_stride
-        if bias_ptr is not None:
-            bias_ptr += sample * bias_stride
+        first_row, end_row = sample * sample_rows, sample * sample_rows + sample_rows
+        x_gate_ptr = None if x_gate_ptr is None else x_gate_ptr + sample * x_gate_stride
+        weight_ptr = None if weight_ptr is None else weight_ptr + sample * weight_stride
+        bias_ptr = None if bias_ptr is None else bias_ptr + sample * bias_stride
     lanes, chunk_start = tl.arange(0, TILE)[None, :], chunk.to(tl.int64) * (N_TILES * TILE)
     group = tl.program_id(2) if GROUPS > 1 else 0
-    group_start, row_length = group * n_cols, GROUPS * n_cols
-    if weight_ptr is not None:
-        weight_ptr += group_start
-    if bias_ptr is not None:
-        bias_ptr += group_start
+    group_start = group * n_cols
+    weight_ptr = None if weight_ptr is None else weight_ptr + group_start
+    bias_ptr = None if bias_ptr is None else bias_ptr + group_start
     dweight_sums = zero_sums(dweight_ptr, stat, 1, TILE, N_TILES)
     dbias_sums = zero_sums(dbias_ptr, stat, 1, TILE, N_TILES)
     dx_gate_sums = zero_sums(dx_gate_ptr, stat, 1, TILE, N_TILES)
@@ -240,9 +316,7 @@ def _row_norm_long_backward_kernel(
         row = tl.cast(r, tl.int64)
         h_row = h_ptr + (row_offsets(row, h_steps, divisions) + group_start + lanes)
         dy_row = dy_ptr + (row_offsets(row, dy_steps, divisions) + group_start + lanes)
-        if x_gate_ptr is not None:
-            x_row = x_ptr + (row_offsets(row, x_steps, divisions) + lanes)
-        gate_row = ()
+        gate_row, ahead_rows, ahead_tiles = (), (), ()
         if gate_ptr is not None:
             gate_row = (gate_ptr + (row_offsets(row, gate_steps, divisions) + group_start + lanes),)
         statistics = (tl.load(rstd_ptr + row * GROUPS + group),)
@@ -253,81 +327,24 @@ def _row_norm_long_backward_kernel(
             ZERO_CENTERED, SILU, NORM_BEFORE_GATE, PIN, TILE,
         )  # fmt: skip
         # ahead of the stores of dx, too, which might alias them
-        ahead_rows, ahead_tiles = (), ()
         if x_gate_ptr is not None:
-            ahead_rows = (x_row, h_row, dy_row)
+            ahead_rows = (x_ptr + (row_offsets(row, x_steps, divisions) + lanes), h_row, dy_row)
         if dh_ptr is not None:
             ahead_rows = ahead_rows + (dh_ptr + row_offsets(row, dh_steps, divisions) + group_start + lanes,)
         for i in tl.static_range(AHEAD):
             first = chunk_start + (N_TILES - 1 - i) * TILE
             ahead_tiles = ahead_tiles + (_load_at(ahead_rows, first, n_cols - first, lanes),)
         coefficients = gradient_coefficients(c1_sums, c2_sums, statistics, n_cols)
-        old_dweight_sums, old_dbias_sums, old_dx_gate_sums = dweight_sums, dbias_sums, dx_gate_sums
-        dweight_sums, dbias_sums, dx_gate_sums = (), (), ()
-        for t in tl.static_range(N_TILES - 1, -1, -1):
-            first = chunk_start + t * TILE
-            col_mask = lanes < n_cols - first
-            offsets = row * row_length + group_start + first + lanes
-            ahead = ahead_tiles[N_TILES - 1 - t]
-            if x_gate_ptr is not None:
-                x, h, dy = ahead[0].to(stat), ahead[1].to(stat), ahead[2].to(stat)
-                x_gate = load_tile(x_gate_ptr + lanes + first, col_mask, stat)
-            else:
-                dy = tl.load(dy_row + first, mask=col_mask, other=0.0).to(stat)
-                h = tl.load(h_row + first, mask=col_mask, other=0.0).to(stat)
-            if gate_ptr is not None:
-                gate = tl.load(gate_row[0] + first, mask=col_mask, other=0.0).to(stat)
-                factor = activated(gate, SILU)
-                dgate_factor = (dy if NORM_BEFORE_GATE else h) * activation_slope(gate, SILU)
-                if NORM_BEFORE_GATE:
-                    dy *= factor
-                else:
-                    h *= factor
-            x_factor, dy_factor = factors(h, dy, statistics)
-            if dweight_ptr is not None:
-                dweight_sums = (tl.fma(dy_factor, rounded_to(x_factor, CAST), old_dweight_sums[t]),) + dweight_sums
-            if dbias_ptr is not None:
-                dbias_sums = (old_dbias_sums[t] + dy,) + dbias_sums
-            dweight_sums, dbias_sums, statistics = materialize(dweight_sums, dbias_sums, statistics, r - t, end_row)
-            wdy_factor = dy_factor
-            if weight_ptr is not None:
-                wdy_factor *= load_weight(weight_ptr + lanes + first, col_mask, stat, ZERO_CENTERED)
-            if dh_ptr is None:
-                dx = gradient(x_factor, wdy_factor, coefficients, statistics[0], None)
-            else:
-                dx = gradient(x_factor, wdy_factor, coefficients, statistics[0], ahead[len(ahead) - 1])
-            if t >= AHEAD:
-                # not by t − AHEAD: the compiler would keep the mask for that tile's other accesses
-                next_tiles = _load_at(ahead_rows, first - AHEAD * TILE, n_cols - first + AHEAD * TILE, lanes)
-                ahead_tiles = ahead_tiles + (next_tiles,)
-            if gate_ptr is not None:
-                z = dx  # before its gate: the norm's input has the gradient dx, and y = norm(h · factor)
-                if NORM_BEFORE_GATE:
-                    z = rounded_to(x_factor, CAST) if len(statistics) == 1 else x_factor * statistics[0]
-                    if weight_ptr is not None:
-                        z *= load_weight(weight_ptr + lanes + first, col_mask, stat, ZERO_CENTERED)
-                    if bias_ptr is not None:
-                        z += load_tile(bias_ptr + lanes + first, col_mask, stat)
-                else:
-                    dx *= factor
-                store_tile(dgate_ptr + offsets, dgate_factor * z, col_mask)
-            if x_gate_ptr is not None:
-                dx_gate_sums = (tl.fma(dx, x, old_dx_gate_sums[t]),) + dx_gate_sums
-                if dresidual_ptr is not None:
-                    store_tile(dresidual_ptr + offsets, dx, col_mask)
-                store_tile(dx_ptr + offsets, dx * x_gate, col_mask)
-            else:
-                store_gradient(dx_ptr, dresidual_ptr, offsets, dx, col_mask)
-    for t in tl.static_range(N_TILES):
-        first = chunk_start + t * TILE
-        offsets = set_of_sums.to(tl.int64) * row_length + group_start + first + lanes
-        col_mask = lanes < n_cols - first
-        if dweight_ptr is not None:
-            store_tile(dweight_ptr + offsets, dweight_sums[t], col_mask)
-        if dbias_ptr is not None:
-            store_tile(dbias_ptr + offsets, dbias_sums[t], col_mask)
-        if dx_gate_ptr is not None:
-            store_tile(dx_gate_ptr + offsets, dx_gate_sums[t], col_mask)
+        dweight_sums, dbias_sums, dx_gate_sums = _store_chunk(
+            dx_ptr, dresidual_ptr, dgate_ptr, x_gate_ptr, weight_ptr, bias_ptr, h_row, dy_row, gate_row, ahead_rows,
+            ahead_tiles, statistics, coefficients, dweight_sums, dbias_sums, dx_gate_sums, chunk_start,
+            row * (GROUPS * n_cols) + group_start, lanes, n_cols, r, end_row,
+            ZERO_CENTERED, SILU, NORM_BEFORE_GATE, CAST, dh_ptr is not None, AHEAD, TILE, N_TILES,
+        )  # fmt: skip
+    offsets, left = set_of_sums.to(tl.int64) * (GROUPS * n_cols) + group_start + chunk_start + lanes, n_cols - chunk_start
+    _store_chunk_sums(dweight_ptr, dweight_sums, offsets, left, lanes)
+    _store_chunk_sums(dbias_ptr, dbias_sums, offsets, left, lanes)
+    _store_chunk_sums(dx_gate_ptr, dx_gate_sums, offsets, left, lanes)
 
 
 def forward(arguments, sizes, strides, itemsize, features):

@@ -147,83 +147,59 @@ def gradient_blocks(
 
     Each program takes every programs-th block of ROWS rows. Of samples: sample_programs programs for each, or, PER_ROW,
     where each row is a sample, programs as without samples, which store a row's dweight, dbias and dx_gate with it.
-    EVERY_PROGRAM: each has a block. PACKED: rows are kept as they were loaded; there is no gate, x_gate or rotation.
+    EVERY_PROGRAM: each has a block; else the compiler makes a second copy of `store_partials`, for programs without one,
+    and keeps in registers through the loop what both copies share. PACKED: rows are kept as they were loaded; there is no gate, x_gate or rotation.
     REPLACE, of those: each tile of the next row is loaded where this row's has been used for the last time.
     SPARE registers, of one row beside an x_gate: sums are computed at once; x_gate, and x beside an h of 32 bits, are
     loaded where they are used.
     HOLD_WEIGHT: in registers; neither PACKED nor PER_ROW."""
     stat = rstd_ptr.dtype.element_ty
-    lanes = tl.arange(0, TILE)[None, :]
-    group = tl.program_id(1) if GROUPS > 1 else 0
+    group, lanes = tl.program_id(1) if GROUPS > 1 else 0, tl.arange(0, TILE)[None, :]
     first = group * N_COLS
-    dweight_sums, dbias_sums, dx_gate_sums = (), (), ()
-    if not PER_ROW:
-        dweight_sums = zero_sums(dweight_ptr, stat, ROWS, TILE, N_TILES)
-        dbias_sums = zero_sums(dbias_ptr, stat, ROWS, TILE, N_TILES)
-        dx_gate_sums = zero_sums(dx_gate_ptr, stat, ROWS, TILE, N_TILES)
+    dweight_sums = zero_sums(None if PER_ROW else dweight_ptr, stat, ROWS, TILE, N_TILES)
+    dbias_sums = zero_sums(None if PER_ROW else dbias_ptr, stat, ROWS, TILE, N_TILES)
+    dx_gate_sums = zero_sums(None if PER_ROW else dx_gate_ptr, stat, ROWS, TILE, N_TILES)
     program, first_row, end_row = tl.program_id(0), 0, n_rows
     if sample_programs is not None:
         sample = (program // sample_programs).to(tl.int64)
         program %= sample_programs
-        first_row = sample * sample_rows
-        end_row = first_row + sample_rows
-        if x_gate_ptr is not None:
-            x_gate_ptr += sample * x_gate_stride
-        if weight_ptr is not None:
-            weight_ptr += sample * weight_stride
-        if bias_ptr is not None:
-            bias_ptr += sample * bias_stride
+        first_row, end_row = sample * sample_rows, sample * sample_rows + sample_rows
+        x_gate_ptr = None if x_gate_ptr is None else x_gate_ptr + sample * x_gate_stride
+        weight_ptr = None if weight_ptr is None else weight_ptr + sample * weight_stride
+        bias_ptr = None if bias_ptr is None else bias_ptr + sample * bias_stride
     if EVERY_PROGRAM:
-        # without it the compiler makes a second copy of store_partials, for programs without rows, and keeps in
-        # registers through the loop what both copies share
         tl.assume(program < n_blocks)
     pointers = dy_ptr, h_ptr, gate_ptr, cos_ptr, sin_ptr, mean_ptr, rstd_ptr
-    source = pointers, (dy_steps, h_steps, gate_steps, cos_steps, sin_steps, divisions)
-    loaded = load_rows(
-        source, program, group, first_row, end_row, GROUPS, ROTARY, INTERLEAVED, N_COLS, TILE, N_TILES, ROWS
-    )
-    weight_tiles = ()
-    if HOLD_WEIGHT and weight_ptr is not None:
-        weight_tiles = load_weight_tiles(weight_ptr + first, lanes, N_COLS, TILE, N_TILES, ROWS)
+    source = pointers, (dy_steps, h_steps, gate_steps, cos_steps, sin_steps, divisions), (group, first_row, end_row)
+    loaded = load_rows(source, program, GROUPS, ROTARY, INTERLEAVED, N_COLS, TILE, N_TILES, ROWS)
+    held_ptr = weight_ptr + first if HOLD_WEIGHT and weight_ptr is not None else None
+    weight_tiles = load_weight_tiles(held_ptr, lanes, N_COLS, TILE, N_TILES, ROWS)
     programs = tl.num_programs(0) if sample_programs is None else sample_programs
     for block in range(program, n_blocks, programs):
         tiles = loaded
         rows = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)[:, None] + first_row
         # one row a program, never beyond the last: no mask to keep
         row_mask = None if PACKED or SPARE else rows < end_row
-        offsets = rows * (GROUPS * N_COLS) + first + lanes
+        offsets, x_offsets = rows * (GROUPS * N_COLS) + first + lanes, row_offsets(rows, x_steps, divisions) + lanes
         dh_offsets = row_offsets(rows, dh_steps, divisions) + first + lanes
         dh_tiles = load_tiles(dh_ptr, dh_offsets, lanes, row_mask, N_COLS, TILE, N_TILES)
-        x_offsets = row_offsets(rows, x_steps, divisions) + lanes
-        x_tiles, x_gate_tiles = (), ()
-        if not (SPARE and h_ptr.dtype.element_ty.primitive_bitwidth == 32):
-            x_tiles = load_tiles(x_ptr, x_offsets, lanes, row_mask, N_COLS, TILE, N_TILES)
-        x_gate_row, weight_row = x_gate_ptr, weight_ptr
-        if PER_ROW:
-            row = tl.minimum(rows, end_row - 1)
-            if x_gate_ptr is not None:
-                x_gate_row += row * x_gate_stride
-            if weight_ptr is not None:
-                weight_row += row * weight_stride
+        loads_late: tl.constexpr = SPARE and h_ptr.dtype.element_ty.primitive_bitwidth == 32
+        x_tiles = load_tiles(None if loads_late else x_ptr, x_offsets, lanes, row_mask, N_COLS, TILE, N_TILES)
+        row = tl.minimum(rows, end_row - 1)
+        x_gate_row = x_gate_ptr + row * x_gate_stride if PER_ROW and x_gate_ptr is not None else x_gate_ptr
+        weight_row = weight_ptr + row * weight_stride if PER_ROW and weight_ptr is not None else weight_ptr
         row_factors, c_sums, dweight_sums, dbias_sums = _sum_block(
             tiles, offsets, row_mask, lanes, first, weight_tiles, weight_row, bias_ptr, dgate_ptr, dweight_ptr,
             dbias_ptr, dweight_sums, dbias_sums, ZERO_CENTERED, SILU, NORM_BEFORE_GATE, CAST, PACKED, REPLACE, SPARE,
             PER_ROW, ROTARY, INTERLEAVED, N_COLS, TILE, N_TILES, ROWS,
         )  # fmt: skip
-        if not SPARE:
-            x_gate_tiles = load_weight_tiles(x_gate_row, lanes, N_COLS, TILE, N_TILES, ROWS)
+        x_gate_tiles = load_weight_tiles(None if SPARE else x_gate_row, lanes, N_COLS, TILE, N_TILES, ROWS)
         # the next block is loaded before this one is stored: stores might alias loads, which then wait for them
-        next_block = block + programs
+        next_block, next_places, next_statistics = block + programs, (), ()
         if PREFETCH:
-            loaded = load_rows(
-                source, next_block, group, first_row, end_row, GROUPS, ROTARY, INTERLEAVED, N_COLS, TILE, N_TILES, ROWS
-            )  # fmt: skip
-        next_places, next_statistics = (), ()
+            loaded = load_rows(source, next_block, GROUPS, ROTARY, INTERLEAVED, N_COLS, TILE, N_TILES, ROWS)
         if REPLACE:
-            next_places, next_statistics = locate(
-                mean_ptr, rstd_ptr, next_block, group, first_row, end_row, dy_steps, h_steps, divisions, lanes,
-                GROUPS, N_COLS, ROWS,
-            )  # fmt: skip
+            next_places, next_statistics = locate(source, next_block, lanes, GROUPS, N_COLS, ROWS)
         dx_gate_sums, next_tiles = _store_block(
             dx_ptr, dresidual_ptr, dgate_ptr, dx_gate_ptr, dy_ptr, h_ptr, x_ptr, tiles, row_factors, c_sums, dh_tiles,
             x_tiles, x_gate_tiles, x_gate_row, weight_tiles, weight_row, dx_gate_sums, offsets, x_offsets, row_mask,
@@ -233,13 +209,10 @@ def gradient_blocks(
         if REPLACE:
             loaded = next_tiles[0], next_tiles[1], (), next_statistics, ()
         elif not PREFETCH:  # there are no registers for two blocks
-            loaded = load_rows(
-                source, next_block, group, first_row, end_row, GROUPS, ROTARY, INTERLEAVED, N_COLS, TILE, N_TILES, ROWS
-            )  # fmt: skip
-    if not PER_ROW:
-        store_partials(dweight_ptr, dweight_sums, first, GROUPS * N_COLS, N_COLS, TILE, N_TILES)
-        store_partials(dbias_ptr, dbias_sums, first, GROUPS * N_COLS, N_COLS, TILE, N_TILES)
-        store_partials(dx_gate_ptr, dx_gate_sums, first, GROUPS * N_COLS, N_COLS, TILE, N_TILES)
+            loaded = load_rows(source, next_block, GROUPS, ROTARY, INTERLEAVED, N_COLS, TILE, N_TILES, ROWS)
+    store_partials(dweight_ptr, dweight_sums, first, GROUPS * N_COLS, N_COLS, TILE)
+    store_partials(dbias_ptr, dbias_sums, first, GROUPS * N_COLS, N_COLS, TILE)
+    store_partials(dx_gate_ptr, dx_gate_sums, first, GROUPS * N_COLS, N_COLS, TILE)
 
 
 # the same code for every batch: the same bits
@@ -331,8 +304,7 @@ def row_norm_backward(
         ZERO_CENTERED=zero_centered, SILU=silu, NORM_BEFORE_GATE=norm_before_gate, CAST=triton_dtype(cast_dtype),
         GROUPS=groups,
     )  # fmt: skip
-    samples = samples if of_samples else 1
-    sample_rows = rows // samples
+    sample_rows = rows // (samples := samples if of_samples else 1)
     tiles, is_kept, holds_weight, per_row, programs = _division(
         (dy, dh, h, x, gate, dx, dresidual), weight, cols, groups, sums, sum(d is not None for d in dtypes),
         sample_rows if of_samples else None, rows, norm_before_gate,

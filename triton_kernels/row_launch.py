@@ -227,15 +227,17 @@ def holds_weight(tiles: RowTiles, itemsize: int, widest: int, sums: int, streams
 def tiles_ahead(tiles: RowTiles, itemsize: int, sums: int, chunks: int, has_x_gate: bool) -> int:
     """How many tiles of a chunk the backward of rows that are read twice loads before it uses them: of dh, and beside
     an x_gate of all tensors. One, but on Blackwell's cards, which have more latency to hide: there two beside an
-    x_gate, and else all of dh, where registers are left and one program has the row. Predicted for B200, in per cent of
-    a copy's speed, 16384 columns, with one and with more: add_layer_norm in bf16 64 and 73, add_rms_norm 77 and 85, in
-    fp32 85 and 93. In fp32 it would lose 2 on H100, 8 on A100, and 3 on B200 where two programs share a row."""
+    x_gate, and else, where one program has the row, as many of dh as AHEAD_REGISTERS hold. Predicted for B200, in per
+    cent of a copy's speed, 16384 columns, with one and with more: add_layer_norm in bf16 64 and 73, in fp32 79 and 85,
+    add_rms_norm 76 and 85, in fp32 86 and 93. In fp32 it would lose 2 on H100 and 8 on A100."""
     if not is_blackwell() or itemsize > 4:
         return 1
     if has_x_gate:
         return min(2, tiles.count)
-    registers = tiles.registers * sums + tiles.registers * itemsize // 4  # of the sums, and of dh
-    return tiles.count if chunks == 1 and registers <= AHEAD_REGISTERS else 1
+    # elements of more than 16 bits take more registers while loaded
+    left = AHEAD_REGISTERS - tiles.registers * sums - 8 * (itemsize > 2)
+    of_tile = tiles.registers * itemsize // (4 * tiles.count)
+    return max(1, min(tiles.count, left // of_tile)) if chunks == 1 else 1
 
 
 def pins_loads(chunks: int, itemsize: int, has_gate: bool) -> bool:

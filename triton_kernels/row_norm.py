@@ -136,12 +136,9 @@ def norm_block(
     if sample_rows is not None:
         # rows beyond the last have its sample, and need no mask for its parameters
         sample = (tl.minimum(rows, n_rows - 1).to(n_rows.dtype) // sample_rows).to(tl.int64)
-        if x_gate_ptr is not None:
-            x_gate_ptr += sample * x_gate_stride
-        if weight_ptr is not None:
-            weight_ptr += sample * weight_stride
-        if bias_ptr is not None:
-            bias_ptr += sample * bias_stride
+        x_gate_ptr = None if x_gate_ptr is None else x_gate_ptr + sample * x_gate_stride
+        weight_ptr = None if weight_ptr is None else weight_ptr + sample * weight_stride
+        bias_ptr = None if bias_ptr is None else bias_ptr + sample * bias_stride
     total, square_sum = tl.zeros((ROWS, TILE), stat), tl.zeros((ROWS, TILE), stat)
     # all loads before the first store of h: it might alias them, so the compiler would not move them ahead of it
     x_tiles = load_tiles(x_ptr, x_offsets, lanes, row_mask, N_COLS, TILE, N_TILES)

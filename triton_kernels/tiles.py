@@ -219,15 +219,13 @@ def _sum_of_halves(tile):
 
 
 @triton.jit
-def store_partials(
-    ptr, sums, first, ROW: tl.constexpr, N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr
-):  # fmt: skip
-    """Adds up the rows of this program's sums, tiles of (ROWS, TILE), and stores them from column `first` on in its row
-    of a (programs, ROW) tensor, unless that is None."""
-    if ptr is not None:
+def store_partials(ptr, sums, first, ROW: tl.constexpr, N_COLS: tl.constexpr, TILE: tl.constexpr):
+    """Adds up the rows of this program's sums, tiles of (ROWS, TILE) or (), and stores them from column `first` on in
+    its row of a (programs, ROW) tensor."""
+    if len(sums) > 0:
         lanes = tl.arange(0, TILE)[None, :]
         offsets = tl.program_id(0).to(tl.int64) * ROW + first + lanes
-        for t in tl.static_range(N_TILES):
+        for t in tl.static_range(len(sums)):
             total = sum_of_rows(sums[t])
             store_tile(ptr + offsets + t * TILE, total, tile_mask(t, lanes, None, N_COLS, TILE))
 
