@@ -43,8 +43,8 @@ def load_rows(
     source: pointers; steps, see `row_steps`; and (group, first_row, end_row), a group of columns and some of its rows.
     """
     pointers, steps, span = source
-    dy_ptr, h_ptr, gate_ptr, cos_ptr, sin_ptr, mean_ptr, rstd_ptr = pointers
-    dy_steps, h_steps, gate_steps, cos_steps, sin_steps, divisions = steps
+    dy_ptr, h_ptr, gate_ptr, cos_ptr, sin_ptr, _, _ = pointers
+    dy_steps, _, gate_steps, cos_steps, sin_steps, divisions = steps
     group, first_row, _ = span
     lanes = tl.arange(0, TILE)[None, :]
     places, statistics = locate(source, block, lanes, GROUPS, N_COLS, ROWS)

@@ -237,9 +237,10 @@ def _store_chunk_tile(
 
 @triton.jit
 def _store_chunk(
-    dx_ptr, dresidual_ptr, dgate_ptr, x_gate_ptr, weight_ptr, bias_ptr, h_row, dy_row, gate_row, ahead_rows, ahead_tiles,
-    statistics, coefficients, old_dweight_sums, old_dbias_sums, old_dx_gate_sums, chunk_start, row_start, lanes, n_cols,
-    r, end_row, ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, CAST: tl.constexpr,
+    dx_ptr, dresidual_ptr, dgate_ptr, x_gate_ptr, weight_ptr, bias_ptr, h_row, dy_row, gate_row, ahead_rows,
+    ahead_tiles, statistics, coefficients, old_dweight_sums, old_dbias_sums, old_dx_gate_sums, chunk_start, row_start,
+    lanes, n_cols, r, end_row,
+    ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, CAST: tl.constexpr,
     HAS_DH: tl.constexpr, AHEAD: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr,
 ):  # fmt: skip
     """Stores row r's gradients in the chunk's columns, from its end to its beginning, and returns the chunk's sums with
@@ -249,7 +250,9 @@ def _store_chunk(
     for t in tl.static_range(N_TILES - 1, -1, -1):
         first, ahead = chunk_start + t * TILE, ahead_tiles[N_TILES - 1 - t]
         mask, offsets = lanes < n_cols - first, row_start + first + lanes
-        h, dy, gate_tiles, x_tiles = _load_chunk_tile(h_row, dy_row, gate_row, x_gate_ptr, ahead, first, lanes, mask, stat)
+        h, dy, gate_tiles, x_tiles = _load_chunk_tile(
+            h_row, dy_row, gate_row, x_gate_ptr, ahead, first, lanes, mask, stat
+        )  # fmt: skip
         norm_h, norm_dy = within_gate(h, dy, gate_tiles, 0, SILU, NORM_BEFORE_GATE)
         x_factor, dy_factor = factors(norm_h, norm_dy, statistics)
         dweight_sums = sum_with(old_dweight_sums, t, dy_factor, rounded_to(x_factor, CAST), False) + dweight_sums
@@ -341,7 +344,8 @@ def _row_norm_long_backward_kernel(
             row * (GROUPS * n_cols) + group_start, lanes, n_cols, r, end_row,
             ZERO_CENTERED, SILU, NORM_BEFORE_GATE, CAST, dh_ptr is not None, AHEAD, TILE, N_TILES,
         )  # fmt: skip
-    offsets, left = set_of_sums.to(tl.int64) * (GROUPS * n_cols) + group_start + chunk_start + lanes, n_cols - chunk_start
+    offsets = set_of_sums.to(tl.int64) * (GROUPS * n_cols) + group_start + chunk_start + lanes
+    left = n_cols - chunk_start
     _store_chunk_sums(dweight_ptr, dweight_sums, offsets, left, lanes)
     _store_chunk_sums(dbias_ptr, dbias_sums, offsets, left, lanes)
     _store_chunk_sums(dx_gate_ptr, dx_gate_sums, offsets, left, lanes)

@@ -145,10 +145,11 @@ def gradient_blocks(
     With an x_gate the first line is dh's: dresidual = dh, dx = x_gate · dh, dx_gate = Σ dh · x.
     With cos and sin, dy rotated back takes the place of dy.
 
-    Each program takes every programs-th block of ROWS rows. Of samples: sample_programs programs for each, or, PER_ROW,
+    Each program takes every programs-th block of ROWS rows. Of samples: sample_programs programs each, or, PER_ROW,
     where each row is a sample, programs as without samples, which store a row's dweight, dbias and dx_gate with it.
-    EVERY_PROGRAM: each has a block; else the compiler makes a second copy of `store_partials`, for programs without one,
-    and keeps in registers through the loop what both copies share. PACKED: rows are kept as they were loaded; there is no gate, x_gate or rotation.
+    EVERY_PROGRAM: each has a block; else the compiler makes a second copy of `store_partials`, for programs without
+    one, and keeps in registers through the loop what both copies share.
+    PACKED: rows are kept as they were loaded; there is no gate, x_gate or rotation.
     REPLACE, of those: each tile of the next row is loaded where this row's has been used for the last time.
     SPARE registers, of one row beside an x_gate: sums are computed at once; x_gate, and x beside an h of 32 bits, are
     loaded where they are used.
