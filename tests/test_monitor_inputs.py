@@ -449,8 +449,8 @@ class Modulating(Modulated):
 
 def test_a_modulated_norm_stays_one_kernel(monkeypatch):
     """Its norm isn't called, so that hooks on the norm would make it a call of its own."""
-    fused, calls = adapted.modulated_layer_norm, []
-    monkeypatch.setattr(adapted, "modulated_layer_norm", lambda *args, **kw: calls.append(1) or fused(*args, **kw))
+    fused, calls = adapted.modulated_norm, []
+    monkeypatch.setattr(adapted, "modulated_norm", lambda *args, **kw: calls.append(1) or fused(*args, **kw))
     model = nn.ModuleDict({"block": Modulating(), "last": fastnorm.LayerNorm(6)})
     x, scale = torch.randn(2, 4, 6), torch.randn(2, 6, requires_grad=True)
     with fastnorm.Monitor(model) as monitor:

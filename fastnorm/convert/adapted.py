@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from ..ops.arguments import options_repr, result_dtype
 from ..ops.batch_norm import BatchNorm2d
 from ..ops.group_norm import GroupNorm
 from ..ops.layer_norm import LayerNorm
-from ..ops.modulated_norm import modulated_layer_norm, modulated_norm, modulated_rms_norm
+from ..ops.modulated_norm import modulated_norm
 from ..ops.rms_norm import RMSNorm, rms_norm
 from ..ops.symbolic import has_hooks, module_node
 from ..ops.sync_batch_norm import SyncBatchNorm
@@ -161,9 +161,9 @@ class Modulated(nn.Module):
             y = norm(x) * (1 + scale)
             return y if shift is None else y + shift
         weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-        dtype, functional = x.dtype, cast(Any, modulated_rms_norm)
+        dtype, op = x.dtype, "modulated_rms_norm"
         if isinstance(norm, nn.LayerNorm):
-            functional = modulated_layer_norm
+            op = "modulated_layer_norm"
             if core_of(type(norm)) in (nn.LayerNorm, LayerNorm):  # FP32LayerNorm keeps x's dtype under autocast, too
                 dtype = result_dtype("layer_norm", x, None)
         elif weight is not None:  # as WeightTypedRMSNorm
@@ -171,14 +171,13 @@ class Modulated(nn.Module):
         for parameter in (scale, shift):
             dtype = dtype if parameter is None else torch.promote_types(dtype, parameter.dtype)
         if weight is None:
-            return functional(x, scale, shift, eps=norm.eps, out_dtype=dtype)[0]
+            return modulated_norm(op, x, scale, shift, None, None, norm.eps, dtype, None)[0]
         # w·x̂ + b, scaled and shifted, is x̂ scaled and shifted; a row for each sample. Less 1, it would be rounded
         factor = 1 + scale.to(torch.promote_types(scale.dtype, torch.float32))
         if bias is not None:
             shift = factor * bias if shift is None else torch.addcmul(shift.to(factor.dtype), factor, bias)
-        return modulated_norm(
-            functional.__name__, x, factor * weight, shift, None, None, norm.eps, dtype, None, zero_centered=False
-        )[0]
+        scale = factor * weight
+        return modulated_norm(op, x, scale, shift, None, None, norm.eps, dtype, None, zero_centered=False)[0]
 
 
 class AdaLayerNorm(Modulated):
