@@ -175,6 +175,7 @@ def gradient_blocks(
     loaded = load_rows(source, program, GROUPS, ROTARY, INTERLEAVED, N_COLS, TILE, N_TILES, ROWS)
     held_ptr = weight_ptr + first if HOLD_WEIGHT and weight_ptr is not None else None
     weight_tiles = load_weight_tiles(held_ptr, lanes, N_COLS, TILE, N_TILES, ROWS)
+    # not before the first loads: kept since then, it makes add_layer_norm's 12288 columns spill 32 bytes on sm_90
     programs = tl.num_programs(0) if sample_programs is None else sample_programs
     for block in range(program, n_blocks, programs):
         tiles = loaded

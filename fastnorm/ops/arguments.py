@@ -129,7 +129,7 @@ def _mistake(
 ) -> Exception:
     """The first mistake in the arguments, as the exception that torch raises for it."""
     if not isinstance(x, Tensor):
-        return TypeError(f"{op}(): argument 'input' must be Tensor, not {type(x).__name__}")
+        return TypeError(f"{op}(): argument '{_first(op)}' must be Tensor, not {type(x).__name__}")
     try:
         shape = _as_shape(normalized_shape)
     except TypeError:
@@ -142,17 +142,22 @@ def _mistake(
         expected = ", ".join(["*", *map(str, shape)])
         kind = ValueError if op.endswith("rms_norm") and len(shape) > x.dim() else RuntimeError
         return kind(
-            f"{op}(): with normalized_shape={list(shape)}, input must have the shape [{expected}], "
+            f"{op}(): with normalized_shape={list(shape)}, {_first(op)} must have the shape [{expected}], "
             f"but got {list(x.shape)}"
         )
     if not (x.is_floating_point() or x.is_complex()) or x.dtype.itemsize == 1:
         return NotImplementedError(
-            f"{op}(): input must be float32, bfloat16, float16 or float64, but got {x.dtype}; convert it first"
+            f"{op}(): {_first(op)} must be float32, bfloat16, float16 or float64, but got {x.dtype}; convert it first"
         )
     wanted = [(name, p, shape) for name, p in zip(("weight", "bias"), parameters, strict=False)]
     wanted += [(name, t, tuple(x.shape)) for name, t in alike.items()]
     errors = (tensor_mistake(op, name, tensor, x, sizes) for name, tensor, sizes in wanted)
     return next((e for e in errors if e is not None), AssertionError("the arguments are right"))
+
+
+def _first(op: str) -> str:
+    """What the operation calls x: torch.nn.functional's are called with `input`."""
+    return "input" if op in ("layer_norm", "rms_norm") else "x"
 
 
 def tensor_mistake(op: str, name: str, tensor: Any, x: Tensor, shape: tuple[int, ...]) -> Exception | None:
@@ -164,7 +169,8 @@ def tensor_mistake(op: str, name: str, tensor: Any, x: Tensor, shape: tuple[int,
     if tuple(tensor.shape) != shape:
         return RuntimeError(f"{op}(): {name} must have the shape {list(shape)}, but got {list(tensor.shape)}")
     if tensor.device != x.device:
-        return RuntimeError(f"{op}(): {name} is on {tensor.device}, but input is on {x.device}; move one of them")
+        where = f"{name} is on {tensor.device}, but {_first(op)} is on {x.device}"
+        return RuntimeError(f"{op}(): {where}; move one of them")
     if tensor.dtype not in DTYPES:
         return RuntimeError(f"{op}(): {name} must be float32, bfloat16, float16 or float64, but got {tensor.dtype}")
     return None
