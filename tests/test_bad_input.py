@@ -269,7 +269,7 @@ def test_unknown_rounding(rounding):
 
 @operations
 @pytest.mark.parametrize("wrong", ["no", "", 1, 0.0, None, torch.tensor(True)], ids=repr)
-def test_options_that_are_no_truth(op, wrong, device):
+def test_options_that_are_no_truth(op, wrong):
     """Kernels and formulas would see another truth in them."""
     check_mistake(op, "zero_centered", arguments(op, zero_centered=wrong), TypeError)
     module = getattr(fastnorm, op.title().replace("_", "").replace("Rms", "RMS"))
@@ -278,7 +278,7 @@ def test_options_that_are_no_truth(op, wrong, device):
 
 
 @operations
-def test_numpys_truths(op, device):
+def test_numpys_truths(op):
     numpy = pytest.importorskip("numpy")
     given = arguments(op)
     found, expected = (getattr(functional, op)(**given, zero_centered=yes) for yes in (numpy.bool_(True), True))
