@@ -211,19 +211,19 @@ def _load_chunk_tile(h_row, dy_row, gate_row, x_gate_ptr, ahead, first, lanes, m
 
 @triton.jit
 def _store_chunk_tile(
-    dx_ptr, dresidual_ptr, dgate_ptr, weight_ptr, bias_ptr, offsets, cols, mask, dx, h, dy, gate_tiles, x_tiles,
+    dx_ptr, dresidual_ptr, dgate_ptr, weight_ptr, bias_ptr, offsets, first, lanes, mask, dx, h, dy, gate_tiles, x_tiles,
     x_factor, statistics, ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr,
     CAST: tl.constexpr,
 ):  # fmt: skip
     """Stores a tile of the gradients, of which dx is that of what the norm got. The other tiles: see
-    `_load_chunk_tile`."""
+    `_load_chunk_tile`. The weight's address is written as in `_store_chunk`, so that both loads are one."""
     if len(gate_tiles) > 0:
         if NORM_BEFORE_GATE:
             z = rounded_to(x_factor, CAST) if len(statistics) == 1 else x_factor * statistics[0]
             if weight_ptr is not None:
-                z *= load_weight(weight_ptr + cols, mask, z.dtype, ZERO_CENTERED)
+                z *= load_weight(weight_ptr + lanes + first, mask, z.dtype, ZERO_CENTERED)
             if bias_ptr is not None:
-                z += load_tile(bias_ptr + cols, mask, z.dtype)
+                z += load_tile(bias_ptr + lanes + first, mask, z.dtype)
             store_tile(dgate_ptr + offsets, dy * z * activation_slope(gate_tiles[0].to(z.dtype), SILU), mask)
         else:
             dx = through_gate(dgate_ptr, offsets, dx, h, gate_tiles[0], mask, SILU)
@@ -270,7 +270,7 @@ def _store_chunk(
         if len(x_tiles) > 0:
             dx_gate_sums = sum_with(old_dx_gate_sums, t, dx, x_tiles[0], False) + dx_gate_sums
         _store_chunk_tile(
-            dx_ptr, dresidual_ptr, dgate_ptr, weight_ptr, bias_ptr, offsets, first + lanes, mask, dx, h, dy, gate_tiles,
+            dx_ptr, dresidual_ptr, dgate_ptr, weight_ptr, bias_ptr, offsets, first, lanes, mask, dx, h, dy, gate_tiles,
             x_tiles, x_factor, statistics, ZERO_CENTERED, SILU, NORM_BEFORE_GATE, CAST,
         )  # fmt: skip
     return dweight_sums, dbias_sums, dx_gate_sums
