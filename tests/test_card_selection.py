@@ -51,7 +51,7 @@ def selection(request) -> list[tuple[str, dict[str, str]]]:
 
 def test_the_selection_has_every_kernel_and_is_small(selection):
     names = [name for name, _ in selection]
-    assert 300 < len(names) < 950
+    assert 300 < len(names) < 920
     folders = backend._triton.__path__[0], TESTS.parent / "csrc" / "cuda"
     sources = [path for folder in folders for path in Path(folder).iterdir() if path.is_file()]
     with_kernels = {p.name for p in sources if re.search(r"^def _\w+_kernel\(|\w+_kernel\(const", p.read_text(), re.M)}

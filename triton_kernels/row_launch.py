@@ -229,7 +229,7 @@ def tiles_ahead(tiles: RowTiles, itemsize: int, sums: int, chunks: int, has_x_ga
     an x_gate of all tensors. One, but on Blackwell's cards, which have more latency to hide: there two beside an
     x_gate, and else, where one program has the row, as many of dh as AHEAD_REGISTERS hold. Predicted for B200, in per
     cent of a copy's speed, 16384 columns, with one and with more: add_layer_norm in bf16 64 and 73, in fp32 79 and 85,
-    add_rms_norm 76 and 85, in fp32 86 and 93. In fp32 it would lose 2 on H100 and 8 on A100."""
+    add_rms_norm 76 and 85, in fp32 86 and 93. In fp32, all of dh would lose 2 to 3 on H100 and 6 to 7 on A100."""
     if not is_blackwell() or itemsize > 4:
         return 1
     if has_x_gate:

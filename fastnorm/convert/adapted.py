@@ -172,7 +172,8 @@ class Modulated(nn.Module):
             dtype = dtype if parameter is None else torch.promote_types(dtype, parameter.dtype)
         if weight is None:
             return modulated_norm(op, x, scale, shift, None, None, norm.eps, dtype, None)[0]
-        # w·x̂ + b, scaled and shifted, is x̂ scaled and shifted; a row for each sample. Less 1, it would be rounded
+        # w·x̂ + b, scaled and shifted, is x̂ scaled and shifted; a row for each sample. The product isn't passed as 1 + a
+        # scale: a small weight would lose its digits.
         factor = 1 + scale.to(torch.promote_types(scale.dtype, torch.float32))
         if bias is not None:
             shift = factor * bias if shift is None else torch.addcmul(shift.to(factor.dtype), factor, bias)
