@@ -5,10 +5,10 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
+#include <torch/csrc/utils/python_numbers.h>
 
 #include <cstring>
 #include <optional>
-#include <vector>
 
 #include "arguments.h"
 
@@ -71,31 +71,23 @@ PyObject* are_plain(PyObject*, PyObject* tensors) {
   END_HANDLE_TH_ERRORS
 }
 
-// A walk over the bytes of shape_key.
-class Shapes {
+// A hash of the shapes of a list, in order. The shapes themselves, eight bytes a size, would have to be fetched at every
+// call: thousands of tensors leave nothing in the L2 cache.
+class ShapeHash {
  public:
-  explicit Shapes(PyObject* bytes)
-      : next_(reinterpret_cast<const int64_t*>(PyBytes_AS_STRING(bytes))),
-        end_(next_ + PyBytes_GET_SIZE(bytes) / sizeof(int64_t)) {}
-
-  bool is_at_end() const { return next_ == end_; }
-
-  // Whether the next shape is this one. No memcmp: its call takes as long as all the rest.
-  bool take(at::IntArrayRef sizes) {
-    if (end_ - next_ <= static_cast<int64_t>(sizes.size()) || *next_++ != static_cast<int64_t>(sizes.size())) {
-      return false;
-    }
+  void add(at::IntArrayRef sizes) {
+    uint64_t shape = sizes.size(), factor = 1;
     for (const int64_t size : sizes) {
-      if (*next_++ != size) {
-        return false;
-      }
+      factor *= 0x9e3779b97f4a7c15;  // odd, so that no factor is even and loses bits; another for each dimension
+      shape += (static_cast<uint64_t>(size) + 1) * factor;
     }
-    return true;
+    value_ = value_ * 0xd1342543de82ef95 + shape;
   }
 
+  uint64_t value() const { return value_; }
+
  private:
-  const int64_t* next_;
-  const int64_t* const end_;
+  uint64_t value_ = 1;
 };
 
 // Whether sizes() neither raises nor calls Python.
@@ -104,24 +96,31 @@ bool has_sizes(const Tensor& tensor) {
   return !tensor.is_nested() && !impl->is_python_dispatch() && !impl->has_symbolic_sizes_strides();
 }
 
-// Whether kernels can read all tensors, on one device, and fits(tensor) holds for each.
-template <typename Fits>
-bool all_readable_and(PyObject* tensors, const Fits& fits) {
+// Whether kernels can read all tensors, on one device; visits each while that holds.
+template <typename Visit>
+bool all_readable_and(PyObject* tensors, const Visit& visit) {
   bool found = true;
   std::optional<at::Device> device;
-  c10::DispatchKeySet keys;  // of the tensor before: most have the same
+  c10::DispatchKeySet keys;  // of the tensor before, as its dtype: most have the same
+  caffe2::TypeMeta dtype;
   each_object(tensors, [&](Py_ssize_t, PyObject* item) {
     if (!THPVariable_CheckExact(item)) {
       return found = false;
     }
     const Tensor& tensor = THPVariable_Unpack(item);
-    device = device.value_or(tensor.device());
-    if (tensor.key_set() != keys) {
-      found = has_readable_keys(tensor);
-      keys = tensor.key_set();
+    const at::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
+    if (impl.key_set() != keys || impl.dtype() != dtype) {
+      found = has_readable_keys(tensor) && !impl.is_python_dispatch() && is_supported(tensor.scalar_type());
+      keys = impl.key_set();
+      dtype = impl.dtype();
     }
-    return found = found && tensor.device() == *device && is_supported(tensor.scalar_type()) &&
-                   tensor.is_non_overlapping_and_dense() && fits(tensor);
+    device = device.value_or(impl.device());
+    found = found && impl.device() == *device && !impl.has_symbolic_sizes_strides() &&
+            impl.is_non_overlapping_and_dense();
+    if (found) {
+      visit(tensor);
+    }
+    return found;
   });
   return found;
 }
@@ -129,15 +128,15 @@ bool all_readable_and(PyObject* tensors, const Fits& fits) {
 // The shapes are compared in the same walk: one of their own takes as long.
 PyObject* all_readable(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 2 && (arguments[1] == Py_None || PyBytes_Check(arguments[1])),
+  TORCH_CHECK_TYPE(count == 2 && (arguments[1] == Py_None || PyLong_Check(arguments[1])),
                    "all_readable(tensors, shapes)");
   if (arguments[1] == Py_None) {
-    return PyBool_FromLong(all_readable_and(arguments[0], [](const Tensor&) { return true; }));
+    return PyBool_FromLong(all_readable_and(arguments[0], [](const Tensor&) {}));
   }
-  Shapes shapes(arguments[1]);
-  const bool found = all_readable_and(
-      arguments[0], [&](const Tensor& tensor) { return has_sizes(tensor) && shapes.take(tensor.sizes()); });
-  return PyBool_FromLong(found && shapes.is_at_end());
+  const uint64_t expected = THPUtils_unpackUInt64(arguments[1]);
+  ShapeHash shapes;
+  const bool found = all_readable_and(arguments[0], [&](const Tensor& tensor) { shapes.add(tensor.sizes()); });
+  return PyBool_FromLong(found && shapes.value() == expected);
   END_HANDLE_TH_ERRORS
 }
 
@@ -159,22 +158,19 @@ PyObject* gradients(PyObject*, PyObject* parameters) {
 
 PyObject* shape_key(PyObject*, PyObject* tensors) {
   HANDLE_TH_ERRORS
-  std::vector<int64_t> key;
+  ShapeHash shapes;
   bool found = true;
   each(tensors, [&](Py_ssize_t, const Tensor& tensor) {
     found = has_sizes(tensor);
     if (found) {
-      const auto sizes = tensor.sizes();
-      key.push_back(static_cast<int64_t>(sizes.size()));
-      key.insert(key.end(), sizes.begin(), sizes.end());
+      shapes.add(tensor.sizes());
     }
     return found;
   });
   if (!found) {
     Py_RETURN_NONE;
   }
-  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(key.data()),
-                                   static_cast<Py_ssize_t>(key.size() * sizeof(int64_t)));
+  return THPUtils_packUInt64(shapes.value());
   END_HANDLE_TH_ERRORS
 }
 
@@ -209,7 +205,7 @@ int add_list_functions(PyObject* module) {
       {"are_plain", are_plain, METH_O, "are_plain(tensors): whether all are plain tensors or parameters"},
       {"gradients", gradients, METH_O, "gradients(parameters): their gradients, of those that have one"},
       {"shape_key", shape_key, METH_O,
-       "shape_key(tensors): the number of dimensions and the sizes of each, as bytes; None where only Python can tell"},
+       "shape_key(tensors): a hash of their shapes, of 64 bits; None where only Python can tell"},
       {"list_key", list_key, METH_O, "list_key(tensors): addresses, sizes and dtypes as bytes"},
       {nullptr, nullptr, 0, nullptr}};
   return PyModule_AddFunctions(module, methods);

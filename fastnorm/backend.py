@@ -306,7 +306,7 @@ def are_plain(tensors: Sequence[torch.Tensor]) -> bool:
     return set(map(type, tensors)) <= PLAIN
 
 
-def all_readable(tensors: Sequence[torch.Tensor], shapes: bytes | None = None) -> bool:
+def all_readable(tensors: Sequence[torch.Tensor], shapes: int | None = None) -> bool:
     """Whether these are plain tensors that kernels can read in place, all on one device, and whose shape_key is
     `shapes` unless that is None; False where that is not known of all at once."""
     return _native is not None and not torch._C._len_torch_dispatch_stack() and _native.all_readable(tensors, shapes)
@@ -320,8 +320,8 @@ def gradients(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [grad for grad in [parameter.grad for parameter in parameters] if grad is not None]
 
 
-def shape_key(tensors: Sequence[torch.Tensor]) -> bytes | None:
-    """The tensors' shapes as bytes, which are quick to compare; None where they must be compared one by one."""
+def shape_key(tensors: Sequence[torch.Tensor]) -> int | None:
+    """A hash of the tensors' shapes, of 64 bits; None where they must be compared one by one."""
     return None if _native is None or torch.compiler.is_compiling() else _native.shape_key(tensors)
 
 

@@ -30,7 +30,7 @@ class Part(NamedTuple):
     impl: Any  # or None
     tensors: list[Tensor]
     positions: Sequence[int]  # in the whole list, ascending
-    shapes: bytes | None = None  # the tensors' shape_key, where it is the one that was expected
+    shapes: int | None = None  # the tensors' shape_key, where it is the one that was expected
 
 
 def listed(parameters: Parameters, warning_level: int | None = None) -> tuple[list[Tensor], list[str] | None]:
@@ -96,7 +96,7 @@ def _named(item: str) -> Callable[[str], bool]:
     return lambda name: f"{name}.".startswith(f"{item}.") or fnmatchcase(f"{name}.", f"{item}.*")
 
 
-def split(op: str, tensors: list[Tensor], shapes: bytes | None = None) -> list[Part]:
+def split(op: str, tensors: list[Tensor], shapes: int | None = None) -> list[Part]:
     """Divides a list: a part for each device's tensors that kernels can read, and one without a backend for the rest.
 
     If all tensors are in one part, it has the list itself. Kernels can't read subclasses, FakeTensors, sparse and

@@ -221,7 +221,7 @@ def begin(
     over: Sequence[Reduction] = (),
     deferred: bool = False,
     trial: bool = False,
-    shapes: bytes | None = None,
+    shapes: int | None = None,
 ) -> float | PolicyCall:
     """What `measure` takes: max_norm itself, or the call of a policy, for a list that is empty only with `over`.
 

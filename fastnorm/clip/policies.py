@@ -220,7 +220,7 @@ class AdaGC(ClipPolicy):
         memory.shapes, memory.names = [t.shape for t in tensors], names
 
     def _require_same(
-        self, memory: Memory, tensors: Sequence[Tensor], names: list[str] | None, norm_type: float, shapes: bytes | None
+        self, memory: Memory, tensors: Sequence[Tensor], names: list[str] | None, norm_type: float, shapes: int | None
     ) -> None:
         super()._require_same(memory, tensors, names, norm_type, shapes)
         known = memory.shapes or []
@@ -348,7 +348,7 @@ class SpikeSkip(ClipPolicy):
         norm_type: float,
         deferred: bool = False,
         trial: bool = False,
-        shapes: bytes | None = None,
+        shapes: int | None = None,
     ) -> PolicyCall:
         if self._seen is not None and not is_capturing(tensors[0].device) and self._seen.arrival.query():
             values = self._seen.values

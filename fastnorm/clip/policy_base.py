@@ -26,7 +26,7 @@ _MOST_NORMS = 2**53  # a float64 that counts to more would stand still
 class Memory:
     """What a policy keeps of the lists that it has seen. shapes and names: of AdaGC's tensors, names if there are any.
 
-    calls: at least as many as norms entered the state. shape_key: the shapes as bytes, which are quick to compare.
+    calls: at least as many as norms entered the state. shape_key: a hash of the shapes.
     is_placed: whether a list has settled the state's device.
     """
 
@@ -35,7 +35,7 @@ class Memory:
     calls: int = 0
     shapes: list[torch.Size] | None = None
     names: list[str] | None = None
-    shape_key: bytes | None = None
+    shape_key: int | None = None
     is_placed: bool = True
 
 
@@ -164,7 +164,7 @@ class ClipPolicy:
         norm_type: float,
         deferred: bool = False,
         trial: bool = False,
-        shapes: bytes | None = None,
+        shapes: int | None = None,
     ) -> PolicyCall:
         """What a backend needs for a list that is not empty. Makes the state, or checks that it fits.
 
@@ -188,8 +188,8 @@ class ClipPolicy:
         return PolicyCall(memory.state.clone() if trial else memory.state, self._rule, constants, self, memory)
 
     @property
-    def shape_key(self) -> bytes | None:
-        """The shapes that every list must have, where the policy knows them as bytes."""
+    def shape_key(self) -> int | None:
+        """The hash of the shapes that every list must have, where the policy knows it."""
         return None if self._memory is None else self._memory.shape_key
 
     def finish(self, state: Tensor, memory: Memory) -> None:
@@ -216,7 +216,7 @@ class ClipPolicy:
         """Before each call."""
 
     def _require_same(
-        self, memory: Memory, tensors: Sequence[Tensor], names: list[str] | None, norm_type: float, shapes: bytes | None
+        self, memory: Memory, tensors: Sequence[Tensor], names: list[str] | None, norm_type: float, shapes: int | None
     ) -> None:
         """Raises unless the list is one that the state was made for."""
         name, device = type(self).__name__, tensors[0].device
