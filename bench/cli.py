@@ -163,6 +163,8 @@ def _add_predict(add: Callable) -> None:
     for flag, of in choices:
         one = name(of, flag.strip("-").removesuffix("s"))
         add(flag, type=several(one), metavar="LIST", default=tuple(of), help=f"by commas (default: {','.join(of)})")
+    one, text = name(predict.PROVIDERS, "provider"), "by commas: fastnorm, liger (default: fastnorm)"
+    add("--providers", type=several(one), metavar="LIST", default=(predict.OURS,), help=text)
     add("--widths", type=several(positive(int)), metavar="LIST", default=predict.WIDTHS, help="columns, by commas")
     text = "elements in units of 2**20, by commas (default: 32,4)"
     add("--millions", type=several(positive(int)), metavar="LIST", default=predict.MILLIONS, help=text)

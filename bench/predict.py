@@ -46,13 +46,19 @@ DIRECTIONS = ("forward", "backward")
 TARGETS = {"sm_80": "A100", "sm_90": "H100", "sm_100": "B200"}
 WIDTHS = (128, 768, 1024, 2048, 2560, 4096, 5120, 7168, 8192, 12288, 16384, 32768)
 MILLIONS = (32, 4)  # elements, in units of 2**20
+PROVIDERS = (OURS, PEER) = ("fastnorm", "liger")
+PEER_OPERATIONS = ("rms_norm", "layer_norm", "add_rms_norm")  # what Liger-Kernel has of these
 
 
 def main(options: Namespace) -> Outcome:
     """Predict every cell, print the table, and write it with the facts that it depends on."""
     if find_spec("gputime") is None:
         sys.exit("python -m bench predict needs the timing model gputime on PYTHONPATH")
+    if PEER in options.providers and find_spec("liger_kernel") is None:
+        sys.exit("python -m bench predict --providers liger needs: pip install --no-deps liger-kernel")
     cells = list(_cells(options))
+    if not cells:
+        sys.exit(f"nothing to predict: of these norms Liger-Kernel has {', '.join(PEER_OPERATIONS)}")
     with ProcessPoolExecutor(options.jobs) as pool:
         results = list(tqdm(pool.map(_predicted, cells), total=len(cells), unit="cell"))
     facts = {name: version(name) for name in ("torch", "triton")} | {"fastnorm": fastnorm.__version__}
@@ -70,11 +76,13 @@ def _cells(options: Namespace) -> Iterator[tuple]:
     widths, millions = (WIDTHS[5:6], MILLIONS[:1]) if options.quick else (options.widths, options.millions)
     for operation in options.operations:
         chosen = (operation,), DIRECTIONS, options.dtypes, options.targets, millions
-        if operation in CHANNEL_NORMS:
+        if operation in CHANNEL_NORMS and OURS in options.providers:
             images = IMAGES[operation][: 1 if options.quick else None]
             yield from product(*chosen, images, (options.latency,), LAYOUTS)
-        else:
-            yield from product(*chosen, widths, (options.latency,))
+        elif operation in ROW_NORMS:
+            known = OURS, *(PEER for _ in range(operation in PEER_OPERATIONS))
+            providers = [provider for provider in options.providers if provider in known]
+            yield from product(*chosen, widths, (options.latency,), providers)
 
 
 def _predicted(cell: tuple) -> dict[str, Any]:
@@ -97,7 +105,7 @@ def _predict_image(cell: tuple) -> dict[str, Any]:
     moved = passes[DIRECTIONS.index(direction)] * samples * math.prod(sizes) * presets.DTYPES[dtype].itemsize
     return {
         "operation": operation, "direction": direction, "dtype": dtype, "target": target, "millions": millions,
-        "image": image, "layout": layout, "us": round(call.us, 1),
+        "provider": OURS, "image": image, "layout": layout, "us": round(call.us, 1),
         "percent_of_copy": round(100 * moved / machine.bandwidth / call.us * 1e6), "bound": call.bound,
         "spilled": max(kernel.spilled for kernel in call.kernels),
     }  # fmt: skip
@@ -108,7 +116,7 @@ def _predict(cell: tuple) -> dict[str, Any]:
     from gputime.__main__ import machine_of, predict_problem
     from gputime.problem import Problem
 
-    operation, direction, dtype, target, millions, cols, latency = cell
+    operation, direction, dtype, target, millions, cols, latency, provider = cell
     machine = machine_of(target, latency)
     rows = max(1, (millions << 20) // cols)
     if operation == ROTARY:
@@ -116,11 +124,11 @@ def _predict(cell: tuple) -> dict[str, Any]:
     elif operation in (*GATED, MODULATED):
         call = _own_call(operation, direction, dtype, rows, cols, machine)
     else:
-        call = predict_problem(Problem(target, operation, direction, dtype, rows, cols), machine)
+        call = predict_problem(Problem(target, operation, direction, dtype, rows, cols, provider=provider), machine)
     return {
         "operation": operation, "direction": direction, "dtype": dtype, "target": target, "millions": millions,
-        "cols": cols, "us": round(call.us, 1), "percent_of_copy": round(100 * call.share), "bound": call.bound,
-        "spilled": max(kernel.spilled for kernel in call.kernels),
+        "provider": provider, "cols": cols, "us": round(call.us, 1), "percent_of_copy": round(100 * call.share),
+        "bound": call.bound, "spilled": max(kernel.spilled for kernel in call.kernels),
     }  # fmt: skip
 
 

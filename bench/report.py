@@ -237,8 +237,11 @@ def wide(frame: pd.DataFrame, rows: list[str], across: str, columns: Iterable[st
 
 
 def prediction_tables(results: Iterable[dict], targets: dict[str, str]) -> list[pd.DataFrame]:
-    """One for the row norms that were predicted at the same widths, and one for each norm over channels."""
+    """One for the row norms that were predicted at the same widths, one for each norm over channels, and one of what
+    another library's kernels were predicted for too."""
     results = list(results)
+    theirs = [result for result in results if result["provider"] != "fastnorm"]
+    results = [result for result in results if result["provider"] == "fastnorm"]
     widths: dict[str, set] = {}
     for result in results:
         widths.setdefault(result["operation"], set()).add(result.get("cols"))
@@ -246,7 +249,8 @@ def prediction_tables(results: Iterable[dict], targets: dict[str, str]) -> list[
     for result in results:
         operation = result["operation"]
         tables.setdefault(operation if "image" in result else frozenset(widths[operation]), []).append(result)
-    return [_prediction_cells(of_table, targets) for of_table in tables.values()]
+    beside = [_beside(results, theirs, targets)] if theirs else []
+    return [_prediction_cells(of_table, targets) for of_table in tables.values()] + beside
 
 
 def _prediction_cells(results: list[dict], targets: dict[str, str]) -> pd.DataFrame:
@@ -257,9 +261,25 @@ def _prediction_cells(results: list[dict], targets: dict[str, str]) -> pd.DataFr
     if "image" in frame:
         frame["call"] += ", " + frame["layout"]
         frame["cols"] = frame["image"].str.replace("x", " × ")
-    frame["elements"] = [f"{millions} M" for millions in frame["millions"]]
-    frame["GPU"], frame["cols"] = frame["target"].map(targets), frame["cols"].map(str)
     bounds = zip(frame["percent_of_copy"], frame["bound"], strict=True)
     frame["cell"] = [f"{percent} l" if bound == "latency" else f"{percent}" for percent, bound in bounds]
+    return _by_columns(frame, targets)
+
+
+def _beside(ours: list[dict], theirs: list[dict], targets: dict[str, str]) -> pd.DataFrame:
+    """The same rows: our per cent / the other library's; ▼ where our time is more than 3 per cent above its."""
+    cell = ["operation", "direction", "dtype", "millions", "target", "cols"]
+    mine = pd.DataFrame(ours, columns=[*cell, "us", "percent_of_copy"])
+    frame = frame_of(theirs).merge(mine, on=cell, how="left", suffixes=("_theirs", ""))
+    frame["call"] = "`" + frame["operation"] + "` " + frame["direction"]
+    lost = frame["us"] > 1.03 * frame["us_theirs"]
+    both = zip(shown(frame["percent_of_copy"], "{:.0f}".format), frame["percent_of_copy_theirs"], lost, strict=True)
+    frame["cell"] = [f"{our or '–'} / {their}{' ▼' * is_lost}" for our, their, is_lost in both]
+    return _by_columns(frame, targets)
+
+
+def _by_columns(frame: pd.DataFrame, targets: dict[str, str]) -> pd.DataFrame:
+    frame["elements"] = [f"{millions} M" for millions in frame["millions"]]
+    frame["GPU"], frame["cols"] = frame["target"].map(targets), frame["cols"].map(str)
     columns = sorted(frame["cols"].unique(), key=lambda cols: int(cols) if cols.isdigit() else 0)
     return wide(frame, ["call", "dtype", "elements", "GPU"], "cols", columns)

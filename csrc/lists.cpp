@@ -71,8 +71,8 @@ PyObject* are_plain(PyObject*, PyObject* tensors) {
   END_HANDLE_TH_ERRORS
 }
 
-// A hash of the shapes of a list, in order. The shapes themselves, eight bytes a size, would have to be fetched at every
-// call: thousands of tensors leave nothing in the L2 cache.
+// A hash of the shapes of a list, in order. The shapes themselves, eight bytes a size, would have to be fetched at
+// every call: thousands of tensors leave nothing in the L2 cache.
 class ShapeHash {
  public:
   void add(at::IntArrayRef sizes) {
@@ -115,8 +115,8 @@ bool all_readable_and(PyObject* tensors, const Visit& visit) {
       dtype = impl.dtype();
     }
     device = device.value_or(impl.device());
-    found = found && impl.device() == *device && !impl.has_symbolic_sizes_strides() &&
-            impl.is_non_overlapping_and_dense();
+    found =
+        found && impl.device() == *device && !impl.has_symbolic_sizes_strides() && impl.is_non_overlapping_and_dense();
     if (found) {
       visit(tensor);
     }

@@ -1,5 +1,6 @@
 """`python -m bench predict`, with a timing model that answers at once."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -16,8 +17,8 @@ MODEL = {
     "__init__.py": "",
     "problem.py": """
 from collections import namedtuple
-shape = "rows cols image layout residual activation"
-Problem = namedtuple("Problem", "target operation direction dtype " + shape, defaults=(None,) * 6)
+shape = "rows cols image layout residual activation provider"
+Problem = namedtuple("Problem", "target operation direction dtype " + shape, defaults=(None,) * 7)
 """,
     "__main__.py": """
 from types import SimpleNamespace as Space
@@ -30,6 +31,8 @@ def predict_problem(problem, machine):
     assert (32 << 20) - c * h * w < n * c * h * w <= 32 << 20
     assert problem.activation == {"batch_norm": "relu", "group_norm": "silu"}.get(problem.operation)
     bound, latency = "latency" if problem.direction == "backward" else "dram", machine.latency
+    if problem.provider == "liger":
+        latency *= 0.96 if problem.direction == "backward" else 0.98
     return Space(us=100.04 * latency, share=0.914 / latency, bound=bound, kernels=[Space(spilled=0), Space(spilled=8)])
 """,
 }
@@ -95,6 +98,29 @@ def test_norms_over_channels_have_a_table_of_images(model):
     wider = [results[0] | {"operation": "gated_rms_norm", "cols": cols} for cols in (8192, 2048)]
     tables = summary.prediction_tables(results + wider, {"sm_90": "H100"})
     assert [[*table.columns[4:]] for table in tables] == [["4096"], ["256 × 56 × 56"], ["2048", "8192"]]
+
+
+def test_another_library_stands_beside_ours(model):
+    """Where our time is more than 3 per cent above its, a mark says so; what it doesn't have is ours alone."""
+    (model / "liger_kernel.py").write_text("")
+    cell = ("--operations", "rms_norm,add_layer_norm,group_norm_silu", *CELL[2:])
+    done = predict(model, "--quick", *cell, "--providers", "fastnorm,liger")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((model / "predictions-quick.json").read_text())["results"]
+    assert [r["operation"] for r in results if r["provider"] == "liger"] == 2 * ["rms_norm"]
+    ours, _, beside = summary.prediction_tables(results, {"sm_90": "H100"})
+    assert len(ours) == 4 and [*beside["4096"]] == ["91 / 93", "91 / 95 ▼"]
+    alone = [r for r in results if r["provider"] == "liger"]
+    assert [*summary.prediction_tables(alone, {"sm_90": "H100"})[0]["4096"]] == ["– / 93", "– / 95"]
+    done = predict(model, "--quick", "--operations", "add_layer_norm", "--providers", "liger")
+    assert done.returncode == 1 and "nothing to predict" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_without_another_library_it_says_what_to_install(model):
+    if importlib.util.find_spec("liger_kernel") is not None:
+        (model / "sitecustomize.py").write_text("import sys\nsys.modules['liger_kernel'] = None\n")
+    done = predict(model, "--quick", *CELL, "--providers", "liger")
+    assert done.returncode == 1 and "pip install --no-deps liger-kernel" in done.stderr and "Trace" not in done.stderr
 
 
 def test_without_the_model_it_says_what_is_missing(tmp_path):
