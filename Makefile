@@ -70,7 +70,7 @@ test-torch:  ## the whole of `make test` with another torch (TORCH=2.9.1), in an
 test-triton: $(NATIVE)  ## the Triton kernels with another Triton (TRITON=3.5.1): interpreted, and compiled for two GPUs
 	$(PY) -m pip install -q --upgrade --no-deps --target $(OTHER_TRITON) triton==$(TRITON) 'numpy<2.4'
 	PYTHONPATH=$(OTHER_TRITON) OMP_NUM_THREADS=1 $(PY) -m pytest -m triton $(PYTEST_ARGS)
-	PYTHONPATH=$(OTHER_TRITON) $(PY) -m bench codegen --providers fastnorm --no-instructions --targets sm_90,gfx942 \
+	PYTHONPATH=$(OTHER_TRITON) $(PY) -m bench codegen --providers fastnorm --targets sm_90,gfx942 \
 	  --dtypes bf16 --widths 128,1793,4096,7168,16384,32768 --output $(OTHER_TRITON)
 
 lint: $(INSTALLED)  ## ruff, mypy, clang-format

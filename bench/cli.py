@@ -153,8 +153,6 @@ def _add_codegen(add: Callable) -> None:
     for of, default in problem.DEFAULTS.items():
         one = positive(int) if of == "widths" else name(known[of], of.removesuffix("s"))
         add(f"--{of}", type=several(one), metavar="LIST", help=f"by commas (default: {','.join(map(str, default))})")
-    text = "don't disassemble, which takes as long as to compile"
-    add("--no-instructions", dest="instructions", action="store_false", help=text)
     add("--jobs", type=positive(int), default=1, metavar="N", help="processes (default: 1)")
 
 

@@ -28,20 +28,15 @@ LEGEND = (
     "width: of the rows that the code is for; any where it takes all. registers: of a thread. spilled: bytes of a\n"
     "thread, kept elsewhere for want of registers. shared: bytes of a program. resident: warps on a multiprocessor,\n"
     "by registers and shared memory. access: bytes of the narrowest load or store through a pointer to rows; of the\n"
-    "widest where the code does not tell pointers apart (AMD's, and addresses out of a table).\n"
-    "instr: machine instructions for each element of x, counted in the disassembly: those of one turn of the loops\n"
-    "along the data, a loop inside of them as often as it turns, or of the whole kernel where it has no such loop, on\n"
-    "all threads of a program; divided by the elements of x that they handle. Lanes beyond a row's end are not among\n"
-    "those. Where the code branches, the way of a full tile counts. What a program does once, before and after such\n"
-    "loops, does not. –: work that does not grow with x."
+    "widest where the code does not tell pointers apart (AMD's, and addresses out of a table)."
 )
 COLUMNS = {
     "operation": "operation", "dtype": "dtype", "cols": "width", "provider": "provider",
     "kernel": "kernel", "warps": "warps", "registers": "registers", "spilled": "spilled", "shared": "shared",
-    "resident_warps": "resident", "access": "access", "instructions": "instr",
+    "resident_warps": "resident", "access": "access",
 }  # fmt: skip
 FIELDS = [field.name for field in fields(Kernel)]
-TEXTS = {"cols": lambda n: str(n or "any"), "instructions": lambda count: "–" if count is None else f"{count:.1f}"}
+TEXTS = {"cols": lambda n: str(n or "any")}
 
 
 def main(options: Namespace) -> tuple[int, dict[str, Any]]:
@@ -51,7 +46,7 @@ def main(options: Namespace) -> tuple[int, dict[str, Any]]:
     chosen = {name: getattr(options, name) or (QUICK if options.quick else DEFAULTS)[name] for name in DEFAULTS}
     pairs = [(ours, beside(ours)) for ours in problems_of(*(chosen[name] for name in list(DEFAULTS)[:4]))]
     problems = [each for pair in pairs for each in pair if each and each.provider in chosen["providers"]]
-    found = list(tqdm(compile_all(problems, options.jobs, options.instructions), unit="kernel"))
+    found = list(tqdm(compile_all(problems, options.jobs), unit="kernel"))
     document = {
         "facts": _facts(), "failures": [asdict(each) for each in found if isinstance(each, Failure)],
         "fields": FIELDS, "kernels": [list(asdict(each).values()) for each in found if isinstance(each, Kernel)],
@@ -109,9 +104,9 @@ def write(path: Path, document: dict[str, Any]) -> list[Path]:
     columns = json.dumps(document["fields"])
     paths[0].write_text(f'{head[:-2]},\n "fields": {columns},\n "kernels": [\n{lines}\n]}}\n', encoding="utf-8")
     kernels = frame_of(document)
-    shown = kernels[kernels["instructions"].notna() & (kernels["dtype"] == "bf16")].groupby("target", sort=False)
+    shown = kernels[kernels["dtype"] == "bf16"].groupby("target", sort=False)
     tables = [f"## {target}\n\n{_table(part, 'github')}\n" for target, part in shown]
-    rest = "All kernels are in the JSON file of the same name; here are those in bf16 whose work grows with x."
+    rest = "All kernels are in the JSON file of the same name; here are those in bf16."
     facts = f"```\n{aligned(document['facts'].items())}\n```"
     paths[1].write_text("\n\n".join((facts, _summary(document, "github"), LEGEND, rest, *tables)), encoding="utf-8")
     return paths

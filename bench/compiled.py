@@ -15,7 +15,6 @@ import triton
 from . import machine_code, shipped
 from .problem import LIGER, OURS, Problem
 from .providers import one_line
-from .steps import step_of
 
 MULTIPROCESSORS = 132
 ROW_POINTERS = ("x_ptr", "residual_ptr", "y_ptr", "h_ptr", "dy_ptr", "dh_ptr", "dx_ptr", "dresidual_ptr")
@@ -25,7 +24,7 @@ STORED_ROW_POINTERS = ("y_ptr", "dx_ptr")
 
 @dataclass(frozen=True)
 class Kernel:
-    """What became of one kernel. Bytes, but for the counts of registers (of a thread), warps and instructions."""
+    """What became of one kernel. Bytes, but for the counts of registers (of a thread) and warps."""
 
     provider: str
     target: str
@@ -40,8 +39,6 @@ class Kernel:
     resident_warps: int  # on a multiprocessor
     access: int  # the narrowest through a pointer to rows; where pointers are not told apart, the widest
     short_products: int  # 32-bit multiplications, which no address of a row may have
-    instructions: float | None  # of a thread for each of its elements; None where there is no step, or none was asked
-    bytes: float | None  # that it moves for each element, the parameters and what comes from a cache included
     hash: str
 
 
@@ -81,14 +78,13 @@ class CompilingDriver:
         return lambda *arguments: None
 
 
-def compile_problem(problem: Problem, counts: bool = False) -> list[Kernel]:
-    """The kernels of one call; of ours, without those that this process has compiled before. `counts`: with the
-    instructions, which takes as long again."""
+def compile_problem(problem: Problem) -> list[Kernel]:
+    """The kernels of one call; of ours, without those that this process has compiled before."""
     kernels: list[Kernel] = []
 
     def note(*, key, fn, compile, **_) -> None:
         cache = fn.jit_function.device_caches[compile["device"]][0]
-        kernels.append(_describe(problem, fn.name, cache[key], compile["signature"], _constants(compile, fn), counts))
+        kernels.append(_describe(problem, fn.name, cache[key], compile["signature"], _constants(compile, fn)))
         if problem.provider != OURS:
             cache.pop(key)  # another width has the same code, and more or fewer idle lanes
 
@@ -109,14 +105,12 @@ def _constants(compile: dict[str, Any], fn: Any) -> dict[str, Any]:
 
 
 def _describe(
-    problem: Problem, name: str, compiled: Any, signature: dict[str, str], constants: dict[str, Any], counts: bool
+    problem: Problem, name: str, compiled: Any, signature: dict[str, str], constants: dict[str, Any]
 ) -> Kernel:
     (registers, spilled), metadata = machine_code.resources(compiled), compiled.metadata
-    target, multiprocessor = machine_code.TARGETS[problem.target]
+    multiprocessor = machine_code.TARGETS[problem.target][1]
     cols = constants["TILES"][0][0] if "TILES" in constants else constants.get("N_COLS")
     name = name.strip("_").removesuffix("_kernel")
-    step = step_of(problem, name, constants, signature) if counts else None
-    costs = machine_code.element_costs(compiled, step, metadata.num_warps * target.warp_size) if step else (None, None)
     kind = constants.get("KIND", "squares")  # of norm
     name = name if kind == "squares" else f"{name}_{kind}"
     return Kernel(
@@ -125,8 +119,7 @@ def _describe(
         warps=metadata.num_warps, registers=registers, spilled=spilled, shared=metadata.shared,
         resident_warps=multiprocessor.resident_warps(metadata.num_warps, registers, metadata.shared),
         access=_row_access(machine_code.access_bytes(compiled, signature), signature),
-        short_products=len(re.findall(r"arith\.muli .*i32", compiled.asm["ttir"])), instructions=costs[0],
-        bytes=costs[1], hash=metadata.hash,
+        short_products=len(re.findall(r"arith\.muli .*i32", compiled.asm["ttir"])), hash=metadata.hash,
     )
 
 
@@ -139,11 +132,11 @@ def _row_access(widths: dict[str, int], signature: dict[str, str]) -> int:
     return min([widths[name] for name in row_pointers if name in widths] or widths.values())
 
 
-def compile_all(problems: Iterable[Problem], jobs: int = 1, counts: bool = False) -> Iterator[Kernel | Failure]:
+def compile_all(problems: Iterable[Problem], jobs: int = 1) -> Iterator[Kernel | Failure]:
     """Every distinct kernel of the problems, in their order, compiled by `jobs` processes."""
     seen = set()
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        calls = pool.imap(_attempt, [(problem, counts) for problem in problems])
+        calls = pool.imap(_attempt, problems)
         for found in itertools.chain.from_iterable(calls):
             if (key := _identity(found)) not in seen:
                 seen.add(key)
@@ -157,10 +150,9 @@ def _identity(found: Kernel | Failure) -> Hashable:
     return found.target, found.hash, *shape
 
 
-def _attempt(call: tuple[Problem, bool]) -> list[Kernel | Failure]:
-    problem, counts = call
+def _attempt(problem: Problem) -> list[Kernel | Failure]:
     try:
-        return compile_problem(problem, counts)
+        return compile_problem(problem)
     except Exception as error:  # whatever a foreign library raises is shown; of ours it is an error
         if problem.provider == OURS:
             raise

@@ -1,5 +1,4 @@
-"""What compiled code tells without a GPU: registers, spills, access widths, instructions, warps that fit on a
-multiprocessor."""
+"""What compiled code tells without a GPU: registers, spills, access widths, warps that fit on a multiprocessor."""
 
 import re
 import subprocess
@@ -10,9 +9,6 @@ from dataclasses import dataclass
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
-
-from .control_flow import amd_bytes, parse
-from .steps import Step
 
 
 @dataclass(frozen=True)
@@ -57,27 +53,6 @@ def resources(kernel: CompiledKernel) -> tuple[int, int]:
     return count["vgpr_count"], scratch + 4 * count["sgpr_spill_count"]
 
 
-def element_costs(kernel: CompiledKernel, step: Step, threads: int) -> tuple[float, float] | tuple[None, None]:
-    """Instructions and bytes of global memory for each element, by all `threads` of a program together. None where the
-    code does not have the loops that a step is made of."""
-    if "cubin" in kernel.asm:
-        assembly = _ask(triton.knobs.nvidia.nvdisasm.path, kernel.asm["cubin"], "--print-code", "--no-dataflow")
-    else:
-        assembly = kernel.asm["amdgcn"]
-    inner_bytes = step.inner_bytes and step.inner_bytes / threads
-    least_bytes = step.bytes[0] / threads if step.is_exact else None
-    ways = parse(assembly).steps(0 if step.is_whole else len(step.elements), inner_bytes, least_bytes)
-    if len(ways) != len(step.elements):
-        return None, None
-    instructions = moved = 0.0
-    for i, way in enumerate(ways):
-        # a loop that the compiler has unrolled moves a multiple of what it should
-        turns = max(1, round(way.bytes * threads / step.bytes[i])) if step.bytes else 1
-        share = threads / (turns * step.elements[i])
-        instructions, moved = instructions + way.instructions * share, moved + way.bytes * share
-    return instructions, moved
-
-
 def _ask(tool: str, cubin: bytes, *options: str) -> str:
     """What one of CUDA's tools prints about a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -97,11 +72,20 @@ def access_bytes(kernel: CompiledKernel, signature: dict[str, str]) -> dict[str,
         accesses = _ptx_accesses(kernel.asm["ptx"], pointers)
     else:
         found = _AMD_ACCESS.findall(kernel.asm["amdgcn"])
-        accesses = ((direction, amd_bytes(kind)) for direction, kind in found)
+        accesses = ((direction, _amd_bytes(kind)) for direction, kind in found)
     widths: dict[str, int] = {}
     for name, width in accesses:
         widths[name] = (max if name in ("load", "store") else min)(width, widths.get(name, width))
     return widths
+
+
+def _amd_bytes(kind: str) -> int:
+    """Of an access: dwordx4 is what newer targets call b128."""
+    if words := re.fullmatch(r"dword(?:x(\d))?", kind):
+        return 4 * int(words[1] or 1)
+    if "short" in kind or "byte" in kind:
+        return 2 if "short" in kind else 1
+    return int(re.findall(r"\d+", kind)[0]) // 8
 
 
 _AMD_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(load|store)_(\w+)")

@@ -9,10 +9,10 @@ cells: every case, with its time; operations: the speed-ups of every operation a
 least, median and largest speed-up of every operation, with the cases that lose; clip: every list of gradients; host:
 the host's µs a call, best / median; models: whole models, original and converted; predictions: of `python -m bench
 predict`, a row for each call and GPU; card, headline: what `make card` found on cards, all of it or rows of 4096
-columns alone, or a sentence as long as there is no card's file. instructions: of `python -m bench codegen`'s file,
-those for each element, Liger-Kernel's behind ours, of the operations, dtypes and widths that the line goes on to name:
+columns alone, or a sentence as long as there is no card's file; kernels: registers of `python -m bench codegen`'s file,
+Liger-Kernel's behind ours, of the row norms, dtypes and widths that the line goes on to name:
 
-    <!-- instructions NAME.json rms_norm,clip_grad_norm_ bf16 4096,any -->
+    <!-- kernels NAME.json rms_norm,layer_norm bf16 4096 -->
 """
 
 import json
@@ -34,7 +34,7 @@ RESULTS = ROOT / "bench" / "results"
 DOCUMENTS = (ROOT / "docs" / "results.md", ROOT / "docs" / "machine_code.md", ROOT / "README.md")
 # fastnorm-native is what fastnorm takes on a CPU
 CLIPS = ("fastnorm", "fastnorm-deferred", "fastnorm-autoclip", "fastnorm-adagc", "fastnorm-reference")
-KINDS = "cells|operations|spread|clip|instructions|card|headline|host|models|predictions"
+KINDS = "cells|operations|spread|clip|kernels|card|headline|host|models|predictions"
 BLOCK = re.compile(rf"(<!-- ({KINDS}) ([^>]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 NO_CARD = "GPU times have not been measured yet: `make card` does it on a card."
@@ -62,9 +62,9 @@ def _table(kind: str, names: Sequence[str]) -> str:
         cards = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(names[0]))]
         cards = [card for card in cards if card["results"] and not card["rehearsal"]]
         return "\n\n".join(_card(document, kind == "headline") for document in cards) or NO_CARD
-    if kind == "instructions":
+    if kind == "kernels":
         name, *chosen = names
-        return _instructions(kernels_of(RESULTS / name), *(part.split(",") for part in chosen))
+        return _kernels(kernels_of(RESULTS / name), *(part.split(",") for part in chosen))
     documents = [json.loads((RESULTS / name).read_text(encoding="utf-8")) for name in names]
     results = [result for document in documents for result in document["results"]]
     if kind == "host":
@@ -133,16 +133,18 @@ def kernels_of(path: Path) -> list[dict]:
     return [dict(zip(document["fields"], kernel, strict=True)) for kernel in document["kernels"]]
 
 
-def _instructions(kernels: list[dict], operations: list[str], dtypes: list[str], widths: list[str]) -> str:
-    """A row for each kernel, dtype and width: ours / Liger-Kernel's, with what it spills, in bytes of a thread."""
+def _kernels(kernels: list[dict], operations: list[str], dtypes: list[str], widths: list[str]) -> str:
+    """A row for each kernel, dtype and width: registers of ours / Liger-Kernel's, with what it spills, in bytes of a
+    thread, and accesses that are narrower than 16 bytes."""
     frame = pd.DataFrame(kernels)
     frame["width"] = shown(frame["cols"].fillna(0), lambda cols: str(int(cols) or "any"))
     chosen = frame["operation"].isin(operations) & frame["dtype"].isin(dtypes) & frame["width"].isin(widths)
-    frame = frame[chosen & frame["instructions"].notna()]
+    frame = frame[chosen & frame["kernel"].str.contains("forward|backward")]
     spilled = frame["spilled"].map(lambda bytes: f" (spills {bytes})" if bytes else "")
-    kernel = frame["kernel"].str.extract("(forward|backward)", expand=False).fillna(frame["kernel"])
+    access = frame["access"].map(lambda bytes: f", {bytes} B" if bytes < 16 else "")
+    kernel = frame["kernel"].str.extract("(forward|backward)", expand=False)
     frame = frame.assign(operation="`" + frame["operation"] + "`", kernel=kernel,
-                         cell=frame["instructions"].map("{:.1f}".format) + spilled)  # fmt: skip
+                         cell=frame["registers"].map(str) + access + spilled)  # fmt: skip
     rows = ["operation", "kernel", "dtype", "width"]
     both = wide(frame, [*rows, "target"], "provider", ["fastnorm", "liger"], "–")
     both["cell"] = both["fastnorm"] + " / " + both["liger"]

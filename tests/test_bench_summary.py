@@ -65,23 +65,23 @@ def test_documents_are_up_to_date(document, tmp_path):
     assert not summary.fill(tmp_path / document.name), f"python -m bench summary changes {document.name}: {copy}"
 
 
-def test_instructions(results):
-    """Of what the line names, and of kernels whose work grows with x."""
-    fields = ("provider", "target", "operation", "kernel", "dtype", "cols", "spilled", "instructions")
+def test_kernels(results):
+    """Of what the line names: those that walk over rows. Accesses are named where they are narrow."""
+    fields = ("provider", "target", "operation", "kernel", "dtype", "cols", "registers", "access", "spilled")
     kernels = [
-        ("fastnorm", "sm_90", "rms_norm", "row_norm_forward", "bf16", 4096, 0, 8.06),
-        ("liger", "sm_90", "rms_norm", "rms_norm_forward", "bf16", 4096, 16, 13.9),
-        ("fastnorm", "gfx942", "rms_norm", "row_norm_forward", "bf16", 4096, 0, 12.0),
-        ("fastnorm", "sm_90", "rms_norm", "row_norm_forward", "bf16", 1024, 0, 7.0),
-        ("fastnorm", "sm_90", "rms_norm", "row_norm_forward", "fp32", 4096, 0, 7.0),
-        ("fastnorm", "sm_90", "layer_norm", "row_norm_forward", "bf16", 4096, 0, 7.0),
-        ("fastnorm", "sm_90", "clip_grad_norm_", "norm", "bf16", None, 0, 4.2),
-        ("fastnorm", "sm_90", "clip_grad_norm_", "total", "bf16", None, 0, None),
+        ("fastnorm", "sm_90", "rms_norm", "row_norm_forward", "bf16", 4096, 32, 16, 0),
+        ("liger", "sm_90", "rms_norm", "rms_norm_forward", "bf16", 4096, 255, 8, 16),
+        ("fastnorm", "gfx942", "rms_norm", "row_norm_forward", "bf16", 4096, 40, 16, 0),
+        ("fastnorm", "sm_90", "rms_norm", "row_norm_forward", "bf16", 1024, 24, 16, 0),
+        ("fastnorm", "sm_90", "rms_norm", "row_norm_forward", "fp32", 4096, 48, 16, 0),
+        ("fastnorm", "sm_90", "layer_norm", "row_norm_forward", "bf16", 4096, 34, 16, 0),
+        ("fastnorm", "sm_90", "add_rms_norm", "row_norm_backward", "bf16", 4096, 64, 8, 0),
+        ("fastnorm", "sm_90", "add_rms_norm", "column_sum", "bf16", None, 20, 16, 0),
     ]
     (results / "some.json").write_text(json.dumps({"fields": fields, "kernels": kernels}))
-    first, second = filled(results, "instructions", " rms_norm,clip_grad_norm_ bf16 4096,any")
-    assert first == ["`rms_norm`", "forward", "bf16", "4096", "8.1 / 13.9 (spills 16)", "12.0 / –"]
-    assert second == ["`clip_grad_norm_`", "norm", "bf16", "any", "4.2 / –", "– / –"]
+    first, second = filled(results, "kernels", " rms_norm,add_rms_norm bf16 4096,any")
+    assert first == ["`rms_norm`", "forward", "bf16", "4096", "32 / 255, 8 B (spills 16)", "40 / –"]
+    assert second == ["`add_rms_norm`", "backward", "bf16", "4096", "64, 8 B / –", "– / –"]
 
 
 def test_models(results):

@@ -21,7 +21,7 @@ from helpers.environment import release
 
 pytest.importorskip("triton")
 
-from bench import cli, codegen, control_flow, summary
+from bench import cli, codegen, summary
 
 pytestmark = pytest.mark.slow
 
@@ -213,130 +213,45 @@ def test_clip_kernels_read_and_write_16_bytes_at_a_time(clip_kernels):
     assert not {name(k): k["access"] for k in streaming if k["access"] < 16}
 
 
-NVIDIA = """
-kernel:
-        /*0000*/                   S2R R0, SR_TID.X ;
-        /*0010*/              @!P0 BRA `(.L_x_9) ;
-.L_x_1:
-        /*0020*/                   IADD3 R4, R4, 0x1, RZ ;
-        /*0030*/               @P1 BRA `(.L_x_4) ;
-        /*0040*/                   LDG.E.128 R8, desc[UR4][R2.64] ;
-        /*0050*/                   STG.E.128 desc[UR4][R6.64], R8 ;
-.L_x_3:
-        /*0060*/                   LDG.E.U16 R9, desc[UR4][R2.64+0x20] ;
-        /*0070*/              @!P2 BRA `(.L_x_3) ;
-        /*0080*/              @!P3 BRA `(.L_x_1) ;
-        /*0090*/                   BRA `(.L_x_9) ;
-.L_x_4:
-        /*00a0*/                   IMAD R1, R1, R1, RZ ;
-        /*00b0*/                   LDG.E.64 R8, desc[UR4][R2.64] ;
-        /*00c0*/                   STG.E.64 desc[UR4][R6.64], R8 ;
-        /*00d0*/                   BRA `(.L_x_3) ;
-.L_x_9:
-        /*00e0*/                   EXIT ;
-.L_x_10:
-        /*00f0*/                   BRA `(.L_x_10);
-        /*0100*/                   NOP;
-"""
-AMD = """
-kernel:                                 ; @kernel
-; %bb.0:
-\ts_load_dwordx4 s[0:3], s[0:1], 0x0
-\ts_waitcnt lgkmcnt(0)
-.LBB0_1:                                ; =>This Loop Header: Depth=1
-\t.loc\t1 2 0
-\tglobal_load_dwordx4 v[4:7], v0, s[0:1]
-\ts_cbranch_vccnz .LBB0_3
-; %bb.2:
-\tglobal_store_b64 v0, v[4:5], s[2:3]
-\ts_nop 0
-.LBB0_3:
-\ts_cbranch_scc1 .LBB0_1
-; %bb.4:
-\ts_endpgm
-"""
+FEATURES = "gated_rms_norm,gated_rms_norm_gate_first,modulated_layer_norm", "rms_norm_many,rms_norm_many_rotary"
 
 
-# What a feature adds to a norm, in instructions an element: moving and converting its tensors, and arithmetic.
-FEATURES = {
-    ("gated_rms_norm", "forward"): ("rms_norm", 1.6 + 7),  # SiLU is five, its product with the norm two
-    ("gated_rms_norm_gate_first", "forward"): ("rms_norm", 1.6 + 7),
-    ("gated_rms_norm", "backward"): ("rms_norm", 2.3 + 14),  # SiLU and its slope, and the gate's gradient
-    ("gated_rms_norm_gate_first", "backward"): ("rms_norm", 2.3 + 14),
-    ("modulated_layer_norm", "forward"): ("add_layer_norm", 1.6 + 1),  # x's gate, and 1 + scale
-    ("modulated_layer_norm", "backward"): ("add_layer_norm", 3.1 + 4),  # x is read, dresidual written; a third sum
-}
-ROTATIONS = {  # cos and sin are loaded and widened, and there are two products more
-    ("rms_norm_many_rotary", "forward"): ("rms_norm_many", 1.6 + 2),
-    ("rms_norm_many_rotary", "backward"): ("rms_norm_many", 1.6 + 2),
-}
-
-
-@pytest.mark.parametrize("features, cols", [(FEATURES, 4096), (ROTATIONS, 128)], ids=["rows", "heads"])
-def test_features_cost_what_they_add(kernel_cache, tmp_path, features, cols):
-    """Within 20 %, and none spills."""
-    operations = ",".join(dict.fromkeys(name for (name, _), (plain, _) in features.items() for name in (plain, name)))
+@pytest.mark.parametrize("operations, cols", zip(FEATURES, (4096, 128), strict=True), ids=["rows", "heads"])
+def test_features_do_not_spill(kernel_cache, tmp_path, operations, cols):
     command = f"-m bench codegen --operations {operations} --targets sm_90 --widths {cols} --dtypes bf16"
     done = run(kernel_cache, *command.split(), "--providers", "fastnorm", "--jobs", "2", "--output", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    found = [k for k in summary.kernels_of(tmp_path / "codegen-custom.json") if k["instructions"] is not None]
-    count = {(k["operation"], k["kernel"].rpartition("_")[2]): k["instructions"] for k in found}
-    assert {k["cols"] for k in found} == {cols} and not any(k["spilled"] for k in found)
-    for (operation, direction), (plain, added) in features.items():
-        assert count[operation, direction] <= 1.2 * (count[plain, direction] + added), (operation, direction)
+    found = summary.kernels_of(tmp_path / "codegen-custom.json")
+    walking = [k for k in found if is_row_kernel(k)]
+    assert {k["operation"] for k in walking} == set(operations.split(",")) and {k["cols"] for k in walking} == {cols}
+    assert not any(k["spilled"] for k in found)
 
 
-def test_instructions_are_those_of_a_turn_and_of_the_way_that_moves_most():
-    """Of NVIDIA's: 4 in the loop before the inner one, not those of the other way, which moves half; 2 in the inner
-    one for each of its turns; and the jump back. Neither what is around the loop nor the trap behind the end counts."""
-    code = control_flow.parse(NVIDIA)
-    assert code.steps(1) == [(32 + 2, 4 + 2 + 1)]
-    assert code.steps(1, inner_bytes=20) == [(32 + 20, 4 + 20 + 1)]
-    assert code.steps(0) == [(32 + 2, 2 + 7 + 2)]
-    assert control_flow.parse(AMD).steps(1) == [(16 + 8, 4)]
-    assert control_flow.parse(AMD).steps(1, least_bytes=16) == [(16, 3)]
-    assert control_flow.parse(AMD).steps(2) == [(16 + 8, 4)]
-    with pytest.raises(ValueError, match="no machine code"):
-        control_flow.parse("nothing")
-
-
-# of bf16, through the way that is counted: rows in and out, the weights (in the backward for each row), and a little
-# for tables and statistics
-MOVED = {
-    ("rms_norm", "row_norm_forward"): 6, ("rms_norm", "row_norm_backward"): 8, ("layer_norm", "row_norm_forward"): 8,
-    ("layer_norm", "row_norm_backward"): 8, ("clip_grad_norm_", "norm"): 2, ("clip_grad_norm_", "change"): 4,
-}  # fmt: skip
-
-
-def test_the_command_prints_and_writes_what_it_counted(kernel_cache, tmp_path):
+def test_the_command_prints_and_writes_what_it_found(kernel_cache, tmp_path):
     done = run(kernel_cache, "-m", "bench", "codegen", "--quick", "--jobs", "2", "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
     kernels = summary.kernels_of(tmp_path / "codegen-quick.json")
     ours = [k for k in kernels if k["provider"] == "fastnorm"]
     assert {k["target"] for k in ours} == {"sm_90", "gfx942"}
     assert all(k["resident_warps"] >= 4 and not k["spilled"] for k in ours)
-    for kernel, moved in MOVED.items():
-        for found in (k for k in ours if (k["operation"], k["kernel"]) == kernel):
-            # twice that much would be two turns of a loop taken for one, or both ways of a branch
-            assert moved <= found["bytes"] <= 1.1 * moved + 0.1, found
-            assert 2 <= found["instructions"] <= 24, found
-            assert f"{found['instructions']:.1f}" in done.stdout
-    finishing = ("column_sum", "fold_tensor", "total", "policy")
-    assert all(k["instructions"] is None for k in ours if k["kernel"] in finishing)
+    assert {("rms_norm", "row_norm_forward"), ("layer_norm", "row_norm_backward"), ("clip_grad_norm_", "change")} <= {
+        (k["operation"], k["kernel"]) for k in ours
+    }
+    assert all(f" {k['registers']} " in done.stdout for k in ours)
     text = (tmp_path / "codegen-quick.md").read_text(encoding="utf-8")
     assert "## gfx942" in text and "row_norm_backward" in text and codegen.LEGEND in text
     if importlib.util.find_spec("liger_kernel"):
         theirs = [k for k in kernels if k["provider"] == "liger" and k["target"] == "sm_90"]
         norms = {f"{norm}_{direction}" for norm in ("rms_norm", "layer_norm") for direction in ("forward", "backward")}
         assert {k["kernel"] for k in theirs} == norms
-        assert all(k["cols"] == 4096 and k["bytes"] > 5 and k["instructions"] > 8 for k in theirs)
+        assert all(k["cols"] == 4096 and k["registers"] > 8 for k in theirs)
     else:
         assert "liger, 8 calls: ModuleNotFoundError" in done.stdout
 
 
 def test_a_kernel_of_ours_that_spills_fails_the_command_and_another_one_does_not(monkeypatch, tmp_path, capsys):
     example = {"warps": 4, "registers": 255, "shared": 0, "resident_warps": 8, "access": 16, "short_products": 0}
-    example |= {"spilled": 8, "instructions": 9.5, "bytes": 6.0, "hash": ""}
+    example |= {"spilled": 8, "hash": ""}
     shape = {"target": "sm_90", "operation": "rms_norm", "kernel": "row_norm_forward", "dtype": "bf16", "cols": 64}
     monkeypatch.setattr(codegen.triton_kernels, "INTERPRETED", False)
     for provider, status in (("fastnorm", 1), ("liger", 0)):

@@ -73,9 +73,9 @@ def reciprocal(x):
     """1/x in float32, off by a unit in the last place at most, and zero where it is subnormal.
 
     A division takes eight instructions on NVIDIA's cards (Triton 3.8), most of them for subnormal numbers. A sigmoid
-    needs one an element, and the passes of group_norm with a SiLU are bound by instructions as much as by bytes. Of
-    gated_rms_norm's forward, with it, `python -m bench codegen --operations gated_rms_norm --dtypes bf16 --widths 4096
-    --targets sm_90` counts 17.6 instructions an element."""
+    needs one an element, and the passes of group_norm with a SiLU are bound by instructions as much as by bytes. The
+    timing model's per cent of a copy's speed for its forward of 320 × 64 × 64 in channels_last on B200: 48 without it,
+    62 with it. The command: `python -m bench predict --operations group_norm_silu --dtypes bf16 --targets sm_100`."""
     if _INTERPRETED:
         return 1.0 / x
     elif is_cuda():
