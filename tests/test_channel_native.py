@@ -96,9 +96,9 @@ TOLERANCES = {f32: 3e-6, bf16: 9e-3, f16: 1.1e-3, f64: 1e-13}
 @pytest.mark.instruction_sets
 @layouts
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n", [1, 2, 7, 15, 17, 33, 63, 64, 65, 130])
+@pytest.mark.parametrize("n", [1, 2, 7, 11, 15, 17, 31, 33, 49, 63, 64, 65, 130])
 def test_every_word_tail(n, dtype, channels_last):
-    x, residual, dy = (random_image(2, 37, n, channels_last=channels_last, dtype=dtype) for _ in range(3))
+    x, residual, dy = (random_image(19, 37, n, channels_last=channels_last, dtype=dtype) for _ in range(3))
     channels = x.shape[1]
     parameter = f64 if dtype == f64 else f32
     weight, bias = random(channels, dtype=parameter), random(channels, dtype=parameter)

@@ -16,6 +16,9 @@ using at::Tensor;
 using std::optional;
 
 ChannelPlan plan_of(const ChannelView& view) { return ChannelPlan(view.sizes(), view.layout(), 0, false); }
+ChannelPlan elementwise_plan_of(const ChannelView& view) {
+  return ChannelPlan::elementwise(view.sizes(), view.layout());
+}
 
 // The parameters of a forward pass, from weight, bias and statistics.
 template <typename S>
@@ -157,7 +160,7 @@ std::tuple<Tensor, Tensor> batch_norm_evaluation(const Tensor& x, const optional
   check_columns(running_var, "running_var", channels);
   return in_compute_type(x, [&](auto zero) -> std::tuple<Tensor, Tensor> {
     using S = decltype(zero);
-    const ChannelPlan plan = plan_of(call.view);
+    const ChannelPlan plan = elementwise_plan_of(call.view);
     const ForwardPass<S> forward = call.pass<S>(plan);
     const Affine<S> affine(weight, bias, channels);
     const ColumnValues<double> mean(running_mean, channels, 0, 0), var(running_var, channels, 1, 0);
@@ -207,7 +210,7 @@ std::tuple<Tensor, Tensor> batch_norm_normalize(const Tensor& x, const optional<
     using S = decltype(zero);
     check_statistics(mean, "mean", {channels}, scalar_type_of<S>);
     check_statistics(rstd, "rstd", {channels}, scalar_type_of<S>);
-    const ChannelPlan plan = plan_of(call.view);
+    const ChannelPlan plan = elementwise_plan_of(call.view);
     const ForwardPass<S> forward = call.pass<S>(plan);
     const Affine<S> affine(weight, bias, channels);
     for (int64_t c = 0; c < channels; ++c) {
@@ -370,7 +373,7 @@ std::tuple<Tensor, Tensor> batch_norm_backward_apply(const Tensor& dy, const opt
   const Tensor dx = call.make_dx(), dresidual = call.make_dresidual(dresidual_dtype);
   in_compute_type(x, [&](auto zero) {
     using S = decltype(zero);
-    const ChannelPlan plan = call.plan();
+    const ChannelPlan plan = elementwise_plan_of(call.view);
     const Gradients<S> gradients(call, weight);
     const S* values = means.const_data_ptr<S>();
     for (int64_t c = 0; c < call.channels(); ++c) {

@@ -52,14 +52,80 @@ INLINE V where(uint32_t bits, V v) {
 #endif
 }
 
+// Zeroes the lanes where ReLU's gradient does not pass, and returns the bits of the others.
+template <typename V>
+INLINE uint32_t rectify(V& z) {
+  const uint32_t bits = passing(z);
+  z = where(bits, z);
+  return bits;
+}
+
+// Of pairs, bits are in the order of the elements.
+INLINE uint32_t rectify(Pair& z) {
+  const uint32_t even = rectify(z.even), odd = rectify(z.odd);
+#if VECTOR_BYTES >= 32
+  return _pdep_u32(even, 0x55555555) | _pdep_u32(odd, 0xaaaaaaaa);
+#else
+  const auto spread = [](uint32_t bits) { return (bits & 1) | (bits & 2) << 1 | (bits & 4) << 2 | (bits & 8) << 3; };
+  return spread(even) | spread(odd) << 1;
+#endif
+}
+
+INLINE Pair where(uint32_t bits, Pair v) {
+#if VECTOR_BYTES >= 32
+  return {where(_pext_u32(bits, 0x55555555), v.even), where(_pext_u32(bits, 0xaaaaaaaa), v.odd)};
+#else
+  const auto gather = [](uint32_t b) { return (b & 1) | (b >> 1 & 2) | (b >> 2 & 4) | (b >> 3 & 8); };
+  return {where(gather(bits), v.even), where(gather(bits >> 1), v.odd)};
+#endif
+}
+
 // Rows are worked on in words: 64 elements, whose mask is one 64-bit word.
 constexpr int word_size = 64;
 using FullWord = std::integral_constant<int, word_size>;
 
+// A row of `n` elements, at most a word, in K vectors. With K a constant, what a row costs beside its vectors, a half
+// of the time of planes of 7 x 7, is left to the compiler.
+template <typename V, int K>
+struct ShortRow {
+  using Vec = V;
+  int n;
+};
+// Any other row.
+template <typename V>
+struct LongRow {
+  using Vec = V;
+};
+
+template <typename Row>
+constexpr bool is_long = std::is_same_v<Row, LongRow<typename Row::Vec>>;
+
+// Calls body(row) with a block's rows of `n` elements, to be taken in vectors V. SiLU computes too much to gain from
+// short rows of their own.
+template <typename V, Layout LAYOUT, Activation ACTIVATION, typename Body>
+INLINE void with_row(int64_t n, Body body) {
+  if constexpr (LAYOUT == Layout::planes && ACTIVATION != Activation::silu) {
+    if (n <= word_size) {
+      const int size = static_cast<int>(n);
+      switch ((size + lanes<V> - 1) / lanes<V>) {
+        case 1:
+          return body(ShortRow<V, 1>{size});
+        case 2:
+          return body(ShortRow<V, 2>{size});
+        case 3:
+          return body(ShortRow<V, 3>{size});
+        case 4:
+          return body(ShortRow<V, 4>{size});
+      }
+    }
+  }
+  body(LongRow<V>());
+}
+
 // Calls body(first, count) for the words of a row's elements [first, end). In hot loops full words have a body of their
 // own, with count = FullWord, a constant; elsewhere the extra code does not pay.
-template <bool hot, typename Body>
-INLINE void each_word(int64_t first, int64_t end, Body body) {
+template <bool hot, typename V, typename Body>
+INLINE void each_word(LongRow<V>, int64_t first, int64_t end, Body body) {
   if constexpr (hot) {
     for (; first + word_size <= end; first += word_size) {
       body(first, FullWord());
@@ -70,34 +136,64 @@ INLINE void each_word(int64_t first, int64_t end, Body body) {
   }
 }
 
+template <bool, typename V, int K, typename Body>
+INLINE void each_word(ShortRow<V, K> row, int64_t, int64_t, Body body) {
+  body(int64_t{0}, row);
+}
+
 // Calls step(offset, slot, active) for the vectors of a word, with `slot` as in each_vector.
-template <typename V, typename Count, typename Step>
-INLINE void each_of_word(Count count, Step step) {
-  constexpr int width = lanes<V>;
-  if constexpr (std::is_same_v<Count, FullWord>) {
-    for (int offset = 0; offset < word_size; offset += 4 * width) {
+template <typename V, typename Step>
+INLINE void each_of_word(FullWord, Step step) {
+  constexpr int width = lanes<V>, slots = Sum<V>::chains;
+  for (int offset = 0; offset < word_size; offset += slots * width) {
 #pragma GCC unroll 4
-      for (int slot = 0; slot < 4; ++slot) {
-        step(offset + slot * width, slot, ActiveLanes{0, width});
-      }
-    }
-  } else {
-    for (int offset = 0; offset < count; offset += width) {
-      step(offset, 0, ActiveLanes{0, count - offset < width ? count - offset : width});
+    for (int slot = 0; slot < slots; ++slot) {
+      step(offset + slot * width, slot, ActiveLanes{0, width});
     }
   }
 }
 
+template <typename V, typename Step>
+INLINE void each_of_word(int count, Step step) {
+  constexpr int width = lanes<V>;
+  for (int offset = 0; offset < count; offset += width) {
+    step(offset, 0, ActiveLanes{0, count - offset < width ? count - offset : width});
+  }
+}
+
+// As in each_vector, the last vector starts before the last full one ends.
+template <typename V, int K, typename Step>
+INLINE void each_of_word(ShortRow<V, K> row, Step step) {
+  constexpr int width = lanes<V>, last = (K - 1) % Sum<V>::chains;
+#pragma GCC unroll 4
+  for (int k = 0; k + 1 < K; ++k) {
+    step(k * width, k % Sum<V>::chains, ActiveLanes{0, width});
+  }
+  if constexpr (K == 1) {
+    step(0, 0, ActiveLanes{0, row.n});
+  } else {
+    step(row.n - width, last, ActiveLanes{K * width - row.n, width});
+  }
+}
+
+// How many elements a word has.
+INLINE int elements(int count) { return count; }
+template <typename V, int K>
+INLINE int elements(ShortRow<V, K> row) {
+  return row.n;
+}
+
+// Four bytes and more are read and written as two numbers, which overlap where they are fewer than eight.
 template <typename Count>
 INLINE uint64_t read_word(const char* row, int64_t first, Count count) {
   const char* p = row + first / 8;
+  const int bytes = (elements(count) + 7) / 8;
+  if (bytes >= 4 && std::endian::native == std::endian::little) {
+    return read<uint32_t>(p) | static_cast<uint64_t>(read<uint32_t>(p + bytes - 4)) << 8 * (bytes - 4);
+  }
   uint64_t word = 0;
-  if constexpr (std::is_same_v<Count, FullWord> && std::endian::native == std::endian::little) {
-    __builtin_memcpy(&word, p, sizeof word);
-  } else {
-    for (int byte = 0; 8 * byte < count; ++byte) {
-      word |= static_cast<uint64_t>(static_cast<uint8_t>(p[byte])) << 8 * byte;
-    }
+  for (int byte = 0; byte < bytes; ++byte) {
+    word |= static_cast<uint64_t>(static_cast<uint8_t>(p[byte])) << 8 * byte;
   }
   return word;
 }
@@ -105,13 +201,15 @@ INLINE uint64_t read_word(const char* row, int64_t first, Count count) {
 template <typename Count>
 INLINE void write_word(char* row, int64_t first, Count count, uint64_t word) {
   char* p = row + first / 8;
-  if constexpr (std::is_same_v<Count, FullWord> && std::endian::native == std::endian::little) {
-    __builtin_memcpy(p, &word, sizeof word);
-  } else {
-    word &= ~uint64_t{0} >> (word_size - count);
-    for (int byte = 0; 8 * byte < count; ++byte) {
-      p[byte] = static_cast<char>(word >> 8 * byte);
-    }
+  const int bytes = (elements(count) + 7) / 8;
+  word &= ~uint64_t{0} >> (word_size - elements(count));
+  if (bytes >= 4 && std::endian::native == std::endian::little) {
+    write(p, static_cast<uint32_t>(word));
+    write(p + bytes - 4, static_cast<uint32_t>(word >> 8 * (bytes - 4)));
+    return;
+  }
+  for (int byte = 0; byte < bytes; ++byte) {
+    p[byte] = static_cast<char>(word >> 8 * byte);
   }
 }
 
@@ -171,32 +269,30 @@ struct RowPointers {
 
 // PLAIN blocks have no residual and no non-temporal stores. Most calls are plain, and a variant for them alone leaves
 // them more registers for addresses.
-template <typename T, Layout LAYOUT, Activation ACTIVATION, bool PLAIN>
-INLINE void forward_rows(const ForwardBlock<ComputeType<T>> b) {
-  using V = VecOf<T>;
+template <typename T, Layout LAYOUT, Activation ACTIVATION, bool PLAIN, typename Row>
+INLINE void forward_rows(const ForwardBlock<ComputeType<T>> b, Row whole) {
+  using V = typename Row::Vec;
   each_rows<rows_at_once<LAYOUT, ACTIVATION>>(0, b.rows, [&](int64_t row, auto count) ALWAYS_INLINE {
     constexpr int R = decltype(count)::value;
     const int64_t at = row * b.step;
     const Parameter<T, LAYOUT> means(b.mean, at), scales(b.scale, at), shifts(b.shift, at);
     const RowPointers<T, R> x(b.x, row), residual(b.residual, row), y(b.y, row);
     const RowPointers<char, R> mask(b.mask, row);
-    each_word<R == rows_at_once<LAYOUT, ACTIVATION>>(0, b.n, [&](int64_t first, auto size) ALWAYS_INLINE {
+    each_word<R == rows_at_once<LAYOUT, ACTIVATION>>(whole, 0, b.n, [&](int64_t first, auto size) ALWAYS_INLINE {
       uint64_t words[R] = {};
       each_of_word<V>(size, [&](int offset, int, ActiveLanes active) ALWAYS_INLINE {
         const int64_t i = first + offset;
-        const V mean = means.at(i, active), scale = scales.at(i, active), shift = shifts.at(i, active);
+        const auto mean = means.at(i, active), scale = scales.at(i, active), shift = shifts.at(i, active);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
           prefetch(x[r] + i, b.x.ahead);
-          V z = (load(x[r] + i, active) - mean) * scale + shift;
+          V z = (load_row_vec<V>(x[r] + i, active) - mean) * scale + shift;
           if (!PLAIN && b.residual.data != nullptr) {
             prefetch(residual[r] + i, b.residual.ahead);
-            z += load(residual[r] + i, active);
+            z += load_row_vec<V>(residual[r] + i, active);
           }
           if constexpr (ACTIVATION == Activation::relu) {
-            const uint32_t bits = passing(z);
-            words[r] |= static_cast<uint64_t>(bits) << offset;
-            z = where(bits, z);
+            words[r] |= static_cast<uint64_t>(rectify(z)) << offset;
           } else if constexpr (ACTIVATION == Activation::silu) {
             z *= sigmoid(z);
           }
@@ -215,23 +311,26 @@ INLINE void forward_rows(const ForwardBlock<ComputeType<T>> b) {
 template <typename T, Layout LAYOUT, Activation ACTIVATION>
 void forward_block(const ForwardBlock<ComputeType<T>>& block) {
   // by value: the compiler must assume that stores change what a reference refers to
-  if (block.residual.data == nullptr && !block.y.non_temporal) {
-    forward_rows<T, LAYOUT, ACTIVATION, true>(block);
-  } else {
-    forward_rows<T, LAYOUT, ACTIVATION, false>(block);
-  }
+  with_row<RowVec<T, LAYOUT, ACTIVATION>, LAYOUT, ACTIVATION>(block.n, [&](auto row) ALWAYS_INLINE {
+    if (block.residual.data == nullptr && !block.y.non_temporal) {
+      forward_rows<T, LAYOUT, ACTIVATION, true>(block, row);
+    } else {
+      forward_rows<T, LAYOUT, ACTIVATION, false>(block, row);
+    }
+  });
 }
 
 // Calls step(i, slot, active, dz, x − mean) for all vectors of R rows' elements [begin, end). If HAS_X is false, x may
 // be null, and x − mean is then zero.
-template <typename T, Layout LAYOUT, Activation ACTIVATION, bool HAS_X, int R, typename Step>
-INLINE void each_gradient(const BackwardBlock<ComputeType<T>>& b, int64_t row, int64_t begin, int64_t end, Step step) {
-  using V = VecOf<T>;
+template <typename T, Layout LAYOUT, Activation ACTIVATION, bool HAS_X, int R, typename Row, typename Step>
+INLINE void each_gradient(const BackwardBlock<ComputeType<T>>& b, Row whole, int64_t row, int64_t begin, int64_t end,
+                          Step step) {
+  using V = typename Row::Vec;
   const int64_t at = row * b.step;
   const Parameter<T, LAYOUT> means(b.mean, at), scales(b.scale, at), shifts(b.shift, at);
   const RowPointers<T, R> dy(b.dy, row), x(b.x, row);
   const RowPointers<char, R> mask(b.mask, row);
-  each_word<R == rows_at_once<LAYOUT, ACTIVATION>>(begin, end, [&](int64_t first, auto size) ALWAYS_INLINE {
+  each_word<R == rows_at_once<LAYOUT, ACTIVATION>>(whole, begin, end, [&](int64_t first, auto size) ALWAYS_INLINE {
     uint64_t words[R] = {};
     if constexpr (ACTIVATION == Activation::relu) {
       for (int r = 0; r < R; ++r) {
@@ -244,10 +343,10 @@ INLINE void each_gradient(const BackwardBlock<ComputeType<T>>& b, int64_t row, i
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         prefetch(dy[r] + i, b.dy.ahead);
-        dz[r] = load(dy[r] + i, active);
+        dz[r] = load_row_vec<V>(dy[r] + i, active);
         if (HAS_X || b.x.data != nullptr) {
           prefetch(x[r] + i, b.x.ahead);
-          distance[r] = load(x[r] + i, active) - means.at(i, active);
+          distance[r] = load_row_vec<V>(x[r] + i, active) - means.at(i, active);
         }
         if constexpr (ACTIVATION == Activation::relu) {
           dz[r] = where(static_cast<uint32_t>(words[r] >> offset), dz[r]);
@@ -263,16 +362,16 @@ INLINE void each_gradient(const BackwardBlock<ComputeType<T>>& b, int64_t row, i
 }
 
 // PLAIN blocks have an x, no dresidual and no non-temporal stores.
-template <typename T, Layout LAYOUT, Activation ACTIVATION, bool PLAIN>
-INLINE void backward_rows(const BackwardBlock<ComputeType<T>> b) {
-  using V = VecOf<T>;
+template <typename T, Layout LAYOUT, Activation ACTIVATION, bool PLAIN, typename Row>
+INLINE void backward_rows(const BackwardBlock<ComputeType<T>> b, Row whole) {
+  using V = typename Row::Vec;
   each_rows<rows_at_once<LAYOUT, ACTIVATION>>(0, b.rows, [&](int64_t row, auto count) ALWAYS_INLINE {
     constexpr int R = decltype(count)::value;
     const int64_t at = row * b.step;
     const Parameter<T, LAYOUT> gains(b.gain, at), slopes(b.slope, at), levels(b.level, at);
     const RowPointers<T, R> dx(b.dx, row), dresidual(b.dresidual, row);
     const auto step = [&](int64_t i, int, ActiveLanes active, const V(&dz)[R], const V(&distance)[R]) ALWAYS_INLINE {
-      const V gain = gains.at(i, active);
+      const auto gain = gains.at(i, active);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         V gradient = dz[r] * gain;
@@ -285,15 +384,17 @@ INLINE void backward_rows(const BackwardBlock<ComputeType<T>> b) {
         }
       }
     };
-    each_gradient<T, LAYOUT, ACTIVATION, PLAIN, R>(b, row, 0, b.n, step);
+    each_gradient<T, LAYOUT, ACTIVATION, PLAIN, R>(b, whole, row, 0, b.n, step);
   });
 }
 
 template <typename T, Layout LAYOUT, Activation ACTIVATION>
 void backward_block(const BackwardBlock<ComputeType<T>>& block) {
-  if (block.x.data != nullptr && block.dresidual.data == nullptr && !block.dx.non_temporal) {
-    backward_rows<T, LAYOUT, ACTIVATION, true>(block);
-  } else {
-    backward_rows<T, LAYOUT, ACTIVATION, false>(block);
-  }
+  with_row<RowVec<T, LAYOUT, ACTIVATION>, LAYOUT, ACTIVATION>(block.n, [&](auto row) ALWAYS_INLINE {
+    if (block.x.data != nullptr && block.dresidual.data == nullptr && !block.dx.non_temporal) {
+      backward_rows<T, LAYOUT, ACTIVATION, true>(block, row);
+    } else {
+      backward_rows<T, LAYOUT, ACTIVATION, false>(block, row);
+    }
+  });
 }

@@ -54,6 +54,7 @@ ChannelPlan::ChannelPlan(at::IntArrayRef sizes, Layout layout, int64_t groups, b
     : layout_(layout),
       channels_(layout == Layout::pixels ? sizes[2] : sizes[1]),
       groups_(groups),
+      sample_step_(groups > 0 ? channels_ : 0),
       bundles_in_sample_(1),
       bands_(1),
       grid_(1, 1, 1, 1),
@@ -85,6 +86,12 @@ ChannelPlan::ChannelPlan(at::IntArrayRef sizes, Layout layout, int64_t groups, b
   blocks_ = blocks(std::min(grid_.row_step, grid_.rows), std::min(grid_.col_step, grid_.n));
 }
 
+ChannelPlan ChannelPlan::elementwise(at::IntArrayRef sizes, Layout layout) {
+  ChannelPlan plan(sizes, layout, layout == Layout::planes ? 1 : 0, false);
+  plan.sample_step_ = 0;
+  return plan;
+}
+
 Region ChannelPlan::chunk(int64_t bundle, int64_t i) const {
   Region region{0, 0, 1, grid_.rows, 0, grid_.n};
   if (layout_ == Layout::pixels) {
@@ -100,7 +107,7 @@ Region ChannelPlan::chunk(int64_t bundle, int64_t i) const {
 }
 
 int64_t ChannelPlan::parameters(const Region& region) const {
-  return (groups_ > 0 ? region.first * channels_ : 0) + (layout_ == Layout::planes ? region.second : 0);
+  return region.first * sample_step_ + (layout_ == Layout::planes ? region.second : 0);
 }
 
 // Blocks of planes stay in the L1 cache, those of pixels in the L2: it takes more rows to pay for the cost of a block.

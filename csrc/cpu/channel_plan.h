@@ -51,6 +51,8 @@ class ChannelPlan {
   // sizes: (N, C, S) for planes, (N, S, C) for pixels. groups = 0 is batch_norm. `by_channel`: sums are kept for each
   // channel of a group; a bundle of planes may then be several groups.
   ChannelPlan(at::IntArrayRef sizes, Layout layout, int64_t groups, bool by_channel);
+  // For the passes of batch_norm without statistics: planes are then taken in the order of memory, sample by sample.
+  static ChannelPlan elementwise(at::IntArrayRef sizes, Layout layout);
 
   int64_t bundles() const { return bundles_; }
   // For group_norm only.
@@ -109,6 +111,7 @@ class ChannelPlan {
 
   Layout layout_;
   int64_t channels_, groups_;
+  int64_t sample_step_;  // between the parameters of two samples
   int64_t bundles_, bundles_in_sample_;
   int64_t bands_;  // samples that a bundle of pixels spans
   int64_t width_;

@@ -78,15 +78,41 @@ INLINE void each_flushed(int64_t begin, int64_t end, int64_t n, Add add, Sums&..
   }
 }
 
+// The same for rows of at most a word: calls add(row) for each, and flushes the sums after about `size` elements.
+template <int64_t size, typename V, int K, typename Add, typename... Sums>
+INLINE void each_flushed_row(int64_t begin, int64_t end, ShortRow<V, K>, Add add, Sums&... sums) {
+  constexpr int in_chain = (K + Sum<V>::chains - 1) / Sum<V>::chains;
+  constexpr int64_t rows = std::max<int64_t>(size / word_size / in_chain, 1);
+  while (begin < end) {
+    for (const int64_t last = std::min(begin + rows, end); begin < last; ++begin) {
+      add(begin);
+    }
+    (sums.flush(), ...);
+  }
+}
+
 // Calls step(x, slot, active) for all vectors of a block of planes, and flushes the sums after about 1024 elements.
 template <typename T, typename Step, typename... Sums>
 INLINE void each_of_plane(const MomentsBlock<ComputeType<T>>& b, Step step, Sums&... sums) {
-  const auto add = [&](int64_t row, int64_t first, int64_t last) ALWAYS_INLINE {
-    const T* x = reinterpret_cast<const T*>(b.x.data + row * b.x.stride);
-    each_vector<VecOf<T>, Sum<VecOf<T>>::chains>(
-        first, last, [&](int64_t i, int slot, ActiveLanes active) ALWAYS_INLINE { step(x + i, slot, active); });
-  };
-  each_flushed<VecOf<T>, 1024>(0, b.rows, b.n, add, sums...);
+  using V = VecOf<T>;
+  constexpr int64_t size = 1024;
+  const auto at = [&](int64_t row) ALWAYS_INLINE { return reinterpret_cast<const T*>(b.x.data + row * b.x.stride); };
+  with_row<V, Layout::planes, Activation::none>(b.n, [&](auto whole) ALWAYS_INLINE {
+    if constexpr (is_long<decltype(whole)>) {
+      const auto add = [&](int64_t row, int64_t first, int64_t last) ALWAYS_INLINE {
+        const T* x = at(row);
+        each_vector<V, Sum<V>::chains>(
+            first, last, [&](int64_t i, int slot, ActiveLanes active) ALWAYS_INLINE { step(x + i, slot, active); });
+      };
+      each_flushed<V, size>(0, b.rows, b.n, add, sums...);
+    } else {
+      const auto add = [&](int64_t row) ALWAYS_INLINE {
+        const T* x = at(row);
+        each_of_word<V>(whole, [&](int i, int slot, ActiveLanes active) ALWAYS_INLINE { step(x + i, slot, active); });
+      };
+      each_flushed_row<size>(0, b.rows, whole, add, sums...);
+    }
+  });
 }
 
 // Σ (x − centre) and Σ (x − centre)² of a block of planes.
@@ -153,7 +179,7 @@ INLINE void add_pixels(const MomentsBlock<ComputeType<T>>& b, const ComputeType<
   each_rows<at_once>(0, b.rows, [&](int64_t row, auto count) ALWAYS_INLINE {
     constexpr int R = decltype(count)::value;
     const RowPointers<T, R> x(b.x, row);
-    each_word<R == at_once>(0, b.n, [&](int64_t first, auto size) ALWAYS_INLINE {
+    each_word<R == at_once>(LongRow<V>(), 0, b.n, [&](int64_t first, auto size) ALWAYS_INLINE {
       each_of_word<V>(size, [&](int offset, int, ActiveLanes active) ALWAYS_INLINE {
         const int64_t i = first + offset;
         const V middle = load(centre + i, active);
@@ -310,24 +336,34 @@ void moments_of_pixels(const MomentsBlock<ComputeType<T>>& block) {
 // Adds Σ dz and Σ dz · (x − mean) of a block of planes: to one channel's sums, or, with a step, to each row's own.
 template <typename T, Activation ACTIVATION>
 void sums_of_planes(const BackwardBlock<ComputeType<T>>& block) {
-  using V = VecOf<T>;
+  using V = RowVec<T, Layout::planes, ACTIVATION>;
   const auto b = block;
   constexpr int64_t size = 256;  // terms of mixed sign: longer chains lose far more digits than the products do
-  const auto add_rows = [&](int64_t begin, int64_t end, Sum<V>& sum, Sum<V>& product) ALWAYS_INLINE {
-    const auto add = [&](int64_t, int slot, ActiveLanes, const V(&dz)[1], const V(&distance)[1]) ALWAYS_INLINE {
-      sum.chain[slot] += dz[0];
-      product.chain[slot] += dz[0] * distance[0];
+  const auto add_rows = [&](auto whole, int64_t begin, int64_t end, F64& dz_sum, F64& product_sum) ALWAYS_INLINE {
+    Sum<V> sum, product;
+    const auto add = [&](int64_t, int slot, ActiveLanes active, const V(&dz)[1], const V(&distance)[1]) ALWAYS_INLINE {
+      const V terms = zero_inactive(dz[0], ActiveLanes{active.begin, lanes<V>});  // those after active.end are zero
+      sum.chain[slot] += terms;
+      product.chain[slot] += terms * distance[0];
     };
-    const auto add_row = [&](int64_t row, int64_t first, int64_t last) ALWAYS_INLINE {
-      each_gradient<T, Layout::planes, ACTIVATION, true, 1>(b, row, first, last, add);
+    const auto add_part = [&](int64_t row, int64_t first, int64_t last) ALWAYS_INLINE {
+      each_gradient<T, Layout::planes, ACTIVATION, true, 1>(b, whole, row, first, last, add);
     };
-    each_flushed<V, size>(begin, end, b.n, add_row, sum, product);
+    if constexpr (is_long<decltype(whole)>) {
+      each_flushed<V, size>(begin, end, b.n, add_part, sum, product);
+    } else {
+      const auto add_row = [&](int64_t row) ALWAYS_INLINE { add_part(row, 0, b.n); };
+      each_flushed_row<size>(begin, end, whole, add_row, sum, product);
+    }
+    dz_sum = sum.flushed;
+    product_sum = product.flushed;
   };
   if (b.step == 0) {
-    Sum<V> sum, product;
-    add_rows(0, b.rows, sum, product);
-    *b.dz_sum += sum.total();
-    *b.product_sum += product.total();
+    F64 sum, product;
+    with_row<V, Layout::planes, ACTIVATION>(
+        b.n, [&](auto whole) ALWAYS_INLINE { add_rows(whole, 0, b.rows, sum, product); });
+    *b.dz_sum += HorizontalSum<lanes<F64>>::sum(sum);
+    *b.product_sum += HorizontalSum<lanes<F64>>::sum(product);
     return;
   }
   constexpr int at_once = lanes<F64>;
@@ -335,10 +371,7 @@ void sums_of_planes(const BackwardBlock<ComputeType<T>>& block) {
     const int count = static_cast<int>(std::min<int64_t>(b.rows - begin, at_once));
     F64 sums[at_once], products[at_once];
     for (int r = 0; r < at_once; ++r) {
-      Sum<V> sum, product;
-      add_rows(begin + r, begin + r + (r < count), sum, product);
-      sums[r] = sum.flushed;
-      products[r] = product.flushed;
+      add_rows(LongRow<V>(), begin + r, begin + r + (r < count), sums[r], products[r]);
     }
     const ActiveLanes active{0, count};
     store(b.dz_sum + begin, load(b.dz_sum + begin, active) + horizontal_sums(sums), active);
@@ -369,7 +402,7 @@ void sums_of_pixels(const BackwardBlock<ComputeType<T>>& block) {
         store(sum + i, load(sum + i, active) + dz_sum, active);
         store(product + i, load(product + i, active) + product_sum, active);
       };
-      each_gradient<T, Layout::pixels, ACTIVATION, true, R>(b, row, 0, b.n, step);
+      each_gradient<T, Layout::pixels, ACTIVATION, true, R>(b, LongRow<V>(), row, 0, b.n, step);
     });
     add_to_total(sum, b.dz_sum, b.n);
     add_to_total(product, b.product_sum, b.n);

@@ -15,6 +15,8 @@
 
 #include "gated_row_kernels.h"
 
+#include "pairs.h"
+
 #include "channel_kernels.h"
 
 #include "channel_reduction_kernels.h"

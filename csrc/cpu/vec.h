@@ -62,10 +62,13 @@ INLINE U16 narrow(U32 v) {
 #endif
 }
 
-INLINE U16 to_bf16(F32 v) {
+// A bfloat16 in the upper half of each lane; the lower half is not zero.
+INLINE U32 rounded_to_bf16(F32 v) {
   const U32 bits = reinterpret_cast<U32>(v);
-  return narrow((v != v ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  return v != v ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1);
 }
+
+INLINE U16 to_bf16(F32 v) { return narrow(rounded_to_bf16(v) >> 16); }
 
 INLINE F32 from_half(U16 v) {
 #if VECTOR_BYTES == 64
