@@ -85,6 +85,14 @@ def test_no_lane_is_idle_at_model_widths(channels):
     assert launch.padding(channels // 8, channel_launch.channel_vectors(channels // 8).vectors) == 0
 
 
+def test_odd_planes_go_to_pixels():
+    assert channel_launch.odd_planes(32, 2048, 49)
+    assert not channel_launch.odd_planes(32, 1024, 196)  # has accesses of 8 bytes
+    assert not channel_launch.odd_planes(32, 3, 49)  # nor do samples divide into vectors
+    assert not channel_launch.odd_planes(8, 2048, 49)  # partials of each position would be much of what is moved
+    assert channel_launch.channel_vectors(2048 * 49 // 8, True).vectors == channel_launch.POSITION_VECTORS
+
+
 def test_width_of_an_access():
     x = torch.empty(4, 6, 784, dtype=BF16)
     assert channel_launch.vector_width(784, [x]) == 8
@@ -120,15 +128,19 @@ def formula(x: Tensor, dy: Tensor, residual: Tensor, w: Tensor) -> list[Tensor]:
     return [y, mean, rstd, (dz - wide(total / n) - x_hat * wide(product / n)) * wide(rstd * w), product, total]
 
 
+# few channels, so that each is cut into chunks, the last of which is short and ends within a tile
+LONG_CHANNELS = {"planes": (2, 2, 9208), "pixels": (1, 9211, 2), "odd planes": (2099, 8, 3)}
+
+
 @pytest.mark.triton
-@layouts
-def test_chunks_of_long_channels(channels_last, triton_device):
-    """Two channels, so that each is cut into chunks, the last of which is short and ends within a tile."""
-    shape = (1, 9211, 2) if channels_last else (2, 2, 9208)
+@pytest.mark.parametrize("layout", LONG_CHANNELS)
+def test_chunks_of_long_channels(layout, triton_device):
+    shape, channels_last = LONG_CHANNELS[layout], layout == "pixels"
     x, dy, residual = (as_image(torch.randn(shape, device=triton_device), channels_last) for _ in range(3))
-    w, b = torch.randn(2, device=triton_device), torch.zeros(2, device=triton_device)
-    running = torch.zeros(2, device=triton_device), torch.ones(2, device=triton_device)
-    x += 100 * torch.arange(1.0, 3.0, device=triton_device).view(-1, *[1] * (x.dim() - 2))
+    channels = x.shape[1]
+    w, b = torch.randn(channels, device=triton_device), torch.zeros(channels, device=triton_device)
+    running = torch.zeros(channels, device=triton_device), torch.ones(channels, device=triton_device)
+    x += 100 * (1 + torch.arange(channels, device=triton_device) % 2).view(-1, *[1] * (x.dim() - 2))
     y, mask, mean, rstd = kernels.batch_norm_forward(
         x, residual, w, b, *running, None, 0.5, 1e-5, format_of(channels_last), True, F32
     )
@@ -136,7 +148,7 @@ def test_chunks_of_long_channels(channels_last, triton_device):
         dy, mask, x, w, mean, rstd, True, format_of(channels_last), F32, F32, F32
     )
     expected = formula(x, dy, residual, w)
-    n, largest = x.numel() // 2, (2e-5, 1e-5, 1e-6, 2e-5, 2e-3, 2e-3)
+    n, largest = x.numel() // channels, (2e-5, 1e-5, 1e-6, 2e-5, 2e-3, 2e-3)
     found = y, mean, rstd, dx, dw, db
     for i, (actual, wanted, error) in enumerate(zip(found, expected, largest, strict=True)):
         assert (actual.double() - wanted).abs().max() < error, i
@@ -174,15 +186,16 @@ def test_offsets_beyond_31_bits(dimension, channels_last, triton_device, card_me
 
 
 @pytest.mark.triton
-@layouts
+@pytest.mark.parametrize("shape", [(2, 3, 20), (1, 40, 3), (16, 8, 3)], ids=["planes", "pixels", "odd planes"])
 @pytest.mark.parametrize("origin", [float("inf"), float("nan"), 1e30])
-def test_what_one_element_spoils_stays_in_its_channel(origin, channels_last, triton_device):
+def test_what_one_element_spoils_stays_in_its_channel(origin, shape, triton_device):
     """x₀, which is taken off all elements, is the worst that one can be."""
-    blocks = torch.randn((1, 40, 3) if channels_last else (2, 3, 20), device=triton_device)
+    blocks, channels_last = torch.randn(shape, device=triton_device), shape[0] == 1
     blocks[0, 0, 0] = origin
     x = as_image(blocks, channels_last)
     moments = kernels.batch_norm_statistics(x, format_of(channels_last))
     others, dims = x[:, 1:], (0, *range(2, x.dim()))
+    count = x.numel() // x.shape[1]
     assert torch.allclose(moments[0, 1:], others.mean(dims), atol=1e-6)
-    assert torch.allclose(moments[1, 1:], 40 * others.var(dims, unbiased=False), rtol=1e-5)
+    assert torch.allclose(moments[1, 1:], count * others.var(dims, unbiased=False), rtol=1e-5)
     assert not (moments[1, 0] < 1e30)

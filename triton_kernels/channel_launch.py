@@ -66,19 +66,29 @@ def channel_chunk(tiles: int, max_depth: int, blocks: int, multiprocessors: int,
 
 
 CHANNEL_VECTORS = 8  # adjacent vectors of channels in a program's tile: 128 bytes, a cache line
+# The same of all positions of all channels, of which there are more, with fewer pixels: fewer lanes to join for each.
+POSITION_VECTORS = 32
+MIN_ODD_SAMPLES = 16  # of fewer the partials, 12 bytes a position, would be a fourth of what a call moves
+
+
+def odd_planes(samples: int, channels: int, size: int) -> bool:
+    """Whether contiguous planes (samples, channels, size) go to pixels.py: their accesses would have less than 8 bytes
+    in 16 bits, and those of whole samples have 16. By the shape alone, as a ReLU's mask is packed accordingly."""
+    cols = channels * size
+    return samples >= MIN_ODD_SAMPLES and size % 4 > 0 and cols % 8 == 0 and cols < 2**30
 
 
 class ChannelVectors(NamedTuple):
-    """pixels.py's tiling: a tile has `vectors` adjacent vectors of channels of `pixels` pixels."""
+    """pixels.py's tiling: a tile has `vectors` adjacent vectors of columns of `pixels` pixels."""
 
     vectors: int
     pixels: int
 
 
-def channel_vectors(vectors: int) -> ChannelVectors:
-    """The tiling of pixels with `vectors` vectors of channels: as many of them in a tile as a cache line has, or half
-    as many where that leaves fewer lanes idle."""
-    chosen = min(CHANNEL_VECTORS, next_power_of_2(vectors))
+def channel_vectors(vectors: int, positions: bool = False) -> ChannelVectors:
+    """The tiling of pixels with `vectors` vectors of channels, or of their positions: as many of them in a tile as a
+    cache line has, or four, or half as many as long as that leaves fewer lanes idle."""
+    chosen = min(POSITION_VECTORS if positions else CHANNEL_VECTORS, next_power_of_2(vectors))
     while chosen > 4 and padding(vectors, chosen) > MAX_PADDING:
         chosen //= 2
     return ChannelVectors(chosen, TILE_VECTORS // chosen)

@@ -24,19 +24,20 @@ from .tiles import load_tile, reciprocal_sqrt, store_tile, sum_pair
 class Partials(NamedTuple):
     """What chunks leave.
 
-    values: (fields, outer, chunks, inner). outer: the samples of group_norm, 1 of batch_norm. inner: channels, or
-    groups where a chunk has whole groups. fields: of moments mean, var and what rounding left of the mean; of sums Σ dz
-    and Σ dz · x̂.
-    chunk_length: elements of a chunk; the last may have fewer. length: elements of all chunks of one outer and inner.
+    values: (fields, outer, chunks · parts, inner). outer: the samples of group_norm, 1 of batch_norm. inner: channels,
+    or groups where a chunk has whole groups. fields: of moments mean, var and what rounding left of the mean; of sums
+    Σ dz and Σ dz · x̂. parts: of a chunk of an inner; of batch_norm's odd planes, the positions of a channel.
+    chunk_length: elements of a part of a chunk; the last chunk's may have fewer. length: those of all chunks.
     """
 
     values: torch.Tensor
     chunk_length: int
     length: int
+    parts: int = 1
 
     @property
     def rows(self) -> list[torch.Tensor]:
-        """Each field by itself: (outer · chunks, inner)."""
+        """Each field by itself: (outer · chunks · parts, inner)."""
         return [field.view(-1, field.shape[-1]) for field in self.values]
 
 
@@ -118,13 +119,13 @@ def _update_running(running_ptr, unit_mask, value, factor):
     store_tile(running_ptr, (1.0 - factor) * running + factor * value, unit_mask)
 
 
-_COUNTS = ["n_units", "n_chunks", "n_inner", "span", "chunk_length", "length", "count"]
+_COUNTS = ["n_units", "n_chunks", "n_inner", "span", "chunk_length", "length", "parts", "count"]
 
 
 @jit(do_not_specialize=_COUNTS)
 def _join_moments_kernel(
     partial_ptr, mean_ptr, rstd_or_m2_ptr, running_mean_ptr, running_var_ptr, factor_ptr,
-    n_units, n_chunks, n_inner, span, chunk_length, length, count,
+    n_units, n_chunks, n_inner, span, chunk_length, length, parts, count,
     EPS: tl.constexpr, MOMENTUM: tl.constexpr, ITEMS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     """mean(x) and rstd = 1/√(var(x) + eps) of each unit; with EPS = None, m2 = Σ(x − mean)² in rstd's place. Updates
@@ -145,7 +146,7 @@ def _join_moments_kernel(
     squares = tl.zeros((ITEMS, UNITS), tl.float64)
     for start in range(0, n_chunks * span, ITEMS):
         offsets, chunk, mask = _unit_partials(start, units, n_units, n_chunks, n_inner, span, ITEMS)
-        n = tl.minimum(length - chunk.to(tl.int64) * chunk_length, chunk_length).to(tl.float64)
+        n = tl.minimum(length - (chunk // parts).to(tl.int64) * chunk_length, chunk_length).to(tl.float64)
         # masked ones must stay zero: (0 − mean₀)² would enter m2
         distance = tl.where(mask, _chunk_mean(partial_ptr, n_partials, offsets, mask) - origin, 0.0)
         distances += n * distance
@@ -217,7 +218,7 @@ def join_moments(partials, mean, rstd_or_m2, count, eps, groups=None, running=(N
     sizes, tile = _geometry(partials, groups)
     # grid: one program for each block of units
     _join_moments_kernel[(launch.ceil_div(sizes[0], tile["UNITS"]),)](
-        partials.values, mean, rstd_or_m2, *running, factor, *sizes, partials.chunk_length, partials.length, count,
+        partials.values, mean, rstd_or_m2, *running, factor, *sizes, *partials[1:], count,
         EPS=eps, MOMENTUM=momentum, **tile, **launch.options(4),
     )  # fmt: skip
 

@@ -1,5 +1,6 @@
 """The kernels of batch_norm and group_norm for contiguous tensors, seen as (N, C, S): a channel's S positions are
-adjacent in memory, and make a plane. channels_last tensors, seen as (N, S, C), go to pixels.py.
+adjacent in memory, and make a plane. channels_last tensors, seen as (N, S, C), go to pixels.py, and so do batch_norm's
+odd planes of many samples.
 
 A unit is what shares its statistics: a channel of all samples (batch_norm), or a group of a sample (group_norm). It is
 made of planes. plane_walk.py shows how programs walk along units, in tiles of (UNITS · LANES, WIDTH), a row for a lane.
