@@ -17,7 +17,7 @@ HEADS = ("rms_norm_many", "rms_norm_many_rotary")  # of which a row is a head
 FEATURED = ("gated_rms_norm", "gated_rms_norm_gate_first", "modulated_rms_norm", "modulated_layer_norm", *HEADS)
 # (N, C, S): ResNet-50's and a diffusion UNet's
 IMAGES = {
-    "batch_norm": ((32, 256, 3136), (32, 1024, 196), (32, 2048, 49)),  # larger ones are served by the same code
+    "batch_norm": ((32, 256, 3136), (32, 1024, 196), (32, 2048, 49), (8, 2048, 49)),  # the code of larger ones
     "group_norm": ((2, 320, 4096), (2, 1280, 64)),
 }
 CLIPS = ("clip_grad_norm_", "clip_grad_value_", "adaptive_clip_grad_")

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import fastnorm
 from fastnorm import backend
 from helpers.channel_norms import as_image, format_of
 from helpers.layouts import far_apart
@@ -91,6 +92,22 @@ def test_odd_planes_go_to_pixels():
     assert not channel_launch.odd_planes(32, 3, 49)  # nor do samples divide into vectors
     assert not channel_launch.odd_planes(8, 2048, 49)  # partials of each position would be much of what is moved
     assert channel_launch.channel_vectors(2048 * 49 // 8, True).vectors == channel_launch.POSITION_VECTORS
+
+
+@pytest.mark.triton
+def test_a_sample_is_the_same_among_few_and_many(kernel_device):
+    """In evaluation. Odd planes of few samples have other kernels than those of many."""
+    x = torch.randn(24, 16, 7, 7, generator=torch.manual_seed(0)).to(kernel_device, BF16)
+    mean, var, weight, bias, dy = (torch.rand(16, device=kernel_device) + 0.5 for _ in range(5))
+    results = []
+    for samples in (24, 8):
+        part = x[:samples].clone().requires_grad_()
+        with fastnorm.use("triton"):
+            y = fastnorm.functional.batch_norm(part, mean, var, weight, bias, activation="relu", residual=part.detach())
+            (dx,) = torch.autograd.grad(y, part, dy.to(BF16)[:, None, None].expand_as(y))
+        results.append((y[:8], dx[:8]))
+    assert all(map(torch.equal, *results))
+
 
 
 def test_width_of_an_access():
