@@ -25,10 +25,8 @@ MODEL_WIDTHS = (768, 1024, 1280, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 7168,
 backward_tiles = row_launch.backward_tiles
 CHOICES = {
     "forward": row_launch.row_tiles,
-    "forward, adding": lambda cols, itemsize: row_launch.forward_tiles(cols, itemsize, False, False, True),
-    "forward, RMSNorm alone": lambda cols, itemsize: row_launch.forward_tiles(
-        cols, itemsize, False, itemsize == 2, True
-    ),
+    "forward, adding": lambda cols, itemsize: row_launch.forward_tiles(cols, itemsize, False, False),
+    "forward, alone": lambda cols, itemsize: row_launch.forward_tiles(cols, itemsize, False, itemsize == 2),
     "backward, one sum": lambda cols, itemsize: backward_tiles(cols, itemsize, 1, 0, itemsize)[0],
     "backward, two sums": lambda cols, itemsize: backward_tiles(cols, itemsize, 2, 0, itemsize)[0],
     "backward, two sums, adding": lambda cols, itemsize: backward_tiles(cols, itemsize, 2, 1, itemsize)[0],
@@ -100,7 +98,7 @@ def test_a_thread_has_whole_16_byte_accesses(choose, itemsize, cols):
 
 def test_the_tiling_knows_nothing_of_the_batch():
     tilings = row_launch.row_tiles, row_launch.forward_tiles, backward_tiles, row_launch.chunk_tiles
-    for choose in (*tilings, row_launch.long_tile, row_launch.prefetches, row_launch.resident_rows):
+    for choose in (*tilings, row_launch.long_tile, row_launch.prefetches, row_launch.resident_rows, row_launch.touches):
         assert not {"rows", "n_rows", "multiprocessors"} & set(inspect.signature(choose).parameters)
 
 
@@ -171,34 +169,48 @@ def test_programs_are_spared_where_each_keeps_a_row(cols, is_spared):
         assert not row_launch.spares_programs(*row_launch.backward_tiles(cols, 2, 2, 0, 2, True), 2)
 
 
-@pytest.mark.parametrize("cols, tiling", [
-    (768, (256, 3, 2, 2)), (1024, (512, 2, 1, 2)), (2048, (1024, 2, 1, 4)), (5120, (1024, 5, 1, 4)),
-    (7168, (2048, 4, 1, 8)), (8192, (4096, 2, 1, 16)), (16384, (4096, 4, 1, 16)), (32768, (8192, 4, 1, 32)),
+@pytest.mark.parametrize("cols, warps, alone, gated", [
+    (768, 2, 2, 2), (6144, 8, 8, 8), (8192, 8, 8, 8), (12288, 16, 8, 16), (16384, 16, 16, 16), (32768, 32, 32, 16),
 ])  # fmt: skip
-def test_rmsnorm_alone_has_twice_the_warps(cols, tiling):
-    """Where that leaves an eighth of the lanes idle at most, up to 16; LayerNorm has them in rows of 32768."""
-    assert row_launch.forward_tiles(cols, 2, False, True, True)[:4] == tiling
-    others = [row_launch.forward_tiles(cols, 2, *traits) for traits in ((False, True, False), (False, False, True))]
-    assert [t == row_launch.row_tiles(cols, 2) for t in others] == [cols < 32768, cols < 32768]
-    assert row_launch.forward_tiles(cols, 2, True, False, True) == row_launch.row_tiles(cols, 2)
+def test_the_forwards_warps_follow_from_what_registers_allow(cols, warps, alone, gated):
+    """Three programs of 12288 columns are resident with 8 warps, and two with 16; rows of 32768 need 32."""
+    traits = {(False, False): warps, (False, True): alone, (True, False): gated}
+    for (has_gate, is_alone), expected in traits.items():
+        tiles = row_launch.forward_tiles(cols, 2, has_gate, is_alone)
+        assert tiles.warps == expected
+        row = row_launch.row_tiles(cols, 2)
+        assert (tiles == row) == (tiles.warps == row.warps) and tiles.tile * tiles.count == row.tile * row.count
 
 
-@pytest.mark.parametrize("cols, is_rms, warps, on_blackwell", [
-    (4096, True, 64, 64), (4096, False, None, None), (768, True, 48, None), (768, False, 48, None),
-    (12288, True, 48, None), (12288, False, 48, 48), (7168, True, None, None), (769, True, None, None),
+@pytest.mark.parametrize("cols, itemsize, is_rms, registers, on_blackwell", [
+    (4096, 2, True, 64, 64), (4096, 2, False, 64, 64), (16384, 2, False, 64, 64), (4096, 4, False, None, 64),
+    (5120, 2, False, None, 80), (5121, 2, False, None, None), (2048, 8, False, None, None),
+    (768, 2, True, 40, 40), (768, 2, False, 40, None), (769, 2, True, None, None), (6144, 2, True, None, None),
 ])  # fmt: skip
-def test_a_norm_alone_has_as_many_programs_as_16_registers_beside_the_row_allow(cols, is_rms, warps, on_blackwell):
-    tiles = row_launch.forward_tiles(cols, 2, False, True, is_rms)
-    for is_blackwell, expected in ((False, warps), (True, on_blackwell)):
+def test_a_norm_without_a_gate_has_as_many_programs_as_registers_allow(
+    cols, itemsize, is_rms, registers, on_blackwell
+):  # fmt: skip
+    tiles = row_launch.forward_tiles(cols, itemsize, False, False)
+    for is_blackwell, expected in ((False, registers), (True, on_blackwell)):
         replaced = {"is_blackwell": lambda found=is_blackwell: found, "is_sm_120": lambda: False}
         with patch.multiple(row_launch, **replaced):
-            resident = row_launch.resident_rows(cols, tiles, is_rms)
-        assert resident == (expected // tiles.warps if expected else 1)
+            resident = row_launch.resident_rows(cols, tiles, itemsize, is_rms)
         options = launch._options(tiles.warps, resident, launch.GPUTarget("cuda", 90, 32))
+        assert (resident > 1 or tiles.warps == 32) == (expected is not None)
         if expected:
-            assert options["maxnreg"] == tiles.registers + 16
+            assert options["maxnreg"] == expected
     with patch.multiple(row_launch, is_blackwell=lambda: True, is_sm_120=lambda: True):
-        assert is_rms or row_launch.resident_rows(cols, tiles, is_rms) == 1
+        assert tiles.registers != 32 or row_launch.resident_rows(cols, tiles, itemsize, is_rms) == 1
+
+
+@pytest.mark.parametrize("cols, alone, other", [(128, False, False), (1024, True, False), (2048, True, True)])
+def test_parameters_are_touched_where_a_program_has_one_row(cols, alone, other):
+    """RMSNorm alone has registers for it where a program has two."""
+    tiles = row_launch.forward_tiles(cols, 2, False, False)
+    for is_sm_120 in (False, True):
+        with patch.object(row_launch, "is_sm_120", lambda found=is_sm_120: found):
+            assert row_launch.touches(tiles, True) == (alone and not is_sm_120)
+            assert row_launch.touches(tiles, False) == (other and not is_sm_120)
 
 
 @itemsizes

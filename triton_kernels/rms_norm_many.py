@@ -52,7 +52,7 @@ def _rms_norm_many_forward_kernel(
                 block, x_ptrs[i], None, None, None, weight_ptrs[i], None, cos_ptrs[i], sin_ptrs[i], y_ptrs[i], None,
                 None, rstd_ptrs[i], n_rows, x_steps, x_steps, x_steps, cos_steps, sin_steps, divisions,
                 None, None, None, None,
-                EPS, ZERO_CENTERED, False, False, CAST, 1, False, ROTARY, INTERLEAVED,
+                EPS, ZERO_CENTERED, False, False, CAST, 1, False, ROTARY, INTERLEAVED, False,
                 TILES[i][0], TILES[i][1], TILES[i][2], TILES[i][3],
             )  # fmt: skip
         block -= n_blocks

@@ -87,18 +87,16 @@ def row_tiles(cols: int, itemsize: int, sums: int = 0) -> RowTiles:
 
 
 @remembered
-def forward_tiles(cols: int, itemsize: int, has_gate: bool, is_alone: bool, is_rms: bool) -> RowTiles:
-    """`row_tiles`, but with twice the warps where threads have registers for half of a row, and few bytes in flight.
+def forward_tiles(cols: int, itemsize: int, has_gate: bool, is_alone: bool) -> RowTiles:
+    """`row_tiles`, but 32 warps where 16 would have more than 32 registers of a row, and 8 where these have 24 of a
+    norm alone: three programs of 8 warps are resident, and two of 16.
 
     has_gate: of any kind. is_alone: all of the call is x, y, and a weight and a bias for all rows, in 16 bits."""
     tiles = row_tiles(cols, itemsize)
-    doubled = tiles._replace(tile=2 * tiles.tile, count=ceil_div(tiles.count, 2))
-    if tiles.warps == 16:
-        return doubled._replace(warps=32) if tiles.registers > 32 and not has_gate else tiles
-    idle = doubled.tile * doubled.count - cols
-    # LayerNorm's warps wait for each other twice, the more of them the longer
-    if is_alone and is_rms and tiles.registers >= 32 and 8 * idle <= idle + cols:
-        return doubled._replace(rows=tiles.rows // 2) if tiles.rows > 1 else doubled._replace(warps=2 * tiles.warps)
+    if tiles.warps == 16 and tiles.registers > 32 and not has_gate:
+        return tiles._replace(tile=2 * tiles.tile, count=ceil_div(tiles.count, 2), warps=32)
+    if tiles.warps == 16 and tiles.registers == 24 and is_alone:
+        return tiles._replace(tile=tiles.tile // 2, count=ceil_div(cols, tiles.tile // 2), warps=8)
     return tiles
 
 
@@ -264,16 +262,32 @@ def resident_products(cols: int, tiles: RowTiles, itemsize: int) -> int:
     return 32 // tiles.warps if is_enough else 1
 
 
-def resident_rows(cols: int, tiles: RowTiles, is_rms: bool) -> int:
-    """Programs of the forward on a multiprocessor, for a norm alone: see `forward_tiles`. As many as 16 registers
-    beside those of its elements allow. By itself ptxas takes up to 8 more, so that fewer programs are resident, and of
-    a small input a few are left for a second turn. Predicted for 4 M elements, in per cent of a copy's speed, without
-    and with it: LayerNorm's 768 columns on H100 77 and 90, 12288 columns 74 and 81; RMSNorm's 4096 columns on B200 55
-    and 73. But on B200 it costs LayerNorm of 768 columns 7, and sm_120 would spill LayerNorm's 12288."""
-    if cols % tiles.tile == 0 and tiles.registers == 16 and is_rms:
-        return 64 // tiles.warps
-    pays = (tiles.warps == 16 and not is_rms and not is_sm_120()) if is_blackwell() else True
-    return 48 // tiles.warps if pays and cols % tiles.tile == 0 and tiles.registers == 24 else 1
+def resident_rows(cols: int, tiles: RowTiles, widest: int, is_rms: bool) -> int:
+    """Programs of the forward on a multiprocessor, for a norm without a gate whose parameters are those of all rows: as
+    many as registers allow where a thread has twice those of its elements. By itself ptxas takes up to 16 more, so that
+    fewer programs are resident, and of a small input a few are left for a second turn. Predicted for B200, in per cent
+    of a copy's speed, without and with it: LayerNorm of 16384 columns in fp32, of 32 M elements, 78 and 99; after an
+    addition in bf16, of 4 M elements, 76 and 88, of 5120 columns 79 and 90, where H100 would lose 4. widest: bytes of
+    the largest element, parameters included."""
+    if cols % tiles.tile or tiles.width > 1 or tiles.rows > 2:  # short rows would spill
+        return 1
+    # LayerNorm in fp32 would spill after an addition on sm_80, and on sm_120
+    if tiles.registers == 32 and (widest == 2 or is_blackwell()) and not is_sm_120():
+        return 32 // tiles.warps
+    if tiles.registers == 40 and is_blackwell():
+        return 24 // tiles.warps
+    # 40 registers, for two rows a program: LayerNorm after an addition would spill on Blackwell's cards
+    if tiles.registers == 24 and tiles.rows > 1 and widest == 2 and (is_rms or not is_blackwell()):
+        return 48 // tiles.warps
+    return 1
+
+
+def touches(tiles: RowTiles, is_rms_alone: bool) -> bool:
+    """Whether the forward of a norm without a gate loads its parameters' cache lines beside the row: see `tiles.touch`.
+    Predicted of 4 M elements in bf16, in per cent of a copy's speed, without and with it: LayerNorm's 7168 columns 78
+    and 91 on H100, 42 and 64 on B200; there RMSNorm's 5120 columns 54 and 77, after an addition 7168 columns 75 and 91.
+    Of short rows a program has several, and would spill, and so would sm_120's code for LayerNorm in fp32."""
+    return tiles.rows <= (2 if is_rms_alone else 1) and not is_sm_120()
 
 
 def check_groups(groups: int) -> None:

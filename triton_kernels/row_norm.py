@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ..views import contiguous, row_levels, rows_of_samples
 from . import launch, long_row_norm, row_launch
+from .compiler import use_loads
 from .gates import activated
 from .jit import jit
 from .rotary import load_partner_tiles, rotated_forth
@@ -30,6 +31,7 @@ from .tiles import (
     store_h,
     store_tile,
     tile_mask,
+    touch,
     zero_masked,
 )
 from .types import stat_dtype, triton_dtype
@@ -117,7 +119,7 @@ def norm_block(
     sample_rows, x_gate_stride, weight_stride, bias_stride,
     EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr,
     CAST: tl.constexpr, GROUPS: tl.constexpr, REFINE: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
-    N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
+    TOUCHES: tl.constexpr, N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """A block of ROWS rows: y = (h − mean) · rstd · w + b with h = x + residual, rstd = 1/√(mean((h − mean)²) + eps);
     RMSNorm has mean 0. A gate multiplies y, or x before all. With an x_gate h = x · x_gate + residual. x_gate, weight
@@ -146,6 +148,7 @@ def norm_block(
     gate_offsets = row_offsets(rows, gate_steps, divisions) + first + lanes
     gate_tiles = load_tiles(gate_ptr, gate_offsets, lanes, row_mask, N_COLS, TILE, N_TILES)
     x_gate_tiles = load_weight_tiles(x_gate_ptr, lanes, N_COLS, TILE, N_TILES, ROWS)
+    touched = touch(weight_ptr, first, TOUCHES, N_COLS) + touch(bias_ptr, first, TOUCHES, N_COLS)
     rotation = ()
     if cos_ptr is not None:
         x_starts = row_offsets(rows, x_steps, divisions)
@@ -171,6 +174,7 @@ def norm_block(
         mean, tiles, square_sum = _center(tiles, total, lanes, REFINE, N_COLS, TILE)
     # divided by n before the lanes are added: of n squares of 1e18 the mean fits into float32, and the sum doesn't
     rstd = reciprocal_sqrt(tl.sum(square_sum * (1.0 / N_COLS), axis=1, keep_dims=True) + EPS)
+    use_loads(touched, rstd_ptr, n_rows)
     if mean_ptr is not None:
         store_tile(mean_ptr + rows * GROUPS + group, mean, row_mask)
     store_tile(rstd_ptr + rows * GROUPS + group, rstd, row_mask)
@@ -185,7 +189,7 @@ def _row_norm_forward_kernel(
     x_ptr, residual_ptr, gate_ptr, x_gate_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr,
     n_rows, x_steps, residual_steps, gate_steps, divisions, sample_rows, x_gate_stride, weight_stride, bias_stride,
     EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr,
-    CAST: tl.constexpr, GROUPS: tl.constexpr, REFINE: tl.constexpr,
+    CAST: tl.constexpr, GROUPS: tl.constexpr, REFINE: tl.constexpr, TOUCHES: tl.constexpr,
     N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """`norm_block` of every block.
@@ -195,7 +199,8 @@ def _row_norm_forward_kernel(
         tl.program_id(0), x_ptr, residual_ptr, gate_ptr, x_gate_ptr, weight_ptr, bias_ptr, None, None, y_ptr, h_ptr,
         mean_ptr, rstd_ptr, n_rows, x_steps, residual_steps, gate_steps, 0, 0, divisions,
         sample_rows, x_gate_stride, weight_stride, bias_stride,
-        EPS, ZERO_CENTERED, SILU, NORM_BEFORE_GATE, CAST, GROUPS, REFINE, 0, False, N_COLS, TILE, N_TILES, ROWS,
+        EPS, ZERO_CENTERED, SILU, NORM_BEFORE_GATE, CAST, GROUPS, REFINE, 0, False, TOUCHES, N_COLS, TILE, N_TILES,
+        ROWS,
     )  # fmt: skip
 
 
@@ -234,18 +239,21 @@ def row_norm_forward(
             long_row_norm.forward(arguments, (rows, cols), strides, itemsize, features)
         else:
             has_gate = gate is not None or x_gate is not None
-            is_alone = h is None and not (has_gate or of_samples) and launch.access_bytes((x, y, weight, bias)) == 2
-            tiles = row_launch.forward_tiles(cols, itemsize, has_gate, is_alone, not subtract_mean)
+            is_plain = not has_gate and not of_samples
+            widest = max(itemsize, launch.access_bytes((x, weight, bias)))
+            tiles = row_launch.forward_tiles(cols, itemsize, has_gate, is_plain and h is None and widest == 2)
             is_product = gate is not None and not norm_before_gate  # of 16-bit numbers: not itself one
             dtype = rstd.dtype if is_product else (x if h is None else h).dtype
             refines = subtract_mean and row_launch.refines(cols, dtype)
             resident = row_launch.resident_products(cols, tiles, itemsize) if is_product else 1
-            if is_alone:
-                resident = row_launch.resident_rows(cols, tiles, not subtract_mean)
+            touches = is_plain and row_launch.touches(tiles, h is None and not subtract_mean)
+            if is_plain:
+                resident = row_launch.resident_rows(cols, tiles, widest, not subtract_mean)
             # grid: one program for each group of each block of tiles.rows rows
             _row_norm_forward_kernel[(launch.ceil_div(rows, tiles.rows), groups)](
                 *arguments, rows, *strides,
-                **features, REFINE=refines, N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows,
+                **features, REFINE=refines, TOUCHES=touches,
+                N_COLS=cols, TILE=tiles.tile, N_TILES=tiles.count, ROWS=tiles.rows,
                 **launch.options(tiles.warps, resident),
             )  # fmt: skip
     return y, h, mean, rstd

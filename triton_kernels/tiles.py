@@ -20,6 +20,7 @@ from . import launch
 from .jit import jit
 
 _INTERPRETED = tl.constexpr(launch.INTERPRETED)
+SECTOR = tl.constexpr(32)  # bytes, of which a cache's lines are filled
 
 
 @triton.jit
@@ -146,6 +147,22 @@ def load_weight_tiles(ptr, lanes, N_COLS: tl.constexpr, TILE: tl.constexpr, N_TI
             tile = load_weight_tile(ptr, lanes, t, ptr.dtype.element_ty, False, N_COLS, TILE, ROWS)
             tiles = tiles + (tile,)
     return tiles
+
+
+@triton.jit
+def touch(ptr, first, TOUCHES: tl.constexpr, N_COLS: tl.constexpr):
+    """Loads an element of each SECTOR of the N_COLS parameters from `first` on, so that the cache has them when y needs
+    them; () where ptr is None, or not TOUCHES. Loaded whole they would take eight times as many registers.
+
+    A row's y is computed tile by tile, and no load of a tile's parameters can overtake the store of the one before,
+    which may alias it. Programs that all begin at the same time all wait for memory then, once a tile."""
+    if ptr is None or not TOUCHES:
+        return ()
+    else:
+        STEP: tl.constexpr = SECTOR * 8 // ptr.dtype.element_ty.primitive_bitwidth
+        COUNT: tl.constexpr = triton.next_power_of_2(triton.cdiv(N_COLS, STEP))
+        cols = tl.arange(0, COUNT) * STEP
+        return (tl.load(ptr + first + cols, mask=cols < N_COLS),)
 
 
 @triton.jit
