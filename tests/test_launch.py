@@ -184,6 +184,7 @@ def test_the_forwards_warps_follow_from_what_registers_allow(cols, warps, alone,
 
 @pytest.mark.parametrize("cols, itemsize, is_rms, registers, on_blackwell", [
     (4096, 2, True, 64, 64), (4096, 2, False, 64, 64), (16384, 2, False, 64, 64), (4096, 4, False, None, 64),
+    (1024, 4, False, None, None),
     (5120, 2, False, None, 80), (5121, 2, False, None, None), (2048, 8, False, None, None),
     (768, 2, True, 40, 40), (768, 2, False, 40, None), (769, 2, True, None, None), (6144, 2, True, None, None),
 ])  # fmt: skip

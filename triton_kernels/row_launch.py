@@ -269,7 +269,7 @@ def resident_rows(cols: int, tiles: RowTiles, widest: int, is_rms: bool) -> int:
     of a copy's speed, without and with it: LayerNorm of 16384 columns in fp32, of 32 M elements, 78 and 99; after an
     addition in bf16, of 4 M elements, 76 and 88, of 5120 columns 79 and 90, where H100 would lose 4. widest: bytes of
     the largest element, parameters included."""
-    if cols % tiles.tile or tiles.width > 1 or tiles.rows > 2:  # short rows would spill
+    if cols % tiles.tile or tiles.width > 1 or tiles.rows > (2 if widest == 2 else 1):  # short rows would spill
         return 1
     # LayerNorm in fp32 would spill after an addition on sm_80, and on sm_120
     if tiles.registers == 32 and (widest == 2 or is_blackwell()) and not is_sm_120():
