@@ -100,23 +100,26 @@ struct LongRow {
 template <typename Row>
 constexpr bool is_long = std::is_same_v<Row, LongRow<typename Row::Vec>>;
 
+// Planes of 7 x 7 are seven vectors of AVX2's. Rows of more would take more code than they gain.
+constexpr int max_short_vectors = 8;
+
+template <typename V, int K = 1, typename Body>
+INLINE void with_short_row(int n, Body body) {
+  if constexpr (K < max_short_vectors && K * lanes<V> < word_size) {
+    if (n > K * lanes<V>) {
+      return with_short_row<V, K + 1>(n, body);
+    }
+  }
+  body(ShortRow<V, K>{n});
+}
+
 // Calls body(row) with a block's rows of `n` elements, to be taken in vectors V. SiLU computes too much to gain from
 // short rows of their own.
 template <typename V, Layout LAYOUT, Activation ACTIVATION, typename Body>
 INLINE void with_row(int64_t n, Body body) {
   if constexpr (LAYOUT == Layout::planes && ACTIVATION != Activation::silu) {
-    if (n <= word_size) {
-      const int size = static_cast<int>(n);
-      switch ((size + lanes<V> - 1) / lanes<V>) {
-        case 1:
-          return body(ShortRow<V, 1>{size});
-        case 2:
-          return body(ShortRow<V, 2>{size});
-        case 3:
-          return body(ShortRow<V, 3>{size});
-        case 4:
-          return body(ShortRow<V, 4>{size});
-      }
+    if (n <= std::min(word_size, max_short_vectors * lanes<V>)) {
+      return with_short_row<V>(static_cast<int>(n), body);
     }
   }
   body(LongRow<V>());
@@ -165,7 +168,7 @@ INLINE void each_of_word(int count, Step step) {
 template <typename V, int K, typename Step>
 INLINE void each_of_word(ShortRow<V, K> row, Step step) {
   constexpr int width = lanes<V>, last = (K - 1) % Sum<V>::chains;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int k = 0; k + 1 < K; ++k) {
     step(k * width, k % Sum<V>::chains, ActiveLanes{0, width});
   }
