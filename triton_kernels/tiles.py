@@ -161,7 +161,7 @@ def touch(ptr, first, TOUCHES: tl.constexpr, N_COLS: tl.constexpr):
     else:
         STEP: tl.constexpr = SECTOR * 8 // ptr.dtype.element_ty.primitive_bitwidth
         COUNT: tl.constexpr = triton.next_power_of_2(triton.cdiv(N_COLS, STEP))
-        cols = tl.arange(0, COUNT) * STEP
+        cols = tl.arange(0, COUNT).to(tl.int64) * STEP
         return (tl.load(ptr + first + cols, mask=cols < N_COLS),)
 
 
