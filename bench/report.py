@@ -267,14 +267,13 @@ def _prediction_cells(results: list[dict], targets: dict[str, str]) -> pd.DataFr
 
 
 def _beside(ours: list[dict], theirs: list[dict], targets: dict[str, str]) -> pd.DataFrame:
-    """The same rows: our per cent / the other library's; ▼ where our time is more than 3 per cent above its."""
+    """The same rows: the other library's time / ours; ▼ where ours is more than 3 per cent longer."""
     cell = ["operation", "direction", "dtype", "millions", "target", "cols"]
-    mine = pd.DataFrame(ours, columns=[*cell, "us", "percent_of_copy"])
-    frame = frame_of(theirs).merge(mine, on=cell, how="left", suffixes=("_theirs", ""))
+    mine = pd.DataFrame(ours, columns=[*cell, "us"])
+    frame = frame_of(theirs).merge(mine, on=cell, how="left", suffixes=("", "_ours"))
     frame["call"] = "`" + frame["operation"] + "` " + frame["direction"]
-    lost = frame["us"] > 1.03 * frame["us_theirs"]
-    both = zip(shown(frame["percent_of_copy"], "{:.0f}".format), frame["percent_of_copy_theirs"], lost, strict=True)
-    frame["cell"] = [f"{our or '–'} / {their}{' ▼' * is_lost}" for our, their, is_lost in both]
+    ratio = frame["us"] / frame["us_ours"]
+    frame["cell"] = shown(ratio, lambda ratio: f"{ratio:.2f}×{' ▼' * (1.03 * ratio < 1)}")
     return _by_columns(frame, targets)
 
 
