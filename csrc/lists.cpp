@@ -81,7 +81,8 @@ class ShapeHash {
       factor *= 0x9e3779b97f4a7c15;  // odd, so that no factor is even and loses bits; another for each dimension
       shape += (static_cast<uint64_t>(size) + 1) * factor;
     }
-    value_ = value_ * 0xd1342543de82ef95 + shape;
+    // the shift keeps lists apart that differ in their order alone: without it the sum would be linear
+    value_ = (value_ ^ value_ >> 29) * 0xd1342543de82ef95 + shape;
   }
 
   uint64_t value() const { return value_; }

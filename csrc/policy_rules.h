@@ -135,8 +135,7 @@ FASTNORM_RULE bool adagc(const Policy& policy, Team& team, bool is_warm) {
     const double own = norm == 0 ? 1 : ratio;
     return is_warm ? own : early;
   };
-  // No factor is above 1, so that no cap binds on norms whose total, with room for rounding, is below it.
-  const bool is_capped = max_norm < INFINITY && !(total * (1 + 1e-6) + 1e-6 <= max_norm);
+  const bool is_capped = max_norm < INFINITY;
   const double clipped_total =
       is_capped ? team.norm_of([&](int64_t i) { return factor(team.norm(i), averages[i]) * team.norm(i); }) : 0;
   const double cap = is_capped ? bounded(max_norm / (clipped_total + 1e-6)) : 1;

@@ -33,12 +33,15 @@ class Operator:
     def define(self, library: Library, implementation: Callable[..., Any] | None = None) -> None:
         """Defines it in a library's namespace, over a Python function or, without one, what C++ has registered.
 
+        A function whose results have other shapes than usual has a fake implementation as its attribute `fake`.
+
         Raises RuntimeError where C++ has registered another signature.
         """
         library.define(self.schema)
         if implementation is not None:
             library.impl(self.name, implementation, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{library.ns}::{self.name}", self.fake, lib=library)
+        fake = getattr(implementation, "fake", self.fake)
+        torch.library.register_fake(f"{library.ns}::{self.name}", fake, lib=library)
 
 
 def operator(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -241,13 +241,18 @@ def batch_norm_backward_apply(
 
 
 def masked(dy: Tensor, mask: Tensor | None, memory_format: torch.memory_format) -> Tensor:
-    """dz: dy where the ReLU's mask has a 1, else 0; without a mask, dy."""
+    """dz: dy where the ReLU's mask has a 1, else 0; without a mask, dy.
+
+    mask: of the view's mask_shape; or (1, N, C · S / 8), a sample's planes in one row of bits, as Triton's odd planes.
+    """
     if mask is None:
         return dy
     view = ChannelView(dy, memory_format, across_samples=True)
     bits = (mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
-    passed = bits.flatten(-2)[..., : view.shape[-1]].bool().contiguous()
-    return torch.where(view.from_blocks(passed), dy, 0)
+    passed = bits.flatten(-2).bool()
+    if mask.shape == view.mask_shape:
+        passed = passed[..., : view.shape[-1]]
+    return torch.where(view.from_blocks(passed.reshape(view.shape)), dy, 0)
 
 
 def _unit_dims(x: Tensor) -> tuple[int, ...]:

@@ -79,9 +79,9 @@ def rows_of_samples(parameter: Tensor | None) -> Tensor | None:
     return rows if rows is None or rows.stride(1) == 1 or rows.shape[1] == 1 else _copied(rows)
 
 
-def contiguous(parameter: Tensor | None) -> Tensor | None:
-    """A weight or bias without gaps."""
-    return None if parameter is None else parameter.contiguous()
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """A weight, a bias or a mask without gaps."""
+    return None if tensor is None else tensor.contiguous()
 
 
 def suggested_format(x: Tensor) -> torch.memory_format:

@@ -109,6 +109,37 @@ def test_a_sample_is_the_same_among_few_and_many(kernel_device):
     assert all(map(torch.equal, *results))
 
 
+@pytest.mark.triton
+@pytest.mark.parametrize("samples", (15, 16))
+def test_a_mask_is_read_right_by_the_formula_and_after_a_hook(samples, kernel_device):
+    """Odd planes of 16 samples and more have a mask of another shape."""
+    x, residual = torch.randn(2, samples, 8, 7, generator=torch.manual_seed(0), dtype=torch.float64).to(kernel_device)
+    x.requires_grad_(), residual.requires_grad_()
+
+    def gradients(unpack, **options):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack), fastnorm.use("triton"):
+            y = fastnorm.functional.batch_norm(x, None, None, training=True, residual=residual, activation="relu")
+            return torch.autograd.grad(y, (x, residual), x.detach().cos(), **options)
+
+    expected = gradients(lambda t: t)
+    strided = gradients(lambda t: t.mT.contiguous().mT if t.dim() > 2 else t)
+    for found in (gradients(lambda t: t, create_graph=True), strided):
+        assert all(torch.allclose(f, e, rtol=1e-12, atol=1e-12) for f, e in zip(found, expected, strict=True))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("shape", [(16, 8, 7), (15, 8, 7), (1, 8, 7), (16, 8, 1)], ids=str)
+def test_fakes_know_the_shape_of_the_mask(shape, kernel_device):
+    x, ones = torch.randn(shape).to(kernel_device), torch.ones(8, device=kernel_device)
+    layout, namespace = torch.contiguous_format, torch.ops.fastnorm_triton
+    for operator, *arguments in (
+        (namespace.batch_norm_forward, None, ones, ones, None, None, None, 0.1, 1e-5, layout, True, F32),
+        (namespace.batch_norm_normalize, None, ones, ones, ones, ones, layout, True, F32),
+        (namespace.batch_norm_evaluation, None, ones, ones, ones, ones, 1e-5, layout, True, True, F32),
+    ):
+        torch.library.opcheck(operator.default, (x, *arguments), test_utils="test_faketensor")
+
+
 
 def test_width_of_an_access():
     x = torch.empty(4, 6, 784, dtype=BF16)

@@ -38,6 +38,13 @@ def test_shapes_of_lists():
         native.all_readable(tensors, "3")
 
 
+def test_the_key_of_shapes_is_no_linear_sum():
+    """Such a sum can't tell these orders of two shapes apart, of which one has a 1 where the other has a 0."""
+    order = [place.bit_count() % 2 for place in range(1024)]
+    shapes = torch.ones(1), torch.ones(4097)
+    assert native.shape_key([shapes[i] for i in order]) != native.shape_key([shapes[1 - i] for i in order])
+
+
 def test_adagc_compares_shapes_in_the_walk_that_every_list_gets(monkeypatch):
     policy, params = fastnorm.AdaGC(), parameters_with([torch.ones(2, 3), torch.ones(5)])
     fastnorm.clip_grad_norm_(params, policy)

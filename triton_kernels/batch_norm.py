@@ -10,6 +10,9 @@ and c2 = mean(w · dz). A mask of the ReLU has one bit an element.
 
 from __future__ import annotations
 
+import torch
+
+from ..operators import OPERATORS
 from ..views import ChannelView, contiguous
 from . import channel_launch, launch, pixels, planes
 from .moments import join_moments
@@ -26,16 +29,28 @@ class _View(ChannelView):
         if not self.channels_last and channel_launch.odd_planes(*self.shape):
             samples, channels, size = self.shape
             self.layout, self.parts, self.shape = pixels, size, (1, samples, channels * size)
+            self.mask_shape = 1, samples, channels * size // 8
 
     def moments(self, x):
         """Partial moments of blocks."""
         return pixels.moments(x, parts=self.parts) if self.layout is pixels else planes.moments(x)
 
-    def bytes(self, mask):
-        """The ReLU's mask by blocks. Of odd planes a sample's bits follow each other, and leave a few bytes unused."""
-        return mask if mask is None or self.parts == 1 else mask.view(1, self.shape[1], -1)
+
+def _has_mask(launcher):
+    """Gives the launcher a fake implementation that knows how the mask of odd planes is packed."""
+    usual = OPERATORS[launcher.__name__].fake
+
+    def fake(x, *arguments):
+        y, mask, *statistics = usual(x, *arguments)
+        if mask is not None and mask.shape[0] > 1:  # of planes
+            mask = mask.new_empty(_View(x, torch.contiguous_format).mask_shape)
+        return y, mask, *statistics
+
+    launcher.fake = fake
+    return launcher
 
 
+@_has_mask
 def batch_norm_forward(
     x, residual, weight, bias, running_mean, running_var, factor, momentum, eps, memory_format, relu, out_dtype
 ):
@@ -63,6 +78,7 @@ def batch_norm_statistics(x, memory_format):
     return moments
 
 
+@_has_mask
 def batch_norm_normalize(x, residual, weight, bias, mean, rstd, memory_format, relu, out_dtype):
     """Returns y in out_dtype, and the ReLU's mask or None."""
     view = _View(x, memory_format)
@@ -71,6 +87,7 @@ def batch_norm_normalize(x, residual, weight, bias, mean, rstd, memory_format, r
         return _normalize(view, x, residual, (weight, bias), (mean, rstd), None, relu, relu, out_dtype)
 
 
+@_has_mask
 def batch_norm_evaluation(
     x, residual, weight, bias, running_mean, running_var, eps, memory_format, relu, wants_mask, out_dtype
 ):
@@ -93,7 +110,7 @@ def batch_norm_backward(
         if training or dweight_dtype is not None or dbias_dtype is not None:
             if training:
                 means = mean.new_empty((2, *mean.shape))
-            partials = view.layout.sums(dy, view.bytes(mask), x, (None, None), (mean, rstd))
+            partials = view.layout.sums(dy, contiguous(mask), x, (None, None), (mean, rstd))
             count = x.numel() // view.channels
             dbias, dweight = column_sums(partials.rows, [dbias_dtype, dweight_dtype], means, count)
         dx, dresidual = _gradient(view, dy, mask, x, weight, (mean, rstd), means, dresidual_dtype)
@@ -105,7 +122,7 @@ def batch_norm_backward_sums(dy, mask, x, mean, rstd, memory_format):
     view = _View(x, memory_format)
     dy, x, sums = view.blocks(dy), view.blocks(x), mean.new_empty((2, *mean.shape))
     with launch.on_device(x):
-        column_sums(view.layout.sums(dy, view.bytes(mask), x, (None, None), (mean, rstd)).rows, [None, None], sums)
+        column_sums(view.layout.sums(dy, contiguous(mask), x, (None, None), (mean, rstd)).rows, [None, None], sums)
     return sums
 
 
@@ -121,8 +138,7 @@ def _normalize(view, x, residual, affine, statistics, eps, relu, wants_mask, out
     """y and the mask, or None, from blocks. statistics: mean and rstd, or, with an eps, mean and variance."""
     y, mask = view.make_result(out_dtype), view.make_mask(relu and wants_mask)
     affine, activation = [contiguous(parameter) for parameter in affine], "relu" if relu else None
-    results = view.blocks(y), view.bytes(mask)
-    view.layout.normalize(x, residual, affine, statistics, *results, eps=eps, activation=activation)
+    view.layout.normalize(x, residual, affine, statistics, view.blocks(y), mask, eps=eps, activation=activation)
     return y, mask
 
 
@@ -130,5 +146,5 @@ def _gradient(view, dy, mask, x, weight, statistics, means, dresidual_dtype):
     """dx, and dresidual or None, from blocks."""
     dx, dresidual = view.make_result(x.dtype), view.make_result(dresidual_dtype)
     affine, results = (contiguous(weight), None), (view.blocks(dx), view.blocks(dresidual))
-    view.layout.gradient(dy, view.bytes(mask), x, affine, statistics, means, *results)
+    view.layout.gradient(dy, contiguous(mask), x, affine, statistics, means, *results)
     return dx, dresidual
