@@ -95,29 +95,27 @@ def test_odd_planes_go_to_pixels():
 
 
 @pytest.mark.triton
-def test_a_sample_is_the_same_among_few_and_many(kernel_device):
+def test_a_sample_is_the_same_among_few_and_many(triton_device):
     """In evaluation. Odd planes of few samples have other kernels than those of many."""
-    x = torch.randn(24, 16, 7, 7, generator=torch.manual_seed(0)).to(kernel_device, BF16)
-    mean, var, weight, bias, dy = (torch.rand(16, device=kernel_device) + 0.5 for _ in range(5))
+    x = torch.randn(24, 16, 7, 7, generator=torch.manual_seed(0)).to(triton_device, BF16)
+    mean, var, weight, bias, dy = (torch.rand(16, device=triton_device) + 0.5 for _ in range(5))
     results = []
     for samples in (24, 8):
         part = x[:samples].clone().requires_grad_()
-        with fastnorm.use("triton"):
-            y = fastnorm.functional.batch_norm(part, mean, var, weight, bias, activation="relu", residual=part.detach())
-            (dx,) = torch.autograd.grad(y, part, dy.to(BF16)[:, None, None].expand_as(y))
+        y = fastnorm.functional.batch_norm(part, mean, var, weight, bias, activation="relu", residual=part.detach())
+        (dx,) = torch.autograd.grad(y, part, dy.to(BF16)[:, None, None].expand_as(y))
         results.append((y[:8], dx[:8]))
     assert all(map(torch.equal, *results))
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("samples", (15, 16))
-def test_a_mask_is_read_right_by_the_formula_and_after_a_hook(samples, kernel_device):
+def test_a_mask_is_read_right_by_the_formula_and_after_a_hook(triton_device):
     """Odd planes of 16 samples and more have a mask of another shape."""
-    x, residual = torch.randn(2, samples, 8, 7, generator=torch.manual_seed(0), dtype=torch.float64).to(kernel_device)
+    x, residual = torch.randn(2, 16, 8, 7, generator=torch.manual_seed(0), dtype=torch.float64).to(triton_device)
     x.requires_grad_(), residual.requires_grad_()
 
     def gradients(unpack, **options):
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack), fastnorm.use("triton"):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
             y = fastnorm.functional.batch_norm(x, None, None, training=True, residual=residual, activation="relu")
             return torch.autograd.grad(y, (x, residual), x.detach().cos(), **options)
 
@@ -128,16 +126,17 @@ def test_a_mask_is_read_right_by_the_formula_and_after_a_hook(samples, kernel_de
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("shape", [(16, 8, 7), (15, 8, 7), (1, 8, 7), (16, 8, 1)], ids=str)
-def test_fakes_know_the_shape_of_the_mask(shape, kernel_device):
-    x, ones = torch.randn(shape).to(kernel_device), torch.ones(8, device=kernel_device)
+def test_fakes_know_the_shape_of_the_mask(triton_device):
+    ones = torch.ones(8, device=triton_device)
     layout, namespace = torch.contiguous_format, torch.ops.fastnorm_triton
-    for operator, *arguments in (
-        (namespace.batch_norm_forward, None, ones, ones, None, None, None, 0.1, 1e-5, layout, True, F32),
-        (namespace.batch_norm_normalize, None, ones, ones, ones, ones, layout, True, F32),
-        (namespace.batch_norm_evaluation, None, ones, ones, ones, ones, 1e-5, layout, True, True, F32),
-    ):
-        torch.library.opcheck(operator.default, (x, *arguments), test_utils="test_faketensor")
+    for shape in (16, 8, 7), (15, 8, 7), (1, 8, 7), (16, 8, 1):
+        x = torch.randn(shape).to(triton_device)
+        for operator, *arguments in (
+            (namespace.batch_norm_forward, None, ones, ones, None, None, None, 0.1, 1e-5, layout, True, F32),
+            (namespace.batch_norm_normalize, None, ones, ones, ones, ones, layout, True, F32),
+            (namespace.batch_norm_evaluation, None, ones, ones, ones, ones, 1e-5, layout, True, True, F32),
+        ):
+            torch.library.opcheck(operator.default, (x, *arguments), test_utils="test_faketensor")
 
 
 

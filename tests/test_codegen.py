@@ -216,7 +216,7 @@ def test_clip_kernels_read_and_write_16_bytes_at_a_time(clip_kernels):
 FEATURES = "gated_rms_norm,gated_rms_norm_gate_first,modulated_layer_norm", "rms_norm_many,rms_norm_many_rotary"
 
 
-@pytest.mark.parametrize("operations, cols", zip(FEATURES, (4096, 128), strict=True), ids=["rows", "heads"])
+@pytest.mark.parametrize("operations, cols", [*zip(FEATURES, (4096, 128), strict=True)], ids=["rows", "heads"])
 def test_features_do_not_spill(kernel_cache, tmp_path, operations, cols):
     command = f"-m bench codegen --operations {operations} --targets sm_90 --widths {cols} --dtypes bf16"
     done = run(kernel_cache, *command.split(), "--providers", "fastnorm", "--jobs", "2", "--output", str(tmp_path))
