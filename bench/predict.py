@@ -80,7 +80,7 @@ def _cells(options: Namespace) -> Iterator[tuple]:
             images = IMAGES[operation][: 1 if options.quick else None]
             yield from product(*chosen, images, (options.latency,), LAYOUTS)
         elif operation in ROW_NORMS:
-            known = OURS, *(PEER for _ in range(operation in PEER_OPERATIONS))
+            known = PROVIDERS if operation in PEER_OPERATIONS else (OURS,)
             providers = [provider for provider in options.providers if provider in known]
             yield from product(*chosen, widths, (options.latency,), providers)
 

@@ -41,8 +41,11 @@ def pin_loads():
 
 @triton.jit
 def use_loads(tiles, ptr, n_rows):
-    """A use of what `touch` loaded, without which compilers would drop the loads: a store that never happens, as there
-    are rows. It stands behind the row's last sum, so that nothing waits for these loads alone.
+    """A use of what `touch` loaded, without which compilers (Triton 3.8) would drop the loads: a store that never
+    happens, as there are rows. It stands behind the row's last sum, so that nothing waits for these loads alone. The
+    timing model's per cent of a copy's speed, LayerNorm's forward of 4 M elements in bfloat16, 7168 columns on H100: 78
+    without these loads, 91 with them. The command: `python -m bench predict --operations layer_norm --dtypes bf16
+    --millions 4 --widths 7168 --targets sm_90`.
 
     ptr: of any memory, such that the store can't be taken for one of a row's, whose width `python -m bench codegen`
     reads. Its type is that of the tile, since a conversion is computed, and waits, as soon as ptxas likes."""
