@@ -195,13 +195,38 @@ def test_a_norm_without_a_gate_has_as_many_programs_as_registers_allow(
     for is_blackwell, expected in ((False, registers), (True, on_blackwell)):
         replaced = {"is_blackwell": lambda found=is_blackwell: found, "is_sm_120": lambda: False}
         with patch.multiple(row_launch, **replaced):
-            resident = row_launch.resident_rows(cols, tiles, itemsize, is_rms)
+            resident = row_launch.resident_rows(cols, tiles, itemsize, is_rms, False)
         options = launch._options(tiles.warps, resident, launch.GPUTarget("cuda", 90, 32))
         assert (resident > 1 or tiles.warps == 32) == (expected is not None)
         if expected:
             assert options["maxnreg"] == expected
     with patch.multiple(row_launch, is_blackwell=lambda: True, is_sm_120=lambda: True):
-        assert tiles.registers != 32 or row_launch.resident_rows(cols, tiles, itemsize, is_rms) == 1
+        assert tiles.registers != 32 or row_launch.resident_rows(cols, tiles, itemsize, is_rms, False) == 1
+
+
+@pytest.mark.parametrize("cols, arch, is_rms, is_alone, registers", [
+    (7168, 80, False, True, 80), (7168, 90, False, True, 80), (7168, 100, False, True, 255),
+    (7168, 80, True, True, 255), (7168, 80, False, False, 255), (7169, 80, False, True, 255),
+    (1024, 80, False, True, 48), (1024, 90, False, True, 64), (1024, 80, True, True, 64), (1024, 80, False, False, 64),
+])  # fmt: skip
+def test_layer_norm_alone_has_more_programs_on_earlier_cards(cols, arch, is_rms, is_alone, registers):
+    tiles = row_launch.forward_tiles(cols, 2, False, is_alone)
+    target = launch.GPUTarget("cuda", arch, 32)
+    with patch.multiple(launch, INTERPRETED=False, backend=lambda: "cuda", _current_target=lambda: target):
+        resident = row_launch.resident_rows(cols, tiles, 2, is_rms, is_alone)
+    assert launch._options(tiles.warps, resident, target)["maxnreg"] == registers
+
+
+@pytest.mark.parametrize("cols, itemsize, rows, registers", [
+    (128, 4, 8, 8), (127, 4, 8, 8), (1, 4, 1024, 8), (96, 4, 16, 12), (127, 2, 8, 8), (3, 2, 256, 8), (1024, 4, 1, 16),
+    (768, 4, 1, 12), (128, 2, 32, 32), (512, 4, 2, 16), (1001, 4, 2, 32), (1001, 2, 2, 32), (63, 8, 32, 32),
+])  # fmt: skip
+def test_a_thread_has_few_elements_of_short_rows_that_take_many_registers(cols, itemsize, rows, registers):
+    """In float32, or where it can't load 16 bytes at a time; else, and in rows with a gate, as many as of long rows."""
+    tiles = row_launch.forward_tiles(cols, itemsize, False, False)
+    assert (tiles.rows, tiles.registers) == (rows, registers)
+    gated = row_launch.forward_tiles(cols, itemsize, True, False)
+    assert gated == row_launch.row_tiles(cols, itemsize) and gated.registers >= registers
 
 
 @pytest.mark.parametrize("cols, alone, other", [(128, False, False), (1024, True, False), (2048, True, True)])

@@ -71,6 +71,11 @@ def is_blackwell() -> bool:
     return INTERPRETED or (backend() == "cuda" and _current_target().arch >= 100)
 
 
+def is_ampere() -> bool:
+    """Whether code for cards before Hopper is wanted."""
+    return not INTERPRETED and backend() == "cuda" and _current_target().arch < 90
+
+
 def is_sm_120() -> bool:
     """Whether code for Blackwell's smaller cards is wanted."""
     return not INTERPRETED and _current_target().arch == 120

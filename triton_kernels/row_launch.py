@@ -11,6 +11,7 @@ from .launch import (
     MAX_PADDING,
     WARP,
     ceil_div,
+    is_ampere,
     is_blackwell,
     is_sm_120,
     multiprocessors,
@@ -29,6 +30,7 @@ SPARED_REGISTERS = 16  # of such a thread, for a row beside an x_gate's gradient
 CHUNK_REGISTERS = 64  # of such a thread, for the parameter sums of a chunk; others hold the tiles of h and dy
 AHEAD_REGISTERS = 80  # of such a thread, for a chunk's sums and dh
 NARROW_REGISTERS = 32  # of a thread, for rows shorter than one access of a warp; halved for each parameter sum beside
+SPREAD_REGISTERS = 8  # of a thread, for such rows in the forward, where each element takes several: see forward_tiles
 PARTIAL_SHARE = 0.03  # of the backward's traffic that partial sums may add, from PARTIAL_ROWS rows on
 PARTIAL_ROWS = 4096
 # Of the multiprocessors of an H100 or A100: as many as keep the memory busy, with 8 warps or more that load a row each.
@@ -91,8 +93,20 @@ def forward_tiles(cols: int, itemsize: int, has_gate: bool, is_alone: bool) -> R
     """`row_tiles`, but 32 warps where 16 would have more than 32 registers of a row, and 8 where these have 24 of a
     norm alone: three programs of 8 warps are resident, and two of 16.
 
+    Of short rows a thread has fewer elements, in 32 bits or where it can't load 16 bytes at a time: each takes several
+    registers, and with fewer all programs of a small input are resident at once. Predicted for H100, in per cent of a
+    copy's speed, LayerNorm of 127 columns, of 32 M elements, with 32 elements a thread and with 8: 37 and 96, in bf16
+    24 and 73; for B200, of 128 columns, of 4 M, 46 and 84, of 1024 columns, with 32 and with 16, 68 and 86. Of two
+    warps' rows B200 would lose where accesses are short: 1001 columns, of 32 M, 92 and 73.
+
     has_gate: of any kind. is_alone: all of the call is x, y, and a weight and a bias for all rows, in 16 bits."""
     tiles = row_tiles(cols, itemsize)
+    is_aligned = cols * itemsize % ACCESS_BYTES == 0
+    if not has_gate and (itemsize == 4 or (itemsize == 2 and not is_aligned)):
+        if cols <= WARP * ACCESS_BYTES // itemsize:
+            return _narrow_tiles(cols, ACCESS_BYTES // itemsize, 1, 0, SPREAD_REGISTERS)
+        if tiles.rows > 1 and tiles.registers > 16 and is_aligned:
+            return tiles._replace(tile=2 * tiles.tile, count=ceil_div(cols, 2 * tiles.tile), rows=1)
     if tiles.warps == 16 and tiles.registers > 32 and not has_gate:
         return tiles._replace(tile=2 * tiles.tile, count=ceil_div(tiles.count, 2), warps=32)
     if tiles.warps == 16 and tiles.registers == 24 and is_alone:
@@ -100,7 +114,7 @@ def forward_tiles(cols: int, itemsize: int, has_gate: bool, is_alone: bool) -> R
     return tiles
 
 
-def _narrow_tiles(cols: int, vector: int, width: int, sums: int) -> RowTiles:
+def _narrow_tiles(cols: int, vector: int, width: int, sums: int, max_registers: int = NARROW_REGISTERS) -> RowTiles:
     """Rows shorter than one access of a warp: each warp has several. Four warps a program; eight in the backward, where
     fewer programs leave fewer partial sums. Where rows take at most two accesses of a thread, registers are left for a
     second resident program, whose loads are in flight while the first computes."""
@@ -111,7 +125,7 @@ def _narrow_tiles(cols: int, vector: int, width: int, sums: int) -> RowTiles:
     if ceil_div(cols, tile) * tile == next_power_of_2(cols):  # one tile leaves no more lanes idle than several
         tile = next_power_of_2(cols)
     count = ceil_div(cols, tile)
-    rows = warps * WARP * (NARROW_REGISTERS >> sums) // (tile * next_power_of_2(count) * width)
+    rows = warps * WARP * (max_registers >> sums) // (tile * next_power_of_2(count) * width)
     rows = max(rows, warps * WARP * vector // tile)  # at least one access a thread
     tiles = RowTiles(tile, count, rows, warps, width)
     leaves_half = tiles.registers <= 2 * vector * width  # two accesses a thread
@@ -262,15 +276,21 @@ def resident_products(cols: int, tiles: RowTiles, itemsize: int) -> int:
     return 32 // tiles.warps if is_enough else 1
 
 
-def resident_rows(cols: int, tiles: RowTiles, widest: int, is_rms: bool) -> int:
+def resident_rows(cols: int, tiles: RowTiles, widest: int, is_rms: bool, is_alone: bool) -> int:
     """Programs of the forward on a multiprocessor, for a norm without a gate whose parameters are those of all rows: as
     many as registers allow where a thread has twice those of its elements. By itself ptxas takes up to 16 more, so that
     fewer programs are resident, and of a small input a few are left for a second turn. Predicted for B200, in per cent
     of a copy's speed, without and with it: LayerNorm of 16384 columns in fp32, of 32 M elements, 78 and 99; after an
-    addition in bf16, of 4 M elements, 76 and 88, of 5120 columns 79 and 90, where H100 would lose 4. widest: bytes of
-    the largest element, parameters included."""
+    addition in bf16, of 4 M elements, 76 and 88, of 5120 columns 79 and 90, where H100 would lose 4; for A100,
+    LayerNorm alone in bf16, of 4 M, of 7168 columns 87 and 93, of 1024, with 64 registers and with 48, 83 and 93, where
+    H100 would lose 2. widest: bytes of the largest element, parameters included; is_alone: see `forward_tiles`."""
     if cols % tiles.tile or tiles.width > 1 or tiles.rows > (2 if widest == 2 else 1):  # short rows would spill
         return 1
+    is_layer_norm_alone = is_alone and not is_rms
+    if is_layer_norm_alone and tiles.registers == 56 and not is_blackwell():  # where it would spill
+        return 24 // tiles.warps
+    if is_layer_norm_alone and tiles.registers == 32 and tiles.rows == 2 and is_ampere():
+        return 40 // tiles.warps
     # LayerNorm in fp32 would spill after an addition on sm_80, and on sm_120
     if tiles.registers == 32 and (widest == 2 or is_blackwell()) and not is_sm_120():
         return 32 // tiles.warps

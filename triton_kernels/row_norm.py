@@ -241,14 +241,15 @@ def row_norm_forward(
             has_gate = gate is not None or x_gate is not None
             is_plain = not has_gate and not of_samples
             widest = max(itemsize, launch.access_bytes((x, weight, bias)))
-            tiles = row_launch.forward_tiles(cols, itemsize, has_gate, is_plain and h is None and widest == 2)
+            is_alone = is_plain and h is None and widest == 2
+            tiles = row_launch.forward_tiles(cols, itemsize, has_gate, is_alone)
             is_product = gate is not None and not norm_before_gate  # of 16-bit numbers: not itself one
             dtype = rstd.dtype if is_product else (x if h is None else h).dtype
             refines = subtract_mean and row_launch.refines(cols, dtype)
             resident = row_launch.resident_products(cols, tiles, itemsize) if is_product else 1
             touches = is_plain and row_launch.touches(tiles, h is None and not subtract_mean)
             if is_plain:
-                resident = row_launch.resident_rows(cols, tiles, widest, not subtract_mean)
+                resident = row_launch.resident_rows(cols, tiles, widest, not subtract_mean, is_alone)
             # grid: one program for each group of each block of tiles.rows rows
             _row_norm_forward_kernel[(launch.ceil_div(rows, tiles.rows), groups)](
                 *arguments, rows, *strides,
