@@ -186,8 +186,8 @@ def test_channel_kernels_leave_room_for_several_programs(channel_kernels):
     """Memory is waited for by warps that take turns."""
     walking = [k for k in channel_kernels if k["kernel"] in CHANNEL_KERNELS and k["target"].startswith("sm_")]
     assert not {name(k): k["resident_warps"] for k in walking if k["resident_warps"] < 8}
-    # older compilers take up to 16 KiB for the moments of pixels
-    most = 16384 if release(metadata.version("triton")) < (3, 7) else 8192
+    # Triton 3.5.1 takes 16 KiB for the moments of pixels
+    most = 16384 if release(metadata.version("triton")) < (3, 6) else 8192
     assert not {name(k): k["shared"] for k in channel_kernels if k["shared"] > most}
 
 

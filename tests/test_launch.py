@@ -182,41 +182,29 @@ def test_the_forwards_warps_follow_from_what_registers_allow(cols, warps, alone,
         assert (tiles == row) == (tiles.warps == row.warps) and tiles.tile * tiles.count == row.tile * row.count
 
 
-@pytest.mark.parametrize("cols, itemsize, is_rms, registers, on_blackwell", [
-    (4096, 2, True, 64, 64), (4096, 2, False, 64, 64), (16384, 2, False, 64, 64), (4096, 4, False, None, 64),
-    (1024, 4, False, None, None),
-    (5120, 2, False, None, 80), (5121, 2, False, None, None), (2048, 8, False, None, None),
-    (768, 2, True, 40, 40), (768, 2, False, 40, None), (769, 2, True, None, None), (6144, 2, True, None, None),
+@pytest.mark.parametrize("cols, itemsize, is_rms, is_alone, a100, h100, b200", [
+    (4096, 2, True, False, 64, 64, 64), (4096, 2, False, False, 64, 64, 64), (16384, 2, False, False, 64, 64, 64),
+    (4096, 4, False, False, None, None, 64), (1024, 4, False, False, None, None, None),
+    (5120, 2, False, False, None, None, 80), (5121, 2, False, False, None, None, None),
+    (2048, 8, False, False, None, None, None), (768, 2, True, False, 40, 40, 40), (768, 2, False, False, 40, 40, None),
+    (769, 2, True, False, None, None, None), (6144, 2, True, False, None, None, None),
+    (7168, 2, False, True, 80, 80, None), (7168, 2, True, True, None, None, None),
+    (7168, 2, False, False, None, None, None), (7169, 2, False, True, None, None, None),
+    (1024, 2, False, True, 48, 64, 64), (1024, 2, True, True, 64, 64, 64), (1024, 2, False, False, 64, 64, 64),
 ])  # fmt: skip
 def test_a_norm_without_a_gate_has_as_many_programs_as_registers_allow(
-    cols, itemsize, is_rms, registers, on_blackwell
+    cols, itemsize, is_rms, is_alone, a100, h100, b200
 ):  # fmt: skip
-    tiles = row_launch.forward_tiles(cols, itemsize, False, False)
-    for is_blackwell, expected in ((False, registers), (True, on_blackwell)):
-        replaced = {"is_blackwell": lambda found=is_blackwell: found, "is_sm_120": lambda: False}
-        with patch.multiple(row_launch, **replaced):
-            resident = row_launch.resident_rows(cols, tiles, itemsize, is_rms, False)
-        options = launch._options(tiles.warps, resident, launch.GPUTarget("cuda", 90, 32))
-        assert (resident > 1 or tiles.warps == 32) == (expected is not None)
-        if expected:
-            assert options["maxnreg"] == expected
-    with patch.multiple(row_launch, is_blackwell=lambda: True, is_sm_120=lambda: True):
-        assert tiles.registers != 32 or row_launch.resident_rows(cols, tiles, itemsize, is_rms, False) == 1
-
-
-def test_layer_norm_alone_has_more_programs_on_earlier_cards():
-    cases = [
-        (7168, 80, False, True, 80), (7168, 90, False, True, 80), (7168, 100, False, True, 255),
-        (7168, 80, True, True, 255), (7168, 80, False, False, 255), (7169, 80, False, True, 255),
-        (1024, 80, False, True, 48), (1024, 90, False, True, 64), (1024, 80, True, True, 64),
-        (1024, 80, False, False, 64),
-    ]  # fmt: skip
-    for cols, arch, is_rms, is_alone, registers in cases:
-        tiles = row_launch.forward_tiles(cols, 2, False, is_alone)
+    tiles = row_launch.forward_tiles(cols, itemsize, False, is_alone)
+    for arch, expected in ((80, a100), (90, h100), (100, b200)):
         target = launch.GPUTarget("cuda", arch, 32)
         with patch.multiple(launch, INTERPRETED=False, backend=lambda: "cuda", _current_target=lambda t=target: t):
-            resident = row_launch.resident_rows(cols, tiles, 2, is_rms, is_alone)
-        assert launch._options(tiles.warps, resident, target)["maxnreg"] == registers, (cols, arch, is_rms, is_alone)
+            resident = row_launch.resident_rows(cols, tiles, itemsize, is_rms, is_alone)
+        assert (resident > 1 or tiles.warps == 32) == (expected is not None)
+        if expected:
+            assert launch._options(tiles.warps, resident, target)["maxnreg"] == expected
+    with patch.multiple(row_launch, is_blackwell=lambda: True, is_sm_120=lambda: True):
+        assert tiles.registers != 32 or row_launch.resident_rows(cols, tiles, itemsize, is_rms, is_alone) == 1
 
 
 @pytest.mark.parametrize("cols, itemsize, rows, registers", [

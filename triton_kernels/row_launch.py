@@ -96,8 +96,8 @@ def forward_tiles(cols: int, itemsize: int, has_gate: bool, is_alone: bool) -> R
     Of short rows a thread has fewer elements, in 32 bits or where it can't load 16 bytes at a time: each takes several
     registers, and with fewer all programs of a small input are resident at once. Predicted for H100, in per cent of a
     copy's speed, LayerNorm of 127 columns, of 32 M elements, with 32 elements a thread and with 8: 37 and 96, in bf16
-    24 and 73; for B200, of 128 columns, of 4 M, 46 and 84, of 1024 columns, with 32 and with 16, 68 and 86. Of two
-    warps' rows B200 would lose where accesses are short: 1001 columns, of 32 M, 92 and 73.
+    24 and 72; for B200, of 128 columns, of 4 M, 46 and 84, of 1024 columns, with 32 and with 16, 68 and 86. Rows of
+    two warps whose accesses are short would lose on B200: 1001 columns, of 32 M, 92 and 73.
 
     has_gate: of any kind. is_alone: all of the call is x, y, and a weight and a bias for all rows, in 16 bits."""
     tiles = row_tiles(cols, itemsize)
@@ -117,7 +117,8 @@ def forward_tiles(cols: int, itemsize: int, has_gate: bool, is_alone: bool) -> R
 def _narrow_tiles(cols: int, vector: int, width: int, sums: int, max_registers: int = NARROW_REGISTERS) -> RowTiles:
     """Rows shorter than one access of a warp: each warp has several. Four warps a program; eight in the backward, where
     fewer programs leave fewer partial sums. Where rows take at most two accesses of a thread, registers are left for a
-    second resident program, whose loads are in flight while the first computes."""
+    second resident program, whose loads are in flight while the first computes. max_registers: of a thread, for rows
+    without sums beside them."""
     warps = 8 if sums else 4
     tile = next_power_of_2(cols)
     while tile > 4 * vector and padding(cols, tile) > MAX_PADDING:
@@ -287,7 +288,7 @@ def resident_rows(cols: int, tiles: RowTiles, widest: int, is_rms: bool, is_alon
     if cols % tiles.tile or tiles.width > 1 or tiles.rows > (2 if widest == 2 else 1):  # short rows would spill
         return 1
     is_layer_norm_alone = is_alone and not is_rms
-    if is_layer_norm_alone and tiles.registers == 56 and not is_blackwell():  # where it would spill
+    if is_layer_norm_alone and tiles.registers == 56 and not is_blackwell():  # it would spill on those
         return 24 // tiles.warps
     if is_layer_norm_alone and tiles.registers == 32 and tiles.rows == 2 and is_ampere():
         return 40 // tiles.warps
