@@ -329,9 +329,13 @@ def test_tiles_are_loaded_ahead_where_a_card_is_new(monkeypatch):
         assert [row_launch.tiles_ahead(*case) for case in cases] == expected
 
 
-def test_loads_are_pinned_where_one_program_has_the_row():
+def test_loads_are_pinned_where_one_program_has_the_row_and_sums_computed_at_once_where_it_fills_registers():
     assert row_launch.pins_loads(1, 2, has_gate=False)
     assert not any(row_launch.pins_loads(*case) for case in ((2, 2, False), (1, 4, False), (1, 2, True)))
+    full, shorter, several = (row_launch.backward_tiles(cols, 4, 2, 1, 4)[0] for cols in (8192, 6144, 4096))
+    assert row_launch.sums_at_once(full, 4, 2, 1)
+    others = (full, 2, 2, 1), (full, 4, 1, 1), (full, 4, 2, 2), (shorter, 4, 2, 1), (several, 4, 2, 1)
+    assert not any(row_launch.sums_at_once(*case) for case in others)
 
 
 def test_access_bytes_is_the_largest_element():

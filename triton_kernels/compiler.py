@@ -33,8 +33,8 @@ def pin_loads():
 
     ptxas (Triton 3.8) moves a load down to its first use where registers are scarce, so that of two tiles the second is
     loaded when the first has come. The timing model's per cent of a copy's speed for layer_norm's and add_layer_norm's
-    backward of 16384 columns in bfloat16 on B200: 56 and 58 without it, 64 with it. It pays where one program has the
-    whole row, in 16 bits, without a gate; elsewhere warps that wait for each other cost 1 to 5 points. The command:
+    backward of 16384 columns in bfloat16 on B200: 57 and 67 without it, 64 and 73 with it. It pays where one program
+    has the whole row, in 16 bits, without a gate; elsewhere this wait costs 1 to 5 points. The command:
     `python -m bench predict --operations layer_norm,add_layer_norm --dtypes bf16 --widths 16384 --targets sm_100`."""
     tl.debug_barrier()
 
@@ -70,7 +70,7 @@ def materialize(dweight_sums, dbias_sums, statistics, stop, n_rows):
 
     LLVM and ptxas (Triton 3.8) move an addition down to the first use of its result. A sum over rows is first used in
     the next row, so that all addends of a row stay in registers till its end. Without this, add_layer_norm's backward
-    of 16384 columns spills 64 bytes a thread in bfloat16 and 72 in float32 on sm_100, with it none:
+    of 16384 columns spills 72 bytes a thread in bfloat16 and 256 in float32 on sm_100, with it none:
     `python -m bench codegen --operations add_layer_norm --dtypes bf16,fp32 --widths 16384 --targets sm_100`.
 
     The loop below has no iterations, because stop < n_rows. The compiler can't know that, so what the loop would change

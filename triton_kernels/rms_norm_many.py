@@ -70,13 +70,14 @@ def _rms_norm_many_backward_kernel(
     Grid: (programs,), as many as are resident."""
     for i in tl.static_range(len(x_ptrs)):
         dy_steps, x_steps, cos_steps, sin_steps, divisions = _steps_of(steps, LEVELS[i][0], LEVELS[i][1], 4)
+        pointers = dy_ptrs[i], x_ptrs[i], None, cos_ptrs[i], sin_ptrs[i], None, rstd_ptrs[i]
+        all_steps, span = (dy_steps, x_steps, x_steps, cos_steps, sin_steps, divisions), (0, 0, sizes[2 * i] >> 1)
         gradient_blocks(
-            dy_ptrs[i], None, x_ptrs[i], None, None, None, weight_ptrs[i], None, cos_ptrs[i], sin_ptrs[i], None,
-            rstd_ptrs[i], dx_ptrs[i], None, None, None, dweight_ptrs[i], None,
-            sizes[2 * i] >> 1, sizes[2 * i + 1] >> 1, dy_steps, dy_steps, x_steps, x_steps, x_steps, cos_steps,
-            sin_steps, divisions, None, None, None, None, None,
-            ZERO_CENTERED, False, False, CAST, 1, PREFETCH, False, False, False, False, False, False, ROTARY,
-            INTERLEAVED, TILES[i][0], TILES[i][1], TILES[i][2], TILES[i][3],
+            (pointers, all_steps, span), None, None, None, weight_ptrs[i], None,
+            (dx_ptrs[i], None, None, None, dweight_ptrs[i], None),
+            tl.program_id(0), None, sizes[2 * i + 1] >> 1, dy_steps, x_steps, None, None,
+            ZERO_CENTERED, False, False, CAST, 1, PREFETCH, False, False, False, False, False, ROTARY, INTERLEAVED,
+            TILES[i][0], TILES[i][1], TILES[i][2], TILES[i][3],
         )  # fmt: skip
 
 

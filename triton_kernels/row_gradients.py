@@ -3,6 +3,20 @@
 One kernel serves all; what a norm doesn't have is a None pointer, and a norm without mean_ptr is RMSNorm. It is
 persistent: each program takes blocks of ROWS rows in turn and keeps its sums of dweight, dbias and dx_gate in
 registers; a second kernel adds up the programs' sums. Rows that don't fit in registers go to long_row_norm.py.
+
+A gate behind the norm, y = z · act(gate): dy · act(gate) takes the place of dy, dgate = dy · z · act'(gate).
+Before it, u = x · act(gate): the kernel computes du, dx = du · act(gate), dgate = du · x · act'(gate).
+With an x_gate dx is dh's: dresidual = dh, dx = x_gate · dh, dx_gate = Σ dh · x.
+With cos and sin, dy rotated back takes the place of dy.
+
+What is compiled in, beside the tiles:
+PER_ROW: each row is a sample, whose dweight, dbias and dx_gate are stored with it.
+PACKED: rows are kept as they were loaded; there is no gate, x_gate or rotation.
+REPLACE, of those: each tile of the next row is loaded where this row's has been used for the last time.
+PREFETCH: the next block is loaded before this one is stored.
+SPARE registers, of one row: sums are computed at once; x_gate, and x beside an h of 32 bits, are loaded where they are
+used.
+HOLD_WEIGHT: in registers; neither PACKED nor PER_ROW.
 """
 
 from __future__ import annotations
@@ -86,14 +100,16 @@ def _sum_block(
 
 @triton.jit
 def _store_block(
-    dx_ptr, dresidual_ptr, dgate_ptr, dx_gate_ptr, dy_ptr, h_ptr, x_ptr, tiles, row_factors, c_sums, dh_tiles, x_tiles,
-    x_gate_tiles, x_gate_row, weight_tiles, weight_row, dx_gate_sums, offsets, x_offsets, row_mask, next_places, lanes,
-    first, ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, PACKED: tl.constexpr,
+    source, results, x_ptr, tiles, row_factors, c_sums, dh_tiles, x_tiles, x_gate_tiles, x_gate_row, weight_tiles,
+    weight_row, dx_gate_sums, offsets, x_offsets, row_mask, next_places, lanes, first,
+    ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, PACKED: tl.constexpr,
     SPARE: tl.constexpr, N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Stores the gradients of a block's rows, and returns the sums of dx_gate with this block's. row_factors, c_sums:
     what `_sum_block` returned. next_places: see `locate`, or (): of these rows the tiles of h and dy are returned,
     too, each loaded where this block's has been used for the last time."""
+    dy_ptr, h_ptr, _, _, _, _, _ = source[0]
+    dx_ptr, dresidual_ptr, dgate_ptr, dx_gate_ptr, _, _ = results
     h_tiles, dy_tiles, gate_tiles, statistics, _ = tiles
     coefficients = gradient_coefficients(c_sums[0], c_sums[1], statistics, N_COLS)
     new_dx_gate_sums, next_h_tiles, next_dy_tiles = (), (), ()
@@ -128,50 +144,25 @@ def _store_block(
 
 @triton.jit
 def gradient_blocks(
-    dy_ptr, dh_ptr, h_ptr, x_ptr, gate_ptr, x_gate_ptr, weight_ptr, bias_ptr, cos_ptr, sin_ptr, mean_ptr, rstd_ptr,
-    dx_ptr, dresidual_ptr, dgate_ptr, dx_gate_ptr, dweight_ptr, dbias_ptr,
-    n_rows, n_blocks, dy_steps, dh_steps, h_steps, x_steps, gate_steps, cos_steps, sin_steps, divisions,
-    sample_rows, sample_programs, x_gate_stride, weight_stride, bias_stride,
+    source, dh_ptr, x_ptr, x_gate_ptr, weight_ptr, bias_ptr, results, program, sample_programs, n_blocks, dh_steps,
+    x_steps, x_gate_stride, weight_stride,
     ZERO_CENTERED: tl.constexpr, SILU: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, CAST: tl.constexpr,
-    GROUPS: tl.constexpr, PREFETCH: tl.constexpr, PACKED: tl.constexpr, REPLACE: tl.constexpr,
-    SPARE: tl.constexpr, HOLD_WEIGHT: tl.constexpr, PER_ROW: tl.constexpr, EVERY_PROGRAM: tl.constexpr,
-    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    GROUPS: tl.constexpr, PREFETCH: tl.constexpr, PACKED: tl.constexpr, REPLACE: tl.constexpr, SPARE: tl.constexpr,
+    HOLD_WEIGHT: tl.constexpr, PER_ROW: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     N_COLS: tl.constexpr, TILE: tl.constexpr, N_TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """dx = (w·dy − c2 − x̂ · c1) · rstd + dh with c1 = mean(x̂ · w·dy), c2 = mean(w·dy); RMSNorm has no c2.
-    dweight = Σ dy · x̂ and dbias = Σ dy over this program's rows.
-    A gate behind the norm, y = z · act(gate): dy · act(gate) takes the place of dy, dgate = dy · z · act'(gate).
-    Before it, u = x · act(gate): the kernel computes du, dx = du · act(gate), dgate = du · x · act'(gate).
-    With an x_gate the first line is dh's: dresidual = dh, dx = x_gate · dh, dx_gate = Σ dh · x.
-    With cos and sin, dy rotated back takes the place of dy.
+    dweight = Σ dy · x̂ and dbias = Σ dy over this program's rows: every programs-th block of ROWS rows.
 
-    Each program takes every programs-th block of ROWS rows. Of samples: sample_programs programs each, or, PER_ROW,
-    where each row is a sample, programs as without samples, which store a row's dweight, dbias and dx_gate with it.
-    EVERY_PROGRAM: each has a block; else the compiler makes a second copy of `store_partials`, for programs without
-    one, and keeps in registers through the loop what both copies share.
-    PACKED: rows are kept as they were loaded; there is no gate, x_gate or rotation.
-    REPLACE, of those: each tile of the next row is loaded where this row's has been used for the last time.
-    SPARE registers, of one row beside an x_gate: sums are computed at once; x_gate, and x beside an h of 32 bits, are
-    loaded where they are used.
-    HOLD_WEIGHT: in registers; neither PACKED nor PER_ROW."""
+    source: see `load_rows`; results: pointers to dx, dresidual, dgate, dx_gate, dweight and dbias."""
+    _, h_ptr, _, _, _, _, rstd_ptr = source[0]
+    group, first_row, end_row = source[2]
+    _, _, dgate_ptr, dx_gate_ptr, dweight_ptr, dbias_ptr = results
     stat = rstd_ptr.dtype.element_ty
-    group, lanes = tl.program_id(1) if GROUPS > 1 else 0, tl.arange(0, TILE)[None, :]
-    first = group * N_COLS
+    divisions, lanes, first = source[1][5], tl.arange(0, TILE)[None, :], group * N_COLS
     dweight_sums = zero_sums(None if PER_ROW else dweight_ptr, stat, ROWS, TILE, N_TILES)
     dbias_sums = zero_sums(None if PER_ROW else dbias_ptr, stat, ROWS, TILE, N_TILES)
     dx_gate_sums = zero_sums(None if PER_ROW else dx_gate_ptr, stat, ROWS, TILE, N_TILES)
-    program, first_row, end_row = tl.program_id(0), 0, n_rows
-    if sample_programs is not None:
-        sample = (program // sample_programs).to(tl.int64)
-        program %= sample_programs
-        first_row, end_row = sample * sample_rows, sample * sample_rows + sample_rows
-        x_gate_ptr = None if x_gate_ptr is None else x_gate_ptr + sample * x_gate_stride
-        weight_ptr = None if weight_ptr is None else weight_ptr + sample * weight_stride
-        bias_ptr = None if bias_ptr is None else bias_ptr + sample * bias_stride
-    if EVERY_PROGRAM:
-        tl.assume(program < n_blocks)
-    pointers = dy_ptr, h_ptr, gate_ptr, cos_ptr, sin_ptr, mean_ptr, rstd_ptr
-    source = pointers, (dy_steps, h_steps, gate_steps, cos_steps, sin_steps, divisions), (group, first_row, end_row)
     loaded = load_rows(source, program, GROUPS, ROTARY, INTERLEAVED, N_COLS, TILE, N_TILES, ROWS)
     held_ptr = weight_ptr + first if HOLD_WEIGHT and weight_ptr is not None else None
     weight_tiles = load_weight_tiles(held_ptr, lanes, N_COLS, TILE, N_TILES, ROWS)
@@ -196,17 +187,15 @@ def gradient_blocks(
             PER_ROW, ROTARY, INTERLEAVED, N_COLS, TILE, N_TILES, ROWS,
         )  # fmt: skip
         x_gate_tiles = load_weight_tiles(None if SPARE else x_gate_row, lanes, N_COLS, TILE, N_TILES, ROWS)
-        # the next block is loaded before this one is stored: stores might alias loads, which then wait for them
         next_block, next_places, next_statistics = block + programs, (), ()
-        if PREFETCH:
+        if PREFETCH:  # stores might alias loads, which then wait for them
             loaded = load_rows(source, next_block, GROUPS, ROTARY, INTERLEAVED, N_COLS, TILE, N_TILES, ROWS)
         if REPLACE:
             next_places, next_statistics = locate(source, next_block, lanes, GROUPS, N_COLS, ROWS)
         dx_gate_sums, next_tiles = _store_block(
-            dx_ptr, dresidual_ptr, dgate_ptr, dx_gate_ptr, dy_ptr, h_ptr, x_ptr, tiles, row_factors, c_sums, dh_tiles,
-            x_tiles, x_gate_tiles, x_gate_row, weight_tiles, weight_row, dx_gate_sums, offsets, x_offsets, row_mask,
-            next_places, lanes, first, ZERO_CENTERED, SILU, NORM_BEFORE_GATE, PACKED, SPARE,
-            N_COLS, TILE, N_TILES, ROWS,
+            source, results, x_ptr, tiles, row_factors, c_sums, dh_tiles, x_tiles, x_gate_tiles, x_gate_row,
+            weight_tiles, weight_row, dx_gate_sums, offsets, x_offsets, row_mask, next_places, lanes, first,
+            ZERO_CENTERED, SILU, NORM_BEFORE_GATE, PACKED, SPARE, N_COLS, TILE, N_TILES, ROWS,
         )  # fmt: skip
         if REPLACE:
             loaded = next_tiles[0], next_tiles[1], (), next_statistics, ()
@@ -231,14 +220,28 @@ def _row_norm_backward_kernel(
 ):  # fmt: skip
     """`gradient_blocks` of one input.
 
-    Grid: (programs, GROUPS of N_COLS columns), as many as are resident; of samples, sample_programs for each."""
+    Grid: (programs, GROUPS of N_COLS columns), as many as are resident. Of samples: sample_programs for each, or,
+    PER_ROW, where each row is a sample, as without samples; a row's dweight, dbias and dx_gate are stored with it."""
+    program, first_row, end_row = tl.program_id(0), 0, n_rows
+    if sample_programs is not None:
+        sample = (program // sample_programs).to(tl.int64)
+        program %= sample_programs
+        first_row, end_row = sample * sample_rows, sample * sample_rows + sample_rows
+        x_gate_ptr = None if x_gate_ptr is None else x_gate_ptr + sample * x_gate_stride
+        weight_ptr = None if weight_ptr is None else weight_ptr + sample * weight_stride
+        bias_ptr = None if bias_ptr is None else bias_ptr + sample * bias_stride
+    # else the compiler makes a second copy of `store_partials`, for programs without a block, and keeps in registers
+    # through the loop what both copies share
+    tl.assume(program < n_blocks)
+    group = tl.program_id(1) if GROUPS > 1 else 0
+    pointers = dy_ptr, h_ptr, gate_ptr, None, None, mean_ptr, rstd_ptr
+    source = pointers, (dy_steps, h_steps, gate_steps, 0, 0, divisions), (group, first_row, end_row)
     gradient_blocks(
-        dy_ptr, dh_ptr, h_ptr, x_ptr, gate_ptr, x_gate_ptr, weight_ptr, bias_ptr, None, None, mean_ptr, rstd_ptr,
-        dx_ptr, dresidual_ptr, dgate_ptr, dx_gate_ptr, dweight_ptr, dbias_ptr,
-        n_rows, n_blocks, dy_steps, dh_steps, h_steps, x_steps, gate_steps, 0, 0, divisions,
-        sample_rows, sample_programs, x_gate_stride, weight_stride, bias_stride,
+        source, dh_ptr, x_ptr, x_gate_ptr, weight_ptr, bias_ptr,
+        (dx_ptr, dresidual_ptr, dgate_ptr, dx_gate_ptr, dweight_ptr, dbias_ptr),
+        program, sample_programs, n_blocks, dh_steps, x_steps, x_gate_stride, weight_stride,
         ZERO_CENTERED, SILU, NORM_BEFORE_GATE, CAST, GROUPS, PREFETCH, PACKED, REPLACE, SPARE, HOLD_WEIGHT, PER_ROW,
-        True, 0, False, N_COLS, TILE, N_TILES, ROWS,
+        0, False, N_COLS, TILE, N_TILES, ROWS,
     )  # fmt: skip
 
 
@@ -248,7 +251,7 @@ def _division(tensors, weight, cols, groups, sums, wanted, sample_rows, rows, no
 
     tensors: dy, dh, h, x, gate, dx, dresidual. wanted: how many gradients of parameters. sample_rows: None without
     samples."""
-    _, dh, _, x, gate, _, _ = tensors
+    _, dh, _, x, gate, _, dresidual = tensors
     itemsize = launch.access_bytes(tensors)
     # of a gate before the norm, x and the gate are held until du is there
     streams = (dh is not None) + (x is not None) + (gate is not None) + (gate is not None and not norm_before_gate)
@@ -256,6 +259,9 @@ def _division(tensors, weight, cols, groups, sums, wanted, sample_rows, rows, no
     can_pack, can_spare = on_cuda and gate is None and x is None, on_cuda and x is not None
     widest = launch.access_bytes((*tensors, weight))
     tiles, is_kept = row_launch.backward_tiles(cols, itemsize, sums, streams, widest, can_pack, can_spare)
+    stores_dx_alone = x is None and gate is None and dresidual is None
+    if on_cuda and stores_dx_alone and row_launch.sums_at_once(tiles, itemsize, sums, streams):
+        tiles = tiles._replace(sparing=True)
     multiprocessors = launch.multiprocessors() // (row_launch.column_chunks(cols, tiles) * groups)
     passes = 3 + (dh is not None) + 2 * (gate is not None) + 2 * (x is not None)
     per_row = is_kept and sample_rows == 1

@@ -241,8 +241,8 @@ def tiles_ahead(tiles: RowTiles, itemsize: int, sums: int, chunks: int, has_x_ga
     """How many tiles of a chunk the backward of rows that are read twice loads before it uses them: of dh, and beside
     an x_gate of all tensors. One, but on Blackwell's cards, which have more latency to hide: there two beside an
     x_gate, and else, where one program has the row, as many of dh as AHEAD_REGISTERS hold. Predicted for B200, in per
-    cent of a copy's speed, 16384 columns, with one and with more: add_layer_norm in bf16 64 and 73, in fp32 79 and 85,
-    add_rms_norm 76 and 85, in fp32 86 and 93. In fp32, all of dh would lose 2 to 3 on H100 and 6 to 7 on A100."""
+    cent of a copy's speed, 16384 columns, with one and with more: add_layer_norm in bf16 65 and 73, in fp32 83 and 87,
+    add_rms_norm 77 and 88, in fp32 87 and 94. In fp32, all of dh would lose 2 to 3 on H100 and 6 to 7 on A100."""
     if not is_blackwell() or itemsize > 4:
         return 1
     if has_x_gate:
@@ -253,9 +253,17 @@ def tiles_ahead(tiles: RowTiles, itemsize: int, sums: int, chunks: int, has_x_ga
     return max(1, min(tiles.count, left // of_tile)) if chunks == 1 else 1
 
 
-def pins_loads(chunks: int, itemsize: int, has_gate: bool) -> bool:
-    """Whether the backward of rows that are read twice uses `compiler.pin_loads`: see what it says of when it pays."""
-    return chunks == 1 and itemsize == 2 and not has_gate
+def pins_loads(chunks: int, widest: int, has_gate: bool) -> bool:
+    """Whether the backward of rows that are read twice uses `compiler.pin_loads`: see what it says of when it pays.
+    widest: as of `backward_tiles`; beside a weight of 32 bits LayerNorm would spill 8 bytes on sm_100."""
+    return chunks == 1 and widest == 2 and not has_gate
+
+
+def sums_at_once(tiles: RowTiles, itemsize: int, sums: int, streams: int) -> bool:
+    """Whether the backward of rows that are kept computes its sums at once, beside dh: of rows in 32 bits that fill a
+    thread's registers. Computed later, add_layer_norm's 8192 columns would spill 16 bytes on sm_120; the predicted time
+    of other cards is the same. sums, streams: as of `backward_tiles`."""
+    return itemsize == 4 and tiles.registers == 32 and tiles.rows == 1 and sums == 2 and streams == 1
 
 
 def is_long(cols: int, itemsize: int) -> bool:
