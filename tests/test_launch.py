@@ -313,8 +313,9 @@ def test_the_weight_is_kept_where_a_card_is_new(vendor, arch, holds, monkeypatch
     assert not row_launch.holds_weight(single, 2, 4, 2, 0)
 
 
-def test_tiles_are_loaded_ahead_where_a_card_is_new(monkeypatch):
-    """Of dh as many as registers hold where one program has the row; beside an x_gate two of each tensor."""
+def test_tiles_are_loaded_ahead_and_chunks_are_long_where_a_card_is_new(monkeypatch):
+    """Of dh as many as registers hold where one program has the row; beside an x_gate two of each tensor. A chunk has
+    as many columns as registers hold, beside a single sum and no gate."""
     bf16, fp32 = (row_launch.chunk_tiles(16384, itemsize, 2, 1) for itemsize in (2, 4))
     cases = (bf16, 2, 2, 1, False), (fp32, 4, 1, 1, False), (fp32, 4, 2, 1, False), (bf16, 2, 2, 2, False)
     cases += (bf16, 2, 3, 2, True), (bf16, 8, 1, 1, False), (bf16._replace(count=1), 2, 3, 2, True)
@@ -327,11 +328,17 @@ def test_tiles_are_loaded_ahead_where_a_card_is_new(monkeypatch):
         target = SimpleNamespace(backend=vendor, arch=arch)
         monkeypatch.setattr(launch, "_current_target", lambda target=target: target)
         assert [row_launch.tiles_ahead(*case) for case in cases] == expected
+        assert row_launch.has_long_chunks(has_gate=False) == (arch == 100) and not row_launch.has_long_chunks(True)
+    cases = (4, 1, 0), (4, 1, 1), (2, 1, 1), (4, 2, 1), (2, 2, 0), (8, 1, 0)  # itemsize, sums and streams
+    for is_long, counts in ((True, [16, 16, 8, 8, 4, 8]), (False, [8, 8, 4, 8, 4, 8])):
+        tilings = [row_launch.backward_tiles(32768, *case, case[0], long_chunks=is_long) for case in cases]
+        assert [tiles.count for tiles, _ in tilings] == counts and not any(is_kept for _, is_kept in tilings)
 
 
 def test_loads_are_pinned_where_one_program_has_the_row_and_sums_computed_at_once_where_it_fills_registers():
-    assert row_launch.pins_loads(1, 2, has_gate=False)
-    assert not any(row_launch.pins_loads(*case) for case in ((2, 2, False), (1, 4, False), (1, 2, True)))
+    assert row_launch.pins_loads(1, 2, 2, has_gate=False)
+    others = (2, 2, 2, False), (1, 4, 2, False), (1, 2, 1, False), (1, 2, 2, True)
+    assert not any(row_launch.pins_loads(*case) for case in others)
     full, shorter, several = (row_launch.backward_tiles(cols, 4, 2, 1, 4)[0] for cols in (8192, 6144, 4096))
     assert row_launch.sums_at_once(full, 4, 2, 1)
     others = (full, 2, 2, 1), (full, 4, 1, 1), (full, 4, 2, 2), (shorter, 4, 2, 1), (several, 4, 2, 1)

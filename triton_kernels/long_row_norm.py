@@ -375,7 +375,7 @@ def backward(arguments, partials, sizes, strides, samples, tiles, sums, programs
     chunks = row_launch.column_chunks(cols, tiles)
     itemsize = launch.access_bytes(arguments[:5])
     widest = launch.access_bytes((*arguments[:5], arguments[6]))  # with the weight
-    pins = row_launch.pins_loads(chunks, widest, has_gate=arguments[4] is not None)
+    pins = row_launch.pins_loads(chunks, widest, sums, has_gate=arguments[4] is not None)
     ahead = row_launch.tiles_ahead(tiles, itemsize, sums, chunks, has_x_gate=arguments[5] is not None)
     # grid: (chunks of the columns of each sample, programs that share its rows, groups)
     _row_norm_long_backward_kernel[(samples * chunks, programs, groups)](

@@ -258,7 +258,10 @@ def _division(tensors, weight, cols, groups, sums, wanted, sample_rows, rows, no
     on_cuda = launch.backend() == "cuda"
     can_pack, can_spare = on_cuda and gate is None and x is None, on_cuda and x is not None
     widest = launch.access_bytes((*tensors, weight))
-    tiles, is_kept = row_launch.backward_tiles(cols, itemsize, sums, streams, widest, can_pack, can_spare)
+    long_chunks = row_launch.has_long_chunks(gate is not None)
+    tiles, is_kept = row_launch.backward_tiles(
+        cols, itemsize, sums, streams, widest, can_pack, can_spare, long_chunks
+    )
     stores_dx_alone = x is None and gate is None and dresidual is None
     if on_cuda and stores_dx_alone and row_launch.sums_at_once(tiles, itemsize, sums, streams):
         tiles = tiles._replace(sparing=True)

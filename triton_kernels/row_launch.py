@@ -135,15 +135,16 @@ def _narrow_tiles(cols: int, vector: int, width: int, sums: int, max_registers: 
 
 @remembered
 def backward_tiles(
-    cols: int, itemsize: int, sums: int, streams: int, widest: int, can_pack: bool = False, can_spare: bool = False
-) -> tuple[RowTiles, bool]:
+    cols: int, itemsize: int, sums: int, streams: int, widest: int, can_pack: bool = False, can_spare: bool = False,
+    long_chunks: bool = False,
+) -> tuple[RowTiles, bool]:  # fmt: skip
     """The tiling of the backward, and whether a program keeps whole rows in registers.
 
     If it does not, it reads a row twice, and the tiles are those of a chunk of the row. sums: parameter sums; streams:
     tensors beside h and dy whose tiles a program holds: a gradient of the residual stream, a gate, and x, which is not
     h, where a gate comes before the norm; widest: like `itemsize`, but with the weight among the tensors; can_pack:
     the kernel can keep the tiles of h and dy as they were loaded; can_spare: there is an x_gate, and the kernel can
-    load it where it is used.
+    load it where it is used; long_chunks: see `chunk_tiles`.
     """
     tiles = row_tiles(cols, itemsize, sums)
     if tiles.warps < 16 and tiles.registers == 32 and streams + sums > 2 and (tiles.rows > 1 or streams > 1):
@@ -169,7 +170,7 @@ def backward_tiles(
     kept += streams * (tiles.registers * min(itemsize, 4) // 4 + 8)
     if kept <= KEPT_REGISTERS:
         return tiles, True
-    return chunk_tiles(cols, itemsize, sums, streams), False
+    return chunk_tiles(cols, itemsize, sums, streams, long_chunks), False
 
 
 @remembered
@@ -198,14 +199,25 @@ def many_row_tiles(cols: tuple[int, ...], itemsize: int, pairs: int, sums: int =
     return tuple(t._replace(rows=t.rows * (warps // t.warps), warps=warps, resident=resident) for t in each)
 
 
-def chunk_tiles(cols: int, itemsize: int, sums: int, streams: int) -> RowTiles:
+def chunk_tiles(cols: int, itemsize: int, sums: int, streams: int, long_chunks: bool = False) -> RowTiles:
     """The tiling of a row's chunks, for programs that keep only the parameter sums in registers: as many tiles as
-    CHUNK_REGISTERS allow, up to 8, and chunks of one size, up to a tile."""
+    CHUNK_REGISTERS allow, and chunks of one size, up to a tile. Up to 8 tiles, and half as many with streams beside a
+    single sum; with long_chunks this is not so, see `has_long_chunks`."""
     vector, width = ACCESS_BYTES // itemsize, max(1, itemsize // 4)
     tile = 16 * WARP * vector
-    most = min(8, CHUNK_REGISTERS // (max(sums, 1 + min(streams, 1)) * vector * width))
+    is_long = long_chunks and sums == 1 and width == 1
+    most = CHUNK_REGISTERS // ((1 if is_long else max(sums, 1 + min(streams, 1))) * vector * width)
     count = ceil_div(cols, tile)
-    return RowTiles(tile, ceil_div(count, ceil_div(count, most)), 1, 16, width)
+    return RowTiles(tile, ceil_div(count, ceil_div(count, most if is_long else min(8, most))), 1, 16, width)
+
+
+def has_long_chunks(has_gate: bool) -> bool:
+    """Whether chunks of the backward are as long as registers allow: on Blackwell's cards, where RMSNorm's rows of up
+    to 32768 columns are then read twice by one program, not three times by two. Predicted for B200, in per cent of a
+    copy's speed, in two chunks and in one: 24576 columns in fp32 43 and 90, 32768 45 and 71, after an addition 56 and
+    87, in bf16 48 and 78. H100 and A100 would lose: 80 and 75, 94 and 75 for 32768 columns in fp32. Beside a gate such
+    a program would spill up to 192 bytes a thread; of 32768 columns in fp32 it spills 32."""
+    return is_blackwell() and not has_gate
 
 
 def column_chunks(cols: int, tiles: RowTiles) -> int:
@@ -242,7 +254,7 @@ def tiles_ahead(tiles: RowTiles, itemsize: int, sums: int, chunks: int, has_x_ga
     an x_gate of all tensors. One, but on Blackwell's cards, which have more latency to hide: there two beside an
     x_gate, and else, where one program has the row, as many of dh as AHEAD_REGISTERS hold. Predicted for B200, in per
     cent of a copy's speed, 16384 columns, with one and with more: add_layer_norm in bf16 65 and 73, in fp32 83 and 87,
-    add_rms_norm 77 and 88, in fp32 87 and 94. In fp32, all of dh would lose 2 to 3 on H100 and 6 to 7 on A100."""
+    add_rms_norm 77 and 87, in fp32 87 and 94. In fp32, all of dh would lose 2 to 3 on H100 and 6 to 7 on A100."""
     if not is_blackwell() or itemsize > 4:
         return 1
     if has_x_gate:
@@ -253,10 +265,10 @@ def tiles_ahead(tiles: RowTiles, itemsize: int, sums: int, chunks: int, has_x_ga
     return max(1, min(tiles.count, left // of_tile)) if chunks == 1 else 1
 
 
-def pins_loads(chunks: int, widest: int, has_gate: bool) -> bool:
+def pins_loads(chunks: int, widest: int, sums: int, has_gate: bool) -> bool:
     """Whether the backward of rows that are read twice uses `compiler.pin_loads`: see what it says of when it pays.
-    widest: as of `backward_tiles`; beside a weight of 32 bits LayerNorm would spill 8 bytes on sm_100."""
-    return chunks == 1 and widest == 2 and not has_gate
+    sums, widest: as of `backward_tiles`; beside a weight of 32 bits LayerNorm would spill 8 bytes on sm_100."""
+    return chunks == 1 and widest == 2 and sums > 1 and not has_gate
 
 
 def sums_at_once(tiles: RowTiles, itemsize: int, sums: int, streams: int) -> bool:
