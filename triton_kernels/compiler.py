@@ -34,7 +34,7 @@ def pin_loads():
     ptxas (Triton 3.8) moves a load down to its first use where registers are scarce, so that of two tiles the second is
     loaded when the first has come. The timing model's per cent of a copy's speed for layer_norm's and add_layer_norm's
     backward of 16384 columns in bfloat16 on B200: 57 and 67 without it, 64 and 73 with it. It pays where one program
-    has the whole row, in 16 bits, without a gate; elsewhere this wait costs 1 to 5 points. The command:
+    has the whole row, in 16 bits, beside two sums; elsewhere this wait costs 1 to 5 points. The command:
     `python -m bench predict --operations layer_norm,add_layer_norm --dtypes bf16 --widths 16384 --targets sm_100`."""
     tl.debug_barrier()
 
