@@ -283,6 +283,9 @@ void moments_of_groups(const MomentsBlock<ComputeType<T>>& block) {
     add_pixels<T>(b, centre, sum, squares);
   };
   const auto total = [&](const S* values) ALWAYS_INLINE {
+    if (b.in_group < lanes<V>) {  // most instruction sets would write a part of a vector to memory, and wait to read it
+      return std::accumulate(values, values + b.in_group, 0.0);
+    }
     Sum<V> all;
     each_summed<V>(
         b.in_group,

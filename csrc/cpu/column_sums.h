@@ -11,13 +11,11 @@
 namespace fastnorm::cpu {
 
 // How the rows of a backward are cut into chunks, over each of which columns are summed. It follows from a sample's
-// rows alone, and no chunk has rows of two samples.
+// shape alone, and no chunk has rows of two samples.
 struct Chunks {
-  Chunks(int64_t n_rows, int64_t samples)
+  Chunks(int64_t n_rows, int64_t samples, int64_t cols)
       : sample_rows(n_rows / samples),
-        // At most 64 rows, so that float sums keep their digits. Fewer rows keep more threads busy, but below 16,
-        // writing and reading the partial sums takes longer than that gains. At least two chunks, but of a single row.
-        rows(std::clamp<int64_t>(std::max((sample_rows + 7) / 8, std::min<int64_t>(16, (sample_rows + 1) / 2)), 1, 64)),
+        rows(rows_of(sample_rows, cols)),
         per_sample((sample_rows + rows - 1) / rows),
         count(samples * per_sample) {}
 
@@ -26,6 +24,18 @@ struct Chunks {
   int64_t end(int64_t chunk) const { return std::min(begin(chunk) + rows, (chunk / per_sample + 1) * sample_rows); }
 
   int64_t sample_rows, rows, per_sample, count;
+
+ private:
+  static int64_t rows_of(int64_t sample_rows, int64_t cols) {
+    constexpr int64_t most = 64;  // float sums of more rows would lose digits
+    if (sample_rows <= most && sample_rows * cols <= thread_elements) {
+      return std::max<int64_t>(1, sample_rows);  // one thread's, whose sums are the result
+    }
+    // Fewer rows keep more threads busy, but below 16, writing and reading the partial sums takes longer than that
+    // gains. At least two chunks, but of a single row.
+    const int64_t least = std::min<int64_t>(16, (sample_rows + 1) / 2);
+    return std::clamp<int64_t>(std::max((sample_rows + 7) / 8, least), 1, most);
+  }
 };
 
 // Column sums of dweight, dbias or dx_gate: partial sums in S over each chunk of rows, then, for each sample, their sum

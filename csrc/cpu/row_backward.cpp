@@ -122,7 +122,7 @@ template <typename S>
 void backward_in(const BackwardCall& call, const BackwardResult& result, const RowLevels& levels) {
   const int64_t n_rows = levels.rows(), width = levels.cols(), cols = width / call.groups;
   const BackwardRows<S> tensors(call, result, levels);
-  const Chunks chunks(n_rows, call.samples);
+  const Chunks chunks(n_rows, call.samples, width);
   const ColumnSums<S> dweight(result.dweight, chunks, width), dbias(result.dbias, chunks, width);
   const ColumnSums<S> dx_gate(result.dx_gate, chunks, width);
   const bool sums_in_scratch = dweight.needs_scratch() || dbias.needs_scratch() || dx_gate.needs_scratch();

@@ -189,11 +189,13 @@ class ColumnValues {
   std::unique_ptr<S[]> own_;
 };
 
-// Splits [0, count) among threads. Each item covers `elements`; no thread is woken for too few of them.
+// No thread is woken for fewer elements.
+constexpr int64_t thread_elements = 16384;
+
+// Splits [0, count) among threads. Each item covers `elements`.
 template <typename Body>
 void parallel(int64_t count, int64_t elements, const Body& body) {
-  constexpr int64_t worthwhile = 16384;
-  at::parallel_for(0, count, std::max<int64_t>(1, worthwhile / std::max<int64_t>(1, elements)), body);
+  at::parallel_for(0, count, std::max<int64_t>(1, thread_elements / std::max<int64_t>(1, elements)), body);
 }
 
 }  // namespace fastnorm::cpu

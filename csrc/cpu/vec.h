@@ -47,6 +47,8 @@ INLINE V read(const void* p) {
 INLINE U32 widen(U16 v) {
 #if VECTOR_BYTES == 64  // gcc 12 emits five instructions for __builtin_convertvector here
   return reinterpret_cast<U32>(_mm512_maskz_cvtepu16_epi32(0xffff, reinterpret_cast<__m256i>(v)));
+#elif VECTOR_BYTES == 32  // as many
+  return reinterpret_cast<U32>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(v)));
 #else
   return __builtin_convertvector(v, U32);
 #endif
@@ -54,9 +56,13 @@ INLINE U32 widen(U16 v) {
 
 INLINE F32 from_bf16(U16 v) { return reinterpret_cast<F32>(widen(v) << 16); }
 
+// Each lane is below 2^16.
 INLINE U16 narrow(U32 v) {
 #if VECTOR_BYTES == 64  // gcc 12 emits a slower 16-bit permutation for __builtin_convertvector
   return reinterpret_cast<U16>(_mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(v)));
+#elif VECTOR_BYTES == 32  // gcc 12 would clear the upper halves first
+  const __m256i lanes = reinterpret_cast<__m256i>(v);
+  return reinterpret_cast<U16>(_mm_packus_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1)));
 #else
   return __builtin_convertvector(v, U16);
 #endif
@@ -65,7 +71,13 @@ INLINE U16 narrow(U32 v) {
 // A bfloat16 in the upper half of each lane; the lower half is not zero.
 INLINE U32 rounded_to_bf16(F32 v) {
   const U32 bits = reinterpret_cast<U32>(v);
-  return v != v ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1);
+  const U32 half = 0x7fff + ((bits >> 16) & 1);
+#if VECTOR_BYTES == 64
+  return v != v ? bits | 0x400000 : bits + half;
+#else  // without a blend, which takes as long as three of these; NaN becomes that of all bits
+  const U32 is_nan = reinterpret_cast<U32>(v != v);
+  return (bits | is_nan) + (half & ~is_nan);
+#endif
 }
 
 INLINE U16 to_bf16(F32 v) { return narrow(rounded_to_bf16(v) >> 16); }
