@@ -37,8 +37,10 @@ def describe(device: torch.device) -> dict[str, str]:
 
 def device_name(device: torch.device) -> str:
     """The name that results are filed under."""
-    is_gpu = device.type == "cuda"
-    return torch.cuda.get_device_name(device) if is_gpu else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    limit = os.environ.get("ATEN_CPU_CAPABILITY")  # of PyTorch's kernels and of fastnorm's
+    return f"{cpu_name()}{f' limited to {limit}' * bool(limit)}, {torch.get_num_threads()} threads"
 
 
 def slug(name: str) -> str:

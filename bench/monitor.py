@@ -2,16 +2,17 @@
 
 The model, its sentences and its loss are those of `real-model`, its LayerNorms fastnorm's, the optimizer a fused AdamW.
 In one step of `updates_every` a monitor does more: it measures the weights, which a median over steps would not see. So
-steps take turns without a monitor, with one that measures no weights and with one that does. What the defaults add is
-the mean of the two, weighted by how many steps of each there are, in each round; shown are the median over the rounds
-and its interval by the sign test. All steps are of one model, because of two copies one may be faster.
+steps take turns without a monitor, with one that measures no weights and with one that does. The step before a timed
+one measures none, as in training most don't: the step after a measurement is slower. What the defaults add is the mean
+of the two, weighted by how many steps of each there are, in each round; shown are the median over the rounds and its
+interval by the sign test. All steps are of one model, because of two copies one may be faster.
 """
 
 import inspect
 import statistics
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -33,7 +34,8 @@ CLIPS = {
 }
 EVERY = inspect.signature(fastnorm.Monitor).parameters["updates_every"].default
 NEVER = 10**9
-SIDES = {"plain": None, "ordinary": NEVER, "measuring": 1}  # updates_every of the timed step's monitor
+BEFORE = 2  # steps before the timed one; a monitor measures weights in the first of them
+SIDES = {"plain": None, "ordinary": NEVER, "measuring": BEFORE}  # updates_every of the timed step's monitor
 BUDGET = {"repeats": 100, "max_time": 300.0, "min_time": 0.0}
 
 
@@ -46,14 +48,14 @@ class Training:
 
     @contextmanager
     def monitored(self, updates_every: int | None) -> Iterator[None]:
-        """With a monitor, or none, that has seen a step: it measures the weights in the first one in any case."""
-        if updates_every is None:
-            self.step()
-            yield
-        else:
-            with fastnorm.Monitor(self.model, self.optimizer, updates_every=updates_every):
+        """With a monitor, or none, that has seen the steps before."""
+        monitor = nullcontext() if updates_every is None else fastnorm.Monitor(
+            self.model, self.optimizer, updates_every=updates_every
+        )  # fmt: skip
+        with monitor:
+            for _ in range(BEFORE):
                 self.step()
-                yield
+            yield
 
     def step(self) -> None:
         contrastive_loss(self.model, self.tokens).backward()
