@@ -3,9 +3,9 @@
 The model, its sentences and its loss are those of `real-model`, its LayerNorms fastnorm's, the optimizer a fused AdamW.
 In one step of `updates_every` a monitor does more: it measures the weights, which a median over steps would not see. So
 steps take turns without a monitor, with one that measures no weights and with one that does. The step before a timed
-one measures none, as in training most don't: the step after a measurement is slower. What the defaults add is the mean
-of the two, weighted by how many steps of each there are, in each round; shown are the median over the rounds and its
-interval by the sign test. All steps are of one model, because of two copies one may be faster.
+one measures none, as in training most don't. What the defaults add is the mean of the two, weighted by how many steps
+of each there are, in each round; shown are the median over the rounds and its interval by the sign test. All steps are
+of one model, because of two copies one may be faster.
 """
 
 import inspect
